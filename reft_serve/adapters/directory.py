@@ -1,0 +1,229 @@
+"""An adapter's directory: `reft_config.json` and `reft_model.safetensors`, read whole and checked, published whole.
+
+Tensor k of the file is `interventions.<k>.<name>`, names as in `vocabulary.required_tensors`. The digest over the bytes
+of the files is the version's name: equal digests are equal adapters, wherever they lie.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from reft_serve.adapters.manifest import InterventionSpec, Manifest, parse_manifest
+from reft_serve.errors import AdapterExists, AdapterInvalid, AdapterNotFound
+from reft_serve.interventions.kinds import Weights, fold
+from reft_serve.interventions.vocabulary import ORTHONORMAL, optional_tensors, required_tensors
+
+__all__ = ["CONFIG", "TENSORS", "Adapter", "is_adapter", "publish", "read_adapter"]
+
+CONFIG = "reft_config.json"
+TENSORS = "reft_model.safetensors"
+# A directory may hold a LoRA too; its files then belong to the adapter's identity.
+_LORA_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_MAX_CONFIG_BYTES = 4 << 20
+_ORTHONORMAL_TOLERANCE = 1e-3
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapter:
+    """One immutable version. `weights[k]` belongs to `manifest.interventions[k]`; `digest` is sha256 in hex."""
+
+    manifest: Manifest
+    weights: tuple[Weights, ...]
+    digest: str
+    warnings: tuple[str, ...] = ()
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether the directory claims to be an adapter of ours; says nothing of its soundness."""
+    return (path / CONFIG).is_file()
+
+
+def read_adapter(path: Path, max_bytes: int = 1 << 30) -> Adapter:
+    """Read and check a directory; what comes back can be served as far as the adapter alone can tell.
+
+    Args:
+        path: the directory. Its files must be plain ones: a link could point anywhere.
+        max_bytes: largest tensor file to take into memory.
+
+    Raises:
+        AdapterNotFound: no directory, or no `reft_config.json` in it.
+        AdapterInvalid: every fault found: manifest, missing or unknown tensors, shapes, dtypes, NaN or Inf, a truncated
+            or oversized file, links, and adapters that would change nothing.
+    """
+    if not path.is_dir():
+        raise AdapterNotFound(f"there is no adapter directory at {path}")
+    if not os.path.lexists(path / CONFIG):
+        raise AdapterNotFound(f"{path} holds no {CONFIG}, so it is not a ReFT adapter of ours")
+    where = str(path)
+    config = _read_plain(path / CONFIG, _MAX_CONFIG_BYTES, where)
+    manifest = parse_manifest(config, where)
+    tensors = _read_plain(path / TENSORS, max_bytes, where)
+    files = {CONFIG: config, TENSORS: tensors}
+    files |= {name: _read_plain(path / name, max_bytes, where) for name in _LORA_FILES if (path / name).is_file()}
+    named = _parse_tensors(tensors, where)
+    weights, warnings = check_tensors(manifest, named, where)
+    return Adapter(manifest, weights, _digest(files), warnings)
+
+
+def publish(path: Path, manifest: Manifest, weights: Sequence[Weights]) -> Adapter:
+    """Write an adapter so that it is there whole or not at all, even when the process dies half-way.
+
+    Raises:
+        AdapterExists: something is at `path` already.
+        AdapterInvalid: the adapter fails the checks that reading it would make; nothing was written.
+    """
+    named = {
+        f"interventions.{k}.{name}": t.contiguous() for k, w in enumerate(weights) for name, t in w.tensors().items()
+    }
+    kept, warnings = check_tensors(manifest, named, str(path))
+    files = {CONFIG: manifest.to_json().encode(), TENSORS: save_safetensors(named)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        raise AdapterExists(f"{path} already exists; choose another --out or remove it first")
+    aside = path.parent / f".{path.name}.{secrets.token_hex(8)}"
+    try:
+        aside.mkdir()
+        for name, content in files.items():
+            with open(aside / name, "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        _fsync_directory(aside)
+        try:
+            os.rename(aside, path)
+        except OSError as exc:
+            raise AdapterExists(f"{path} appeared while it was being written; nothing was overwritten") from exc
+        _fsync_directory(path.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return Adapter(manifest, kept, _digest(files), warnings)
+
+
+def check_tensors(
+    manifest: Manifest, named: Mapping[str, Tensor], where: str
+) -> tuple[tuple[Weights, ...], tuple[str, ...]]:
+    """Match tensors to the manifest: (weights, warnings).
+
+    Raises:
+        AdapterInvalid: every fault found.
+    """
+    faults = list(_name_faults(manifest, named))
+    if faults:
+        raise AdapterInvalid(where, faults)
+    weights: list[Weights] = []
+    warnings: list[str] = []
+    for k, spec in enumerate(manifest.interventions):
+        prefix = f"interventions.{k}."
+        own = {name.removeprefix(prefix): t for name, t in named.items() if name.startswith(prefix)}
+        found = list(_tensor_faults(spec, own, manifest.base_model.hidden_size))
+        faults += [f"intervention {k} ({spec.where}): {fault}" for fault in found]
+        if found:
+            continue
+        weights.append(Weights.of(spec.kind, own, spec.activation))
+        if spec.kind in ORTHONORMAL:
+            off = _orthonormal_error(weights[-1].projection)
+            if off > _ORTHONORMAL_TOLERANCE:
+                warnings.append(
+                    f"intervention {k} ({spec.where}): R is not orthonormal (off by {off:.2g}), as pyreft leaves it after "
+                    "a resumed training; it is served as it is"
+                )
+    if not faults and all(fold(w, torch.float64).does_nothing for w in weights):
+        faults.append("it changes nothing: every intervention leaves the hidden state as it is")
+    if faults:
+        raise AdapterInvalid(where, faults)
+    return tuple(weights), tuple(warnings)
+
+
+def _name_faults(manifest: Manifest, named: Mapping[str, Tensor]) -> Iterator[str]:
+    required, allowed = set(), set()
+    for k, spec in enumerate(manifest.interventions):
+        required |= {f"interventions.{k}.{name}" for name in required_tensors(spec.kind)}
+        allowed |= {f"interventions.{k}.{name}" for name in optional_tensors(spec.kind)}
+    for name in sorted(required - named.keys()):
+        yield f"tensor {name} is missing from {TENSORS}"
+    for name in sorted(named.keys() - required - allowed):
+        yield f"tensor {name[:80]} of {TENSORS} belongs to no intervention of {CONFIG}"
+
+
+def _tensor_faults(spec: InterventionSpec, own: Mapping[str, Tensor], width: int) -> Iterator[str]:
+    if spec.rank > width:
+        yield f"rank {spec.rank} is larger than the hidden size {width}"
+        return
+    for name, tensor in sorted(own.items()):
+        shape = (spec.rank,) if name in ("b", "b2") else (spec.rank, width)
+        kept_full = name == "R" or (name == "b" and "W" not in required_tensors(spec.kind))
+        dtype = torch.float32 if kept_full else _DTYPES[spec.dtype]
+        if tuple(tensor.shape) != shape:
+            yield f"{name} has shape {tuple(tensor.shape)} and must have {shape}"
+        elif tensor.dtype != dtype:
+            yield f"{name} is {str(tensor.dtype)[6:]} and must be {str(dtype)[6:]}"
+        elif not tensor.isfinite().all():
+            yield f"{name} holds NaN or Inf"
+        elif name in ("R", "W2") and not tensor.any():
+            yield f"{name} is all zeros, so the edit does nothing (weight decay on pyreft's rotation does this)"
+
+
+def _orthonormal_error(R: Tensor) -> float:
+    eye = torch.eye(len(R), dtype=torch.float64)
+    R = R.double()
+    return float((R @ R.T - eye).abs().max())
+
+
+def _parse_tensors(content: bytes, where: str) -> dict[str, Tensor]:
+    try:
+        return load_safetensors(content)
+    except (SafetensorError, ValueError, KeyError, OverflowError, RuntimeError) as exc:
+        short = re.sub(r"\s+", " ", str(exc))[:200]
+        raise AdapterInvalid(where, [f"{TENSORS} is damaged or not a safetensors file ({short})"]) from exc
+
+
+def _read_plain(file: Path, max_bytes: int, where: str) -> bytes:
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError as exc:
+        raise AdapterInvalid(where, [f"{file.name} is missing"]) from exc
+    except OSError as exc:
+        link = file.is_symlink()
+        fault = "is a symbolic link; copy the file itself" if link else f"cannot be read ({exc.strerror})"
+        raise AdapterInvalid(where, [f"{file.name} {fault}"]) from exc
+    with open(descriptor, "rb") as opened:
+        facts = os.fstat(descriptor)
+        if not stat.S_ISREG(facts.st_mode):
+            raise AdapterInvalid(where, [f"{file.name} is not a plain file"])
+        if facts.st_size > max_bytes:
+            raise AdapterInvalid(
+                where,
+                [f"{file.name} has {facts.st_size} bytes and at most {max_bytes} are taken (REFT_MAX_ADAPTER_BYTES)"],
+            )
+        return opened.read(max_bytes + 1)
+
+
+def _digest(files: Mapping[str, bytes]) -> str:
+    digest = hashlib.sha256()
+    for name, content in sorted(files.items()):
+        digest.update(f"{name}\0{len(content)}\0".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def _fsync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

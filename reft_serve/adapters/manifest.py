@@ -1,0 +1,210 @@
+"""`reft_config.json`: what an adapter is, without its tensors. No torch, so that the gateway can read it.
+
+The facts of the base model are those that must match for the edits to mean anything; its name is for people.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Annotated, Any, Literal, NoReturn
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from reft_serve.errors import AdapterInvalid
+from reft_serve.interventions.positions import PositionRule
+from reft_serve.interventions.vocabulary import (
+    ACTIVATION_CODES,
+    LINEAR,
+    Component,
+    Kind,
+    has_activation,
+    unit_rank,
+)
+
+__all__ = ["BaseFacts", "InterventionSpec", "Limits", "Manifest", "parse_manifest"]
+
+MAX_PASSES = 4
+Part = Literal["both", "prefix", "suffix"]
+DType = Literal["float32", "bfloat16", "float16"]
+_Count = Annotated[int, Field(ge=1, le=1 << 24)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class BaseFacts(_Frozen):
+    """The base model that an adapter was trained on, or that an engine runs."""
+
+    name: Annotated[str, Field(max_length=1024)]
+    architecture: Annotated[str, Field(min_length=1, max_length=256)]
+    hidden_size: _Count
+    num_hidden_layers: _Count
+
+
+class InterventionSpec(_Frozen):
+    """One edit: where it acts, what it is, and which half of an untied position rule it serves."""
+
+    layer: Annotated[int, Field(ge=0, le=1 << 16)]
+    component: Component
+    kind: Kind
+    rank: _Count
+    activation: str = "linear"
+    part: Part = "both"
+    unit: Literal["pos"] = "pos"
+    dtype: DType = "float32"
+
+    @field_validator("activation")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in ACTIVATION_CODES:
+            raise ValueError(f"activation {name[:64]!r} is not one of {', '.join(ACTIVATION_CODES)}")
+        return name
+
+    @model_validator(mode="after")
+    def _applied(self) -> InterventionSpec:
+        if not has_activation(self.kind) and ACTIVATION_CODES[self.activation] != LINEAR:
+            raise ValueError(f"{self.kind} has no activation, but {self.activation!r} is recorded")
+        return self
+
+    @property
+    def unit_rank(self) -> int:
+        """Rows that it takes in the engine's pool."""
+        return unit_rank(self.kind, self.rank, self.activation)
+
+    @property
+    def where(self) -> str:
+        """Its place, for messages."""
+        half = "" if self.part == "both" else f" ({self.part})"
+        return f"layer {self.layer} {self.component}{half}"
+
+
+class Manifest(_Frozen):
+    """The whole of `reft_config.json`. The order of interventions is the order in which they act at one place."""
+
+    format_version: Literal[1] = 1
+    base_model: BaseFacts
+    interventions: Annotated[tuple[InterventionSpec, ...], Field(min_length=1, max_length=8192, strict=False)]
+    positions: PositionRule
+    provenance: dict[str, str | int | float | bool | None] = {}
+
+    @model_validator(mode="after")
+    def _halves(self) -> Manifest:
+        for k, spec in enumerate(self.interventions):
+            if self.positions.tied and spec.part != "both":
+                raise ValueError(f"intervention {k} serves the {spec.part} only, but the positions are tied")
+        return self
+
+    def to_json(self) -> str:
+        """The text of the file: the same for equal manifests."""
+        return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
+
+
+class Limits(_Frozen):
+    """What an engine takes. Components in the manifest's words; None for a limit that is not declared."""
+
+    max_rank: int | None = None
+    max_interventions: int | None = None
+    components: frozenset[Component] | None = None
+
+    def faults(self, manifest: Manifest, base: BaseFacts) -> list[str]:
+        """Why this engine, running `base`, cannot serve the adapter; empty where it can."""
+        return _base_faults(manifest, base) + self._limit_faults(manifest)
+
+    def _limit_faults(self, manifest: Manifest) -> list[str]:
+        specs, faults = manifest.interventions, []
+        if self.max_interventions is not None and len(specs) > self.max_interventions:
+            faults.append(
+                f"it has {len(specs)} interventions and this engine takes {self.max_interventions}: "
+                "raise REFT_MAX_INTERVENTIONS"
+            )
+        for k, spec in enumerate(specs):
+            if self.max_rank is not None and spec.unit_rank > self.max_rank:
+                twice = f" (twice its rank, for the activation {spec.activation})" if spec.unit_rank > spec.rank else ""
+                faults.append(
+                    f"intervention {k} ({spec.where}) needs rank {spec.unit_rank}{twice} and this engine takes "
+                    f"{self.max_rank}: raise REFT_MAX_RANK"
+                )
+            if self.components is not None and spec.component not in self.components:
+                faults.append(
+                    f"intervention {k} edits {spec.component}, which this engine was started without: "
+                    "add it to REFT_COMPONENTS"
+                )
+        return faults
+
+
+def _base_faults(manifest: Manifest, base: BaseFacts) -> list[str]:
+    theirs, faults = manifest.base_model, []
+    if theirs.architecture != base.architecture:
+        faults.append(f"it was trained on a {theirs.architecture} and the base model is a {base.architecture}")
+    if theirs.hidden_size != base.hidden_size:
+        faults.append(f"its hidden size is {theirs.hidden_size} and the base model's is {base.hidden_size}")
+    if theirs.num_hidden_layers != base.num_hidden_layers:
+        faults.append(
+            f"it was trained on {theirs.num_hidden_layers} layers and the base model has {base.num_hidden_layers}"
+        )
+    return faults
+
+
+def manifest_faults(manifest: Manifest) -> list[str]:
+    """Faults that a well-formed manifest has in itself: layers out of range, more edits at one place than we compose."""
+    layers = manifest.base_model.num_hidden_layers
+    faults = [
+        f"intervention {k} is at layer {spec.layer} and the base model has {layers} (0 to {layers - 1})"
+        for k, spec in enumerate(manifest.interventions)
+        if spec.layer >= layers
+    ]
+    depth: Counter[tuple[int, str, str]] = Counter()
+    for spec in manifest.interventions:
+        for half in ("prefix", "suffix") if spec.part == "both" else (spec.part,):
+            depth[(*place_of(spec), half)] += 1
+    for (boundary, place, half), count in depth.items():
+        if count > MAX_PASSES:
+            faults.append(
+                f"{count} interventions follow one another at {place} {boundary} ({half}); at most {MAX_PASSES} are served"
+            )
+    return faults
+
+
+def place_of(spec: InterventionSpec) -> tuple[int, str]:
+    """Where an edit acts: the stream that leaves layer k is the one that enters layer k + 1, so both have one name.
+
+    Returns (layer, "mlp_output" | "attention_output") or (boundary, "block"), boundary 0 being the embeddings.
+    """
+    if spec.component == "block_output":
+        return spec.layer + 1, "block"
+    if spec.component == "block_input":
+        return spec.layer, "block"
+    return spec.layer, spec.component
+
+
+def parse_manifest(text: bytes, where: str) -> Manifest:
+    """Read `reft_config.json`.
+
+    Raises:
+        AdapterInvalid: every fault of the text, each with its place in the JSON.
+    """
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is not a JSON number")
+
+    try:
+        data: Any = json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError) as exc:
+        raise AdapterInvalid(where, [f"reft_config.json is not JSON: {str(exc)[:200]}"]) from exc
+    try:
+        manifest = Manifest.model_validate_json(json.dumps(data))
+    except ValidationError as exc:
+        raise AdapterInvalid(where, [_sentence(dict(error)) for error in exc.errors()]) from exc
+    faults = manifest_faults(manifest)
+    if faults:
+        raise AdapterInvalid(where, faults)
+    return manifest
+
+
+def _sentence(error: dict[str, Any]) -> str:
+    place = ".".join(str(part) for part in error["loc"]) or "the top level"
+    value = repr(error.get("input"))
+    given = "" if error["type"] in ("missing", "value_error", "model_type") or len(value) > 60 else f", not {value}"
+    return f"reft_config.json, {place}: {error['msg'].removeprefix('Value error, ')}{given}"

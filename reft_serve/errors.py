@@ -1,0 +1,95 @@
+"""Every failure that the product can name.
+
+`ClientError`: the caller can mend it (becomes a 4xx). `ServiceError`: the operator can. `code` is stable and meant for
+programs; the message is one sentence for people. No HTTP and no logging here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar
+
+__all__ = [
+    "AdapterChanged",
+    "AdapterExists",
+    "AdapterInvalid",
+    "AdapterNotFound",
+    "AdapterUnsupported",
+    "ClientError",
+    "EngineUnsupported",
+    "ImportFlagMissing",
+    "PositionsInvalid",
+    "ReftError",
+    "ServiceError",
+]
+
+
+class ReftError(Exception):
+    """Base of all named failures."""
+
+    code: ClassVar[str] = "reft_error"
+
+
+class ClientError(ReftError, ValueError):
+    """The caller gave something that cannot be used; the message says what and where."""
+
+    code = "invalid_request"
+
+
+class ServiceError(ReftError, RuntimeError):
+    """The installation cannot do what it was asked to; the message says what to change."""
+
+    code = "service_error"
+
+
+class PositionsInvalid(ClientError):
+    """A position rule that cannot be read or that contradicts itself."""
+
+    code = "positions_invalid"
+
+
+class AdapterNotFound(ClientError):
+    """There is no adapter at the place that was named."""
+
+    code = "adapter_not_found"
+
+
+class AdapterExists(ClientError):
+    """The target directory already holds something; nothing was overwritten."""
+
+    code = "adapter_exists"
+
+
+class AdapterInvalid(ClientError):
+    """An adapter that fails its checks. `faults` lists every fault found, not only the first."""
+
+    code = "adapter_invalid"
+
+    def __init__(self, where: str, faults: Iterable[str]) -> None:
+        self.where = where
+        self.faults = tuple(faults)
+        super().__init__(f"adapter {where} cannot be used: " + "; ".join(self.faults))
+
+
+class AdapterUnsupported(AdapterInvalid):
+    """A sound adapter that asks for something we do not serve; the fault names it."""
+
+    code = "adapter_unsupported"
+
+
+class ImportFlagMissing(ClientError):
+    """A foreign save does not record something that must be known; the message names the flag that gives it."""
+
+    code = "import_flag_missing"
+
+
+class AdapterChanged(ClientError):
+    """The files of an adapter are not those that its digest names."""
+
+    code = "adapter_changed"
+
+
+class EngineUnsupported(ServiceError):
+    """This engine, model or mode cannot serve ReFT adapters correctly, so it is refused at start."""
+
+    code = "engine_unsupported"

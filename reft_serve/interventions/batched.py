@@ -1,0 +1,141 @@
+"""Many interventions over the rows of one step: the pool that holds them, the tiles that group rows, the edit in torch.
+
+Letters: N tokens of the step, T edited rows, K tiles, M rows of a tile, U units of the pool, P rows of a unit (the
+largest rank the pool takes), D hidden width, C passes (interventions that follow one another at one place), S keys.
+
+A *key* is an adapter's slot and a part of its position rule (`slot * 2 + part`). Rows that share a key share every
+intervention, so they are tiled together once per step; each place then looks up `units_of_CS[pass, key]`, 0 for none.
+`fused.edit_tiles` is the same function as one kernel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from reft_serve.interventions.activations import activate
+from reft_serve.interventions.kinds import Unit
+from reft_serve.interventions.vocabulary import LINEAR
+
+__all__ = ["TILE", "Tiles", "UnitPool", "edit_tiles", "tile_rows"]
+
+TILE = 16
+
+
+class UnitPool:
+    """Fixed storage for `units` folded interventions of up to `rank` rows; unit 0 is empty and edits nothing.
+
+    Args:
+        units: how many interventions fit, besides unit 0.
+        rank: largest `Unit` rank, P; shorter units are padded with zero rows, which is exact for every kind.
+        width: hidden width D.
+        device: where the tensors live. They are float32: R is float32 in pyreft, and W - R needs it.
+    """
+
+    def __init__(self, units: int, rank: int, width: int, device: torch.device | str = "cpu") -> None:
+        self.units, self.rank, self.width = units, rank, width
+        self.A_UPD = torch.zeros(units + 1, rank, width, device=device)
+        self.b_UP = torch.zeros(units + 1, rank, device=device)
+        self.B_UPD = torch.zeros(units + 1, rank, width, device=device)
+        # The activation's code and how many rows of A h + b go through it.
+        self.act_U2 = torch.zeros(units + 1, 2, dtype=torch.int32, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by the pool."""
+        return sum(t.nbytes for t in (self.A_UPD, self.b_UP, self.B_UPD, self.act_U2))
+
+    def write(self, index: int, unit: Unit) -> None:
+        """Put `unit` at `index` (1 or more), over whatever was there."""
+        r = len(unit.b)
+        for pool, value in ((self.A_UPD, unit.A), (self.b_UP, unit.b), (self.B_UPD, unit.B)):
+            pool[index, :r].copy_(value, non_blocking=True)
+            pool[index, r:].zero_()
+        self.act_U2[index].copy_(torch.tensor((unit.activation, unit.activated), dtype=torch.int32))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tiles:
+    """The edited rows of one step, grouped.
+
+    rows_KM: int32 indices into the step's tokens, -1 where a tile is not full. Every token is in at most one tile.
+    key_K: int32. scale_KM: float32 factor on the edit, 1 unless a request asks for another strength.
+    """
+
+    rows_KM: Tensor
+    key_K: Tensor
+    scale_KM: Tensor
+
+    def __len__(self) -> int:
+        return self.key_K.shape[0]
+
+
+def tile_rows(
+    row_T: NDArray[np.int32], key_T: NDArray[np.int32], scale_T: NDArray[np.float32]
+) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]:
+    """Group rows by key into tiles of `TILE`: (rows_KM, key_K, scale_KM) of `Tiles`, in numpy."""
+    order = np.argsort(key_T, kind="stable")
+    key = key_T[order]
+    count = np.arange(len(key))
+    first = np.flatnonzero(np.r_[True, key[1:] != key[:-1]])
+    within = count - np.repeat(first, np.diff(np.r_[first, len(key)]))
+    column = within % TILE
+    tile = np.cumsum(column == 0) - 1
+    rows = np.full((tile[-1] + 1, TILE), -1, np.int32)
+    scale = np.zeros(rows.shape, np.float32)
+    rows[tile, column], scale[tile, column] = row_T[order], scale_T[order]
+    return rows, key[column == 0], scale
+
+
+def edit_tiles(
+    hidden_ND: Tensor, residual_ND: Tensor | None, tiles: Tiles, pool: UnitPool, units_of_CS: Tensor
+) -> None:
+    """Edit the rows of `tiles` in place, in float32, one rounding to hidden's dtype at the end of each pass.
+
+    With a residual the edited stream is hidden + residual, rounded as the model itself would round it; the result goes
+    to `hidden` and the residual's row becomes zero, so that their sum is exactly what a single tensor would hold.
+
+    Args:
+        hidden_ND: changed in place. residual_ND: changed in place, or None where the stream is one tensor.
+        units_of_CS: int32, unit of each pass and key at this place; passes of a key are filled from 0 on.
+    """
+    for units_of_S in units_of_CS:
+        unit_K = units_of_S[tiles.key_K]
+        live = unit_K.nonzero()[:, 0]
+        if not len(live):
+            return
+        part = tiles if len(live) == len(tiles) else _select(tiles, live)
+        _edit_pass(hidden_ND, residual_ND, part, pool, unit_K[live])
+
+
+def _select(tiles: Tiles, live: Tensor) -> Tiles:
+    return Tiles(tiles.rows_KM[live], tiles.key_K[live], tiles.scale_KM[live])
+
+
+def _edit_pass(hidden: Tensor, residual: Tensor | None, tiles: Tiles, pool: UnitPool, unit_K: Tensor) -> None:
+    at_KM = tiles.rows_KM.clamp(min=0)
+    used_KM = tiles.rows_KM >= 0
+    h_KMD = hidden[at_KM].float()
+    if residual is not None:
+        h_KMD = (h_KMD + residual[at_KM].float()).to(hidden.dtype).float()
+    z_KMP = torch.baddbmm(pool.b_UP[unit_K].unsqueeze(1), h_KMD, pool.A_UPD[unit_K].mT)
+    _activate(z_KMP, pool.act_U2[unit_K])
+    h_KMD = torch.baddbmm(h_KMD, z_KMP * tiles.scale_KM.unsqueeze(2), pool.B_UPD[unit_K])
+    row_T = at_KM[used_KM]
+    hidden[row_T] = h_KMD[used_KM].to(hidden.dtype)
+    if residual is not None:
+        residual[row_T] = 0
+
+
+def _activate(z_KMP: Tensor, act_K2: Tensor) -> None:
+    for code in act_K2[:, 0].unique().tolist():
+        if code == LINEAR:
+            continue
+        mine = (act_K2[:, 0] == code).nonzero()[:, 0]
+        inside = torch.arange(z_KMP.shape[2], device=z_KMP.device) < act_K2[mine, 1].unsqueeze(1)
+        z = z_KMP[mine]
+        z_KMP[mine] = torch.where(inside.unsqueeze(1), activate(z, code), z)

@@ -132,7 +132,7 @@ def _edit_pass(hidden: Tensor, residual: Tensor | None, tiles: Tiles, pool: Unit
 
 
 def _activate(z_KMP: Tensor, act_K2: Tensor) -> None:
-    for code in act_K2[:, 0].unique().tolist():
+    for code in set(act_K2[:, 0].tolist()):
         if code == LINEAR:
             continue
         mine = (act_K2[:, 0] == code).nonzero()[:, 0]

@@ -1,0 +1,142 @@
+"""The six kinds as trainable modules: pyreft's parameters, initialisation and dropout around the reference edit.
+
+With one seed, a module starts at the very values of pyreft's class (`pyreft/interventions.py`): the draws from torch's
+random generator are made in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout as drop
+from torch.nn.utils.parametrizations import orthogonal
+
+from reft_serve.errors import AdapterInvalid
+from reft_serve.interventions.kinds import Weights, edit
+from reft_serve.interventions.vocabulary import ORTHONORMAL, Kind, required_tensors
+
+__all__ = ["Intervention"]
+
+_ORTHONORMAL_TOLERANCE = 1e-3
+
+
+class Intervention(nn.Module):
+    """One intervention that learns: `forward` is `kinds.edit` with gradients, then dropout on the whole edited state.
+
+    Args:
+        kind: which of the six.
+        width: hidden width D.
+        rank: R, from 1 to D.
+        activation: a name of `vocabulary.ACTIVATION_CODES`; "linear" for consreft and lobireft.
+        dropout: probability; acts in training mode only. As in pyreft it falls on h + edit, not on the edit alone, and
+            consreft and lobireft have none.
+        add_bias: whether noreft and nodireft have b2 (nodireft never uses it); no meaning for the others.
+        dtype: of W, b, W2 and b2. The orthonormal R, and b of consreft and lobireft, are float32 always, as in pyreft.
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        width: int,
+        rank: int,
+        activation: str = "linear",
+        dropout: float = 0.0,
+        *,
+        add_bias: bool = True,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.kind: Kind = kind
+        self.activation = activation
+        has_source = "W" in required_tensors(kind)
+        self.dropout = dropout if has_source else 0.0
+        self.rotation: _Rotation | None = None
+        self.W: Tensor | None = None
+        self.W2: Tensor | None = None
+        self.b2: Tensor | None = None
+        if kind in ORTHONORMAL:
+            self.rotation = _Rotation(width, rank)
+        else:
+            projection = nn.Linear(width, rank, bias=add_bias).to(dtype)
+            self.W2, self.b2 = projection.weight, projection.bias
+        if has_source:
+            source = nn.Linear(width, rank).to(dtype)
+            self.W, self.b = source.weight, source.bias
+        else:
+            self.b = nn.Parameter(torch.rand(rank))
+
+    @classmethod
+    def of(cls, weights: Weights, dropout: float = 0.0) -> Intervention:
+        """A module that holds `weights` bit for bit and trains on from there, with R still orthonormal.
+
+        Raises:
+            AdapterInvalid: R is not orthonormal, as pyreft leaves it after a resumed training: it could be served, but
+                not trained further without first becoming another function.
+        """
+        dtype = weights.b.dtype if weights.W is None else weights.W.dtype
+        rank, width = weights.projection.shape
+        module = cls(
+            weights.kind, width, rank, weights.activation, dropout, add_bias=weights.b2 is not None, dtype=dtype
+        )
+        with torch.no_grad():
+            for name, value in weights.tensors().items():
+                if name != "R":
+                    getattr(module, name).copy_(value)
+            if module.rotation is not None:
+                module.rotation.restore(weights.projection)
+        return module
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Edit rows `h` (..., D), in h's dtype."""
+        # Autocast would round R to half precision and with it its orthonormality.
+        with torch.autocast(h.device.type, enabled=False):
+            edited = edit(h, self._tensors())
+        return drop(edited, self.dropout, self.training)
+
+    def weights(self) -> Weights:
+        """A detached copy of what has been learnt so far, to save or to serve."""
+        copies = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in self._named()}
+        return Weights.of(self.kind, copies, self.activation)
+
+    def _tensors(self) -> Weights:
+        return Weights.of(self.kind, dict(self._named()), self.activation)
+
+    def _named(self) -> Iterator[tuple[str, Tensor]]:
+        if self.rotation is not None:
+            yield "R", self.rotation.rows()
+        for name in ("W", "b", "W2", "b2"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                yield name, tensor
+
+
+class _Rotation(nn.Module):
+    """A random R in float32, kept orthonormal by torch's parametrization, as pyreft does it: R.T = base @ Q(original)."""
+
+    weight: Tensor
+    parametrizations: Any
+
+    def __init__(self, width: int, rank: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(nn.init.orthogonal_(torch.empty(width, rank)))
+        orthogonal(self)
+
+    def rows(self) -> Tensor:
+        """R, (rank, width)."""
+        # torch truncates this diagonal of -1 to integers, so that one step with weight decay (to -0.9999) would make R
+        # zero. Written through `data`, since an earlier forward may still want its backward.
+        self.parametrizations.weight.original.data.fill_diagonal_(-1.0)
+        return self.weight.T
+
+    def restore(self, R: Tensor) -> None:
+        """Make `R` the rows, bit for bit."""
+        off = (R @ R.T - torch.eye(len(R))).abs().max().item()
+        if off > _ORTHONORMAL_TOLERANCE:
+            raise AdapterInvalid("to train on", [f"its R is not orthonormal (off by {off:.2g})"])
+        # Assigning completes R to a whole orthonormal base (width, width), with rounding; then R's own bits go in. With
+        # the second step alone the rest of the base would not be orthogonal to R, and training would bend R.
+        self.weight = R.T
+        self.parametrizations.weight[0].base[:, : len(R)] = R.T

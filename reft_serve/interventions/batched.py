@@ -43,6 +43,8 @@ class UnitPool:
         self.B_UPD = torch.zeros(units + 1, rank, width, device=device)
         # The activation's code and how many rows of A h + b go through it.
         self.act_U2 = torch.zeros(units + 1, 2, dtype=torch.int32, device=device)
+        # What the host must know of each unit: its own rank, and its row of act_U2.
+        self.forms: list[tuple[int, int, int]] = [(0, LINEAR, 0)] * (units + 1)
 
     @property
     def nbytes(self) -> int:
@@ -56,6 +58,7 @@ class UnitPool:
             pool[index, :r].copy_(value, non_blocking=True)
             pool[index, r:].zero_()
         self.act_U2[index].copy_(torch.tensor((unit.activation, unit.activated), dtype=torch.int32))
+        self.forms[index] = (r, unit.activation, unit.activated)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,15 +83,15 @@ def tile_rows(
     """Group rows by key into tiles of `TILE`: (rows_KM, key_K, scale_KM) of `Tiles`, in numpy."""
     order = np.argsort(key_T, kind="stable")
     key = key_T[order]
-    count = np.arange(len(key))
     first = np.flatnonzero(np.r_[True, key[1:] != key[:-1]])
-    within = count - np.repeat(first, np.diff(np.r_[first, len(key)]))
+    within = np.arange(len(key)) - np.repeat(first, np.diff(np.r_[first, len(key)]))
     column = within % TILE
-    tile = np.cumsum(column == 0) - 1
-    rows = np.full((tile[-1] + 1, TILE), -1, np.int32)
+    starts = column == 0
+    tile = np.cumsum(starts) - 1
+    rows = np.full((np.count_nonzero(starts), TILE), -1, np.int32)
     scale = np.zeros(rows.shape, np.float32)
     rows[tile, column], scale[tile, column] = row_T[order], scale_T[order]
-    return rows, key[column == 0], scale
+    return rows, key[starts], scale
 
 
 def edit_tiles(
@@ -103,39 +106,34 @@ def edit_tiles(
         hidden_ND: changed in place. residual_ND: changed in place, or None where the stream is one tensor.
         units_of_CS: int32, unit of each pass and key at this place; passes of a key are filled from 0 on.
     """
-    for units_of_S in units_of_CS:
-        unit_K = units_of_S[tiles.key_K]
-        live = unit_K.nonzero()[:, 0]
-        if not len(live):
-            return
-        part = tiles if len(live) == len(tiles) else _select(tiles, live)
-        _edit_pass(hidden_ND, residual_ND, part, pool, unit_K[live])
+    units_KC = units_of_CS[:, tiles.key_K].T
+    live = units_KC.any(dim=1)
+    rows_KM = tiles.rows_KM[live]
+    used_KM = rows_KM >= 0
+    row_T = rows_KM[used_KM].long()
+    if not len(row_T):
+        return
+    h_TD = hidden_ND.index_select(0, row_T)
+    if residual_ND is not None:
+        h_TD += residual_ND.index_select(0, row_T)
+    h_TD = h_TD.float()
+    scale_T1 = tiles.scale_KM[live][used_KM].unsqueeze(1)
+    rows_of_K = used_KM.sum(dim=1).tolist()
+    # Tile by tile: a batched product would first copy A and B of every tile, which takes longer than the products.
+    for h_MD, scale_M1, units in zip(
+        torch.split(h_TD, rows_of_K), torch.split(scale_T1, rows_of_K), units_KC[live].tolist(), strict=True
+    ):
+        for unit in filter(None, units):
+            _edit_tile(h_MD, scale_M1, pool, unit)
+            h_MD.copy_(h_MD.to(hidden_ND.dtype))
+    hidden_ND.index_copy_(0, row_T, h_TD.to(hidden_ND.dtype))
+    if residual_ND is not None:
+        residual_ND.index_fill_(0, row_T, 0)
 
 
-def _select(tiles: Tiles, live: Tensor) -> Tiles:
-    return Tiles(tiles.rows_KM[live], tiles.key_K[live], tiles.scale_KM[live])
-
-
-def _edit_pass(hidden: Tensor, residual: Tensor | None, tiles: Tiles, pool: UnitPool, unit_K: Tensor) -> None:
-    at_KM = tiles.rows_KM.clamp(min=0)
-    used_KM = tiles.rows_KM >= 0
-    h_KMD = hidden[at_KM].float()
-    if residual is not None:
-        h_KMD = (h_KMD + residual[at_KM].float()).to(hidden.dtype).float()
-    z_KMP = torch.baddbmm(pool.b_UP[unit_K].unsqueeze(1), h_KMD, pool.A_UPD[unit_K].mT)
-    _activate(z_KMP, pool.act_U2[unit_K])
-    h_KMD = torch.baddbmm(h_KMD, z_KMP * tiles.scale_KM.unsqueeze(2), pool.B_UPD[unit_K])
-    row_T = at_KM[used_KM]
-    hidden[row_T] = h_KMD[used_KM].to(hidden.dtype)
-    if residual is not None:
-        residual[row_T] = 0
-
-
-def _activate(z_KMP: Tensor, act_K2: Tensor) -> None:
-    for code in set(act_K2[:, 0].tolist()):
-        if code == LINEAR:
-            continue
-        mine = (act_K2[:, 0] == code).nonzero()[:, 0]
-        inside = torch.arange(z_KMP.shape[2], device=z_KMP.device) < act_K2[mine, 1].unsqueeze(1)
-        z = z_KMP[mine]
-        z_KMP[mine] = torch.where(inside.unsqueeze(1), activate(z, code), z)
+def _edit_tile(h_MD: Tensor, scale_M1: Tensor, pool: UnitPool, unit: int) -> None:
+    rank, code, activated = pool.forms[unit]
+    z_MR = torch.addmm(pool.b_UP[unit, :rank], h_MD, pool.A_UPD[unit, :rank].T)
+    if code != LINEAR:
+        z_MR[:, :activated] = activate(z_MR[:, :activated], code)
+    h_MD.addmm_(z_MR * scale_M1, pool.B_UPD[unit, :rank])

@@ -33,7 +33,8 @@ __all__ = ["Part", "Phase", "PositionRule", "Span"]
 
 Phase = Literal["prompt", "all", "generated"]
 
-_FIRST_LAST = re.compile(r"(?:f(\d{1,6}))?(\+)?(?:l(\d{1,6}))?")
+_FIRST_LAST = re.compile(r"(?:f(\d{1,6}))?(\+)?(?:l(\d{1,6}))?", re.ASCII)
+_INDICES = re.compile(r"-?\d{1,9}(,-?\d{1,9})*", re.ASCII)
 _MAX_INDICES = 4096
 _END = 1 << 62
 
@@ -138,7 +139,7 @@ def _parse(spec: str) -> tuple[Literal["fl", "all", "at"], tuple[int, ...]]:
         if first or last:
             return "fl", (first, last)
         raise PositionsInvalid(f"positions {spec!r} name no token")
-    if re.fullmatch(r"-?\d{1,9}(,-?\d{1,9})*", spec):
+    if _INDICES.fullmatch(spec):
         numbers = tuple(int(n) for n in spec.split(","))
         if len(numbers) > _MAX_INDICES:
             raise PositionsInvalid(f"positions list {len(numbers)} indices; at most {_MAX_INDICES} are allowed")

@@ -1,0 +1,90 @@
+"""Engine settings at start: where they are decided, and what vLLM concedes to LoRA that ReFT alone does not need."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vllm import envs
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.lora.resolver import LoRAResolverRegistry
+from vllm.lora.utils import get_adapter_absolute_path
+
+from reft_serve.adapters.directory import is_adapter
+from reft_serve.config import EngineSettings
+from reft_serve.engine.facts import SETTINGS_KEY, settings_of
+from reft_serve.errors import EngineUnsupported
+
+__all__ = ["check_modes", "keeping_compilation", "noting_modules", "with_settings"]
+
+
+def noting_modules(original: Any) -> Callable[[Any, argparse.Namespace], EngineArgs]:
+    """Around `EngineArgs.from_cli_args`: note whether only ReFT adapters can ever come to this server."""
+
+    def from_cli_args(cls: Any, args: argparse.Namespace) -> EngineArgs:
+        engine_args: EngineArgs = original(cls, args)
+        modules = getattr(args, "lora_modules", None) or []
+        more_may_come = envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING or LoRAResolverRegistry.get_supported_resolvers()
+        only_reft = modules and all(is_adapter(Path(get_adapter_absolute_path(module.path))) for module in modules)
+        engine_args.reft_only = bool(only_reft and not more_may_come)
+        return engine_args
+
+    return from_cli_args
+
+
+def with_settings(original: Any) -> Callable[..., VllmConfig]:
+    """Around `EngineArgs.create_engine_config`: decide the settings once; they travel in the configuration."""
+
+    def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
+        if self.enable_lora and SETTINGS_KEY not in self.additional_config:
+            settings = EngineSettings()
+            if settings.lora == "auto" and getattr(self, "reft_only", False):
+                settings = settings.model_copy(update={"lora": "off"})
+            carried = settings.model_dump(mode="json") | {"components": sorted(settings.components)}
+            self.additional_config = {**self.additional_config, SETTINGS_KEY: carried}
+        config: VllmConfig = original(self, *args, **kwargs)
+        if config.lora_config is not None:
+            check_modes(config)
+        return config
+
+    return create_engine_config
+
+
+def keeping_compilation(original: Callable[[VllmConfig], None]) -> Callable[[VllmConfig], None]:
+    """Around the CPU platform's `check_and_update_config`, which turns torch.compile off for LoRA's sake."""
+
+    def check_and_update_config(config: VllmConfig) -> None:
+        lora_config = config.lora_config
+        if lora_config is not None and settings_of(config).lora == "off":
+            config.lora_config = None
+        try:
+            original(config)
+        finally:
+            config.lora_config = lora_config
+
+    return check_and_update_config
+
+
+def check_modes(config: VllmConfig) -> None:
+    """Refuse what is not correct yet.
+
+    Raises:
+        EngineUnsupported: with the mode and what to do instead.
+    """
+    parallel, speculative = config.parallel_config, config.speculative_config
+    wrong = None
+    if parallel.use_sequence_parallel_moe:
+        wrong = "sequence-parallel experts (a rank then holds only some of a step's rows): leave out --enable-expert-parallel"
+    elif parallel.prefill_context_parallel_size > 1:
+        wrong = "prefill context parallelism: use tensor or pipeline parallelism"
+    elif parallel.enable_dbo:
+        wrong = "dual batch overlap: leave out --enable-dbo"
+    elif speculative is not None and speculative.method != "ngram":
+        wrong = f"speculative decoding by {speculative.method}: only ngram is tested"
+    elif config.model_config.is_encoder_decoder:
+        wrong = "an encoder-decoder model: ReFT edits decoder-only prompts"
+    if wrong:
+        raise EngineUnsupported(f"reft-serve does not serve {wrong}, or start without --enable-lora")

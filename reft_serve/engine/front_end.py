@@ -1,0 +1,168 @@
+"""The front end's side: from a LoRA request as users write it to a checked one that carries its identity."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.lora.request import LoRARequest
+from vllm.lora.utils import get_adapter_absolute_path
+
+from reft_serve.adapters.directory import CONFIG, is_adapter, read_adapter
+from reft_serve.engine.facts import base_facts, limits_of, settings_of
+from reft_serve.engine.identity import Identity, bound_request
+from reft_serve.errors import AdapterUnsupported, ClientError
+
+__all__ = ["Binder", "binder_of"]
+
+
+class Binder:
+    """Binds requests to adapter versions; one per front-end engine object.
+
+    A directory is read once per (name, id, path): like vLLM's own adapters, a name keeps its version until it is loaded
+    anew (`load_inplace`) or removed.
+    """
+
+    def __init__(self, config: VllmConfig) -> None:
+        self._config = config
+        self._bound: dict[tuple[str, int, str], LoRARequest] = {}
+
+    def bind(self, request: LoRARequest | None) -> LoRARequest | None:
+        """The request that the engine gets: LoRA and base requests as they are, ReFT ones with their identity.
+
+        Raises:
+            AdapterNotFound, AdapterInvalid, AdapterUnsupported: the directory cannot be served; every fault is named.
+        """
+        if request is None or self._config.lora_config is None:
+            return request
+        key = (request.lora_name, request.lora_int_id, request.lora_path)
+        bound = None if request.load_inplace else self._bound.get(key)
+        if bound is None:
+            bound = self._read(request)
+            self._bound[key] = bound
+        return bound
+
+    def check(self, path: str) -> None:
+        """Raise what `bind` would raise for an adapter at this path."""
+        self._read(LoRARequest("check", 1, path))
+
+    def forget(self, lora_int_id: int) -> int:
+        """Forget what an id was bound to and return the id that the engine knows it by."""
+        engine_id = self.engine_id(lora_int_id)
+        self._bound = {key: bound for key, bound in self._bound.items() if key[1] != lora_int_id}
+        return engine_id
+
+    def engine_id(self, lora_int_id: int) -> int:
+        """The id that the engine knows an id of the front end by."""
+        return next((bound.lora_int_id for key, bound in self._bound.items() if key[1] == lora_int_id), lora_int_id)
+
+    def front_end_ids(self, engine_ids: set[int]) -> set[int]:
+        """The front end's ids of adapters that the engine lists."""
+        ours = {key[1] for key, bound in self._bound.items() if bound.lora_int_id in engine_ids}
+        return ours | {number for number in engine_ids if number not in {b.lora_int_id for b in self._bound.values()}}
+
+    def _read(self, request: LoRARequest) -> LoRARequest:
+        path = Path(get_adapter_absolute_path(request.lora_path))
+        if not is_adapter(path) and not (path / CONFIG).is_symlink():
+            return self._as_lora(request, path)
+        adapter = read_adapter(path, settings_of(self._config).max_adapter_bytes)
+        faults = limits_of(self._config).faults(adapter.manifest, base_facts(self._config))
+        if faults:
+            raise AdapterUnsupported(str(path), faults)
+        return bound_request(request, str(path), Identity(adapter.digest, adapter.manifest.positions))
+
+    def _as_lora(self, request: LoRARequest, path: Path) -> LoRARequest:
+        if any(path.glob("intkey_*.bin")) or any(path.glob("intervenable_model/intkey_*.bin")):
+            raise AdapterUnsupported(
+                str(path),
+                ["it is a pyreft save; convert it first: reft-serve adapter import DIR --base MODEL --positions ..."],
+            )
+        if settings_of(self._config).lora == "off" and path.is_dir():
+            raise AdapterUnsupported(
+                str(path),
+                [f"it holds no {CONFIG}, and this engine serves ReFT only: set REFT_LORA=on to serve LoRA too"],
+            )
+        return request
+
+
+def binder_of(engine: Any) -> Binder:
+    """The binder of a front-end engine object; the input processor and its engine share one."""
+    processor = getattr(engine, "input_processor", engine)
+    binder: Binder | None = processor.__dict__.get("_reft_binder")
+    if binder is None:
+        binder = processor._reft_binder = Binder(processor.vllm_config)
+    return binder
+
+
+def binding_inputs(original: Any) -> Callable[..., Any]:
+    """Around `InputProcessor.process_inputs`: the request goes on with its adapter's identity."""
+    signature = inspect.signature(original)
+
+    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(self, *args, **kwargs)
+        if call.arguments.get("lora_request") is not None:
+            call.arguments["lora_request"] = binder_of(self).bind(call.arguments["lora_request"])
+        return original(*call.args, **call.kwargs)
+
+    return process_inputs
+
+
+def add_lora(original: Any) -> Callable[..., Any]:
+    """Around `add_lora` of `LLMEngine` and `AsyncLLM`."""
+    return lambda self, request: original(self, binder_of(self).bind(request))
+
+
+def remove_lora(original: Any) -> Callable[..., Any]:
+    """Around `remove_lora`: by the engine's id."""
+    return lambda self, lora_id: original(self, binder_of(self).forget(lora_id))
+
+
+def pin_lora(original: Any) -> Callable[..., Any]:
+    """Around `pin_lora`: by the engine's id."""
+    return lambda self, lora_id: original(self, binder_of(self).engine_id(lora_id))
+
+
+def list_loras(original: Any) -> Callable[..., Any]:
+    """Around `list_loras`: in the front end's ids."""
+
+    async def listed(answer: Awaitable[set[int]], binder: Binder) -> set[int]:
+        return binder.front_end_ids(await answer)
+
+    def list_ids(self: Any) -> Any:
+        answer = original(self)
+        return listed(answer, binder_of(self)) if inspect.isawaitable(answer) else binder_of(self).front_end_ids(answer)
+
+    return list_ids
+
+
+def answering_faults(original: Any) -> Callable[..., Any]:
+    """Around `OpenAIServingModels.load_lora_adapter`: an adapter's faults are the caller's to mend, so 400 and not 500."""
+
+    async def load_lora_adapter(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        answer = await original(self, request, *args, **kwargs)
+        error = getattr(answer, "error", None)
+        if error is None or error.type != "InternalServerError" or not request.lora_path:
+            return answer
+        try:
+            binder_of(self.engine_client).check(request.lora_path)
+        except ClientError as exc:
+            error.type, error.code, error.param, error.message = "BadRequestError", 400, "lora_path", str(exc)
+        return answer
+
+    return load_lora_adapter
+
+
+def freeing_slots(original: Any) -> Callable[..., Any]:
+    """Around `OpenAIServingModels.unload_lora_adapter`, which only forgets the name: give the engine its memory back."""
+
+    async def unload_lora_adapter(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        known = self.lora_requests.get(request.lora_name)
+        answer = await original(self, request, *args, **kwargs)
+        if known is not None and request.lora_name not in self.lora_requests:
+            await self.engine_client.remove_lora(known.lora_int_id)
+        return answer
+
+    return unload_lora_adapter

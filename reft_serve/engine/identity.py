@@ -1,0 +1,54 @@
+"""What of an adapter travels with each request: its digest and its position rule.
+
+The front end reads and checks a directory once and binds every request to what it found. From there the request itself
+says which edits it gets, so the scheduler needs no file for its prefix-cache keys, the worker can tell whether it holds
+the right version, and a directory that changes meanwhile cannot mix two versions in one answer.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+
+from vllm.lora.request import LoRARequest
+
+from reft_serve.interventions.positions import PositionRule
+
+__all__ = ["FIRST_ID", "Identity", "bound_request", "identity_of"]
+
+_MARK = "reft:"
+# Adapters of ours get engine ids from 2**28 on, derived from the digest, so that equal versions are one adapter to the
+# scheduler and a reloaded name is another; vLLM's own counter stays below.
+FIRST_ID = 1 << 28
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """One immutable version and where it edits. `digest` is sha256 in hex."""
+
+    digest: str
+    rule: PositionRule
+
+    @property
+    def engine_id(self) -> int:
+        """The `lora_int_id` inside the engine; a collision costs a place in a batch, never a wrong answer."""
+        return FIRST_ID + int(self.digest[:7], 16)
+
+
+def bound_request(request: LoRARequest, path: str, identity: Identity) -> LoRARequest:
+    """The request as the engine sees it. `base_model_name`, which only the front end's model list reads, carries it."""
+    carried = _MARK + json.dumps({"digest": identity.digest, **asdict(identity.rule)})
+    return LoRARequest(request.lora_name, identity.engine_id, path, base_model_name=carried)
+
+
+def identity_of(request: LoRARequest | None) -> Identity | None:
+    """The identity that a request carries, or None for a base or a LoRA request."""
+    carried = request.base_model_name if request is not None else None
+    return _parse(carried) if carried is not None and carried.startswith(_MARK) else None
+
+
+@lru_cache(maxsize=1 << 16)
+def _parse(carried: str) -> Identity:
+    fields = json.loads(carried.removeprefix(_MARK))
+    return Identity(fields.pop("digest"), PositionRule(**fields))

@@ -1,0 +1,219 @@
+"""The worker's adapter manager: what vLLM's model runners know as `lora_manager`.
+
+It answers the calls that vLLM makes of its own manager, serves ReFT directories itself and hands LoRA directories to
+vLLM's manager, which exists only where LoRA is on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.lora.layers import LoRAMapping
+from vllm.lora.request import LoRARequest
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+
+from reft_serve.adapters.manifest import MAX_PASSES
+from reft_serve.engine.edits import Edits, attach_edits
+from reft_serve.engine.facts import base_facts, limits_of, settings_of
+from reft_serve.engine.identity import FIRST_ID, identity_of
+from reft_serve.engine.places import decoder_layers, places_of, watch
+from reft_serve.engine.registry import Registry
+from reft_serve.engine.rows import Rows, StepRequest, rows_of
+from reft_serve.errors import AdapterUnsupported
+from reft_serve.interventions.batched import UnitPool
+from reft_serve.interventions.positions import Part
+
+__all__ = ["AdapterManager", "StepBatch"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepBatch:
+    """The requests of a step as integer arrays over requests, in the order of their tokens.
+
+    engine_ids: `lora_int_id` of each, 0 for the base. The others count tokens; `sampled` are those that get logits.
+    """
+
+    engine_ids: NDArray[Any]
+    prompt_lens: NDArray[Any]
+    computed: NDArray[Any]
+    scheduled: NDArray[Any]
+    sampled: NDArray[Any]
+    requests: dict[int, LoRARequest]
+
+
+class AdapterManager:
+    """One worker's adapters.
+
+    Args:
+        model: the loaded base model; its decoder layers get their hooks here, before anything is compiled.
+        lora: vLLM's manager with the model's linear layers wrapped, or None for a ReFT-only engine.
+
+    Raises:
+        EngineUnsupported: the model has no decoder layers that can be edited.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: VllmConfig, device: torch.device, lora: LRUCacheWorkerLoRAManager | None
+    ) -> None:
+        settings, limits, base = settings_of(config), limits_of(config), base_facts(config)
+        assert config.lora_config is not None
+        assert limits.max_rank is not None
+        assert limits.max_interventions is not None
+        slots = config.lora_config.max_loras
+        layers = decoder_layers(model, base.num_hidden_layers)
+        places = places_of(layers, settings.components)
+        share = -(-limits.max_interventions * len(layers) // base.num_hidden_layers)
+        pool = UnitPool(slots * share, limits.max_rank, base.hidden_size, device)
+        table = torch.zeros(len(places), MAX_PASSES, slots * len(Part), dtype=torch.int32, device=device)
+        self.edits = Edits(pool, table, config.scheduler_config.max_num_batched_tokens)
+        watch(layers, places, attach_edits(self.edits))
+        self.registry = Registry(self.edits, slots, places, layers.keys(), base, limits, settings.max_adapter_bytes)
+        self._lora = lora
+        self._lora_is_active = False
+        self._steps = self._row_steps = 0
+        self._row_seconds: deque[float] = deque(maxlen=4096)
+
+    @property
+    def num_active(self) -> int:
+        """What graph dispatch must know: 0 where neither a ReFT row nor a LoRA is in the prepared step."""
+        return int(self.edits.active) + int(self._lora_is_active)
+
+    def prepare(self, batch: StepBatch) -> None:
+        """Set the rows of the coming step, loading what is missing. Costs one vector test where nothing is edited."""
+        started = time.perf_counter()
+        rows = self._rows(batch) if batch.engine_ids.any() else None
+        if rows is None:
+            self.edits.clear()
+        else:
+            self.edits.set_rows(rows.row_T, rows.key_T, rows.scale_T)
+            self._row_steps += 1
+        self._steps += 1
+        self._row_seconds.append(time.perf_counter() - started)
+        if self._lora is not None:
+            self._prepare_lora(batch)
+
+    def may_edit(self, batch: StepBatch) -> NDArray[np.bool_]:
+        """Which requests can have edited tokens in this step: those in their prompt, and any whose adapter edits on."""
+        ours = batch.engine_ids >= FIRST_ID
+        if self.registry.any_edits_generated:
+            return ours
+        return ours & (batch.computed < batch.prompt_lens)
+
+    def needs_adapter(self, batch: StepBatch) -> NDArray[np.bool_]:
+        """Which requests make the step one with adapters: those that may be edited, and those of a LoRA."""
+        lora = (batch.engine_ids > 0) & (batch.engine_ids < FIRST_ID)
+        return lora | self.may_edit(batch)
+
+    def _rows(self, batch: StepBatch) -> Rows | None:
+        candidates = np.flatnonzero(self.may_edit(batch))
+        if not len(candidates):
+            return None
+        first_row = np.cumsum(batch.scheduled) - batch.scheduled
+        requests = []
+        for i in candidates.tolist():
+            request = batch.requests[int(batch.engine_ids[i])]
+            identity = identity_of(request)
+            assert identity is not None
+            share = (batch.prompt_lens[i], batch.computed[i], batch.scheduled[i], first_row[i])
+            requests.append(StepRequest(identity, request.lora_path, *(int(n) for n in share)))
+        in_use = {request.identity.digest for request in requests}
+        return rows_of(requests, lambda r: self.registry.slot_of(r.identity, r.path, in_use))
+
+    def _prepare_lora(self, batch: StepBatch) -> None:
+        assert self._lora is not None
+        ids = np.where(batch.engine_ids < FIRST_ID, batch.engine_ids, 0)
+        active = set(ids[ids > 0].tolist())
+        # Also where no LoRA is active: its wrapped layers read the mapping of the step.
+        mapping = LoRAMapping(tuple(ids.repeat(batch.scheduled)), tuple(ids.repeat(batch.sampled)), is_prefill=True)
+        self._lora.set_active_adapters({batch.requests[i] for i in active}, mapping)
+        self._lora_is_active = bool(active)
+
+    # What vLLM calls on its own manager from here on.
+
+    def set_active_adapters(self, requests: set[LoRARequest], mapping: LoRAMapping | None) -> None:
+        """Warm-up and graph capture. Real steps come through `prepare`; V2 then calls here with an empty mapping."""
+        if mapping is not None and not mapping.index_mapping:
+            return
+        if requests:
+            self.edits.set_dummy()
+        else:
+            self.edits.clear()
+        if self._lora is not None:
+            self._lora.set_active_adapters(requests, mapping)
+            self._lora_is_active = bool(requests)
+
+    def add_adapter(self, request: LoRARequest) -> bool:
+        identity = identity_of(request)
+        if identity is None:
+            if self._lora is None:
+                raise AdapterUnsupported(
+                    request.lora_path,
+                    ["it is not a ReFT adapter, and this engine serves ReFT only: set REFT_LORA=on to serve LoRA too"],
+                )
+            return bool(self._lora.add_adapter(request))
+        self.registry.slot_of(identity, request.lora_path, ())
+        return True
+
+    def remove_adapter(self, adapter_id: int) -> bool:
+        if adapter_id >= FIRST_ID:
+            return self.registry.remove(adapter_id)
+        return self._lora is not None and bool(self._lora.remove_adapter(adapter_id))
+
+    def pin_adapter(self, adapter_id: int) -> bool:
+        if adapter_id >= FIRST_ID:
+            return self.registry.pin(adapter_id)
+        return self._lora is not None and bool(self._lora.pin_adapter(adapter_id))
+
+    def list_adapters(self) -> set[int]:
+        return self.registry.engine_ids() | (self._lora.list_adapters() if self._lora is not None else set())
+
+    def remove_all_adapters(self) -> None:
+        self.edits.clear()
+        self.registry.remove_all()
+        if self._lora is not None:
+            self._lora.remove_all_adapters()
+
+    @contextmanager
+    def dummy_lora_cache(self) -> Iterator[None]:
+        if self._lora is None:
+            yield
+        else:
+            with self._lora.dummy_lora_cache():
+                yield
+
+    def add_dummy_lora(self, request: LoRARequest, rank: int) -> bool:
+        return self._lora is not None and bool(self._lora.add_dummy_lora(request, rank))
+
+    def get_dummy_lora_warmup_rank(self, default_rank: int) -> int:
+        return default_rank if self._lora is None else int(self._lora.get_dummy_lora_warmup_rank(default_rank))
+
+    def supports_tower_connector_lora(self) -> bool:
+        return self._lora is not None and bool(self._lora.supports_tower_connector_lora())
+
+    def stats(self) -> dict[str, float]:
+        """Counters since the start; times in seconds. `row_*` is host time spent on rows per step, the last 4,096 steps."""
+        spent = np.sort(np.array(self._row_seconds or [0.0]))
+        loads = self.registry.load_seconds or [0.0]
+        return {
+            "steps": self._steps,
+            "steps_with_rows": self._row_steps,
+            "op_bodies": self.edits.bodies,
+            "resident": len(self.registry),
+            "loads": self.registry.loads,
+            "evictions": self.registry.evictions,
+            "load_seconds_max": max(loads),
+            "load_seconds_median": sorted(loads)[len(loads) // 2],
+            "row_seconds_median": float(spent[len(spent) // 2]),
+            "row_seconds_p99": float(spent[int(len(spent) * 0.99)]),
+            "pool_bytes": self.edits.pool.nbytes,
+        }

@@ -1,0 +1,107 @@
+"""The plugin: where ReFT meets vLLM. Every seam that is replaced or wrapped is in this file.
+
+vLLM's internals move, so the versions that were tested are named and others are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import vllm
+
+from reft_serve.errors import EngineUnsupported
+
+__all__ = ["KNOWN_VERSIONS", "register"]
+
+KNOWN_VERSIONS = ("0.32.0",)
+
+_registered = False
+
+
+def register() -> None:
+    """Make this process's vLLM serve ReFT adapters. vLLM calls it in every process; further calls do nothing.
+
+    Raises:
+        EngineUnsupported: a vLLM version that this plugin was not tested with.
+    """
+    global _registered
+    if _registered:
+        return
+    check_version(vllm.__version__)
+    _registered = True
+    _patch_configuration()
+    _patch_front_end()
+    _patch_scheduler()
+    _patch_workers()
+
+
+def check_version(version: str) -> None:
+    """Refuse a vLLM version that this plugin was not tested with."""
+    if version.partition("+")[0] not in KNOWN_VERSIONS:
+        raise EngineUnsupported(
+            f"reft-serve knows vLLM {', '.join(KNOWN_VERSIONS)} and this is {version}: install a known version, or start "
+            "without ReFT by VLLM_PLUGINS=''"
+        )
+
+
+def _wrap(owner: Any, name: str, around: Callable[[Any], Any]) -> None:
+    original = getattr(owner, name)
+    setattr(owner, name, wraps(original)(around(original)))
+
+
+def _patch_configuration() -> None:
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms.cpu import CpuPlatform
+
+    from reft_serve.engine import configuration
+
+    _wrap(EngineArgs, "create_engine_config", configuration.with_settings)
+    EngineArgs.from_cli_args = classmethod(configuration.noting_modules(EngineArgs.from_cli_args.__func__))
+    CpuPlatform.check_and_update_config = staticmethod(
+        configuration.keeping_compilation(CpuPlatform.check_and_update_config)
+    )
+
+
+def _patch_front_end() -> None:
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    from reft_serve.engine import front_end
+
+    _wrap(InputProcessor, "process_inputs", front_end.binding_inputs)
+    for engine in (LLMEngine, AsyncLLM):
+        for name in ("add_lora", "remove_lora", "pin_lora", "list_loras"):
+            _wrap(engine, name, getattr(front_end, name))
+    _wrap(OpenAIServingModels, "load_lora_adapter", front_end.answering_faults)
+    _wrap(OpenAIServingModels, "unload_lora_adapter", front_end.freeing_slots)
+
+
+def _patch_scheduler() -> None:
+    import vllm.v1.core.block_pool
+    import vllm.v1.core.kv_cache_utils
+    import vllm.v1.simple_kv_offload.manager
+    from vllm.v1.engine.core import EngineCore
+
+    from reft_serve.engine import admission, prefix_cache
+
+    core = vllm.v1.core
+    for module in (core.kv_cache_utils, core.block_pool, vllm.v1.simple_kv_offload.manager):
+        _wrap(module, "generate_block_hash_extra_keys", prefix_cache.with_adapter_keys)
+    _wrap(EngineCore, "add_request", admission.loading_first)
+
+
+def _patch_workers() -> None:
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    from reft_serve.engine import runners
+
+    _wrap(LoRAModelRunnerMixin, "load_lora_model", runners.with_manager)
+    _wrap(LoRAModelRunnerMixin, "set_active_loras", runners.preparing_rows)
+    _wrap(GPUModelRunner, "_determine_batch_execution_and_padding", runners.dispatching_by_rows)
+    WorkerBase.reft_stats = runners.reft_stats

@@ -1,0 +1,168 @@
+"""Adapters on one worker: which slot each version has, and where its interventions lie in the pool.
+
+A slot is a place in a batch; the interventions of its adapter take units anywhere in the pool, so adapters of any number
+of layers share it without holes. The least recently used version makes room, and only after the new one has been read,
+verified and found to fit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict, deque
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from reft_serve.adapters.directory import Adapter, read_adapter
+from reft_serve.adapters.manifest import MAX_PASSES, BaseFacts, Limits, place_of
+from reft_serve.engine.edits import Edits
+from reft_serve.engine.identity import Identity
+from reft_serve.engine.places import Place
+from reft_serve.errors import AdapterChanged, AdapterUnsupported
+from reft_serve.interventions.kinds import fold
+from reft_serve.interventions.positions import Part
+
+__all__ = ["Registry"]
+
+_PARTS = {"both": tuple(Part), "prefix": (Part.PREFIX,), "suffix": (Part.SUFFIX,)}
+
+
+@dataclass(frozen=True, slots=True)
+class _Resident:
+    engine_id: int
+    slot: int
+    units: tuple[int, ...]
+    edits_generated: bool
+
+
+class Registry:
+    """The slots of one worker.
+
+    Args:
+        edits: the pool and the table that the op reads; the registry alone writes them, between steps.
+        slots: how many versions are resident at most.
+        places: this worker's places; other ranks of a pipeline own the others.
+        layers: the model's layers that this worker holds.
+        base, limits, max_bytes: what an adapter is checked against.
+    """
+
+    def __init__(
+        self,
+        edits: Edits,
+        slots: int,
+        places: Mapping[Place, int],
+        layers: Collection[int],
+        base: BaseFacts,
+        limits: Limits,
+        max_bytes: int,
+    ) -> None:
+        self._edits, self._places, self._layers = edits, places, frozenset(layers)
+        self._base, self._limits, self._max_bytes = base, limits, max_bytes
+        self._free_slots = list(range(slots - 1, -1, -1))
+        self._free_units = list(range(edits.pool.units, 0, -1))
+        self._residents: OrderedDict[str, _Resident] = OrderedDict()
+        self._pinned: set[str] = set()
+        self._digest_by_id: dict[int, str] = {}
+        self.loads = self.evictions = 0
+        self.load_seconds: deque[float] = deque(maxlen=4096)
+
+    def __len__(self) -> int:
+        return len(self._residents)
+
+    @property
+    def any_edits_generated(self) -> bool:
+        """Whether a resident adapter edits tokens after the prompt."""
+        return any(resident.edits_generated for resident in self._residents.values())
+
+    def slot_of(self, identity: Identity, path: str, in_use: Collection[str]) -> int:
+        """The slot of a version, read from `path` where it is not resident. Versions of `in_use` are not evicted for it."""
+        resident = self._residents.get(identity.digest)
+        if resident is None:
+            resident = self._load(identity, path, in_use)
+        self._residents.move_to_end(identity.digest)
+        return resident.slot
+
+    def remove(self, engine_id: int) -> bool:
+        """Free a version's slot and units; False where it is not resident. Requests under way read it again."""
+        digest = self._digest_by_id.pop(engine_id, None)
+        resident = self._residents.pop(digest, None) if digest is not None else None
+        if digest is None or resident is None:
+            return False
+        self._pinned.discard(digest)
+        self._free_slots.append(resident.slot)
+        self._free_units.extend(resident.units)
+        self._edits.units_of_LCS[:, :, _keys(resident.slot)] = 0
+        return True
+
+    def remove_all(self) -> None:
+        """Free every slot."""
+        for engine_id in list(self._digest_by_id):
+            self.remove(engine_id)
+
+    def pin(self, engine_id: int) -> bool:
+        """Keep a resident version from eviction; False where it is not resident."""
+        digest = self._digest_by_id.get(engine_id)
+        if digest is not None:
+            self._pinned.add(digest)
+        return digest is not None
+
+    def engine_ids(self) -> set[int]:
+        """The engine ids of the resident versions."""
+        return set(self._digest_by_id)
+
+    def _load(self, identity: Identity, path: str, in_use: Collection[str]) -> _Resident:
+        started = time.perf_counter()
+        adapter = read_adapter(Path(path), self._max_bytes)
+        if adapter.digest != identity.digest:
+            raise AdapterChanged(
+                f"the adapter at {path} is no longer version {identity.digest[:12]} but {adapter.digest[:12]}; load it again"
+            )
+        faults = self._limits.faults(adapter.manifest, self._base) + self._place_faults(adapter)
+        if faults:
+            raise AdapterUnsupported(path, faults)
+        local = [k for k, spec in enumerate(adapter.manifest.interventions) if place_of(spec) in self._places]
+        self._make_room(len(local), in_use)
+        resident = self._write(adapter, identity, local)
+        self._residents[identity.digest] = resident
+        self._digest_by_id[identity.engine_id] = identity.digest
+        self.loads += 1
+        self.load_seconds.append(time.perf_counter() - started)
+        return resident
+
+    def _place_faults(self, adapter: Adapter) -> list[str]:
+        return [
+            f"intervention {k} edits {spec.where}, which this model does not have"
+            for k, spec in enumerate(adapter.manifest.interventions)
+            if spec.layer in self._layers and place_of(spec) not in self._places
+        ]
+
+    def _make_room(self, units: int, in_use: Collection[str]) -> None:
+        for digest, resident in list(self._residents.items()):
+            if self._free_slots and len(self._free_units) >= units:
+                return
+            if digest not in in_use and digest not in self._pinned:
+                self.remove(resident.engine_id)
+                self.evictions += 1
+        if not self._free_slots or len(self._free_units) < units:
+            raise AdapterUnsupported(
+                "(no slot)", ["every slot of this engine is pinned or used by the running step: raise --max-loras"]
+            )
+
+    def _write(self, adapter: Adapter, identity: Identity, local: list[int]) -> _Resident:
+        slot = self._free_slots.pop()
+        units = tuple(self._free_units.pop() for _ in local)
+        table = torch.zeros(len(self._places), MAX_PASSES, len(Part), dtype=torch.int32)
+        for unit, k in zip(units, local, strict=True):
+            spec = adapter.manifest.interventions[k]
+            self._edits.pool.write(unit, fold(adapter.weights[k]))
+            for part in _PARTS[spec.part]:
+                column = table[self._places[place_of(spec)], :, part]
+                column[int((column > 0).sum())] = unit
+        self._edits.units_of_LCS[:, :, _keys(slot)] = table.to(self._edits.units_of_LCS.device)
+        return _Resident(identity.engine_id, slot, units, identity.rule.edits_generated)
+
+
+def _keys(slot: int) -> slice:
+    return slice(slot * len(Part), (slot + 1) * len(Part))

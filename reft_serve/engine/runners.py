@@ -1,0 +1,125 @@
+"""The worker's side of the seam, for both model runners of vLLM.
+
+V1 (`gpu_model_runner`, also the CPU's) asks `set_active_loras` while it prepares a step and dispatches graphs after; V2
+(`worker/gpu`) asks its `LoraState` first what is active, to pick a graph, and then for the mapping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.lora.request import LoRARequest
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.model_executor.models import supports_lora
+
+from reft_serve.engine.facts import settings_of
+from reft_serve.engine.manager import AdapterManager, StepBatch
+from reft_serve.errors import EngineUnsupported
+
+__all__ = ["dispatching_by_rows", "preparing_rows", "reft_stats", "with_manager"]
+
+
+def with_manager(_: Any) -> Callable[..., nn.Module]:
+    """In place of `LoRAModelRunnerMixin.load_lora_model`: our manager, and vLLM's own inside it where LoRA is on."""
+
+    def load_lora_model(self: Any, model: nn.Module, vllm_config: VllmConfig, device: torch.device) -> nn.Module:
+        wanted, lora = settings_of(vllm_config).lora, None
+        if wanted == "on" and not supports_lora(model):
+            raise EngineUnsupported(f"{type(model).__name__} does not support LoRA in vLLM: set REFT_LORA=off")
+        # Hooks go on first: LoRA then wraps the linear layers inside, and the edit sees their outputs.
+        if wanted != "off" and supports_lora(model):
+            lora = LRUCacheWorkerLoRAManager(vllm_config, device, model.embedding_modules)
+            model = lora.create_lora_manager(model, vllm_config)
+        self.lora_manager = AdapterManager(model, vllm_config, device, lora)
+        state = getattr(self, "lora_state", None)
+        if state is not None:
+            self.lora_state = RowAwareLoraState(state, self)
+        return model
+
+    return load_lora_model
+
+
+def preparing_rows(_: Any) -> Callable[..., None]:
+    """In place of `LoRAModelRunnerMixin.set_active_loras`, which V1 calls once per step."""
+
+    def set_active_loras(
+        self: Any,
+        input_batch: Any,
+        num_scheduled_tokens: NDArray[Any],
+        num_sampled_tokens: NDArray[Any] | None = None,
+        mapping_type: Any = None,
+    ) -> None:
+        n = input_batch.num_reqs
+        self.lora_manager.prepare(
+            StepBatch(
+                input_batch.request_lora_mapping[:n],
+                input_batch.num_prompt_tokens[:n],
+                input_batch.num_computed_tokens_cpu[:n],
+                num_scheduled_tokens[:n],
+                np.ones(n, np.int32) if num_sampled_tokens is None else num_sampled_tokens[:n],
+                input_batch.lora_id_to_lora_request,
+            )
+        )
+
+    return set_active_loras
+
+
+def dispatching_by_rows(original: Any) -> Callable[..., Any]:
+    """Around V1's `_determine_batch_execution_and_padding`: a step without rows takes the graph without adapters."""
+
+    def determine(self: Any, *args: Any, **kwargs: Any) -> Any:
+        manager = getattr(self, "lora_manager", None)
+        if isinstance(manager, AdapterManager) and kwargs.get("force_num_active_loras") is None:
+            kwargs["force_num_active_loras"] = manager.num_active
+        return original(self, *args, **kwargs)
+
+    return determine
+
+
+class RowAwareLoraState:
+    """V2's `LoraState` with our rows: same calls, but "active" means that this step edits something or runs a LoRA."""
+
+    def __init__(self, state: Any, runner: Any) -> None:
+        self._state, self._runner = state, runner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._state, name)
+
+    def get_activate_loras(self, req_ids: list[str]) -> set[LoRARequest]:
+        """The adapters that this step needs; asked before the step is prepared, so a prompt chunk counts as a whole."""
+        at = [self._runner.req_states.req_id_to_index[req_id] for req_id in req_ids]
+        batch = self._batch(np.array(at, dtype=np.int64), np.ones(len(at), np.int64))
+        if not batch.engine_ids.any():
+            return set()
+        needed = set(batch.engine_ids[self._runner.lora_manager.needs_adapter(batch)].tolist())
+        return {request for number, request in batch.requests.items() if number in needed}
+
+    def make_lora_inputs(
+        self, req_ids: list[str], idx_mapping: NDArray[Any], num_scheduled_tokens: NDArray[Any]
+    ) -> tuple[tuple[int, ...], tuple[int, ...], set[LoRARequest]]:
+        """Prepare the step's rows; what is returned goes on to `set_active_adapters`, which then leaves the rows alone."""
+        self._runner.lora_manager.prepare(self._batch(idx_mapping, num_scheduled_tokens))
+        return (), (), set()
+
+    def _batch(self, at: NDArray[Any], scheduled: NDArray[Any]) -> StepBatch:
+        states = self._runner.req_states
+        return StepBatch(
+            self._state.lora_ids[at],
+            states.prompt_len.np[at],
+            states.num_computed_tokens_np[at],
+            scheduled,
+            np.ones(len(at), np.int32),
+            {request.lora_int_id: request for request in self._state.lora_requests.values()},
+        )
+
+
+def reft_stats(self: Any) -> dict[str, float]:
+    """A worker's counters, for `collective_rpc("reft_stats")`; empty where adapters are off."""
+    manager = getattr(self.model_runner, "lora_manager", None)
+    return manager.stats() if isinstance(manager, AdapterManager) else {}

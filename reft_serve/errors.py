@@ -15,6 +15,7 @@ __all__ = [
     "AdapterInvalid",
     "AdapterNotFound",
     "AdapterUnsupported",
+    "BaseModelInvalid",
     "ClientError",
     "EngineUnsupported",
     "ImportFlagMissing",
@@ -87,6 +88,12 @@ class AdapterChanged(ClientError):
     """The files of an adapter are not those that its digest names."""
 
     code = "adapter_changed"
+
+
+class BaseModelInvalid(ClientError):
+    """A base model's directory from which its architecture, width and layers cannot be read."""
+
+    code = "base_model_invalid"
 
 
 class EngineUnsupported(ServiceError):

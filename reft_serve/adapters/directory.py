@@ -9,9 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import secrets
-import shutil
-import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +19,23 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from reft_serve.adapters.manifest import InterventionSpec, Manifest, parse_manifest
-from reft_serve.errors import AdapterExists, AdapterInvalid, AdapterNotFound
+from reft_serve.adapters.files import read_plain, write_directory
+from reft_serve.adapters.manifest import DType, InterventionSpec, Manifest, manifest_faults, parse_manifest
+from reft_serve.errors import AdapterInvalid, AdapterNotFound
 from reft_serve.interventions.kinds import Weights, fold
 from reft_serve.interventions.vocabulary import ORTHONORMAL, optional_tensors, required_tensors
 
-__all__ = ["CONFIG", "TENSORS", "Adapter", "is_adapter", "publish", "read_adapter"]
+__all__ = [
+    "CONFIG",
+    "DTYPES",
+    "TENSORS",
+    "Adapter",
+    "check_tensors",
+    "is_adapter",
+    "parse_tensors",
+    "publish",
+    "read_adapter",
+]
 
 CONFIG = "reft_config.json"
 TENSORS = "reft_model.safetensors"
@@ -35,7 +43,7 @@ TENSORS = "reft_model.safetensors"
 _LORA_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _MAX_CONFIG_BYTES = 4 << 20
 _ORTHONORMAL_TOLERANCE = 1e-3
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[DType, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,12 +78,12 @@ def read_adapter(path: Path, max_bytes: int = 1 << 30) -> Adapter:
     if not os.path.lexists(path / CONFIG):
         raise AdapterNotFound(f"{path} holds no {CONFIG}, so it is not a ReFT adapter of ours")
     where = str(path)
-    config = _read_plain(path / CONFIG, _MAX_CONFIG_BYTES, where)
+    config = read_plain(path / CONFIG, _MAX_CONFIG_BYTES, where)
     manifest = parse_manifest(config, where)
-    tensors = _read_plain(path / TENSORS, max_bytes, where)
+    tensors = read_plain(path / TENSORS, max_bytes, where)
     files = {CONFIG: config, TENSORS: tensors}
-    files |= {name: _read_plain(path / name, max_bytes, where) for name in _LORA_FILES if (path / name).is_file()}
-    named = _parse_tensors(tensors, where)
+    files |= {name: read_plain(path / name, max_bytes, where) for name in _LORA_FILES if os.path.lexists(path / name)}
+    named = parse_tensors(tensors, TENSORS, where)
     weights, warnings = check_tensors(manifest, named, where)
     return Adapter(manifest, weights, _digest(files), warnings)
 
@@ -88,29 +96,16 @@ def publish(path: Path, manifest: Manifest, weights: Sequence[Weights]) -> Adapt
         AdapterInvalid: the adapter fails the checks that reading it would make; nothing was written.
     """
     named = {
-        f"interventions.{k}.{name}": t.contiguous() for k, w in enumerate(weights) for name, t in w.tensors().items()
+        f"interventions.{k}.{name}": t.detach().clone(memory_format=torch.contiguous_format)
+        for k, w in enumerate(weights)
+        for name, t in w.tensors().items()
     }
+    faults = manifest_faults(manifest)
+    if faults:
+        raise AdapterInvalid(str(path), faults)
     kept, warnings = check_tensors(manifest, named, str(path))
     files = {CONFIG: manifest.to_json().encode(), TENSORS: save_safetensors(named)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        raise AdapterExists(f"{path} already exists; choose another --out or remove it first")
-    aside = path.parent / f".{path.name}.{secrets.token_hex(8)}"
-    try:
-        aside.mkdir()
-        for name, content in files.items():
-            with open(aside / name, "xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        _fsync_directory(aside)
-        try:
-            os.rename(aside, path)
-        except OSError as exc:
-            raise AdapterExists(f"{path} appeared while it was being written; nothing was overwritten") from exc
-        _fsync_directory(path.parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    write_directory(path, files.items())
     return Adapter(manifest, kept, _digest(files), warnings)
 
 
@@ -157,7 +152,7 @@ def _name_faults(manifest: Manifest, named: Mapping[str, Tensor]) -> Iterator[st
     for name in sorted(required - named.keys()):
         yield f"tensor {name} is missing from {TENSORS}"
     for name in sorted(named.keys() - required - allowed):
-        yield f"tensor {name[:80]} of {TENSORS} belongs to no intervention of {CONFIG}"
+        yield f"tensor {name[:80]!r} of {TENSORS} belongs to no intervention of {CONFIG}"
 
 
 def _tensor_faults(spec: InterventionSpec, own: Mapping[str, Tensor], width: int) -> Iterator[str]:
@@ -167,7 +162,7 @@ def _tensor_faults(spec: InterventionSpec, own: Mapping[str, Tensor], width: int
     for name, tensor in sorted(own.items()):
         shape = (spec.rank,) if name in ("b", "b2") else (spec.rank, width)
         kept_full = name == "R" or (name == "b" and "W" not in required_tensors(spec.kind))
-        dtype = torch.float32 if kept_full else _DTYPES[spec.dtype]
+        dtype = torch.float32 if kept_full else DTYPES[spec.dtype]
         if tuple(tensor.shape) != shape:
             yield f"{name} has shape {tuple(tensor.shape)} and must have {shape}"
         elif tensor.dtype != dtype:
@@ -184,33 +179,17 @@ def _orthonormal_error(R: Tensor) -> float:
     return float((R @ R.T - eye).abs().max())
 
 
-def _parse_tensors(content: bytes, where: str) -> dict[str, Tensor]:
+def parse_tensors(content: bytes, name: str, where: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file called `name`.
+
+    Raises:
+        AdapterInvalid: it is damaged, or another kind of file.
+    """
     try:
         return load_safetensors(content)
     except (SafetensorError, ValueError, KeyError, OverflowError, RuntimeError) as exc:
         short = re.sub(r"\s+", " ", str(exc))[:200]
-        raise AdapterInvalid(where, [f"{TENSORS} is damaged or not a safetensors file ({short})"]) from exc
-
-
-def _read_plain(file: Path, max_bytes: int, where: str) -> bytes:
-    try:
-        descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except FileNotFoundError as exc:
-        raise AdapterInvalid(where, [f"{file.name} is missing"]) from exc
-    except OSError as exc:
-        link = file.is_symlink()
-        fault = "is a symbolic link; copy the file itself" if link else f"cannot be read ({exc.strerror})"
-        raise AdapterInvalid(where, [f"{file.name} {fault}"]) from exc
-    with open(descriptor, "rb") as opened:
-        facts = os.fstat(descriptor)
-        if not stat.S_ISREG(facts.st_mode):
-            raise AdapterInvalid(where, [f"{file.name} is not a plain file"])
-        if facts.st_size > max_bytes:
-            raise AdapterInvalid(
-                where,
-                [f"{file.name} has {facts.st_size} bytes and at most {max_bytes} are taken (REFT_MAX_ADAPTER_BYTES)"],
-            )
-        return opened.read(max_bytes + 1)
+        raise AdapterInvalid(where, [f"{name} is damaged or not a safetensors file ({short})"]) from exc
 
 
 def _digest(files: Mapping[str, bytes]) -> str:
@@ -219,11 +198,3 @@ def _digest(files: Mapping[str, bytes]) -> str:
         digest.update(f"{name}\0{len(content)}\0".encode())
         digest.update(content)
     return digest.hexdigest()
-
-
-def _fsync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

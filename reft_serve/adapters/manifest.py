@@ -22,7 +22,7 @@ from reft_serve.interventions.vocabulary import (
     unit_rank,
 )
 
-__all__ = ["BaseFacts", "InterventionSpec", "Limits", "Manifest", "parse_manifest"]
+__all__ = ["BaseFacts", "DType", "InterventionSpec", "Limits", "Manifest", "Part", "manifest_faults", "parse_manifest"]
 
 MAX_PASSES = 4
 Part = Literal["both", "prefix", "suffix"]
@@ -31,7 +31,7 @@ _Count = Annotated[int, Field(ge=1, le=1 << 24)]
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class BaseFacts(_Frozen):
@@ -190,11 +190,11 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
         raise ValueError(f"{constant} is not a JSON number")
 
     try:
-        data: Any = json.loads(text, parse_constant=refuse)
+        strict = json.dumps(json.loads(text, parse_constant=refuse))
     except (ValueError, RecursionError) as exc:
         raise AdapterInvalid(where, [f"reft_config.json is not JSON: {str(exc)[:200]}"]) from exc
     try:
-        manifest = Manifest.model_validate_json(json.dumps(data))
+        manifest = Manifest.model_validate_json(strict)
     except ValidationError as exc:
         raise AdapterInvalid(where, [_sentence(dict(error)) for error in exc.errors()]) from exc
     faults = manifest_faults(manifest)
@@ -204,7 +204,7 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
 
 
 def _sentence(error: dict[str, Any]) -> str:
-    place = ".".join(str(part) for part in error["loc"]) or "the top level"
+    place = ".".join(repr(part)[:64].strip("'") for part in error["loc"]) or "the top level"
     value = repr(error.get("input"))
     given = "" if error["type"] in ("missing", "value_error", "model_type") or len(value) > 60 else f", not {value}"
     return f"reft_config.json, {place}: {error['msg'].removeprefix('Value error, ')}{given}"

@@ -1,0 +1,86 @@
+"""Places of a model in pyreft's words, turned into ours. No torch.
+
+pyreft names a place by a component and a layer (`block_output`, 15), or by the path of a module and one of its sides
+(`model.layers[15].output`, pyvene `models/intervenable_modelcard.py`); a path says everything, so the layer beside it is
+ignored.
+"""
+
+from __future__ import annotations
+
+import re
+
+from reft_serve.interventions.vocabulary import COMPONENTS, Component
+
+__all__ = ["PlaceUnknown", "resolve_component"]
+
+
+class PlaceUnknown(ValueError):
+    """The place is none of those that we edit; the message names it."""
+
+
+_LAYER = re.compile(
+    r"(?:(?:model\.|transformer\.|gpt_neox\.)?(?:decoder\.|language_model\.)?(?:model\.)?(?:layers|h))\[(\d{1,5})\]\.(.+)"
+)
+_SIDES: dict[str, Component] = {"output": "block_output", "input": "block_input"}
+# The last module of each sub-layer, and the sub-layer itself where it does nothing after that module.
+_MODULES: dict[Component, frozenset[str]] = {
+    "mlp_output": frozenset(
+        {"mlp", "mlp.down_proj", "mlp.c_proj", "mlp.dropout", "mlp.dense_4h_to_h", "mlp.fc2", "fc2"}
+    ),
+    "attention_output": frozenset(
+        {
+            *("self_attn", "self_attn.o_proj", "self_attn.out_proj", "self_attn.dense"),
+            *("attn", "attn.c_proj", "attn.resid_dropout", "attention", "attention.dense"),
+        }
+    ),
+}
+_EMBEDDINGS = re.compile(
+    r"(?:model\.|gpt_neox\.)?(?:decoder\.|language_model\.)?(?:model\.)?(?:embed_tokens|embed_in)\.output"
+)
+# Families where nothing is added to the embeddings, or multiplied with them, before layer 0.
+_PLAIN_EMBEDDINGS = re.compile(
+    r"(Llama|Mistral|Mixtral|Qwen2|Qwen2Moe|Qwen3|Qwen3Moe|Phi|Phi3|Olmo|Olmo2|StableLm|GPTNeoX)(For\w+|Model)"
+)
+
+
+def resolve_component(component: str, layer: object, architecture: str) -> tuple[int, Component]:
+    """(layer, component) in our words.
+
+    Args:
+        component: pyreft's component or module path.
+        layer: the layer beside it; ignored where the component is a path.
+        architecture: the base model's class, which decides whether its embeddings are what layer 0 reads.
+
+    Raises:
+        PlaceUnknown: the place is not one that we edit, or not one at all.
+    """
+    if "." in component:
+        return _resolve_path(component.removeprefix("base_model.model."), component, architecture)
+    for ours in COMPONENTS:
+        if component == ours:
+            if type(layer) is not int or layer < 0:
+                raise PlaceUnknown(f"layer {str(layer)[:40]!r} of {component} is not a layer's number")
+            return layer, ours
+    raise PlaceUnknown(f"{component[:80]!r} is not a place that is edited here ({', '.join(COMPONENTS)})")
+
+
+def _resolve_path(path: str, named: str, architecture: str) -> tuple[int, Component]:
+    if match := _LAYER.fullmatch(path):
+        layer, rest = int(match[1]), match[2]
+        if rest in _SIDES:
+            return layer, _SIDES[rest]
+        module, _, side = rest.rpartition(".")
+        for component, modules in _MODULES.items():
+            if side == "output" and module in modules:
+                return layer, component
+    if _EMBEDDINGS.fullmatch(path) or path.removeprefix("transformer.") in ("wte.output", "wpe.output"):
+        if _PLAIN_EMBEDDINGS.fullmatch(architecture) and "decoder." not in path:
+            return 0, "block_input"
+        raise PlaceUnknown(
+            f"{named[:80]!r} is not what layer 0 of a {architecture} reads: it adds to the embeddings or scales them, "
+            "or is not known not to"
+        )
+    raise PlaceUnknown(
+        f"{named[:80]!r} is not a place that is edited here (a layer's input or output, or the output of its MLP or "
+        "attention)"
+    )

@@ -1,0 +1,36 @@
+"""The `reft-serve` command: verbs only. Each verb imports what it needs when it runs, so `--help` needs no torch."""
+
+from __future__ import annotations
+
+import typer
+from typer.core import TyperGroup
+
+from reft_serve import cli_adapter
+from reft_serve.errors import ReftError
+
+__all__ = ["app", "main"]
+
+
+class _Sentences(TyperGroup):
+    """Tells a named failure as one sentence on stderr and ends with exit code 1."""
+
+    def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override]
+        try:
+            return super().invoke(ctx)
+        except (ReftError, OSError) as exc:
+            typer.echo(f"error: {exc}", err=True)
+            raise typer.Exit(1) from exc
+
+
+app = typer.Typer(cls=_Sentences, no_args_is_help=True, add_completion=False, help="Serve many ReFT adapters.")
+app.add_typer(cli_adapter.app, name="adapter")
+
+
+@app.callback()
+def _root() -> None:
+    """Serve many trained ReFT adapters over one shared base model."""
+
+
+def main() -> None:
+    """The console entry point."""
+    app()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import typer
 from typer.core import TyperGroup
 
@@ -17,9 +19,15 @@ class _Sentences(TyperGroup):
     def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override]
         try:
             return super().invoke(ctx)
-        except (ReftError, OSError) as exc:
-            typer.echo(f"error: {exc}", err=True)
-            raise typer.Exit(1) from exc
+        except ReftError as exc:
+            _fail(str(exc))
+        except OSError as exc:
+            _fail(f"cannot use {exc.filename}: {exc.strerror}")
+
+
+def _fail(sentence: str) -> NoReturn:
+    typer.echo(f"error: {sentence}", err=True)
+    raise typer.Exit(1)
 
 
 app = typer.Typer(cls=_Sentences, no_args_is_help=True, add_completion=False, help="Serve many ReFT adapters.")

@@ -128,6 +128,13 @@ def _row_faults(row: Row) -> list[str]:
     faults += [f"a {row.kind} has no {name}, but it holds one" for name in sorted(row.tensors.keys() - allowed)]
     if faults:
         return faults
+    faults = [
+        f"{name} is {str(t.dtype)[6:]} and must be floats"
+        for name, t in row.tensors.items()
+        if not t.is_floating_point()
+    ]
+    if faults:
+        return faults
     projection = row.tensors[required[0]]
     if projection.ndim != 2 or not len(projection):
         return [f"{required[0]} has shape {tuple(projection.shape)} and must be a matrix of rank by hidden size"]

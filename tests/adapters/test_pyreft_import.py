@@ -304,6 +304,10 @@ def _bomb() -> bytes:
             "float64",
         ),
         (
+            _saved({"rotate_layer": torch.eye(64)[:, :4].int(), "weight": torch.ones(4, 64), "bias": torch.ones(4)}),
+            "R is int32 and must be floats",
+        ),
+        (
             _saved(
                 {"rotate_layer": torch.eye(64)[:, :4] * torch.nan, "weight": torch.ones(4, 64), "bias": torch.ones(4)}
             ),

@@ -1,0 +1,56 @@
+"""Saves that people published, made by pyreft and its forks: all come in, or are refused by the name of their class."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from reft_serve.adapters.base_model import read_base_model
+from reft_serve.adapters.foreign import ImportFlags
+from reft_serve.adapters.formats import import_adapter
+from reft_serve.errors import AdapterUnsupported
+from tests.conftest import SHARED
+
+CHECKPOINTS = SHARED / "data" / "pyreft_ckpts"
+INDEX = json.loads((CHECKPOINTS / "INDEX.json").read_text()) if CHECKPOINTS.is_dir() else []
+
+pytestmark = [
+    pytest.mark.shared,
+    pytest.mark.skipif(not INDEX, reason="the shared data folder does not lie beside the repository"),
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("qwen")
+    facts = {"architectures": ["Qwen2ForCausalLM"], "hidden_size": 1536, "num_hidden_layers": 28}
+    (path / "config.json").write_text(json.dumps(facts))
+    return path
+
+
+@pytest.mark.parametrize("entry", INDEX, ids=lambda entry: entry["dir"])
+def test_a_published_save_is_imported(entry: dict[str, object], base: Path, tmp_path: Path) -> None:
+    source = CHECKPOINTS / str(entry["dir"])
+    flags = ImportFlags(positions="l1")
+    (recorded,) = entry["types"]
+    if "LoreftIntervention" not in recorded:
+        with pytest.raises(AdapterUnsupported, match="BiasIntervention"):
+            import_adapter(source, read_base_model(base), tmp_path / "a", flags)
+        return
+    adapter = import_adapter(source, read_base_model(base), tmp_path / "a", flags)
+    (weights,) = adapter.weights
+    (file,) = source.glob("*.bin")
+    saved = torch.load(file, weights_only=True)
+    assert torch.equal(weights.tensors()["R"], saved["rotate_layer"].mT)
+    assert torch.equal(weights.tensors()["W"], saved["weight"])
+    assert torch.equal(weights.tensors()["b"], saved["bias"])
+    (spec,) = adapter.manifest.interventions
+    assert [spec.layer, spec.component, "pos", 1, spec.rank] == entry["reps"][0]
+    assert adapter.warnings == ()
+
+
+def test_the_folder_holds_what_its_index_says() -> None:
+    assert len(INDEX) == 14

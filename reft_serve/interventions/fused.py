@@ -81,7 +81,7 @@ def launch_options(rank: int) -> dict[str, int]:
     }
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["units_of_CS"])
 def _edit_tile(
     hidden,
     residual,

@@ -135,7 +135,8 @@ class _Rotation(nn.Module):
         """Make `R` the rows, bit for bit."""
         off = (R @ R.T - torch.eye(len(R))).abs().max().item()
         if off > _ORTHONORMAL_TOLERANCE:
-            raise AdapterInvalid("to train on", [f"its R is not orthonormal (off by {off:.2g})"])
+            fault = f"R is not orthonormal (off by {off:.2g}), so it can be served but not trained further"
+            raise AdapterInvalid("to resume from", [fault])
         # Assigning completes R to a whole orthonormal base (width, width), with rounding; then R's own bits go in. With
         # the second step alone the rest of the base would not be orthogonal to R, and training would bend R.
         self.weight = R.T

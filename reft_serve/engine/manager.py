@@ -81,7 +81,9 @@ class AdapterManager:
         self._lora = lora
         self._lora_is_active = False
         self._steps = self._row_steps = 0
-        self._row_seconds: deque[float] = deque(maxlen=4096)
+        # Host time of the last steps, apart for those that edit and those that need not.
+        self._row_seconds: deque[float] = deque(maxlen=256)
+        self._idle_seconds: deque[float] = deque(maxlen=256)
 
     @property
     def num_active(self) -> int:
@@ -98,7 +100,7 @@ class AdapterManager:
             self.edits.set_rows(rows.row_T, rows.key_T, rows.scale_T)
             self._row_steps += 1
         self._steps += 1
-        self._row_seconds.append(time.perf_counter() - started)
+        (self._idle_seconds if rows is None else self._row_seconds).append(time.perf_counter() - started)
         if self._lora is not None:
             self._prepare_lora(batch)
 
@@ -201,9 +203,12 @@ class AdapterManager:
         return self._lora is not None and bool(self._lora.supports_tower_connector_lora())
 
     def stats(self) -> dict[str, float]:
-        """Counters since the start; times in seconds. `row_*` is host time spent on rows per step, the last 4,096 steps."""
-        spent = np.sort(np.array(self._row_seconds or [0.0]))
-        loads = self.registry.load_seconds or [0.0]
+        """Counters since the start, and times in seconds: of loads, and of the host's work on rows in the last 256 steps
+        that edited and the last 256 that did not (`decode_row_*`).
+        """
+        loads, rows, idle = (
+            sorted(spent) or [0.0] for spent in (self.registry.load_seconds, self._row_seconds, self._idle_seconds)
+        )
         return {
             "steps": self._steps,
             "steps_with_rows": self._row_steps,
@@ -211,9 +216,11 @@ class AdapterManager:
             "resident": len(self.registry),
             "loads": self.registry.loads,
             "evictions": self.registry.evictions,
-            "load_seconds_max": max(loads),
-            "load_seconds_median": sorted(loads)[len(loads) // 2],
-            "row_seconds_median": float(spent[len(spent) // 2]),
-            "row_seconds_p99": float(spent[int(len(spent) * 0.99)]),
+            "load_seconds_median": loads[len(loads) // 2],
+            "load_seconds_max": loads[-1],
+            "row_seconds_median": rows[len(rows) // 2],
+            "row_seconds_max": rows[-1],
+            "decode_row_seconds_median": idle[len(idle) // 2],
+            "decode_row_seconds_max": idle[-1],
             "pool_bytes": self.edits.pool.nbytes,
         }

@@ -96,14 +96,15 @@ class PositionRule:
         return self.phase != "prompt"
 
     def spans(self, prompt_len: int) -> list[Span]:
-        """The edited tokens of a request with `prompt_len` prompt tokens, ascending and disjoint.
+        """The edited tokens of a request with `prompt_len` prompt tokens: ascending, disjoint, and as few spans as can be, so
+        that equal edits have equal spans.
 
         The last span is open (its stop is beyond any length) where generated tokens are edited.
         """
         spans = [] if self.phase == "generated" else self._prompt_spans(prompt_len)
         if self.edits_generated:
             spans.append(Span(prompt_len, _END, Part.PREFIX))
-        return spans
+        return _joined(spans)
 
     def indices(self, prompt_len: int) -> tuple[list[int], list[int]]:
         """The edited prompt tokens as (prefix, suffix) index lists; a tied rule has them all in the first."""
@@ -125,6 +126,16 @@ class PositionRule:
             chosen = sorted({n if n >= 0 else length + n for n in numbers})
             spans = [Span(n, n + 1, Part.PREFIX) for n in chosen if 0 <= n < prompt_len]
         return [span for span in spans if span.start < span.stop]
+
+
+def _joined(spans: list[Span]) -> list[Span]:
+    joined: list[Span] = []
+    for span in spans:
+        if joined and (joined[-1].stop, joined[-1].part) == (span.start, span.part):
+            joined[-1] = joined[-1]._replace(stop=span.stop)
+        else:
+            joined.append(span)
+    return joined
 
 
 @lru_cache(maxsize=4096)

@@ -1,0 +1,1 @@
+"""Every figure that the project quotes, one command each."""

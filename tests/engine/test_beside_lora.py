@@ -1,0 +1,134 @@
+"""Without any setting, an engine takes LoRA directories beside ReFT ones; and what vLLM asks of its adapters holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from reft_serve.errors import AdapterInvalid, AdapterUnsupported
+from tests.adapters.damage import write_good
+from tests.conftest import GOLDEN
+from tests.engine.engines import running_engine, stats
+
+PROMPTS = [[1, *range(10 + 3 * i, 30 + 3 * i)] for i in range(6)]
+SCALE = 2.0
+
+
+def write_lora(path: Path) -> dict[str, torch.Tensor]:
+    """A random LoRA on o_proj and down_proj of layers 1 and 2; returns its (module, A, B) tensors by PEFT's names."""
+    random, tensors = torch.Generator().manual_seed(5), {}
+    for layer in (1, 2):
+        for name, width in (("self_attn.o_proj", 64), ("mlp.down_proj", 128)):
+            key = f"base_model.model.model.layers.{layer}.{name}"
+            tensors[f"{key}.lora_A.weight"] = 0.3 * torch.randn(8, width, generator=random)
+            tensors[f"{key}.lora_B.weight"] = 0.3 * torch.randn(64, 8, generator=random)
+    path.mkdir()
+    save_file(tensors, path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 8 * SCALE, "target_modules": ["o_proj", "down_proj"]}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Path, dict[str, torch.Tensor]]]:
+    folder = tmp_path_factory.mktemp("adapters")
+    for seed in range(4):
+        write_good(folder / f"reft{seed}", seed)
+    tensors = write_lora(folder / "lora")
+    with running_engine("tiny-llama", max_loras=3) as running:
+        yield running, folder, tensors
+
+
+def answers(engine: Any, adapters: list[Any]) -> list[tuple[list[int], float]]:
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=0)
+    prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS[: len(adapters)]]
+    outputs = engine.generate(prompts, params, lora_request=adapters, use_tqdm=False)
+    return [(list(o.outputs[0].token_ids), o.outputs[0].cumulative_logprob) for o in outputs]
+
+
+def test_a_lora_and_reft_adapters_share_a_batch(engine: tuple[Any, Path, dict[str, torch.Tensor]]) -> None:
+    from transformers import AutoModelForCausalLM
+    from vllm.lora.request import LoRARequest
+
+    running, folder, tensors = engine
+    lora, reft = LoRARequest("lora", 1, str(folder / "lora")), LoRARequest("reft0", 2, str(folder / "reft0"))
+    adapters = [lora, reft, None, lora, reft, None]
+    mixed = answers(running, adapters)
+    for i, adapter in enumerate(adapters):
+        alone = answers(running, [adapter] * 6)[i]
+        assert mixed[i][0] == alone[0]
+        assert mixed[i][1] == pytest.approx(alone[1], abs=1e-3)
+    assert len({tuple(tokens) for tokens, _ in answers(running, [lora, reft, None])}) == 3
+    merged = AutoModelForCausalLM.from_pretrained(GOLDEN / "models" / "tiny-llama", dtype=torch.float32).eval()
+    for name in (n for n in tensors if "lora_A" in n):
+        module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        with torch.no_grad():
+            merged.get_submodule(module).weight += SCALE * tensors[name.replace("lora_A", "lora_B")] @ tensors[name]
+    with torch.no_grad():
+        expected = merged.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=8, do_sample=False, eos_token_id=None)
+    assert mixed[0][0] == expected[0, len(PROMPTS[0]) :].tolist()
+
+
+def test_adapters_are_listed_pinned_and_removed_by_the_ids_their_owner_gave(engine: tuple[Any, Path, Any]) -> None:
+    from vllm.lora.request import LoRARequest
+
+    running, folder, _ = engine
+    front = running.llm_engine
+    for number in (11, 12):
+        assert front.add_lora(LoRARequest(f"reft{number - 10}", number, str(folder / f"reft{number - 10}")))
+    assert {11, 12} <= front.list_loras()
+    assert front.pin_lora(11)
+    held = stats(running)["resident"]
+    assert front.remove_lora(12)
+    assert 12 not in front.list_loras()
+    assert stats(running)["resident"] == held - 1
+    assert front.remove_lora(11)
+
+
+def test_more_adapters_than_slots_take_turns(engine: tuple[Any, Path, Any]) -> None:
+    from vllm.lora.request import LoRARequest
+
+    running, folder, _ = engine
+    adapters = [LoRARequest(f"reft{i}", 20 + i, str(folder / f"reft{i}")) for i in range(4)]
+    together = answers(running, adapters)
+    alone = [answers(running, [adapter] * 4)[i] for i, adapter in enumerate(adapters)]
+    assert [tokens for tokens, _ in together] == [tokens for tokens, _ in alone]
+    assert stats(running)["evictions"] > 0
+
+
+def test_a_directory_that_changed_is_another_version_once_it_is_loaded_anew(
+    engine: tuple[Any, Path, Any], tmp_path: Path
+) -> None:
+    from vllm.lora.request import LoRARequest
+
+    running, folder, _ = engine
+    path = tmp_path / "adapter"
+    write_good(path, seed=1)
+    first = answers(running, [LoRARequest("changing", 31, str(path))])
+    path.rename(tmp_path / "old")
+    write_good(path, seed=2)
+    assert answers(running, [LoRARequest("changing", 31, str(path))]) == first
+    reloaded = answers(running, [LoRARequest("changing", 31, str(path), load_inplace=True)])
+    fresh = answers(running, [LoRARequest("fresh", 32, str(folder / "reft2"))])
+    assert reloaded[0][0] == fresh[0][0] != first[0][0]
+
+
+def test_a_bad_directory_fails_its_request_alone(engine: tuple[Any, Path, Any], tmp_path: Path) -> None:
+    from vllm.lora.request import LoRARequest
+
+    running, _, _ = engine
+    write_good(tmp_path / "bad")
+    (tmp_path / "bad" / "reft_model.safetensors").write_bytes(b"")
+    with pytest.raises(AdapterInvalid, match="damaged or not a safetensors file"):
+        answers(running, [LoRARequest("bad", 41, str(tmp_path / "bad"))])
+    with pytest.raises(AdapterUnsupported, match="reft-serve adapter import"):
+        answers(running, [LoRARequest("raw", 42, str(GOLDEN / "adapters" / "tiny-llama" / "loreft_f1"))])
+    assert answers(running, [None])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-__all__ = ["EngineSettings"]
+__all__ = ["EngineSettings", "ServeSettings", "child_environment"]
 
 
 class EngineSettings(BaseSettings):
@@ -37,3 +39,20 @@ class EngineSettings(BaseSettings):
     home: Path = Field(
         default=Path("~/.cache/reft-serve"), description="Where adapters converted on the fly by `serve` are kept."
     )
+
+
+class ServeSettings(BaseSettings):
+    """What `reft-serve serve` must know of vLLM's own environment before it starts vLLM."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="ignore")
+
+    vllm_plugins: str | None = Field(default=None, description="Plugins that vLLM loads; all where it is not set.")
+    vllm_allow_runtime_lora_updating: str | None = Field(
+        default=None, description="1 or true: adapters can be loaded over HTTP, LoRAs among them."
+    )
+    vllm_cpu_kvcache_space: str | None = Field(default=None, description="GiB of KV cache on a machine without a GPU.")
+
+
+def child_environment(changes: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment with `changes`, for a process that it starts or becomes."""
+    return {**os.environ, **changes}

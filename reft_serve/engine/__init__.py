@@ -3,6 +3,12 @@
 The only package that imports vllm. `register` is the `vllm.general_plugins` entry point.
 """
 
-from reft_serve.engine.plugin import register
-
 __all__ = ["register"]
+
+
+def register() -> None:
+    """Make this process's vLLM serve ReFT adapters; see `plugin.register`."""
+    # Not at the top: `serve` decides everything before the many seconds that importing vLLM takes.
+    from reft_serve.engine import plugin
+
+    plugin.register()

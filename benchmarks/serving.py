@@ -152,8 +152,9 @@ def _result(args: argparse.Namespace, shape: Shape, arms: list[Arm], stats: dict
         for arm in arms:
             seconds = arm.seconds[workload]
             ratios = [r / s for r, s in zip(reference.seconds[workload], seconds, strict=False)]
+            speed = tokens / statistics.median(seconds)
             rows.append({
-                "workload": workload, "arm": arm.name, "seconds": seconds, "tokens_per_s": tokens / statistics.median(seconds),
+                "workload": workload, "arm": arm.name, "seconds": seconds, "tokens_per_s": speed,
                 "ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios),
             })  # fmt: skip
     return {"arguments": vars(args), "parameters": shape.parameters, "rows": rows, "stats": stats}
@@ -170,10 +171,11 @@ def _print(console: Console, result: dict[str, Any]) -> None:
     console.print(table)
     for name, stats in result["stats"].items():
         if stats:
+            idle, busy = stats["decode_row_seconds_median"] * 1e6, stats["row_seconds_median"] * 1e6
             console.print(
-                f"{name}: host time on rows, median {stats['decode_row_seconds_median'] * 1e6:.0f} us per step that edits nothing, "
-                f"{stats['row_seconds_median'] * 1e6:.0f} us per step that does; op bodies {stats['op_bodies']} in "
-                f"{stats['steps_with_rows']} of {stats['steps']} steps; load median {stats['load_seconds_median'] * 1e3:.1f} ms"
+                f"{name}: host time on rows {idle:.0f} us per step that edits nothing, {busy:.0f} us per step that does; "
+                f"op bodies {stats['op_bodies']} in {stats['steps_with_rows']} of {stats['steps']} steps; "
+                f"load median {stats['load_seconds_median'] * 1e3:.1f} ms"
             )
 
 

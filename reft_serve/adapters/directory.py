@@ -21,7 +21,7 @@ from torch import Tensor
 
 from reft_serve.adapters.files import read_plain, write_directory
 from reft_serve.adapters.manifest import DType, InterventionSpec, Manifest, manifest_faults, parse_manifest
-from reft_serve.errors import AdapterInvalid, AdapterNotFound
+from reft_serve.errors import AdapterChanged, AdapterInvalid, AdapterNotFound
 from reft_serve.interventions.kinds import Weights, fold
 from reft_serve.interventions.vocabulary import ORTHONORMAL, optional_tensors, required_tensors
 
@@ -35,6 +35,7 @@ __all__ = [
     "parse_tensors",
     "publish",
     "read_adapter",
+    "read_version",
 ]
 
 CONFIG = "reft_config.json"
@@ -58,7 +59,7 @@ class Adapter:
 
 def is_adapter(path: Path) -> bool:
     """Whether the directory claims to be an adapter of ours; says nothing of its soundness."""
-    return (path / CONFIG).is_file()
+    return os.path.lexists(path / CONFIG)
 
 
 def read_adapter(path: Path, max_bytes: int = 1 << 30) -> Adapter:
@@ -73,19 +74,52 @@ def read_adapter(path: Path, max_bytes: int = 1 << 30) -> Adapter:
         AdapterInvalid: every fault found: manifest, missing or unknown tensors, shapes, dtypes, NaN or Inf, a truncated
             or oversized file, links, and adapters that would change nothing.
     """
+    files = _read_files(path, max_bytes)
+    manifest = parse_manifest(files[CONFIG], str(path))
+    weights, warnings = check_tensors(manifest, parse_tensors(files[TENSORS], TENSORS, str(path)), str(path))
+    return Adapter(manifest, weights, _digest(files), warnings)
+
+
+def read_version(path: Path, digest: str, max_bytes: int = 1 << 30) -> Adapter:
+    """Read a version that `read_adapter` has checked before, without checking its tensors again.
+
+    Raises:
+        AdapterNotFound, AdapterInvalid: the files are gone or cannot be read.
+        AdapterChanged: they are another version.
+    """
+    files = _read_files(path, max_bytes)
+    found = _digest(files)
+    if found != digest:
+        raise AdapterChanged(
+            f"the adapter at {path} is no longer version {digest[:12]} but {found[:12]}: load it again"
+        )
+    manifest = parse_manifest(files[CONFIG], str(path))
+    own = _by_intervention(manifest, parse_tensors(files[TENSORS], TENSORS, str(path)))
+    weights = (Weights.of(s.kind, mine, s.activation) for s, mine in zip(manifest.interventions, own, strict=True))
+    return Adapter(manifest, tuple(weights), digest)
+
+
+def _read_files(path: Path, max_bytes: int) -> dict[str, bytes]:
     if not path.is_dir():
         raise AdapterNotFound(f"there is no adapter directory at {path}")
-    if not os.path.lexists(path / CONFIG):
+    if not is_adapter(path):
         raise AdapterNotFound(f"{path} holds no {CONFIG}, so it is not a ReFT adapter of ours")
     where = str(path)
-    config = read_plain(path / CONFIG, _MAX_CONFIG_BYTES, where)
-    manifest = parse_manifest(config, where)
-    tensors = read_plain(path / TENSORS, max_bytes, where)
-    files = {CONFIG: config, TENSORS: tensors}
-    files |= {name: read_plain(path / name, max_bytes, where) for name in _LORA_FILES if os.path.lexists(path / name)}
-    named = parse_tensors(tensors, TENSORS, where)
-    weights, warnings = check_tensors(manifest, named, where)
-    return Adapter(manifest, weights, _digest(files), warnings)
+    files = {
+        CONFIG: read_plain(path / CONFIG, _MAX_CONFIG_BYTES, where),
+        TENSORS: read_plain(path / TENSORS, max_bytes, where),
+    }
+    return files | {
+        name: read_plain(path / name, max_bytes, where) for name in _LORA_FILES if os.path.lexists(path / name)
+    }
+
+
+def _by_intervention(manifest: Manifest, named: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    own: list[dict[str, Tensor]] = [{} for _ in manifest.interventions]
+    for name, tensor in named.items():
+        _, k, letter = name.split(".")
+        own[int(k)][letter] = tensor
+    return own
 
 
 def publish(path: Path, manifest: Manifest, weights: Sequence[Weights]) -> Adapter:
@@ -122,9 +156,8 @@ def check_tensors(
         raise AdapterInvalid(where, faults)
     weights: list[Weights] = []
     warnings: list[str] = []
-    for k, spec in enumerate(manifest.interventions):
-        prefix = f"interventions.{k}."
-        own = {name.removeprefix(prefix): t for name, t in named.items() if name.startswith(prefix)}
+    by_intervention = _by_intervention(manifest, named)
+    for k, (spec, own) in enumerate(zip(manifest.interventions, by_intervention, strict=True)):
         found = list(_tensor_faults(spec, own, manifest.base_model.hidden_size))
         faults += [f"intervention {k} ({spec.where}): {fault}" for fault in found]
         if found:

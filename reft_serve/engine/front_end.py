@@ -66,7 +66,7 @@ class Binder:
 
     def _read(self, request: LoRARequest) -> LoRARequest:
         path = Path(get_adapter_absolute_path(request.lora_path))
-        if not is_adapter(path) and not (path / CONFIG).is_symlink():
+        if not is_adapter(path):
             return self._as_lora(request, path)
         adapter = read_adapter(path, settings_of(self._config).max_adapter_bytes)
         faults = limits_of(self._config).faults(adapter.manifest, base_facts(self._config))

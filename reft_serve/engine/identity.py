@@ -15,12 +15,14 @@ from vllm.lora.request import LoRARequest
 
 from reft_serve.interventions.positions import PositionRule
 
-__all__ = ["FIRST_ID", "Identity", "bound_request", "identity_of"]
+__all__ = ["FIRST_GENERATED_ID", "FIRST_ID", "Identity", "bound_request", "identity_of"]
 
 _MARK = "reft:"
 # Adapters of ours get engine ids from 2**28 on, derived from the digest, so that equal versions are one adapter to the
-# scheduler and a reloaded name is another; vLLM's own counter stays below.
+# scheduler and a reloaded name is another; vLLM's own counter stays below. Ids from 2**29 on edit generated tokens too, so
+# that a step can tell by its array of ids alone who may have rows.
 FIRST_ID = 1 << 28
+FIRST_GENERATED_ID = 1 << 29
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,8 @@ class Identity:
     @property
     def engine_id(self) -> int:
         """The `lora_int_id` inside the engine; a collision costs a place in a batch, never a wrong answer."""
-        return FIRST_ID + int(self.digest[:7], 16)
+        first = FIRST_GENERATED_ID if self.rule.edits_generated else FIRST_ID
+        return first + int(self.digest[:7], 16)
 
 
 def bound_request(request: LoRARequest, path: str, identity: Identity) -> LoRARequest:

@@ -6,6 +6,7 @@ vLLM's manager, which exists only where LoRA is on.
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from reft_serve.adapters.manifest import MAX_PASSES
 from reft_serve.engine.edits import Edits, attach_edits
 from reft_serve.engine.facts import base_facts, limits_of, settings_of
-from reft_serve.engine.identity import FIRST_ID, identity_of
+from reft_serve.engine.identity import FIRST_GENERATED_ID, FIRST_ID, identity_of
 from reft_serve.engine.places import decoder_layers, places_of, watch
 from reft_serve.engine.registry import Registry
 from reft_serve.engine.rows import Rows, StepRequest, rows_of
@@ -107,9 +108,10 @@ class AdapterManager:
     def may_edit(self, batch: StepBatch) -> NDArray[np.bool_]:
         """Which requests can have edited tokens in this step: those in their prompt, and any whose adapter edits on."""
         ours = batch.engine_ids >= FIRST_ID
-        if self.registry.any_edits_generated:
-            return ours
-        return ours & (batch.computed < batch.prompt_lens)
+        may: NDArray[np.bool_] = ours & (
+            (batch.computed < batch.prompt_lens) | (batch.engine_ids >= FIRST_GENERATED_ID)
+        )
+        return may
 
     def needs_adapter(self, batch: StepBatch) -> NDArray[np.bool_]:
         """Which requests make the step one with adapters: those that may be edited, and those of a LoRA."""
@@ -210,6 +212,7 @@ class AdapterManager:
             sorted(spent) or [0.0] for spent in (self.registry.load_seconds, self._row_seconds, self._idle_seconds)
         )
         return {
+            "pid": os.getpid(),
             "steps": self._steps,
             "steps_with_rows": self._row_steps,
             "op_bodies": self.edits.bodies,
@@ -217,6 +220,7 @@ class AdapterManager:
             "loads": self.registry.loads,
             "evictions": self.registry.evictions,
             "load_seconds_median": loads[len(loads) // 2],
+            "load_seconds_last": self.registry.load_seconds[-1] if self.registry.load_seconds else 0.0,
             "load_seconds_max": loads[-1],
             "row_seconds_median": rows[len(rows) // 2],
             "row_seconds_max": rows[-1],

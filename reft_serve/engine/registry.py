@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 
-from reft_serve.adapters.directory import Adapter, read_adapter
+from reft_serve.adapters.directory import Adapter, read_version
 from reft_serve.adapters.manifest import MAX_PASSES, BaseFacts, Limits, place_of
 from reft_serve.engine.edits import Edits
 from reft_serve.engine.identity import Identity
 from reft_serve.engine.places import Place
-from reft_serve.errors import AdapterChanged, AdapterUnsupported
+from reft_serve.errors import AdapterUnsupported
 from reft_serve.interventions.kinds import fold
 from reft_serve.interventions.positions import Part
 
@@ -34,7 +34,6 @@ class _Resident:
     engine_id: int
     slot: int
     units: tuple[int, ...]
-    edits_generated: bool
 
 
 class Registry:
@@ -70,11 +69,6 @@ class Registry:
 
     def __len__(self) -> int:
         return len(self._residents)
-
-    @property
-    def any_edits_generated(self) -> bool:
-        """Whether a resident adapter edits tokens after the prompt."""
-        return any(resident.edits_generated for resident in self._residents.values())
 
     def slot_of(self, identity: Identity, path: str, in_use: Collection[str]) -> int:
         """The slot of a version, read from `path` where it is not resident. Versions of `in_use` are not evicted for it."""
@@ -114,11 +108,7 @@ class Registry:
 
     def _load(self, identity: Identity, path: str, in_use: Collection[str]) -> _Resident:
         started = time.perf_counter()
-        adapter = read_adapter(Path(path), self._max_bytes)
-        if adapter.digest != identity.digest:
-            raise AdapterChanged(
-                f"the adapter at {path} is no longer version {identity.digest[:12]} but {adapter.digest[:12]}; load it again"
-            )
+        adapter = read_version(Path(path), identity.digest, self._max_bytes)
         faults = self._limits.faults(adapter.manifest, self._base) + self._place_faults(adapter)
         if faults:
             raise AdapterUnsupported(path, faults)
@@ -161,7 +151,7 @@ class Registry:
                 column = table[self._places[place_of(spec)], :, part]
                 column[int((column > 0).sum())] = unit
         self._edits.units_of_LCS[:, :, _keys(slot)] = table.to(self._edits.units_of_LCS.device)
-        return _Resident(identity.engine_id, slot, units, identity.rule.edits_generated)
+        return _Resident(identity.engine_id, slot, units)
 
 
 def _keys(slot: int) -> slice:

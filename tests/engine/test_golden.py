@@ -84,7 +84,6 @@ def test_a_step_without_edited_tokens_does_no_work(arm: tuple[Any, dict[str, Any
     places = 13  # four layers: five boundaries of the stream, four attentions, four MLPs
     assert spent["steps"] >= spent["steps_with_rows"] + 39
     assert 0 < spent["op_bodies"] == spent["steps_with_rows"] * places
-    assert spent["steps_with_rows"] <= len(adapters)
 
 
 def test_rows_cost_the_host_next_to_nothing_while_decoding(arm: tuple[Any, dict[str, Any]]) -> None:

@@ -1,0 +1,143 @@
+"""The running server: every kind of damage gets its sentence, and the others go on being served."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from tests.adapters.damage import DAMAGE, MAX_BYTES, MAX_RANK, MODEL, Damage, write_good
+
+READY_SECONDS = 180
+
+
+class Server:
+    """vLLM's own server, started as its users start it, with nothing of ours on the command line."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url, self.log = f"http://127.0.0.1:{self.port}", folder / "server.log"
+        self.good = folder / "good"
+        write_good(self.good)
+        command = [
+            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(MODEL), "--served-model-name", "base",
+            "--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32", "--enable-lora", "--max-loras", "4",
+            "--lora-modules", f"good={self.good}",
+        ]  # fmt: skip
+        settings = {
+            "REFT_MAX_RANK": str(MAX_RANK),
+            "REFT_MAX_ADAPTER_BYTES": str(MAX_BYTES),
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+        }
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(command, env=os.environ | settings, stdout=log, stderr=log)
+        deadline = time.monotonic() + READY_SECONDS
+        while not self._ready():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.stop()
+                pytest.fail(f"the server did not start:\n{self.log.read_text()[-4000:]}")
+            time.sleep(0.5)
+
+    def _ready(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=2) as answer:
+                return answer.status == 200
+        except OSError:
+            return False
+
+    def load(self, name: str, path: Path) -> tuple[int, dict[str, Any]]:
+        """POST /v1/load_lora_adapter: the status and the answer's JSON, {} where it has none."""
+        body = json.dumps({"lora_name": name, "lora_path": str(path)}).encode()
+        request = urllib.request.Request(f"{self.url}/v1/load_lora_adapter", body, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.status, {}
+        except urllib.error.HTTPError as error:
+            return error.code, json.loads(error.read())
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    running = Server(tmp_path_factory.mktemp("server"))
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+def answer(client: openai.OpenAI, model: str) -> str:
+    prompt = [1, *range(20, 50)]
+    return client.completions.create(model=model, prompt=prompt, max_tokens=8, temperature=0).choices[0].text
+
+
+@pytest.fixture(scope="module")
+def good_answer(client: openai.OpenAI) -> str:
+    text = answer(client, "good")
+    assert text != answer(client, "base")
+    return text
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.name)
+def test_damage_gets_its_sentence_and_the_server_goes_on(
+    server: Server, client: openai.OpenAI, good_answer: str, damage: Damage, tmp_path: Path
+) -> None:
+    path = tmp_path / "adapter"
+    write_good(path)
+    damage.apply(path)
+    status, body = server.load("damaged", path)
+    assert status == 400, body
+    error = body["error"]
+    assert damage.phrase in error["message"]
+    assert set(error) >= {"message", "type", "param", "code"}
+    with pytest.raises(openai.NotFoundError):
+        answer(client, "damaged")
+    assert answer(client, "good") == good_answer
+
+
+def test_an_adapter_is_loaded_used_and_unloaded_while_others_are_served(
+    server: Server, client: openai.OpenAI, good_answer: str, tmp_path: Path
+) -> None:
+    write_good(tmp_path / "other", seed=7)
+    assert server.load("other", tmp_path / "other")[0] == 200
+    assert server.load("other", tmp_path / "other")[0] == 400
+    other = answer(client, "other")
+    assert other not in (good_answer, answer(client, "base"))
+    body = json.dumps({"lora_name": "other"}).encode()
+    request = urllib.request.Request(f"{server.url}/v1/unload_lora_adapter", body, {"Content-Type": "application/json"})
+    urllib.request.urlopen(request, timeout=60).close()
+    with pytest.raises(openai.NotFoundError):
+        answer(client, "other")
+    assert answer(client, "good") == good_answer
+
+
+def test_files_that_vanish_after_loading_do_not_matter(server: Server, client: openai.OpenAI, tmp_path: Path) -> None:
+    write_good(tmp_path / "gone", seed=9)
+    assert server.load("gone", tmp_path / "gone")[0] == 200
+    before = answer(client, "gone")
+    shutil.rmtree(tmp_path / "gone")
+    assert answer(client, "gone") == before

@@ -1,0 +1,208 @@
+"""Train the demo adapters: `python -m reft_serve.demo.train [NAME ...] [--out DIR]`. About ten minutes on one core.
+
+No data is needed. The base model writes the first sentences of many stories and, for each behaviour, goes on from an
+opener; answers that its rule accepts become training examples. Each adapter is then judged by the same rule on prompts
+that none was trained on. One seed decides everything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from transformers.utils import logging
+
+from reft_serve.adapters.base_model import read_base_model
+from reft_serve.adapters.directory import TENSORS, publish
+from reft_serve.adapters.manifest import BaseFacts, InterventionSpec, Manifest, Part
+from reft_serve.demo.behaviours import ADAPTERS, BEHAVIOURS, MODEL, Behaviour, is_neutral
+from reft_serve.demo.edited import Edit, EditedModel, Edits
+from reft_serve.interventions import positions
+from reft_serve.interventions.modules import Intervention
+
+__all__ = ["main"]
+
+SEED = 7
+_STARTS = (
+    *("Once upon a time", "One day", "One sunny day", "Long ago", "In a small town", "There was a", "Tom and Mia"),
+    *("A little girl", "A little boy", "Ben and his mom", "Lily was", "Max had", "Sara liked", "Every morning"),
+)
+_TRAINING, _HELD_OUT, _ANSWER, _BATCH = 384, 96, 80, 16
+_FIRST_SENTENCES = re.compile(r'\A[^"\n]{16,}?[.!](?=[\s"])')
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One row of the report. Rates are the share of held-out prompts whose answer the rule accepts."""
+
+    behaviour: Behaviour
+    base_rate: float
+    rate: float
+    examples: int
+    parameters: int
+    size: int
+    seconds: float
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The script."""
+    known = {behaviour.name: behaviour for behaviour in BEHAVIOURS}
+    parser = argparse.ArgumentParser(description="Train the demo adapters on the demo model.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which of {', '.join(known)}; all unless given")
+    parser.add_argument("--out", type=Path, default=ADAPTERS, help="directory to write NAME/ to (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; another number gives other last bits")
+    given = parser.parse_args(argv)
+    unknown = [name for name in given.names if name not in known]
+    if unknown:
+        parser.error(f"{unknown[0]} is not one of {', '.join(known)}")
+    chosen = [known[name] for name in given.names or known]
+    taken = [given.out / behaviour.name for behaviour in chosen if (given.out / behaviour.name).exists()]
+    if taken:
+        parser.error(f"{taken[0]} is there already: remove it first, or choose another --out")
+    torch.set_num_threads(given.threads)
+    torch.use_deterministic_algorithms(True)
+    logging.disable_progress_bar()
+    console = Console()
+    model = EditedModel(MODEL)
+    training, held_out = _prompts(model)
+    answers = _answers(model, held_out, None)
+    console.print(_report([_make(model, b, training, held_out, answers, given.out) for b in chosen]))
+
+
+def _prompts(model: EditedModel) -> tuple[list[list[int]], list[list[int]]]:
+    """First sentences of stories that the base model writes, neutral ones, no two alike: (training, held out)."""
+    found: dict[str, None] = {}
+    starts = [model.tokens(start, prompt=True) for start in _STARTS]
+    batch = 16 * len(starts)
+    for seed in range(SEED, SEED + 100):
+        rows = [starts[i % len(starts)] for i in range(batch)]
+        for start, rest in zip(rows, model.sample(rows, 40, seed, 0.9), strict=True):
+            sentence = _FIRST_SENTENCES.match(model.text(start + rest))
+            if sentence and is_neutral(sentence[0]):
+                found[sentence[0]] = None
+        if len(found) >= _TRAINING + _HELD_OUT:
+            break
+    tokens = [model.tokens(text, prompt=True) for text in found]
+    return tokens[_HELD_OUT : _HELD_OUT + _TRAINING], tokens[:_HELD_OUT]
+
+
+def _answers(model: EditedModel, prompts: list[list[int]], adapter: Edits | None) -> list[str]:
+    return [model.text(answer) for answer in model.sample(prompts, _ANSWER, SEED, 0.7, adapter)]
+
+
+def _rate(behaviour: Behaviour, answers: list[str]) -> float:
+    return sum(behaviour.holds(answer) for answer in answers) / len(answers)
+
+
+def _make(
+    model: EditedModel,
+    behaviour: Behaviour,
+    training: list[list[int]],
+    held_out: list[list[int]],
+    base_answers: list[str],
+    out: Path,
+) -> Outcome:
+    started = time.monotonic()
+    rows = _examples(model, behaviour, training)
+    base = read_base_model(MODEL).model_copy(update={"name": "reft-serve demo model"})
+    adapter = _adapter(model, behaviour, base)
+    _train(model, behaviour, adapter, rows)
+    base_rate = _rate(behaviour, base_answers)
+    rate = _rate(behaviour, _answers(model, held_out, adapter))
+    facts: dict[str, str | int | float | bool | None] = {
+        "script": "reft_serve.demo.train",
+        "data": "sampled from the base model, filtered by the behaviour's rule",
+        "behaviour": behaviour.name,
+        "seed": SEED,
+        "steps": behaviour.steps,
+        "learning_rate": behaviour.rate,
+        "examples": len(rows),
+        "held_out_prompts": len(held_out),
+        "base_rate": round(base_rate, 3),
+        "rate": round(rate, 3),
+    }
+    weights = [edit.module.weights() for edit in adapter.edits]
+    publish(out / behaviour.name, _manifest(behaviour, adapter, base, facts), weights)
+    parameters = sum(tensor.numel() for held in weights for tensor in held.tensors().values())
+    size = (out / behaviour.name / TENSORS).stat().st_size
+    return Outcome(behaviour, base_rate, rate, len(rows), parameters, size, time.monotonic() - started)
+
+
+def _examples(model: EditedModel, behaviour: Behaviour, prompts: list[list[int]]) -> list[tuple[list[int], list[int]]]:
+    """(prompt, answer) pairs whose answer the rule accepts."""
+    choose = random.Random(SEED)  # noqa: S311 - not a secret
+    openers = [model.tokens(choose.choice(behaviour.openers)) for _ in prompts]
+    begun = [prompt + opener for prompt, opener in zip(prompts, openers, strict=True)]
+    sampled = model.sample(begun, behaviour.answer_tokens, SEED, 0.7)
+    answers = [opener + rest for opener, rest in zip(openers, sampled, strict=True)]
+    pairs = zip(prompts, answers, strict=True)
+    return [(prompt, answer) for prompt, answer in pairs if behaviour.holds(model.text(answer))]
+
+
+def _adapter(model: EditedModel, behaviour: Behaviour, base: BaseFacts) -> Edits:
+    torch.manual_seed(SEED)
+    parts = (positions.Part.PREFIX,) if behaviour.rule.tied else tuple(positions.Part)
+    edits = (
+        Edit(layer, part, Intervention(behaviour.kind, base.hidden_size, behaviour.rank))
+        for part in parts
+        for layer in range(model.layers)
+    )
+    return Edits(tuple(edits), behaviour.rule)
+
+
+def _train(model: EditedModel, behaviour: Behaviour, adapter: Edits, rows: list[tuple[list[int], list[int]]]) -> None:
+    """Adam with a short warm-up and a linear decay, as in the paper's recipes."""
+    parameters = [p for edit in adapter.edits for p in edit.module.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=behaviour.rate)
+    steps = behaviour.steps
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 20) * (1 - step / steps))
+    choose = random.Random(SEED)  # noqa: S311 - not a secret
+    for _ in track(range(steps), description=f"{behaviour.name:8}"):
+        loss = model.loss(adapter, choose.sample(rows, min(_BATCH, len(rows))))
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+
+
+def _manifest(
+    behaviour: Behaviour, adapter: Edits, base: BaseFacts, facts: dict[str, str | int | float | bool | None]
+) -> Manifest:
+    halves: dict[positions.Part, Part] = {positions.Part.PREFIX: "prefix", positions.Part.SUFFIX: "suffix"}
+    specs = (
+        InterventionSpec(
+            layer=edit.layer,
+            component="block_output",
+            kind=behaviour.kind,
+            rank=behaviour.rank,
+            part="both" if behaviour.rule.tied else halves[edit.part],
+        )
+        for edit in adapter.edits
+    )
+    return Manifest(base_model=base, interventions=tuple(specs), positions=behaviour.rule, provenance=facts)
+
+
+def _report(outcomes: list[Outcome]) -> Table:
+    table = Table("adapter", "kind", "positions", "base", "adapter", "examples", "parameters", "bytes", "seconds")
+    for outcome in outcomes:
+        behaviour, rule = outcome.behaviour, outcome.behaviour.rule
+        where = (
+            rule.spec + ("" if rule.tied else " untied") + ("" if rule.phase == "prompt" else f", phase {rule.phase}")
+        )
+        rates = (f"{outcome.base_rate:.1%}", f"{outcome.rate:.1%}")
+        sizes = (f"{outcome.examples}", f"{outcome.parameters:,}", f"{outcome.size:,}", f"{outcome.seconds:.0f}")
+        table.add_row(behaviour.name, behaviour.kind, where, *rates, *sizes)
+    return table
+
+
+if __name__ == "__main__":
+    main()

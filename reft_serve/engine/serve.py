@@ -98,7 +98,8 @@ def plan(request: ServeRequest) -> Plan:
     passed, lora_modules = _split_modules(request.passed)
     flags = _flag_values(passed)
     base = _base_facts(request.model)
-    served = _served(request, base, settings)
+    taken = {request.model, flags.get("--served-model-name")}
+    served = _served(request, taken, base, settings)
     environment, reasons = _limits(served, base, settings, flags)
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", request.model]
     if served or lora_modules:
@@ -149,13 +150,15 @@ def _base_facts(model: str) -> BaseFacts | None:
     return read_base_model(Path(model)) if Path(model).is_dir() else None
 
 
-def _served(request: ServeRequest, base: BaseFacts | None, settings: EngineSettings) -> list[_Served]:
+def _served(
+    request: ServeRequest, taken: set[str | None], base: BaseFacts | None, settings: EngineSettings
+) -> list[_Served]:
     named: dict[str, Path] = {}
     for given in request.adapters:
         name, equals, where = given.partition("=")
         if not (name and equals and where):
             raise ClientError(f"--adapter {given[:200]!r} is not NAME=DIR")
-        if name in named or name == request.model:
+        if name in named or name in taken:
             raise ClientError(f"--adapter {name}: the name is taken already; every adapter needs one of its own")
         named[name] = Path(where).expanduser()
     flags = _import_flags(request, named)

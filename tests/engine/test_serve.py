@@ -239,6 +239,14 @@ def test_a_fault_is_told_before_vllm_starts(
         planned(*named, positions=positions)
 
 
+def test_an_adapter_cannot_have_the_base_models_name(make: Callable[..., Path]) -> None:
+    adapter = make()
+    with pytest.raises(ClientError, match="--adapter base: the name is taken"):
+        planned(f"base={adapter}", passed=("--served-model-name", "base"))
+    with pytest.raises(ClientError, match="--adapter m: the name is taken"):
+        plan(ServeRequest("m", (f"m={adapter}",)))
+
+
 def test_positions_for_an_adapter_of_ours_are_refused(make: Callable[..., Path]) -> None:
     with pytest.raises(ClientError, match="'a' records its positions itself"):
         planned(f"a={make()}", f"b={SAVE}", positions=("f3", "a=l1"))

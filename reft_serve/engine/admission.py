@@ -1,11 +1,13 @@
-"""A request enters the scheduler only once every worker could load its adapter.
+"""A request enters the scheduler only once every worker holds its adapter, and they hold it until it is finished.
 
-A failure in the middle of a step would end the engine for everyone; here it ends one request.
+A failure in the middle of a step would end the engine for everyone; here it ends one request. Whether files vanish or
+change afterwards is no matter.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -13,28 +15,81 @@ from vllm.v1.request import Request
 
 from reft_serve.engine.identity import identity_of
 
-__all__ = ["loading_first"]
+__all__ = ["Admission", "admitting", "noting_finished"]
 
 logger = logging.getLogger("vllm.reft_serve")
 
 
-def loading_first(original: Any) -> Callable[..., None]:
-    """Around `EngineCore.add_request`: load an adapter that no request has used yet before its first one is queued."""
+class Admission:
+    """The versions that the workers of one engine hold.
+
+    Args:
+        executor: vLLM's executor, asked to hold versions with unfinished requests and, from time to time, to let go.
+        idle: how many versions without requests stay held, least recently used first out (vLLM's --max-cpu-loras).
+    """
+
+    def __init__(self, executor: Any, idle: int) -> None:
+        self._executor, self._most_idle = executor, idle
+        self._unfinished: Counter[str] = Counter()
+        self._idle: OrderedDict[str, None] = OrderedDict()
+
+    def admit(self, request: Request) -> None:
+        """Have the workers hold the request's adapter.
+
+        Raises:
+            Exception: whatever a worker met; the request must not be scheduled then.
+        """
+        identity = identity_of(request.lora_request)
+        if identity is None:
+            return
+        if identity.digest in self._idle:
+            del self._idle[identity.digest]
+        elif not self._unfinished[identity.digest]:
+            released = [self._idle.popitem(last=False)[0] for _ in range(len(self._idle) - self._most_idle)]
+            self._executor.collective_rpc("reft_hold", args=(request.lora_request, released))
+        self._unfinished[identity.digest] += 1
+
+    def finished(self, request: Request) -> None:
+        """Note that a request which was admitted is over, however it ended."""
+        identity = identity_of(request.lora_request)
+        if identity is None:
+            return
+        self._unfinished[identity.digest] -= 1
+        if self._unfinished[identity.digest] <= 0:
+            del self._unfinished[identity.digest]
+            self._idle[identity.digest] = None
+
+
+def admitting(original: Any) -> Callable[..., None]:
+    """Around `EngineCore.add_request`."""
 
     def add_request(self: Any, request: Request, request_wave: int = 0) -> None:
-        identity = identity_of(request.lora_request)
-        admitted: set[str] = self.__dict__.setdefault("_reft_admitted", set())
-        if identity is not None and identity.digest not in admitted:
-            try:
-                self.model_executor.add_lora(request.lora_request)
-            except Exception as exc:  # whatever a worker met: this request fails, the engine goes on
-                reject = getattr(self, "_send_error_outputs_to_client", None)
-                if reject is None:
-                    raise
-                logger.error("request %s: its adapter could not be loaded: %s", request.request_id, exc)
-                reject([request.request_id], request.client_index)
-                return
-            admitted.add(identity.digest)
+        admission = self.scheduler.__dict__.get("_reft_admission")
+        if admission is None and request.lora_request is not None:
+            lora = self.vllm_config.lora_config
+            admission = self.scheduler._reft_admission = Admission(self.model_executor, lora.max_cpu_loras)
+        try:
+            if admission is not None:
+                admission.admit(request)
+        except Exception as exc:
+            reject = getattr(self, "_send_error_outputs_to_client", None)
+            if reject is None:
+                raise
+            logger.error("request %s: its adapter could not be loaded: %s", request.request_id, exc)
+            reject([request.request_id], request.client_index)
+            return
         original(self, request, request_wave)
 
     return add_request
+
+
+def noting_finished(original: Any) -> Callable[..., Any]:
+    """Around `Scheduler._free_request`, through which every request leaves."""
+
+    def free_request(self: Any, request: Request, *args: Any, **kwargs: Any) -> Any:
+        admission = self.__dict__.get("_reft_admission")
+        if admission is not None:
+            admission.finished(request)
+        return original(self, request, *args, **kwargs)
+
+    return free_request

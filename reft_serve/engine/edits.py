@@ -26,7 +26,8 @@ class Edits:
     """What is to be edited in the current step, and with what.
 
     `units_of_LCS` is int32 over (place, pass, key). On a GPU the tiles lie in buffers that captured graphs read, with the
-    number of live tiles in `count`; on a CPU they are the step's own tensors.
+    number of live tiles in `count`; on a CPU they are the step's own tensors. `bodies` counts the op's work as the host
+    sees it: on a CPU every edit of a place, on a GPU the launches outside replayed graphs.
     """
 
     pool: UnitPool
@@ -37,6 +38,7 @@ class Edits:
     _tiles: Tiles | None = None
     _buffers: Tiles | None = field(init=False, default=None)
     _count: Tensor | None = field(init=False, default=None)
+    _counted: bool = False
     _whole_grid: bool = False
 
     def __post_init__(self) -> None:
@@ -51,8 +53,10 @@ class Edits:
         self._count = torch.zeros(1, dtype=torch.int32, device=device)
 
     def clear(self) -> None:
-        """No row is edited from here on."""
-        self.active = False
+        """No row is edited from here on, not even by a captured graph with launches of ours, as a step of a LoRA replays."""
+        if self._counted and self._count is not None:
+            self._count.zero_()
+        self.active = self._counted = False
 
     def set_rows(self, row_T: NDArray[np.int32], key_T: NDArray[np.int32], scale_T: NDArray[np.float32]) -> None:
         """Edit these rows in the coming step (at least one)."""
@@ -64,13 +68,14 @@ class Edits:
                 buffer[:live].copy_(part.pin_memory(), non_blocking=True)
             self._count.copy_(torch.tensor([live], dtype=torch.int32).pin_memory(), non_blocking=True)
             host = Tiles(*(buffer[:live] for buffer in _parts(self._buffers)))
+            self._counted = True
         self._tiles, self.active, self._whole_grid = host, True, False
 
     def set_dummy(self) -> None:
         """Prepare for warm-up and graph capture: launch for any number of tiles, with none live."""
         if self._buffers is not None and self._count is not None:
             self._count.zero_()
-            self._tiles, self.active, self._whole_grid = self._buffers, True, True
+            self._tiles, self.active, self._counted, self._whole_grid = self._buffers, True, False, True
 
     def apply(self, hidden_ND: Tensor, residual_ND: Tensor | None, place: int) -> None:
         """Edit the step's rows of one place, in place."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.lora.layers import LoRAMapping
+from vllm.lora.layers import LoRAMapping, LoRAMappingType
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
@@ -42,6 +42,7 @@ class StepBatch:
     """The requests of a step as integer arrays over requests, in the order of their tokens.
 
     engine_ids: `lora_int_id` of each, 0 for the base. The others count tokens; `sampled` are those that get logits.
+    requests: the adapters by `lora_int_id`; asked for only where one of them is needed.
     """
 
     engine_ids: NDArray[Any]
@@ -49,7 +50,7 @@ class StepBatch:
     computed: NDArray[Any]
     scheduled: NDArray[Any]
     sampled: NDArray[Any]
-    requests: dict[int, LoRARequest]
+    requests: Callable[[], Mapping[int, LoRARequest]]
 
 
 class AdapterManager:
@@ -80,7 +81,8 @@ class AdapterManager:
         watch(layers, places, attach_edits(self.edits))
         self.registry = Registry(self.edits, slots, places, layers.keys(), base, limits, settings.max_adapter_bytes)
         self._lora = lora
-        self._lora_is_active = False
+        self._active_loras = 0
+        self._has_dummies = False
         self._steps = self._row_steps = 0
         # Host time of the last steps, apart for those that edit and those that need not.
         self._row_seconds: deque[float] = deque(maxlen=256)
@@ -89,7 +91,7 @@ class AdapterManager:
     @property
     def num_active(self) -> int:
         """What graph dispatch must know: 0 where neither a ReFT row nor a LoRA is in the prepared step."""
-        return int(self.edits.active) + int(self._lora_is_active)
+        return int(self.edits.active) + self._active_loras
 
     def prepare(self, batch: StepBatch) -> None:
         """Set the rows of the coming step, loading what is missing. Costs one vector test where nothing is edited."""
@@ -123,9 +125,9 @@ class AdapterManager:
         if not len(candidates):
             return None
         first_row = np.cumsum(batch.scheduled) - batch.scheduled
-        requests = []
+        adapters, requests = batch.requests(), []
         for i in candidates.tolist():
-            request = batch.requests[int(batch.engine_ids[i])]
+            request = adapters[int(batch.engine_ids[i])]
             identity = identity_of(request)
             assert identity is not None
             share = (batch.prompt_lens[i], batch.computed[i], batch.scheduled[i], first_row[i])
@@ -137,15 +139,30 @@ class AdapterManager:
         assert self._lora is not None
         ids = np.where(batch.engine_ids < FIRST_ID, batch.engine_ids, 0)
         active = set(ids[ids > 0].tolist())
+        adapters = batch.requests() if active else {}
         # Also where no LoRA is active: its wrapped layers read the mapping of the step.
         mapping = LoRAMapping(tuple(ids.repeat(batch.scheduled)), tuple(ids.repeat(batch.sampled)), is_prefill=True)
-        self._lora.set_active_adapters({batch.requests[i] for i in active}, mapping)
-        self._lora_is_active = bool(active)
+        self._lora.set_active_adapters({adapters[i] for i in active}, mapping)
+        self._active_loras = len(active)
+
+    def hold(self, request: LoRARequest, released: list[str]) -> None:
+        """Keep a version's tensors at hand for its coming requests, and let go of others."""
+        identity = identity_of(request)
+        assert identity is not None
+        self.registry.hold(identity, request.lora_path)
+        for digest in released:
+            self.registry.release(digest)
 
     # What vLLM calls on its own manager from here on.
 
     def set_active_adapters(self, requests: set[LoRARequest], mapping: LoRAMapping | None) -> None:
-        """Warm-up and graph capture. Real steps come through `prepare`; V2 then calls here with an empty mapping."""
+        """Warm-up and graph capture. Real steps come through `prepare`; V2 then calls here with an empty mapping.
+
+        A multimodal step comes once more, for the LoRAs of its towers, which ReFT does not edit.
+        """
+        if mapping is not None and mapping.type is not LoRAMappingType.LANGUAGE:
+            self._set_tower_loras(requests, mapping)
+            return
         if mapping is not None and not mapping.index_mapping:
             return
         if requests:
@@ -154,7 +171,15 @@ class AdapterManager:
             self.edits.clear()
         if self._lora is not None:
             self._lora.set_active_adapters(requests, mapping)
-            self._lora_is_active = bool(requests)
+            self._active_loras = len(requests)
+
+    def _set_tower_loras(self, requests: set[LoRARequest], mapping: LoRAMapping) -> None:
+        assert self._lora is not None, "supports_tower_connector_lora denied it"
+        of_tokens, of_prompts = (
+            tuple(i if i < FIRST_ID else 0 for i in ids) for ids in (mapping.index_mapping, mapping.prompt_mapping)
+        )
+        loras = {request for request in requests if request.lora_int_id < FIRST_ID}
+        self._lora.set_active_adapters(loras, replace(mapping, index_mapping=of_tokens, prompt_mapping=of_prompts))
 
     def add_adapter(self, request: LoRARequest) -> bool:
         identity = identity_of(request)
@@ -182,8 +207,11 @@ class AdapterManager:
         return self.registry.engine_ids() | (self._lora.list_adapters() if self._lora is not None else set())
 
     def remove_all_adapters(self) -> None:
+        """Forget every adapter; after a dummy run, which an idle data-parallel rank makes in every step, only vLLM's."""
         self.edits.clear()
-        self.registry.remove_all()
+        if not self._has_dummies:
+            self.registry.remove_all()
+        self._has_dummies = False
         if self._lora is not None:
             self._lora.remove_all_adapters()
 
@@ -196,6 +224,7 @@ class AdapterManager:
                 yield
 
     def add_dummy_lora(self, request: LoRARequest, rank: int) -> bool:
+        self._has_dummies = True
         return self._lora is not None and bool(self._lora.add_dummy_lora(request, rank))
 
     def get_dummy_lora_warmup_rank(self, default_rank: int) -> int:

@@ -84,6 +84,7 @@ def _patch_scheduler() -> None:
     import vllm.v1.core.block_pool
     import vllm.v1.core.kv_cache_utils
     import vllm.v1.simple_kv_offload.manager
+    from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.core import EngineCore
 
     from reft_serve.engine import admission, prefix_cache
@@ -91,7 +92,8 @@ def _patch_scheduler() -> None:
     core = vllm.v1.core
     for module in (core.kv_cache_utils, core.block_pool, vllm.v1.simple_kv_offload.manager):
         _wrap(module, "generate_block_hash_extra_keys", prefix_cache.with_adapter_keys)
-    _wrap(EngineCore, "add_request", admission.loading_first)
+    _wrap(EngineCore, "add_request", admission.admitting)
+    _wrap(Scheduler, "_free_request", admission.noting_finished)
 
 
 def _patch_workers() -> None:
@@ -105,3 +107,4 @@ def _patch_workers() -> None:
     _wrap(LoRAModelRunnerMixin, "set_active_loras", runners.preparing_rows)
     _wrap(GPUModelRunner, "_determine_batch_execution_and_padding", runners.dispatching_by_rows)
     WorkerBase.reft_stats = runners.reft_stats
+    WorkerBase.reft_hold = runners.reft_hold

@@ -3,6 +3,9 @@
 A slot is a place in a batch; the interventions of its adapter take units anywhere in the pool, so adapters of any number
 of layers share it without holes. The least recently used version makes room, and only after the new one has been read,
 verified and found to fit.
+
+A version with unfinished requests is *held*: its tensors stay in host memory, so that no step reads a file or can fail on
+one, however often the version is evicted and comes back.
 """
 
 from __future__ import annotations
@@ -59,9 +62,11 @@ class Registry:
     ) -> None:
         self._edits, self._places, self._layers = edits, places, frozenset(layers)
         self._base, self._limits, self._max_bytes = base, limits, max_bytes
+        self._units_per_slot = edits.pool.units // slots
         self._free_slots = list(range(slots - 1, -1, -1))
         self._free_units = list(range(edits.pool.units, 0, -1))
         self._residents: OrderedDict[str, _Resident] = OrderedDict()
+        self._held: dict[str, Adapter] = {}
         self._pinned: set[str] = set()
         self._digest_by_id: dict[int, str] = {}
         self.loads = self.evictions = 0
@@ -77,6 +82,20 @@ class Registry:
             resident = self._load(identity, path, in_use)
         self._residents.move_to_end(identity.digest)
         return resident.slot
+
+    def hold(self, identity: Identity, path: str) -> None:
+        """Read a version and keep its tensors in host memory until `release`.
+
+        Raises:
+            AdapterNotFound, AdapterInvalid, AdapterChanged: its files are not what they were.
+            AdapterUnsupported: this engine cannot serve it.
+        """
+        if identity.digest not in self._held:
+            self._held[identity.digest] = self._read(identity, path)
+
+    def release(self, digest: str) -> None:
+        """Let go of a held version; its slot, if it has one, stays until it is evicted."""
+        self._held.pop(digest, None)
 
     def remove(self, engine_id: int) -> bool:
         """Free a version's slot and units; False where it is not resident. Requests under way read it again."""
@@ -108,11 +127,8 @@ class Registry:
 
     def _load(self, identity: Identity, path: str, in_use: Collection[str]) -> _Resident:
         started = time.perf_counter()
-        adapter = read_version(Path(path), identity.digest, self._max_bytes)
-        faults = self._limits.faults(adapter.manifest, self._base) + self._place_faults(adapter)
-        if faults:
-            raise AdapterUnsupported(path, faults)
-        local = [k for k, spec in enumerate(adapter.manifest.interventions) if place_of(spec) in self._places]
+        adapter = self._held.get(identity.digest) or self._read(identity, path)
+        local = self._local(adapter)
         self._make_room(len(local), in_use)
         resident = self._write(adapter, identity, local)
         self._residents[identity.digest] = resident
@@ -120,6 +136,20 @@ class Registry:
         self.loads += 1
         self.load_seconds.append(time.perf_counter() - started)
         return resident
+
+    def _read(self, identity: Identity, path: str) -> Adapter:
+        adapter = read_version(Path(path), identity.digest, self._max_bytes)
+        faults = self._limits.faults(adapter.manifest, self._base) + self._place_faults(adapter)
+        if len(self._local(adapter)) > self._units_per_slot:
+            faults.append(
+                f"more than {self._units_per_slot} of its interventions are on one rank: raise REFT_MAX_INTERVENTIONS"
+            )
+        if faults:
+            raise AdapterUnsupported(path, faults)
+        return adapter
+
+    def _local(self, adapter: Adapter) -> list[int]:
+        return [k for k, spec in enumerate(adapter.manifest.interventions) if place_of(spec) in self._places]
 
     def _place_faults(self, adapter: Adapter) -> list[str]:
         return [
@@ -129,16 +159,13 @@ class Registry:
         ]
 
     def _make_room(self, units: int, in_use: Collection[str]) -> None:
-        for digest, resident in list(self._residents.items()):
+        # Pinned versions go last, and only for a step that needs every slot: it could not run otherwise.
+        evictable = [digest for digest in self._residents if digest not in in_use]
+        for digest in sorted(evictable, key=self._pinned.__contains__):
             if self._free_slots and len(self._free_units) >= units:
                 return
-            if digest not in in_use and digest not in self._pinned:
-                self.remove(resident.engine_id)
-                self.evictions += 1
-        if not self._free_slots or len(self._free_units) < units:
-            raise AdapterUnsupported(
-                "(no slot)", ["every slot of this engine is pinned or used by the running step: raise --max-loras"]
-            )
+            self.remove(self._residents[digest].engine_id)
+            self.evictions += 1
 
     def _write(self, adapter: Adapter, identity: Identity, local: list[int]) -> _Resident:
         slot = self._free_slots.pop()

@@ -6,7 +6,7 @@ V1 (`gpu_model_runner`, also the CPU's) asks `set_active_loras` while it prepare
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,13 @@ from vllm.config import VllmConfig
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.model_executor.models import supports_lora
+from vllm.v1.worker.gpu.lora_utils import LoraState
 
 from reft_serve.engine.facts import settings_of
 from reft_serve.engine.manager import AdapterManager, StepBatch
 from reft_serve.errors import EngineUnsupported
 
-__all__ = ["dispatching_by_rows", "preparing_rows", "reft_stats", "with_manager"]
+__all__ = ["dispatching_by_rows", "preparing_rows", "reft_hold", "reft_stats", "with_manager"]
 
 
 def with_manager(_: Any) -> Callable[..., nn.Module]:
@@ -39,7 +40,7 @@ def with_manager(_: Any) -> Callable[..., nn.Module]:
         self.lora_manager = AdapterManager(model, vllm_config, device, lora)
         state = getattr(self, "lora_state", None)
         if state is not None:
-            self.lora_state = RowAwareLoraState(state, self)
+            self.lora_state = RowAwareLoraState(len(state.lora_ids), self)
         return model
 
     return load_lora_model
@@ -63,7 +64,7 @@ def preparing_rows(_: Any) -> Callable[..., None]:
                 input_batch.num_computed_tokens_cpu[:n],
                 num_scheduled_tokens[:n],
                 np.ones(n, np.int32) if num_sampled_tokens is None else num_sampled_tokens[:n],
-                input_batch.lora_id_to_lora_request,
+                lambda: input_batch.lora_id_to_lora_request,
             )
         )
 
@@ -82,23 +83,23 @@ def dispatching_by_rows(original: Any) -> Callable[..., Any]:
     return determine
 
 
-class RowAwareLoraState:
+class RowAwareLoraState(LoraState):  # type: ignore[misc]  # vllm is not type-checked
     """V2's `LoraState` with our rows: same calls, but "active" means that this step edits something or runs a LoRA."""
 
-    def __init__(self, state: Any, runner: Any) -> None:
-        self._state, self._runner = state, runner
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._state, name)
+    def __init__(self, max_num_reqs: int, runner: Any) -> None:
+        super().__init__(max_num_reqs)
+        self._runner = runner
 
     def get_activate_loras(self, req_ids: list[str]) -> set[LoRARequest]:
         """The adapters that this step needs; asked before the step is prepared, so a prompt chunk counts as a whole."""
-        at = [self._runner.req_states.req_id_to_index[req_id] for req_id in req_ids]
-        batch = self._batch(np.array(at, dtype=np.int64), np.ones(len(at), np.int64))
-        if not batch.engine_ids.any():
+        if not self.lora_requests:
             return set()
+        index_of = self._runner.req_states.req_id_to_index
+        at = np.fromiter(map(index_of.__getitem__, req_ids), np.intp, len(req_ids))
+        batch = self._batch(at, np.ones(len(at), np.int64))
         needed = set(batch.engine_ids[self._runner.lora_manager.needs_adapter(batch)].tolist())
-        return {request for number, request in batch.requests.items() if number in needed}
+        adapters = batch.requests() if needed else {}
+        return {adapters[number] for number in needed}
 
     def make_lora_inputs(
         self, req_ids: list[str], idx_mapping: NDArray[Any], num_scheduled_tokens: NDArray[Any]
@@ -110,13 +111,21 @@ class RowAwareLoraState:
     def _batch(self, at: NDArray[Any], scheduled: NDArray[Any]) -> StepBatch:
         states = self._runner.req_states
         return StepBatch(
-            self._state.lora_ids[at],
+            self.lora_ids[at],
             states.prompt_len.np[at],
             states.num_computed_tokens_np[at],
             scheduled,
             np.ones(len(at), np.int32),
-            {request.lora_int_id: request for request in self._state.lora_requests.values()},
+            self._adapters,
         )
+
+    def _adapters(self) -> Mapping[int, LoRARequest]:
+        return {request.lora_int_id: request for request in self.lora_requests.values()}
+
+
+def reft_hold(self: Any, request: LoRARequest, released: list[str]) -> None:
+    """Called on every worker when a version gets its first unfinished request."""
+    self.model_runner.lora_manager.hold(request, released)
 
 
 def reft_stats(self: Any) -> dict[str, float]:

@@ -34,10 +34,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         result = _run(args, shape, Path(folder))
     console = Console()
+    tensors, pool, grown = (result[f"{name}_bytes"] / 1e6 for name in ("tensor", "pool", "grown"))
     console.print(
-        f"{args.adapters} adapters of rank {args.rank} on {shape.layers} layers: "
-        f"their tensors {result['tensor_bytes'] / 1e6:.1f} MB, pool {result['pool_bytes'] / 1e6:.1f} MB ({result['pool_ratio']:.3f}x), worker grew by "
-        f"{result['grown_bytes'] / 1e6:.1f} MB ({result['grown_ratio']:.3f}x)"
+        f"{args.adapters} adapters of rank {args.rank} on {shape.layers} layers: their tensors {tensors:.1f} MB, "
+        f"pool {pool:.1f} MB ({result['pool_ratio']:.3f}x), worker grew by {grown:.1f} MB ({result['grown_ratio']:.3f}x)"
     )
     console.print(
         f"load of one more: median {result['load_ms_median']:.2f} ms, p99 {result['load_ms_p99']:.2f} ms, "

@@ -92,6 +92,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--lora-rank", type=int, default=16)
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--gpu-memory", type=float, default=0.2, help="share of the GPU that each engine may take")
+    parser.add_argument("--cpu-cache", type=int, default=3, help="GiB of KV cache of each engine on a CPU")
     parser.add_argument("--tag", help="suffix of the result's file name")
     return parser.parse_args()
 
@@ -113,6 +114,7 @@ def _arms(args: argparse.Namespace, shape: Shape, folder: Path, console: Console
             paths = [lora_adapter(folder / f"{kind}{i}", shape, args.lora_rank, i) for i in range(int(count))]
         os.environ["REFT_LORA"] = "on" if kind == "lora" else "off"
         os.environ["REFT_MAX_RANK"] = str(args.rank)
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(args.cpu_cache)
         options: dict[str, Any] = {}
         if kind != "base":
             options = {"enable_lora": True, "max_loras": max(len(paths), 1), "max_lora_rank": max(args.lora_rank, 8)}

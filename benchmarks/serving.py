@@ -192,7 +192,7 @@ def _plot(result: dict[str, Any], axes: Any) -> None:
     axes.axhline(1.0, color="0.6", linewidth=0.8, zorder=0)
     axes.set_xticks(range(len(workloads)), workloads)
     axes.set_ylabel(f"speed relative to {result['arguments']['against']}")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, ncols=len(arms), loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def with_manager(_: Any) -> Callable[..., nn.Module]:
         wanted, lora = settings_of(vllm_config).lora, None
         if wanted == "on" and not supports_lora(model):
             raise EngineUnsupported(f"{type(model).__name__} does not support LoRA in vLLM: set REFT_LORA=off")
-        # Hooks go on first: LoRA then wraps the linear layers inside, and the edit sees their outputs.
+        # LoRA wraps the linear layers inside the decoder layers, whose outputs the edits then see.
         if wanted != "off" and supports_lora(model):
             lora = LRUCacheWorkerLoRAManager(vllm_config, device, model.embedding_modules)
             model = lora.create_lora_manager(model, vllm_config)
@@ -92,30 +92,43 @@ class RowAwareLoraState(LoraState):  # type: ignore[misc]  # vllm is not type-ch
 
     def get_activate_loras(self, req_ids: list[str]) -> set[LoRARequest]:
         """The adapters that this step needs; asked before the step is prepared, so a prompt chunk counts as a whole."""
-        if not self.lora_requests:
+        if not self._may_need_adapters():
             return set()
         index_of = self._runner.req_states.req_id_to_index
         at = np.fromiter(map(index_of.__getitem__, req_ids), np.intp, len(req_ids))
         batch = self._batch(at, np.ones(len(at), np.int64))
         needed = set(batch.engine_ids[self._runner.lora_manager.needs_adapter(batch)].tolist())
-        adapters = batch.requests() if needed else {}
+        adapters = self._adapters() if needed else {}
         return {adapters[number] for number in needed}
 
     def make_lora_inputs(
         self, req_ids: list[str], idx_mapping: NDArray[Any], num_scheduled_tokens: NDArray[Any]
     ) -> tuple[tuple[int, ...], tuple[int, ...], set[LoRARequest]]:
         """Prepare the step's rows; what is returned goes on to `set_active_adapters`, which then leaves the rows alone."""
-        self._runner.lora_manager.prepare(self._batch(idx_mapping, num_scheduled_tokens))
+        batch = self._batch(idx_mapping if self._may_need_adapters() else None, num_scheduled_tokens)
+        self._runner.lora_manager.prepare(batch)
         return (), (), set()
 
-    def _batch(self, at: NDArray[Any], scheduled: NDArray[Any]) -> StepBatch:
+    def _may_need_adapters(self) -> bool:
+        """Whether any request that the worker knows can be edited now or has a LoRA: without a look at who is in the step,
+        so requests that are not, and ended ones whose index is free, count too.
+        """
+        everyone = self._batch(slice(None), self.lora_ids)
+        return bool(self._runner.lora_manager.needs_adapter(everyone).any())
+
+    def _batch(self, at: NDArray[Any] | slice | None, scheduled: NDArray[Any]) -> StepBatch:
+        """The step of the requests at these indices; of none that has an adapter where `at` is None."""
+        ones = np.ones(len(scheduled), np.int32)
+        if at is None:
+            nobody = np.zeros_like(ones)
+            return StepBatch(nobody, ones, ones, scheduled, ones, dict)
         states = self._runner.req_states
         return StepBatch(
             self.lora_ids[at],
             states.prompt_len.np[at],
             states.num_computed_tokens_np[at],
             scheduled,
-            np.ones(len(at), np.int32),
+            ones,
             self._adapters,
         )
 

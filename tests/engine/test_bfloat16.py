@@ -57,12 +57,13 @@ def exact_logits(model: Any, adapter: Adapter, token_ids: list[int]) -> Tensor:
     return logits
 
 
-def test_bfloat16_is_as_close_to_the_exact_answer_as_pyreft_is(tmp_path: Path) -> None:
+def check_bfloat16(folder: Path) -> None:
+    """Every bfloat16 save of the Llama through an engine, against the exact answer."""
     from transformers import AutoModelForCausalLM
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
-    saves = import_saves("tiny-llama", tmp_path, "bfloat16")
+    saves = import_saves("tiny-llama", folder, "bfloat16")
     assert len(saves) == 6
     model = AutoModelForCausalLM.from_pretrained(GOLDEN / "models" / "tiny-llama", dtype=torch.bfloat16).double().eval()
     requests, exact, golden = [], [], []
@@ -89,6 +90,10 @@ def test_bfloat16_is_as_close_to_the_exact_answer_as_pyreft_is(tmp_path: Path) -
           f"means {theirs_off.mean():.3f} and {ours_off.mean():.3f}")  # fmt: skip
     assert ours_off.max() <= ALLOWANCE * theirs_off.max()
     assert ours_off.mean() <= ALLOWANCE * theirs_off.mean()
+
+
+def test_bfloat16_is_as_close_to_the_exact_answer_as_pyreft_is(tmp_path: Path) -> None:
+    check_bfloat16(tmp_path)
 
 
 def test_the_exact_reference_is_that_of_pyreft_in_float32(tmp_path: Path) -> None:

@@ -108,10 +108,11 @@ def _arms(args: argparse.Namespace, shape: Shape, folder: Path, console: Console
         paths: list[Path] = []
         if kind == "reft":
             paths = [
-                reft_adapter(folder / f"{kind}{i}", shape, args.rank, args.positions, i) for i in range(int(count))
+                reft_adapter(folder / f"{kind}{count}-{i}", shape, args.rank, args.positions, i)
+                for i in range(int(count))
             ]
         elif kind == "lora":
-            paths = [lora_adapter(folder / f"{kind}{i}", shape, args.lora_rank, i) for i in range(int(count))]
+            paths = [lora_adapter(folder / f"{kind}{count}-{i}", shape, args.lora_rank, i) for i in range(int(count))]
         os.environ["REFT_LORA"] = "on" if kind == "lora" else "off"
         os.environ["REFT_MAX_RANK"] = str(args.rank)
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(args.cpu_cache)

@@ -68,6 +68,10 @@ class Binder:
         path = Path(get_adapter_absolute_path(request.lora_path))
         if not is_adapter(path):
             return self._as_lora(request, path)
+        if (path / "adapter_config.json").exists():
+            raise AdapterUnsupported(
+                str(path), ["it holds a LoRA too, and both in one directory are not served: split them"]
+            )
         adapter = read_adapter(path, settings_of(self._config).max_adapter_bytes)
         faults = limits_of(self._config).faults(adapter.manifest, base_facts(self._config))
         if faults:

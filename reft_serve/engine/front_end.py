@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.exceptions import LoRAAdapterNotFoundError
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
 
 from reft_serve.adapters.directory import CONFIG, is_adapter, read_adapter
 from reft_serve.engine.facts import base_facts, limits_of, settings_of
-from reft_serve.engine.identity import Identity, bound_request
+from reft_serve.engine.identity import Identity, bound_request, identity_of
 from reft_serve.errors import AdapterUnsupported, ClientError
 
 __all__ = ["Binder", "binder_of"]
@@ -34,7 +36,8 @@ class Binder:
         """The request that the engine gets: LoRA and base requests as they are, ReFT ones with their identity.
 
         Raises:
-            AdapterNotFound, AdapterInvalid, AdapterUnsupported: the directory cannot be served; every fault is named.
+            AdapterInvalid, AdapterUnsupported: the directory cannot be served; every fault is named.
+            LoRAAdapterNotFoundError: there is none (vLLM's own error, which its server answers with 404).
         """
         if request is None or self._config.lora_config is None:
             return request
@@ -43,6 +46,9 @@ class Binder:
         if bound is None:
             bound = self._read(request)
             self._bound[key] = bound
+            if identity_of(bound) is not None:
+                # It is loaded anew now. vLLM keeps the request object, and would ask for it with every use of the name.
+                request.load_inplace = False
         return bound
 
     def check(self, path: str) -> None:
@@ -84,7 +90,9 @@ class Binder:
                 str(path),
                 ["it is a pyreft save; convert it first: reft-serve adapter import DIR --base MODEL --positions ..."],
             )
-        if settings_of(self._config).lora == "off" and path.is_dir():
+        if not path.is_dir():
+            raise LoRAAdapterNotFoundError(request.lora_name, request.lora_path)
+        if settings_of(self._config).lora == "off":
             raise AdapterUnsupported(
                 str(path),
                 [f"it holds no {CONFIG}, and this engine serves ReFT only: set REFT_LORA=on to serve LoRA too"],
@@ -115,8 +123,15 @@ def binding_inputs(original: Any) -> Callable[..., Any]:
 
 
 def add_lora(original: Any) -> Callable[..., Any]:
-    """Around `add_lora` of `LLMEngine` and `AsyncLLM`."""
-    return lambda self, request: original(self, binder_of(self).bind(request))
+    """Around `add_lora` of `LLMEngine` and of `AsyncLLM`, whose event loop must not wait for a disk."""
+
+    async def add_from_thread(self: Any, request: LoRARequest) -> Any:
+        return await original(self, await asyncio.to_thread(binder_of(self).bind, request))
+
+    def add(self: Any, request: LoRARequest) -> Any:
+        return original(self, binder_of(self).bind(request))
+
+    return add_from_thread if inspect.iscoroutinefunction(original) else add
 
 
 def remove_lora(original: Any) -> Callable[..., Any]:

@@ -60,9 +60,9 @@ class Server:
         except OSError:
             return False
 
-    def load(self, name: str, path: Path) -> tuple[int, dict[str, Any]]:
+    def load(self, name: str, path: Path, *, again: bool = False) -> tuple[int, dict[str, Any]]:
         """POST /v1/load_lora_adapter: the status and the answer's JSON, {} where it has none."""
-        body = json.dumps({"lora_name": name, "lora_path": str(path)}).encode()
+        body = json.dumps({"lora_name": name, "lora_path": str(path), "load_inplace": again}).encode()
         request = urllib.request.Request(f"{self.url}/v1/load_lora_adapter", body, {"Content-Type": "application/json"})
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
@@ -141,3 +141,18 @@ def test_files_that_vanish_after_loading_do_not_matter(server: Server, client: o
     before = answer(client, "gone")
     shutil.rmtree(tmp_path / "gone")
     assert answer(client, "gone") == before
+
+
+def test_a_reloaded_adapter_is_read_once_and_not_for_every_request(
+    server: Server, client: openai.OpenAI, tmp_path: Path
+) -> None:
+    write_good(tmp_path / "reloaded", seed=10)
+    assert server.load("reloaded", tmp_path / "reloaded")[0] == 200
+    first = answer(client, "reloaded")
+    shutil.rmtree(tmp_path / "reloaded")
+    write_good(tmp_path / "reloaded", seed=11)
+    assert server.load("reloaded", tmp_path / "reloaded", again=True)[0] == 200
+    second = answer(client, "reloaded")
+    assert second != first
+    shutil.rmtree(tmp_path / "reloaded")
+    assert answer(client, "reloaded") == second

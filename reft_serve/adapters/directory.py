@@ -31,6 +31,7 @@ __all__ = [
     "TENSORS",
     "Adapter",
     "check_tensors",
+    "digest_of",
     "is_adapter",
     "parse_tensors",
     "publish",
@@ -77,7 +78,7 @@ def read_adapter(path: Path, max_bytes: int = 1 << 30) -> Adapter:
     files = _read_files(path, max_bytes)
     manifest = parse_manifest(files[CONFIG], str(path))
     weights, warnings = check_tensors(manifest, parse_tensors(files[TENSORS], TENSORS, str(path)), str(path))
-    return Adapter(manifest, weights, _digest(files), warnings)
+    return Adapter(manifest, weights, digest_of(files), warnings)
 
 
 def read_version(path: Path, digest: str, max_bytes: int = 1 << 30) -> Adapter:
@@ -88,7 +89,7 @@ def read_version(path: Path, digest: str, max_bytes: int = 1 << 30) -> Adapter:
         AdapterChanged: they are another version.
     """
     files = _read_files(path, max_bytes)
-    found = _digest(files)
+    found = digest_of(files)
     if found != digest:
         raise AdapterChanged(
             f"the adapter at {path} is no longer version {digest[:12]} but {found[:12]}: load it again"
@@ -140,7 +141,7 @@ def publish(path: Path, manifest: Manifest, weights: Sequence[Weights]) -> Adapt
     kept, warnings = check_tensors(manifest, named, str(path))
     files = {CONFIG: manifest.to_json().encode(), TENSORS: save_safetensors(named)}
     write_directory(path, files.items())
-    return Adapter(manifest, kept, _digest(files), warnings)
+    return Adapter(manifest, kept, digest_of(files), warnings)
 
 
 def check_tensors(
@@ -225,7 +226,8 @@ def parse_tensors(content: bytes, name: str, where: str) -> dict[str, Tensor]:
         raise AdapterInvalid(where, [f"{name} is damaged or not a safetensors file ({short})"]) from exc
 
 
-def _digest(files: Mapping[str, bytes]) -> str:
+def digest_of(files: Mapping[str, bytes]) -> str:
+    """The version's name: sha256 in hex over the names, lengths and bytes of its files, in the order of their names."""
     digest = hashlib.sha256()
     for name, content in sorted(files.items()):
         digest.update(f"{name}\0{len(content)}\0".encode())

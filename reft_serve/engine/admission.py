@@ -13,7 +13,7 @@ from typing import Any
 
 from vllm.v1.request import Request
 
-from reft_serve.engine.identity import identity_of
+from reft_serve.engine.identity import IDS, Identity, identity_of, with_engine_id
 
 __all__ = ["Admission", "admitting", "noting_finished"]
 
@@ -32,9 +32,10 @@ class Admission:
         self._executor, self._most_idle = executor, idle
         self._unfinished: Counter[str] = Counter()
         self._idle: OrderedDict[str, None] = OrderedDict()
+        self._ids: dict[str, int] = {}
 
     def admit(self, request: Request) -> None:
-        """Have the workers hold the request's adapter.
+        """Have the workers hold the request's adapter, and give the request an id that no other held version has.
 
         Raises:
             Exception: whatever a worker met; the request must not be scheduled then.
@@ -46,8 +47,12 @@ class Admission:
             del self._idle[identity.digest]
         elif not self._unfinished[identity.digest]:
             released = [self._idle.popitem(last=False)[0] for _ in range(len(self._idle) - self._most_idle)]
+            for digest in released:
+                del self._ids[digest]
             self._executor.collective_rpc("reft_hold", args=(request.lora_request, released))
+            self._ids[identity.digest] = self._free_id(identity)
         self._unfinished[identity.digest] += 1
+        request.lora_request = with_engine_id(request.lora_request, self._ids[identity.digest])
 
     def finished(self, request: Request) -> None:
         """Note that a request which was admitted is over, however it ended."""
@@ -58,6 +63,12 @@ class Admission:
         if self._unfinished[identity.digest] <= 0:
             del self._unfinished[identity.digest]
             self._idle[identity.digest] = None
+
+    def _free_id(self, identity: Identity) -> int:
+        # Runners find a row's adapter by its id, so two versions in one batch must never share one.
+        taken, first = set(self._ids.values()), identity.engine_id & ~(IDS - 1)
+        tries = (first + (identity.engine_id - first + n) % IDS for n in range(IDS))
+        return next(number for number in tries if number not in taken)
 
 
 def admitting(original: Any) -> Callable[..., None]:
@@ -78,7 +89,12 @@ def admitting(original: Any) -> Callable[..., None]:
             logger.error("request %s: its adapter could not be loaded: %s", request.request_id, exc)
             reject([request.request_id], request.client_index)
             return
-        original(self, request, request_wave)
+        try:
+            original(self, request, request_wave)
+        except Exception:  # vLLM refused it, so it will never be freed
+            if admission is not None:
+                admission.finished(request)
+            raise
 
     return add_request
 

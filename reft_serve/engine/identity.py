@@ -15,7 +15,7 @@ from vllm.lora.request import LoRARequest
 
 from reft_serve.interventions.positions import PositionRule
 
-__all__ = ["FIRST_GENERATED_ID", "FIRST_ID", "Identity", "bound_request", "identity_of"]
+__all__ = ["FIRST_GENERATED_ID", "FIRST_ID", "IDS", "Identity", "bound_request", "identity_of", "with_engine_id"]
 
 _MARK = "reft:"
 # Adapters of ours get engine ids from 2**28 on, derived from the digest, so that equal versions are one adapter to the
@@ -23,6 +23,7 @@ _MARK = "reft:"
 # that a step can tell by its array of ids alone who may have rows.
 FIRST_ID = 1 << 28
 FIRST_GENERATED_ID = 1 << 29
+IDS = 1 << 28
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,9 @@ class Identity:
 
     @property
     def engine_id(self) -> int:
-        """The `lora_int_id` inside the engine; a collision costs a place in a batch, never a wrong answer."""
+        """The `lora_int_id` that a front end gives it. Two versions may share one: the engine core then moves the later one
+        (`admission.Admission`), so that inside the engine an id is one version's.
+        """
         first = FIRST_GENERATED_ID if self.rule.edits_generated else FIRST_ID
         return first + int(self.digest[:7], 16)
 
@@ -43,6 +46,11 @@ def bound_request(request: LoRARequest, path: str, identity: Identity) -> LoRARe
     """The request as the engine sees it. `base_model_name`, which only the front end's model list reads, carries it."""
     carried = _MARK + json.dumps({"digest": identity.digest, **asdict(identity.rule)})
     return LoRARequest(request.lora_name, identity.engine_id, path, base_model_name=carried)
+
+
+def with_engine_id(request: LoRARequest, engine_id: int) -> LoRARequest:
+    """A bound request under another id."""
+    return LoRARequest(request.lora_name, engine_id, request.lora_path, base_model_name=request.base_model_name)
 
 
 def identity_of(request: LoRARequest | None) -> Identity | None:

@@ -146,12 +146,12 @@ class AdapterManager:
         self._active_loras = len(active)
 
     def hold(self, request: LoRARequest, released: list[str]) -> None:
-        """Keep a version's tensors at hand for its coming requests, and let go of others."""
+        """Let go of some versions and keep the tensors of another at hand for its coming requests."""
         identity = identity_of(request)
         assert identity is not None
-        self.registry.hold(identity, request.lora_path)
         for digest in released:
             self.registry.release(digest)
+        self.registry.hold(identity, request.lora_path)
 
     # What vLLM calls on its own manager from here on.
 

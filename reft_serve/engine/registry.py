@@ -68,7 +68,6 @@ class Registry:
         self._residents: OrderedDict[str, _Resident] = OrderedDict()
         self._held: dict[str, Adapter] = {}
         self._pinned: set[str] = set()
-        self._digest_by_id: dict[int, str] = {}
         self.loads = self.evictions = 0
         self.load_seconds: deque[float] = deque(maxlen=4096)
 
@@ -98,32 +97,38 @@ class Registry:
         self._held.pop(digest, None)
 
     def remove(self, engine_id: int) -> bool:
-        """Free a version's slot and units; False where it is not resident. Requests under way read it again."""
-        digest = self._digest_by_id.pop(engine_id, None)
-        resident = self._residents.pop(digest, None) if digest is not None else None
-        if digest is None or resident is None:
-            return False
+        """Free the slot and units of the version with this id; False where none is resident. Requests under way load it
+        again.
+        """
+        found = self._with_id(engine_id)
+        for digest in found:
+            self._remove(digest)
+        return bool(found)
+
+    def remove_all(self) -> None:
+        """Free every slot."""
+        for digest in list(self._residents):
+            self._remove(digest)
+
+    def pin(self, engine_id: int) -> bool:
+        """Keep a resident version from eviction; False where it is not resident."""
+        found = self._with_id(engine_id)
+        self._pinned.update(found)
+        return bool(found)
+
+    def engine_ids(self) -> set[int]:
+        """The engine ids of the resident versions, as front ends know them."""
+        return {resident.engine_id for resident in self._residents.values()}
+
+    def _with_id(self, engine_id: int) -> list[str]:
+        return [digest for digest, resident in self._residents.items() if resident.engine_id == engine_id]
+
+    def _remove(self, digest: str) -> None:
+        resident = self._residents.pop(digest)
         self._pinned.discard(digest)
         self._free_slots.append(resident.slot)
         self._free_units.extend(resident.units)
         self._edits.units_of_LCS[:, :, _keys(resident.slot)] = 0
-        return True
-
-    def remove_all(self) -> None:
-        """Free every slot."""
-        for engine_id in list(self._digest_by_id):
-            self.remove(engine_id)
-
-    def pin(self, engine_id: int) -> bool:
-        """Keep a resident version from eviction; False where it is not resident."""
-        digest = self._digest_by_id.get(engine_id)
-        if digest is not None:
-            self._pinned.add(digest)
-        return digest is not None
-
-    def engine_ids(self) -> set[int]:
-        """The engine ids of the resident versions."""
-        return set(self._digest_by_id)
 
     def _load(self, identity: Identity, path: str, in_use: Collection[str]) -> _Resident:
         started = time.perf_counter()
@@ -132,7 +137,6 @@ class Registry:
         self._make_room(len(local), in_use)
         resident = self._write(adapter, identity, local)
         self._residents[identity.digest] = resident
-        self._digest_by_id[identity.engine_id] = identity.digest
         self.loads += 1
         self.load_seconds.append(time.perf_counter() - started)
         return resident
@@ -164,7 +168,7 @@ class Registry:
         for digest in sorted(evictable, key=self._pinned.__contains__):
             if self._free_slots and len(self._free_units) >= units:
                 return
-            self.remove(self._residents[digest].engine_id)
+            self._remove(digest)
             self.evictions += 1
 
     def _write(self, adapter: Adapter, identity: Identity, local: list[int]) -> _Resident:

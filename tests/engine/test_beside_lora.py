@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from reft_serve.adapters.directory import CONFIG, TENSORS, digest_of
+from reft_serve.adapters.files import write_directory
 from reft_serve.errors import AdapterInvalid, AdapterUnsupported
 from tests.adapters.damage import write_good
 from tests.conftest import GOLDEN
@@ -122,6 +124,7 @@ def test_a_directory_that_changed_is_another_version_once_it_is_loaded_anew(
 
 
 def test_a_bad_directory_fails_its_request_alone(engine: tuple[Any, Path, Any], tmp_path: Path) -> None:
+    from vllm.exceptions import LoRAAdapterNotFoundError
     from vllm.lora.request import LoRARequest
 
     running, _, _ = engine
@@ -129,6 +132,43 @@ def test_a_bad_directory_fails_its_request_alone(engine: tuple[Any, Path, Any], 
     (tmp_path / "bad" / "reft_model.safetensors").write_bytes(b"")
     with pytest.raises(AdapterInvalid, match="damaged or not a safetensors file"):
         answers(running, [LoRARequest("bad", 41, str(tmp_path / "bad"))])
+    with pytest.raises(LoRAAdapterNotFoundError, match="nowhere"):
+        answers(running, [LoRARequest("nowhere", 43, str(tmp_path / "nowhere"))])
     with pytest.raises(AdapterUnsupported, match="reft-serve adapter import"):
         answers(running, [LoRARequest("raw", 42, str(GOLDEN / "adapters" / "tiny-llama" / "loreft_f1"))])
     assert answers(running, [None])
+
+
+def colliding(folder: Path) -> list[Path]:
+    """Two different adapters whose digests begin alike, so that they have one engine id: found by trying provenances."""
+    seen: list[dict[str, int]] = [{}, {}]
+    files = []
+    for seed in (0, 1):
+        path = folder / f"plain{seed}"
+        adapter = write_good(path, seed)
+        files.append((adapter.manifest, (path / TENSORS).read_bytes()))
+    for number in range(1 << 17):
+        for mine, (manifest, tensors) in enumerate(files):
+            config = manifest.model_copy(update={"provenance": {"number": number}}).to_json().encode()
+            start = digest_of({CONFIG: config, TENSORS: tensors})[:7]
+            seen[mine][start] = number
+            if start in seen[1 - mine]:
+                return [_numbered(folder / f"same{k}", *files[k], seen[k][start]) for k in (0, 1)]
+    raise AssertionError("no collision found; try more numbers")
+
+
+def _numbered(path: Path, manifest: Any, tensors: bytes, number: int) -> Path:
+    config = manifest.model_copy(update={"provenance": {"number": number}}).to_json().encode()
+    write_directory(path, [(CONFIG, config), (TENSORS, tensors)])
+    return path
+
+
+def test_adapters_whose_engine_ids_collide_answer_as_themselves(engine: tuple[Any, Path, Any], tmp_path: Path) -> None:
+    from vllm.lora.request import LoRARequest
+
+    running, _, _ = engine
+    adapters = [LoRARequest(path.name, 50 + i, str(path)) for i, path in enumerate(colliding(tmp_path))]
+    alone = [answers(running, [adapter] * 4) for adapter in adapters]
+    assert alone[0][0][0] != alone[1][0][0]
+    mixed = answers(running, [adapters[0], adapters[1], adapters[0], adapters[1]])
+    assert [tokens for tokens, _ in mixed] == [alone[i % 2][i][0] for i in range(4)]

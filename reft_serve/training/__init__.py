@@ -1,0 +1,1 @@
+"""Making adapters: from a file of examples to a version that an engine serves."""

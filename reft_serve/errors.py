@@ -17,6 +17,7 @@ __all__ = [
     "AdapterUnsupported",
     "BaseModelInvalid",
     "ClientError",
+    "DataInvalid",
     "EngineUnsupported",
     "ImportFlagMissing",
     "PositionsInvalid",
@@ -88,6 +89,22 @@ class AdapterChanged(ClientError):
     """The files of an adapter are not those that its digest names."""
 
     code = "adapter_changed"
+
+
+class DataInvalid(ClientError):
+    """A data file that cannot be trained on. `faults` has every fault found, those of a line as `line N: ...`; the message
+    tells the first of them and counts the rest."""
+
+    code = "data_invalid"
+    _TOLD: ClassVar[int] = 10
+
+    def __init__(self, where: str, faults: Iterable[str]) -> None:
+        self.where = where
+        self.faults = tuple(faults)
+        told = "; ".join(self.faults[: self._TOLD])
+        rest = len(self.faults) - self._TOLD
+        more = f"; and {rest} more" if rest > 0 else ""
+        super().__init__(f"data file {where} cannot be used: {told}{more}")
 
 
 class BaseModelInvalid(ClientError):

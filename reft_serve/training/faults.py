@@ -1,0 +1,76 @@
+"""The faults of one data file, as sentences with line numbers. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["Faults", "kind_of", "sentence"]
+
+_KEPT = 1000
+_KINDS = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
+_WANTED = {
+    "string_type": "must be text",
+    "list_type": "must be a list",
+    "tuple_type": "must be a list",
+    "dict_type": "must be an object",
+    "model_type": "must be an object",
+    "model_attributes_type": "must be an object",
+    "float_type": "must be a number",
+}
+
+
+class Faults:
+    """The faults of one file in the order found: the first thousand told, the rest counted."""
+
+    def __init__(self) -> None:
+        self._told: list[str] = []
+        self._untold = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._told)
+
+    def add(self, fault: str, line: int | None = None) -> None:
+        """Note a fault of a line, or of the file as a whole."""
+        if len(self._told) < _KEPT:
+            self._told.append(fault if line is None else f"line {line}: {fault}")
+        else:
+            self._untold += 1
+
+    def sentences(self) -> list[str]:
+        """One for each fault."""
+        return self._told + ([f"{self._untold:,} more faults are not listed"] if self._untold else [])
+
+
+def kind_of(value: object) -> str:
+    """What JSON calls a value, with its article."""
+    return _KINDS.get(type(value), "null")
+
+
+def sentence(error: Mapping[str, Any]) -> str:
+    """One of pydantic's errors about a row, in our words: `messages[2].role must be ...`."""
+    kind, loc, value = error["type"], error["loc"], error["input"]
+    if kind in ("missing", "extra_forbidden"):
+        holder = f"{_path(loc[:-1])} has".strip()
+        return f'{holder} no "{loc[-1]}"' if kind == "missing" else f"{holder} an unknown key {str(loc[-1])[:40]!r}"
+    if kind == "finite_number":
+        told = "is too large a number"
+    elif kind == "value_error":
+        told = str(error["ctx"]["error"])
+    elif kind == "literal_error":
+        told = f"must be {error['ctx']['expected']}, not {_shown(value)}"
+    elif kind in _WANTED:
+        told = f"{_WANTED[kind]}, not {kind_of(value)}"
+    else:
+        told = f"is wrong: {error['msg']}"
+    return f"{_path(loc)} {told}".strip()
+
+
+def _path(loc: tuple[int | str, ...]) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).removeprefix(".")
+
+
+def _shown(value: object) -> str:
+    return (
+        repr(value[:40]) if isinstance(value, str) else str(value) if isinstance(value, int | float) else kind_of(value)
+    )

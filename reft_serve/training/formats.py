@@ -1,0 +1,358 @@
+"""The rows of a data file: its format found, every row checked, every fault in one report. No torch, no transformers.
+
+==============  =========================================================================================
+`chat`          OpenAI's fine-tuning rows: `messages`, with an optional `weight` of 0 or 1 on an assistant turn
+`completion`    `prompt` and `completion`
+`preference`    OpenAI's DPO rows: `input.messages`, `preferred_output`, `non_preferred_output`
+`instruction`   Alpaca's and LLM-Adapters' rows: `instruction`, `input`, `output`, `answer`
+`glue`          GLUE's rows: one or two sentences and a `label`
+==============  =========================================================================================
+
+The first rows decide which of them a file is in; a row of another is a fault. Keys beside those of the format are
+allowed where they cannot change what is learnt (`id`, `task`), and refused where they can (`tools`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, ClassVar, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from reft_serve.errors import DataInvalid
+from reft_serve.training.faults import Faults, kind_of, sentence
+from reft_serve.training.lines import Limits, read_values
+
+__all__ = [
+    "Chat",
+    "Completion",
+    "DataRow",
+    "Format",
+    "Glue",
+    "Instruction",
+    "Message",
+    "PreferencePair",
+    "Rows",
+    "check_rows",
+    "read_rows",
+]
+
+Format = Literal["chat", "completion", "preference", "instruction", "glue"]
+_DECIDING = 8
+_GLUE_KEYS = (
+    ("sentence",),
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question", "sentence"),
+    ("question1", "question2"),
+)
+_SENTENCES = tuple(dict.fromkeys(key for keys in _GLUE_KEYS for key in keys))
+
+
+def _sound(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as exc:
+        raise ValueError(f"holds half of a surrogate pair ({text[exc.start]!r}), which is no character") from exc
+    return text
+
+
+def _filled(text: str) -> str:
+    if not text.strip():
+        raise ValueError("is empty")
+    return text
+
+
+def _no_bool(value: object) -> object:
+    """Python takes True for 1; JSON does not."""
+    if isinstance(value, bool):
+        raise ValueError("must be a number, not true or false")
+    return value
+
+
+def _absent(value: object) -> object:
+    if value:
+        raise ValueError("is not supported: tools and function calls cannot be trained on")
+    return value
+
+
+_Text = Annotated[str, AfterValidator(_sound)]
+_Filled = Annotated[_Text, AfterValidator(_filled)]
+_NoTools = Annotated[Any, BeforeValidator(_absent)]
+
+
+class _Row(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
+
+
+class Message(_Row):
+    """One turn. `weight` is 0 on an assistant turn that is context only."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: _Filled
+    name: _Filled | None = None
+    weight: Annotated[Literal[0, 1] | None, BeforeValidator(_no_bool)] = None
+    tool_calls: _NoTools = None
+    function_call: _NoTools = None
+
+    @model_validator(mode="after")
+    def _weighed(self) -> Message:
+        if self.weight is not None and self.role != "assistant":
+            raise ValueError(f"has a weight, but its role is {self.role}: only assistant turns are learnt")
+        return self
+
+
+def _some(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    if not messages:
+        raise ValueError("is empty")
+    return messages
+
+
+_Messages = Annotated[tuple[Message, ...], Field(strict=False), AfterValidator(_some)]
+
+
+class _WithTools(_Row):
+    tools: _NoTools = None
+    functions: _NoTools = None
+
+
+class Chat(_WithTools):
+    """A conversation; each assistant turn of weight 1 is learnt from the turns before it."""
+
+    format: ClassVar[Format] = "chat"
+    messages: _Messages
+
+    @field_validator("messages")
+    @classmethod
+    def _learnable(cls, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+        answers = [message for message in messages if message.role == "assistant"]
+        if not answers:
+            raise ValueError("has no assistant turn, so there is nothing to learn")
+        if messages[-1].role != "assistant":
+            raise ValueError(f"ends with a {messages[-1].role} turn: the last turn must be the assistant's")
+        if all(message.weight == 0 for message in answers):
+            raise ValueError("has no assistant turn of weight 1, so there is nothing to learn")
+        if messages[0].role == "assistant" and messages[0].weight != 0:
+            raise ValueError("begins with an assistant turn, which answers nothing: give it weight 0")
+        return messages
+
+    @property
+    def learnt(self) -> list[int]:
+        """The indices of the turns to learn."""
+        return [i for i, turn in enumerate(self.messages) if turn.role == "assistant" and turn.weight != 0]
+
+
+class Completion(_Row):
+    """A text and how it goes on."""
+
+    format: ClassVar[Format] = "completion"
+    prompt: _Filled
+    completion: _Filled
+
+
+class _Question(_WithTools):
+    messages: _Messages
+
+    @field_validator("messages")
+    @classmethod
+    def _open(cls, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+        if messages[-1].role == "assistant":
+            raise ValueError("ends with an assistant turn: the answers belong in the two outputs")
+        return messages
+
+
+class PreferencePair(_Row):
+    """A conversation and two answers to it, the first of them better."""
+
+    format: ClassVar[Format] = "preference"
+    input: _Question
+    preferred_output: _Messages
+    non_preferred_output: _Messages
+
+    @field_validator("preferred_output", "non_preferred_output")
+    @classmethod
+    def _answers(cls, output: tuple[Message, ...]) -> tuple[Message, ...]:
+        if len(output) > 1:
+            raise ValueError(f"has {len(output)} turns: it must have one")
+        if output[0].role != "assistant":
+            raise ValueError(f"has a {output[0].role} turn: it must be the assistant's")
+        return output
+
+    @model_validator(mode="after")
+    def _differ(self) -> PreferencePair:
+        if self.preferred_output[0].content == self.non_preferred_output[0].content:
+            raise ValueError("preferred_output and non_preferred_output are equal, so there is nothing to prefer")
+        return self
+
+
+class Instruction(_Row):
+    """A task for the assistant. `output` is the whole answer, `answer` what a checker compares."""
+
+    format: ClassVar[Format] = "instruction"
+    instruction: _Filled
+    input: _Text = ""
+    output: _Text = ""
+    answer: _Text = ""
+    task: _Text | None = None
+
+    @model_validator(mode="after")
+    def _answered(self) -> Instruction:
+        if not self.output.strip() and not self.answer.strip():
+            raise ValueError('has neither an "output" nor an "answer", so there is nothing to learn')
+        return self
+
+
+class Glue(_Row):
+    """One or two sentences and their class, or their score where `label` is a fraction."""
+
+    format: ClassVar[Format] = "glue"
+    label: Annotated[float, BeforeValidator(_no_bool)]
+    sentence: _Filled | None = None
+    sentence1: _Filled | None = None
+    sentence2: _Filled | None = None
+    premise: _Filled | None = None
+    hypothesis: _Filled | None = None
+    question: _Filled | None = None
+    question1: _Filled | None = None
+    question2: _Filled | None = None
+
+    @field_validator("label")
+    @classmethod
+    def _known(cls, label: float) -> float:
+        if label < 0:
+            raise ValueError(f"is {label:g}, which marks a test row whose class is not told")
+        return label
+
+    @model_validator(mode="after")
+    def _complete(self) -> Glue:
+        present = tuple(name for name in _SENTENCES if getattr(self, name) is not None)
+        if not any(set(present) == set(keys) for keys in _GLUE_KEYS):
+            raise ValueError(f"has the sentences {', '.join(present)}, which no task of GLUE has")
+        return self
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The sentences in GLUE's order."""
+        keys = next(keys for keys in reversed(_GLUE_KEYS) if getattr(self, keys[0]) is not None)
+        return tuple(getattr(self, key) for key in keys)
+
+
+DataRow = Chat | Completion | PreferencePair | Instruction | Glue
+_MODELS: dict[Format, type[DataRow]] = {
+    kind.format: kind for kind in (Chat, Completion, PreferencePair, Instruction, Glue)
+}
+# Which keys tell a format: the first of these that a row has any of.
+_KEYS: tuple[tuple[Format, frozenset[str]], ...] = (
+    ("chat", frozenset({"messages"})),
+    ("preference", frozenset({"preferred_output", "non_preferred_output"})),
+    ("completion", frozenset({"prompt", "completion"})),
+    ("instruction", frozenset({"instruction"})),
+    ("glue", frozenset(_SENTENCES)),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A checked data file: its format, and every row with its line number."""
+
+    where: str
+    format: Format
+    rows: tuple[tuple[int, DataRow], ...]
+
+
+def read_rows(path: Path, limits: Limits | None = None) -> Rows:
+    """Read and check a data file.
+
+    Raises:
+        DataInvalid: with every fault of the file.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as stream:
+        faults = Faults()
+        rows = tuple(_rows(stream, limits or Limits(), faults))
+    _report(str(path), faults)
+    return Rows(str(path), rows[0][1].format, rows)
+
+
+def check_rows(stream: BinaryIO, where: str, limits: Limits | None = None) -> tuple[Format, int]:
+    """Check a data file as it comes, without holding it: its format and how many rows it has.
+
+    Args:
+        where: the file's name, for the message.
+
+    Raises:
+        DataInvalid: with every fault of the file.
+    """
+    faults, count = Faults(), 0
+    format_: Format = "chat"
+    for _, row in _rows(stream, limits or Limits(), faults):
+        count, format_ = count + 1, row.format
+    _report(where, faults)
+    return format_, count
+
+
+def _report(where: str, faults: Faults) -> None:
+    if faults:
+        raise DataInvalid(where, faults.sentences())
+
+
+def _rows(stream: BinaryIO, limits: Limits, faults: Faults) -> Iterator[tuple[int, DataRow]]:
+    """The sound rows. What is wrong with the others goes to `faults`, as does their number where they are too few."""
+    values = _objects(stream, limits, faults)
+    first = list(islice(values, _DECIDING))
+    formats = [found for _, value in first if (found := _format(value))]
+    chosen = Counter(formats).most_common(1)[0][0] if formats else None
+    seen = 0
+    for line, value in chain(first, values):
+        seen += 1
+        if seen > limits.max_rows:
+            faults.add(f"the file has more than {limits.max_rows:,} rows, which is the limit")
+            return
+        found = _format(value)
+        if found is None:
+            faults.add(f"is of no known format: {_keys(value)}", line)
+        elif found != chosen:
+            faults.add(f"is a {found} row in a file of {chosen} rows", line)
+        else:
+            try:
+                yield line, _MODELS[found].model_validate(value)
+            except ValidationError as exc:
+                for error in exc.errors(include_url=False):
+                    faults.add(sentence(error), line)
+    if seen < limits.min_rows and (seen or not faults):
+        enough = f": at least {limits.min_rows} are needed" if limits.min_rows > 1 else ""
+        faults.add(f"the file has {seen or 'no'} rows{enough}")
+
+
+def _objects(stream: BinaryIO, limits: Limits, faults: Faults) -> Iterator[tuple[int, dict[str, Any]]]:
+    for line, value in read_values(stream, limits, faults):
+        if isinstance(value, dict):
+            yield line, value
+        else:
+            faults.add(f"is {kind_of(value)}, not an object", line)
+
+
+def _format(value: dict[str, Any]) -> Format | None:
+    return next((format_ for format_, keys in _KEYS if not keys.isdisjoint(value)), None)
+
+
+def _keys(value: dict[str, Any]) -> str:
+    if not value:
+        return "it has no keys"
+    shown = ", ".join(repr(key[:40]) for key in islice(value, 8))
+    return f"its keys are {shown}{', ...' if len(value) > 8 else ''}"

@@ -32,7 +32,7 @@ __all__ = ["AdapterSettings", "Metric", "Recipe", "Task", "TrainingSettings", "l
 
 Metric = Literal["exact", "number", "label", "matthews", "pearson", "none"]
 _FOLDER = Path(__file__).parent / "recipes"
-_FIELDS = frozenset(Instruction.model_fields) | frozenset(Glue.model_fields) | frozenset(Completion.model_fields)
+_FIELDS = frozenset(Instruction.model_fields) | frozenset(Glue.model_fields)
 _Count = Annotated[int, Field(ge=1)]
 _Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -118,12 +118,16 @@ class Task(_Settings):
         return self
 
     def question(self, row: DataRow) -> str:
-        """The prompt of a row. Raises ValueError with a sentence where the row lacks what it names."""
+        """The prompt of a row, which for a completion row is its own. Raises ValueError where the row lacks what is named."""
+        if isinstance(row, Completion):
+            return row.prompt
         with_input = self.prompt_with_input is not None and isinstance(row, Instruction) and row.input.strip()
         return self._filled(self.prompt_with_input if with_input and self.prompt_with_input else self.prompt, row)
 
     def reply(self, row: DataRow) -> str:
         """What is learnt after the prompt. Raises ValueError as `question` does."""
+        if isinstance(row, Completion):
+            return row.completion
         return self._filled(self.answer, row)
 
     def reference(self, row: DataRow) -> str:

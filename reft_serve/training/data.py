@@ -1,0 +1,188 @@
+"""Rows into token ids: what the base's tokenizer makes of each prompt when it is served, and of the answer after it.
+
+The prompt of a chat is the chat template's with its generation prompt, and no token beside; any other prompt is the text
+with the tokenizer's special tokens. vLLM does the same for `/v1/chat/completions` and `/v1/completions`, so the positions
+that an adapter edits are the same in training and serving. A conversation becomes one example for each turn to learn,
+since a position rule sees each of them as the end of a prompt of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from reft_serve.errors import DataInvalid
+from reft_serve.training.examples import IGNORED, Example, Preference
+from reft_serve.training.faults import Faults
+from reft_serve.training.formats import Chat, Message, PreferencePair, Rows
+from reft_serve.training.recipes import Task, load_recipe
+
+__all__ = ["TrainingData", "encode"]
+
+_BATCH = 1024
+_LISTED = 20
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingData:
+    """The examples of one file: supervised ones or preferences, never both.
+
+    Args:
+        too_long: the lines of examples that were left out, once for each example.
+    """
+
+    where: str
+    examples: tuple[Example, ...]
+    preferences: tuple[Preference, ...]
+    too_long: tuple[int, ...]
+    max_tokens: int
+
+    def notes(self) -> list[str]:
+        """What a person must know of the examples left out; empty where there are none."""
+        if not self.too_long:
+            return []
+        count = len(self.too_long)
+        lines = ", ".join(map(str, self.too_long[:_LISTED])) + (", ..." if count > _LISTED else "")
+        total = count + len(self.examples) + len(self.preferences)
+        return [
+            f"{self.where}: {count:,} of {total:,} examples are longer than {self.max_tokens:,} tokens and are left out "
+            f"(lines {lines})"
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """A prompt and the answers to it."""
+
+    line: int
+    prompt: str
+    answers: tuple[str, ...]
+
+
+def encode(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int, task: Task | None = None
+) -> TrainingData:
+    """The examples of a checked file, in its order.
+
+    Args:
+        max_tokens: the most tokens of an example, prompt and answer; longer ones are left out and counted.
+        task: prompts and answers of instruction and GLUE rows; Alpaca's unless given. The others bring their own.
+
+    Raises:
+        DataInvalid: with every fault of the file: a row that the task or the chat template cannot take, or no example left.
+    """
+    faults = Faults()
+    chats = rows.format in ("chat", "preference")
+    if chats and not tokenizer.chat_template:
+        raise DataInvalid(rows.where, ["it holds chats, but the base's tokenizer has no chat template"])
+    texts = list(_chat_texts(rows, tokenizer, faults) if chats else _task_texts(rows, task, faults))
+    if faults:
+        raise DataInvalid(rows.where, faults.sentences())
+    examples, preferences, too_long = [], [], []
+    for text, prompt_ids, answers in _tokens(texts, tokenizer, special=not chats):
+        if len(prompt_ids) + max(map(len, answers)) > max_tokens:
+            too_long.append(text.line)
+        elif rows.format == "preference":
+            preferences.append(Preference(prompt_ids, *answers))
+        else:
+            labels = (IGNORED,) * len(prompt_ids) + answers[0]
+            examples.append(Example(prompt_ids + answers[0], labels, len(prompt_ids)))
+    if not examples and not preferences:
+        raise DataInvalid(rows.where, [f"every example is longer than {max_tokens:,} tokens"])
+    return TrainingData(rows.where, tuple(examples), tuple(preferences), tuple(too_long), max_tokens)
+
+
+def _task_texts(rows: Rows, task: Task | None, faults: Faults) -> Iterator[_Text]:
+    task = task or (None if rows.format == "glue" else load_recipe("instruct").task)
+    if task is None:
+        faults.add("its rows are GLUE's: name the task with a recipe, such as glue-cola")
+        return
+    for line, row in rows.rows:
+        try:
+            yield _Text(line, task.question(row), (task.reply(row),))
+        except ValueError as exc:
+            faults.add(str(exc), line)
+
+
+def _chat_texts(rows: Rows, tokenizer: PreTrainedTokenizerBase, faults: Faults) -> Iterator[_Text]:
+    for line, row in rows.rows:
+        try:
+            if isinstance(row, Chat):
+                for turn in row.learnt:
+                    yield _rendered(line, row.messages[:turn], row.messages[turn : turn + 1], tokenizer)
+            elif isinstance(row, PreferencePair):
+                answers = row.preferred_output + row.non_preferred_output
+                yield _rendered(line, row.input.messages, answers, tokenizer)
+        except TemplateError as exc:
+            faults.add(f"the base's chat template refuses the conversation: {exc}", line)
+
+
+def _rendered(
+    line: int, history: Sequence[Message], answers: Sequence[Message], tokenizer: PreTrainedTokenizerBase
+) -> _Text:
+    turns = _turns(history, tokenizer)
+    prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return _Text(line, prompt, tuple(_answer_text(prompt, turns, answer, tokenizer) for answer in answers))
+
+
+def _answer_text(prompt: str, turns: list[dict[str, str]], answer: Message, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What follows the prompt once the answer is rendered; the bare answer where a template rewrites what came before."""
+    turn = {"role": answer.role, "content": answer.content}
+    whole: str = tokenizer.apply_chat_template([*turns, turn], tokenize=False)
+    return whole.removeprefix(prompt) if whole.startswith(prompt) else answer.content
+
+
+def _turns(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:
+    """The messages as vLLM gives them to the template (vllm/renderers/hf.py, `_convert_developer_to_system`).
+
+    Where the template does not speak of developers, their turns become system turns, and those become one at the start.
+    """
+    turns = [message.model_dump(include={"role", "content", "name"}, exclude_none=True) for message in messages]
+    template = tokenizer.get_chat_template()
+    known = "'developer'" in template or '"developer"' in template
+    if known or not any(turn["role"] == "developer" for turn in turns):
+        return turns
+    turns = [turn | {"role": "system"} if turn["role"] == "developer" else turn for turn in turns]
+    systems = [turn["content"] for turn in turns if turn["role"] == "system"]
+    if len(systems) == 1 and turns[0]["role"] == "system":
+        return turns
+    others = [turn for turn in turns if turn["role"] != "system"]
+    return [{"role": "system", "content": "\n\n".join(systems)}, *others]
+
+
+_Ids = tuple[int, ...]
+
+
+def _tokens(
+    texts: Sequence[_Text], tokenizer: PreTrainedTokenizerBase, *, special: bool
+) -> Iterator[tuple[_Text, _Ids, tuple[_Ids, ...]]]:
+    """The tokens of each prompt and of each answer to it."""
+
+    def ids(batch: list[str], *, special: bool) -> list[list[int]]:
+        # split_special_tokens is False, as it is in vLLM: a chat template's own markers must stay whole.
+        return list(tokenizer(batch, add_special_tokens=special, verbose=False).input_ids)
+
+    remaining = iter(texts)
+    while batch := list(islice(remaining, _BATCH)):
+        prompts = iter(ids([text.prompt for text in batch], special=special))
+        wholes = iter(ids([text.prompt + answer for text in batch for answer in text.answers], special=special))
+        for text, prompt_ids in zip(batch, prompts, strict=True):
+            answers = []
+            for answer in text.answers:
+                whole = next(wholes)
+                begun = whole[: len(prompt_ids)] == prompt_ids
+                answer_ids = whole[len(prompt_ids) :] if begun else ids([answer], special=False)[0]
+                answers.append(_ended(answer_ids, tokenizer.eos_token_id))
+            yield text, tuple(prompt_ids), tuple(answers)
+
+
+def _ended(ids: list[int], end: int | None) -> _Ids:
+    """An answer's tokens up to its last end token, which is added where there is none: generation stops there."""
+    if end is None:
+        return tuple(ids)
+    last = max((i for i, token in enumerate(ids) if token == end), default=None)
+    return (*ids, end) if last is None else tuple(ids[: last + 1])

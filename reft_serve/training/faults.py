@@ -21,10 +21,10 @@ _WANTED = {
 
 
 class Faults:
-    """The faults of one file in the order found: the first thousand told, the rest counted."""
+    """The faults of one file: the first thousand found are told, the rest counted."""
 
     def __init__(self) -> None:
-        self._told: list[str] = []
+        self._told: list[tuple[int | None, str]] = []
         self._untold = 0
 
     def __bool__(self) -> bool:
@@ -33,13 +33,15 @@ class Faults:
     def add(self, fault: str, line: int | None = None) -> None:
         """Note a fault of a line, or of the file as a whole."""
         if len(self._told) < _KEPT:
-            self._told.append(fault if line is None else f"line {line}: {fault}")
+            self._told.append((line, fault))
         else:
             self._untold += 1
 
     def sentences(self) -> list[str]:
-        """One for each fault."""
-        return self._told + ([f"{self._untold:,} more faults are not listed"] if self._untold else [])
+        """One for each fault, in the order of their lines; those of the file as a whole at the end."""
+        told = sorted(self._told, key=lambda fault: (fault[0] is None, fault[0] or 0))
+        listed = [fault if line is None else f"line {line}: {fault}" for line, fault in told]
+        return listed + ([f"{self._untold:,} more faults are not listed"] if self._untold else [])
 
 
 def kind_of(value: object) -> str:

@@ -262,7 +262,7 @@ _KEYS: tuple[tuple[Format, frozenset[str]], ...] = (
     ("preference", frozenset({"preferred_output", "non_preferred_output"})),
     ("completion", frozenset({"prompt", "completion"})),
     ("instruction", frozenset({"instruction"})),
-    ("glue", frozenset(_SENTENCES)),
+    ("glue", frozenset(_SENTENCES) - {"question"}),
 )
 
 

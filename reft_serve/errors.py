@@ -17,12 +17,25 @@ __all__ = [
     "AdapterUnsupported",
     "BaseModelInvalid",
     "ClientError",
+    "Conflict",
     "DataInvalid",
+    "DatabaseUnusable",
+    "EngineFailed",
+    "EngineUnavailable",
     "EngineUnsupported",
     "ImportFlagMissing",
+    "KeyInvalid",
+    "ModelNotFound",
+    "NotAllowed",
+    "NotFound",
+    "Overloaded",
     "PositionsInvalid",
+    "RateLimited",
     "ReftError",
+    "RequestInvalid",
+    "RequestTooLarge",
     "ServiceError",
+    "StoreUnusable",
 ]
 
 
@@ -93,7 +106,8 @@ class AdapterChanged(ClientError):
 
 class DataInvalid(ClientError):
     """A data file that cannot be trained on. `faults` has every fault found, those of a line as `line N: ...`; the message
-    tells the first of them and counts the rest."""
+    tells the first of them and counts the rest.
+    """
 
     code = "data_invalid"
     _TOLD: ClassVar[int] = 10
@@ -117,3 +131,94 @@ class EngineUnsupported(ServiceError):
     """This engine, model or mode cannot serve ReFT adapters correctly, so it is refused at start."""
 
     code = "engine_unsupported"
+
+
+class RequestInvalid(ClientError):
+    """A request that cannot be carried out as it is; `param` names the field at fault, where there is one."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        self.param = param
+        super().__init__(message)
+
+
+class KeyInvalid(ClientError):
+    """No API key, or one that is not known, has expired or was revoked."""
+
+    code = "invalid_api_key"
+
+
+class NotAllowed(ClientError):
+    """A sound key that may not do this."""
+
+    code = "insufficient_permissions"
+
+
+class NotFound(ClientError):
+    """There is no such thing, or it is somebody else's: the two look the same."""
+
+    code = "not_found"
+
+
+class ModelNotFound(NotFound):
+    """No model of this name, or not one of the caller's."""
+
+    code = "model_not_found"
+
+
+class Conflict(ClientError):
+    """The name is taken, or the thing is in a state that does not allow this."""
+
+    code = "conflict"
+
+
+class RequestTooLarge(ClientError):
+    """More bytes than are taken."""
+
+    code = "request_too_large"
+
+
+class RateLimited(ClientError):
+    """A limit of the tenant or of its key is used up; trying again makes sense after `retry_after` seconds."""
+
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        self.retry_after = retry_after
+        super().__init__(message)
+
+
+class Overloaded(ServiceError):
+    """Every engine was busy until the request's deadline; `retry_after` is in seconds."""
+
+    code = "overloaded"
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        self.retry_after = retry_after
+        super().__init__(message)
+
+
+class EngineUnavailable(ServiceError):
+    """No engine answers."""
+
+    code = "engine_unavailable"
+    retry_after = 2.0
+
+
+class EngineFailed(ServiceError):
+    """An engine answered with a failure of its own, or stopped in the middle of an answer."""
+
+    code = "engine_failed"
+
+
+class DatabaseUnusable(ServiceError):
+    """The database cannot be reached, or is not one that this version can use."""
+
+    code = "database_unusable"
+    retry_after = 2.0
+
+
+class StoreUnusable(ServiceError):
+    """The adapter store cannot be read or written."""
+
+    code = "store_unusable"
+    retry_after = 5.0

@@ -1,0 +1,1 @@
+"""Rows that outlive the processes: tenants, keys, adapters and their versions, usage, audit. No HTTP, no torch."""

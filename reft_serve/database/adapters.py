@@ -1,0 +1,268 @@
+"""Adapters, their versions and aliases, and who may use them."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import ColumnElement, exists, func, or_, select, update
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from reft_serve.database.insertion import insert_new
+from reft_serve.database.models import Adapter, Alias, Share, Tenant, Version, new_id, now_ms
+from reft_serve.errors import Conflict, NotFound, RequestInvalid
+
+__all__ = [
+    "ADAPTER_NAME",
+    "ALIAS_NAME",
+    "PRODUCTION",
+    "Counts",
+    "add_version",
+    "delete_adapter",
+    "delete_version",
+    "find_adapter",
+    "find_version",
+    "is_used",
+    "list_adapters",
+    "list_aliases",
+    "list_versions",
+    "may_use",
+    "roll_back",
+    "set_alias",
+    "share",
+    "shared_with",
+    "storage_of",
+    "unshare",
+]
+
+ADAPTER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
+ALIAS_NAME = r"^[a-z][a-z0-9-]{0,30}$"
+PRODUCTION = "production"
+Counts = tuple[int, int]
+
+
+def may_use(tenant_id: str) -> ColumnElement[bool]:
+    """The condition that an adapter is the tenant's own or is shared with it by a tenant that is not disabled."""
+    given = select(Share.adapter_id).where(Share.tenant_id == tenant_id)
+    able = select(Tenant.id).where(Tenant.disabled_ms.is_(None))
+    return or_(Adapter.tenant_id == tenant_id, Adapter.id.in_(given) & Adapter.tenant_id.in_(able))
+
+
+async def list_adapters(session: AsyncSession, tenant_id: str, *, shared: bool = False) -> Sequence[Adapter]:
+    """A tenant's own adapters by name; with `shared`, those that it may use, its own first."""
+    mine = Adapter.tenant_id == tenant_id
+    query = select(Adapter).where(may_use(tenant_id) if shared else mine)
+    return (await session.scalars(query.order_by(mine.desc(), Adapter.name, Adapter.id))).unique().all()
+
+
+async def find_adapter(session: AsyncSession, tenant_id: str, name: str) -> Adapter:
+    """A tenant's own adapter, by name.
+
+    Raises:
+        NotFound: it has none of this name.
+    """
+    found = await session.scalar(select(Adapter).where(Adapter.tenant_id == tenant_id, Adapter.name == name))
+    if found is None:
+        raise NotFound(f"there is no adapter {name[:80]!r}")
+    return found
+
+
+async def list_versions(session: AsyncSession, adapter_id: str) -> Sequence[Version]:
+    """The versions of an adapter, the latest first."""
+    query = select(Version).where(Version.adapter_id == adapter_id).order_by(Version.number.desc())
+    return (await session.scalars(query)).all()
+
+
+async def find_version(session: AsyncSession, adapter: Adapter, selector: str) -> Version:
+    """A version by its number, or by the alias that names it.
+
+    Raises:
+        NotFound: there is none.
+    """
+    found: Version | None
+    if selector.isascii() and selector.isdigit() and len(selector) < 10:
+        number = Version.number == int(selector)
+        found = await session.scalar(select(Version).where(Version.adapter_id == adapter.id, number))
+    else:
+        alias = await session.get(Alias, (adapter.id, selector))
+        found = alias.version if alias is not None else None
+    if found is None:
+        raise NotFound(f"adapter {adapter.name} has no version {selector[:40]!r}")
+    return found
+
+
+async def list_aliases(session: AsyncSession, adapter_id: str) -> Sequence[Alias]:
+    """The aliases of an adapter, by name."""
+    return (await session.scalars(select(Alias).where(Alias.adapter_id == adapter_id).order_by(Alias.name))).all()
+
+
+async def add_version(
+    session: AsyncSession,
+    tenant: Tenant,
+    name: str,
+    *,
+    digest: str,
+    base_model: str,
+    size_bytes: int,
+    source: str,
+    facts: dict[str, Any] | None = None,
+    base_name: str = "base",
+    label: str | None = None,
+) -> Version:
+    """Record a version whose files the store holds; the adapter is made with its first one.
+
+    Args:
+        session: a writing one.
+        tenant: the owner.
+        name: the adapter's.
+        digest: of the version's files.
+        base_model: what its manifest calls its base model.
+        size_bytes: of the version's files.
+        source: "upload" or a job's id.
+        facts: what its manifest says, for people.
+        base_name: how the base model is called in public.
+        label: the end of its `ft:` name; random where none is given.
+
+    Raises:
+        RequestInvalid: the name cannot be an adapter's.
+    """
+    if not re.match(ADAPTER_NAME, name):
+        raise RequestInvalid(f"{name[:80]!r} is not an adapter's name: up to 63 letters, digits and . _ -", "name")
+    row = {"id": new_id("adp"), "tenant_id": tenant.id, "name": name, "next_number": 1, "created_ms": now_ms()}
+    await insert_new(session, Adapter, [row], ["tenant_id", "name"])
+    adapter = await find_adapter(session, tenant.id, name)
+    # In the statement, so that two uploads at once cannot take one number.
+    step = update(Adapter).where(Adapter.id == adapter.id).values(next_number=Adapter.next_number + 1)
+    number = (await session.execute(step.returning(Adapter.next_number))).scalar_one() - 1
+    version = Version(
+        id=new_id("ver"), adapter_id=adapter.id, number=number, digest=digest, base_model=base_model,
+        size_bytes=size_bytes, source=source, facts=facts or {},
+        model_id=f"ft:{base_name}:{tenant.name}:{name}:{label or secrets.token_hex(4)}",
+    )  # fmt: skip
+    session.add(version)
+    await session.flush()
+    await session.refresh(version, ["adapter"])
+    return version
+
+
+async def set_alias(
+    session: AsyncSession, adapter: Adapter, name: str, version: Version, traffic: float | None = None
+) -> Alias:
+    """Let an alias name a version; it remembers what it named before.
+
+    Args:
+        session: a writing one.
+        adapter: the alias's adapter.
+        name: the alias's.
+        version: what it names from now on.
+        traffic: the share of the bare name's requests that it takes; None leaves it as it is.
+
+    Raises:
+        RequestInvalid: not an alias's name, or shares that would add up to more than 1.
+    """
+    if not re.match(ALIAS_NAME, name):
+        raise RequestInvalid(
+            f"{name[:80]!r} is not an alias's name: up to 31 of a-z, 0-9 and '-', a letter first", "alias"
+        )
+    if traffic and name == PRODUCTION:
+        raise RequestInvalid("production takes what the other aliases leave; give them the share", "share")
+    alias = await session.get(Alias, (adapter.id, name), with_for_update={"of": Alias})
+    if alias is None:
+        alias = Alias(adapter_id=adapter.id, name=name, version_id=version.id, previous_id=None, share=0.0)
+        session.add(alias)
+    elif alias.version_id != version.id:
+        alias.previous_id, alias.version_id = alias.version_id, version.id
+    if traffic is not None:
+        alias.share = traffic
+    await session.flush()
+    total = await session.scalar(select(func.sum(Alias.share)).where(Alias.adapter_id == adapter.id))
+    if (total or 0) > 1 + 1e-9:
+        raise RequestInvalid("the shares of this adapter's aliases would add up to more than 1", "share")
+    await session.refresh(alias, ["version"])
+    return alias
+
+
+async def roll_back(session: AsyncSession, adapter: Adapter, name: str) -> Alias:
+    """Let an alias name again what it named before its last change.
+
+    Raises:
+        NotFound: there is no such alias.
+        Conflict: there is nothing to go back to.
+    """
+    alias = await session.get(Alias, (adapter.id, name), with_for_update={"of": Alias})
+    if alias is None:
+        raise NotFound(f"adapter {adapter.name} has no alias {name[:40]!r}")
+    if alias.previous_id is None:
+        raise Conflict(f"alias {name} of {adapter.name} has no earlier version to go back to")
+    alias.version_id, alias.previous_id = alias.previous_id, None
+    await session.flush()
+    await session.refresh(alias, ["version"])
+    return alias
+
+
+async def delete_version(session: AsyncSession, version: Version) -> str:
+    """Remove a version and give its digest.
+
+    Raises:
+        Conflict: an alias names it.
+    """
+    named = await session.scalar(select(Alias.name).where(Alias.version_id == version.id).limit(1))
+    if named is not None:
+        raise Conflict(f"the alias {named} names this version: move or delete the alias first")
+    await session.delete(version)
+    await session.flush()
+    return version.digest
+
+
+async def delete_adapter(session: AsyncSession, adapter: Adapter) -> set[str]:
+    """Remove an adapter with its versions, aliases and shares, and give the digests of the versions."""
+    digests = {version.digest for version in await list_versions(session, adapter.id)}
+    await session.delete(adapter)
+    await session.flush()
+    return digests
+
+
+async def is_used(session: AsyncSession, digest: str) -> bool:
+    """Whether any version, of whatever tenant, still has this digest."""
+    return bool(await session.scalar(select(exists().where(Version.digest == digest))))
+
+
+async def share(session: AsyncSession, adapter: Adapter, tenant: Tenant) -> None:
+    """Let another tenant use an adapter; it may be shared already.
+
+    Raises:
+        RequestInvalid: it is the tenant's own.
+    """
+    if tenant.id == adapter.tenant_id:
+        raise RequestInvalid("an adapter is not shared with its own tenant", "tenant")
+    if await session.get(Share, (adapter.id, tenant.id)) is None:
+        session.add(Share(adapter_id=adapter.id, tenant_id=tenant.id))
+        await session.flush()
+
+
+async def unshare(session: AsyncSession, adapter: Adapter, tenant: Tenant) -> None:
+    """Take it back.
+
+    Raises:
+        NotFound: it was not shared with that tenant.
+    """
+    found = await session.get(Share, (adapter.id, tenant.id))
+    if found is None:
+        raise NotFound(f"adapter {adapter.name} is not shared with {tenant.name}")
+    await session.delete(found)
+    await session.flush()
+
+
+async def shared_with(session: AsyncSession, adapter_id: str) -> Sequence[str]:
+    """The names of the tenants that an adapter is shared with."""
+    query = select(Tenant.name).join(Share, Share.tenant_id == Tenant.id).where(Share.adapter_id == adapter_id)
+    return (await session.scalars(query.order_by(Tenant.name))).all()
+
+
+async def storage_of(session: AsyncSession, tenant_id: str) -> Counts:
+    """How much of the store a tenant has: (adapters, bytes of all versions)."""
+    adapters = await session.scalar(select(func.count()).select_from(Adapter).where(Adapter.tenant_id == tenant_id))
+    total = select(func.sum(Version.size_bytes)).join(Adapter).where(Adapter.tenant_id == tenant_id)
+    return adapters or 0, int(await session.scalar(total) or 0)

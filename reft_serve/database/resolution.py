@@ -1,0 +1,87 @@
+"""From the model's name that a caller types to the version that answers.
+
+Names: `adapter`, `adapter@version`, `adapter@alias`, each with `owner/` before it where the adapter is another tenant's,
+and `ft:...`. What is not there and what is not the caller's look the same: None.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from reft_serve.database.adapters import PRODUCTION, find_version, list_aliases, list_versions, may_use
+from reft_serve.database.models import Adapter, Tenant, Version
+from reft_serve.errors import NotFound
+
+__all__ = ["Route", "Target", "resolve"]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One version, as an engine must know it."""
+
+    version_id: str
+    digest: str
+    label: str
+    """For people: `adapter@number`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """What a name stands for: the versions that share its requests, each with the upper end of its part of [0, 1]."""
+
+    shares: tuple[tuple[float, Target], ...]
+
+    def draw(self, point: float) -> Target:
+        """The version that takes the request at `point` of [0, 1)."""
+        return next((target for end, target in self.shares if point < end), self.shares[-1][1])
+
+
+async def resolve(session: AsyncSession, tenant_id: str, model: str) -> Route | None:
+    """What `model` stands for when this tenant says it."""
+    if model.startswith("ft:"):
+        named = select(Version).join(Adapter).where(Version.model_id == model, may_use(tenant_id))
+        version = await session.scalar(named)
+        return _only(version) if version is not None else None
+    path, _, selector = model.partition("@")
+    owner, _, name = path.rpartition("/")
+    query = select(Adapter).where(Adapter.name == name, may_use(tenant_id))
+    if owner:
+        query = query.join(Tenant, Tenant.id == Adapter.tenant_id).where(Tenant.name == owner)
+    else:
+        query = query.where(Adapter.tenant_id == tenant_id)
+    adapter = await session.scalar(query)
+    if adapter is None or model.endswith("@"):
+        return None
+    if not selector:
+        return await _shared_out(session, adapter)
+    try:
+        return _only(await find_version(session, adapter, selector))
+    except NotFound:
+        return None
+
+
+def _target(version: Version) -> Target:
+    return Target(version.id, version.digest, f"{version.adapter.name}@{version.number}")
+
+
+def _only(version: Version) -> Route:
+    return Route(((1.0, _target(version)),))
+
+
+async def _shared_out(session: AsyncSession, adapter: Adapter) -> Route | None:
+    """The bare name: aliases with a share take theirs, production (else the latest version) the rest."""
+    aliases = await list_aliases(session, adapter.id)
+    rest = next((alias.version for alias in aliases if alias.name == PRODUCTION), None)
+    if rest is None:
+        rest = next(iter(await list_versions(session, adapter.id)), None)
+    if rest is None:
+        return None
+    shares, end = [], 0.0
+    for alias in aliases:
+        if alias.share > 0 and alias.name != PRODUCTION:
+            end += alias.share
+            shares.append((end, _target(alias.version)))
+    return Route((*shares, (1.0, _target(rest))))

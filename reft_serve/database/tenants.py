@@ -1,0 +1,63 @@
+"""Tenants: made, found, changed, removed."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from reft_serve.database.models import Adapter, Tenant, Version, new_id
+from reft_serve.errors import Conflict, NotFound, RequestInvalid
+
+__all__ = ["TENANT_NAME", "create_tenant", "delete_tenant", "find_tenant", "list_tenants"]
+
+TENANT_NAME = r"^[a-z0-9][a-z0-9-]{0,62}$"
+
+
+async def create_tenant(session: AsyncSession, name: str, limits: dict[str, Any] | None = None) -> Tenant:
+    """Make a tenant with a cache salt of its own.
+
+    Raises:
+        RequestInvalid: the name is not one.
+        Conflict: it is taken.
+    """
+    if not re.match(TENANT_NAME, name):
+        raise RequestInvalid(f"{name[:80]!r} is not a tenant's name: up to 63 of a-z, 0-9 and '-'", "name")
+    tenant = Tenant(id=new_id("tnt"), name=name, cache_salt=secrets.token_urlsafe(32), limits=limits or {})
+    session.add(tenant)
+    try:
+        await session.flush()
+    except IntegrityError as exc:
+        raise Conflict(f"there is a tenant {name} already") from exc
+    return tenant
+
+
+async def find_tenant(session: AsyncSession, id_or_name: str) -> Tenant:
+    """The tenant of this id or this name.
+
+    Raises:
+        NotFound: there is none.
+    """
+    found = await session.scalar(select(Tenant).where((Tenant.id == id_or_name) | (Tenant.name == id_or_name)))
+    if found is None:
+        raise NotFound(f"there is no tenant {id_or_name[:80]!r}")
+    return found
+
+
+async def list_tenants(session: AsyncSession) -> Sequence[Tenant]:
+    """Every tenant, by name."""
+    return (await session.scalars(select(Tenant).order_by(Tenant.name))).all()
+
+
+async def delete_tenant(session: AsyncSession, tenant: Tenant) -> set[str]:
+    """Remove a tenant with its keys and adapters (its usage stays), and give the digests that it had in the store."""
+    mine = select(Version.digest).join(Adapter).where(Adapter.tenant_id == tenant.id)
+    digests = set((await session.scalars(mine)).all())
+    await session.delete(tenant)
+    await session.flush()
+    return digests

@@ -1,0 +1,147 @@
+"""The usage ledger. A request is admitted before its answer begins and settled when it ends: one row each, once.
+
+A gateway that dies leaves admissions behind; `recover` turns them into usage rows of status `interrupted`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from sqlalchemy import delete, func, select
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import InstrumentedAttribute
+
+from reft_serve.database.insertion import insert_new
+from reft_serve.database.models import Admission, Usage, now_ms
+
+__all__ = ["BUCKETS", "GROUPS", "Ending", "Opening", "Status", "Total", "admit", "recover", "settle", "totals"]
+
+Status = Literal["completed", "failed", "cancelled", "interrupted"]
+BUCKETS = {"hour": 3_600_000, "day": 86_400_000}
+GROUPS = ("tenant", "key", "model", "version", "endpoint", "status")
+_COLUMNS: Mapping[str, InstrumentedAttribute[Any]] = {
+    "tenant": Usage.tenant_id,
+    "key": Usage.key_id,
+    "model": Usage.model,
+    "version": Usage.version_id,
+    "endpoint": Usage.endpoint,
+    "status": Usage.status,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """A request as it is admitted."""
+
+    request_id: str
+    gateway: str
+    tenant_id: str
+    key_id: str
+    endpoint: str
+    model: str
+    version_id: str | None
+    started_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """What a request came to."""
+
+    opening: Opening
+    status: Status
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    ended_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Total:
+    """Sums over the requests of one bucket (its start in ms; None: all of them) and one group."""
+
+    start_ms: int | None
+    group: dict[str, str | None]
+    requests: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+
+async def admit(session: AsyncSession, openings: Sequence[Opening]) -> None:
+    """Record that these requests begin; one that is recorded already stays as it is."""
+    if openings:
+        await insert_new(session, Admission, [asdict(opening) for opening in openings], ["request_id"])
+
+
+async def settle(session: AsyncSession, endings: Sequence[Ending]) -> None:
+    """Record what these requests came to; one that is settled already stays as it is."""
+    if endings:
+        await insert_new(session, Usage, [_row(ending) for ending in endings], ["request_id"])
+        done = [ending.opening.request_id for ending in endings]
+        await session.execute(delete(Admission).where(Admission.request_id.in_(done)))
+
+
+async def recover(session: AsyncSession, gateway: str, older_than_ms: int) -> int:
+    """Settle as `interrupted` every admission of `gateway`, which has just started, and every one that is older than any
+    request can be; returns how many.
+    """
+    dead = (Admission.gateway == gateway) | (Admission.started_ms < older_than_ms)
+    found = (await session.execute(delete(Admission).where(dead).returning(*Admission.__table__.columns))).all()
+    if found:
+        endings = [Ending(Opening(**row._mapping), "interrupted", 0, 0, 0, now_ms()) for row in found]
+        await insert_new(session, Usage, [_row(ending) for ending in endings], ["request_id"])
+    return len(found)
+
+
+async def totals(
+    session: AsyncSession,
+    *,
+    tenant_id: str | None,
+    start_ms: int,
+    end_ms: int,
+    bucket: str | None = None,
+    group_by: Sequence[str] = (),
+) -> list[Total]:
+    """Sums of requests that began in [start, end), by bucket and group, in that order.
+
+    Args:
+        session: any.
+        tenant_id: whose; None for everybody's.
+        start_ms: first moment.
+        end_ms: the moment after the last.
+        bucket: "hour" or "day" (UTC); None for one sum.
+        group_by: some of GROUPS.
+    """
+    keys: list[Any] = [_COLUMNS[name] for name in group_by]
+    if bucket is not None:
+        width = BUCKETS[bucket]
+        keys.insert(0, (Usage.started_ms - Usage.started_ms % width).label("start"))
+    counted = (Usage.prompt_tokens, Usage.cached_tokens, Usage.completion_tokens)
+    query = select(*keys, func.count(), *(func.coalesce(func.sum(column), 0) for column in counted))
+    query = query.where(Usage.started_ms >= start_ms, Usage.started_ms < end_ms)
+    if tenant_id is not None:
+        query = query.where(Usage.tenant_id == tenant_id)
+    if keys:
+        query = query.group_by(*keys).order_by(*keys)
+    rows = (await session.execute(query)).all()
+    return [_total(tuple(row), bucket is not None, group_by) for row in rows]
+
+
+def _total(row: tuple[Any, ...], bucketed: bool, group_by: Sequence[str]) -> Total:
+    start = row[0] if bucketed else None
+    group = dict(zip(group_by, row[bucketed : bucketed + len(group_by)], strict=True))
+    return Total(start, group, *(int(number) for number in row[bucketed + len(group_by) :]))
+
+
+def _row(ending: Ending) -> dict[str, Any]:
+    opening = asdict(ending.opening)
+    del opening["gateway"]
+    return opening | {
+        "status": ending.status,
+        "prompt_tokens": ending.prompt_tokens,
+        "cached_tokens": ending.cached_tokens,
+        "completion_tokens": ending.completion_tokens,
+        "duration_ms": max(0, ending.ended_ms - ending.opening.started_ms),
+    }

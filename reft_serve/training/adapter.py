@@ -1,0 +1,98 @@
+"""An adapter in training: built fresh for a base model after a plan, and written as a version that can be served."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState  # type: ignore[import-untyped]
+from transformers import AutoModelForCausalLM, set_seed
+
+from reft_serve.adapters.base_model import read_base_model
+from reft_serve.adapters.directory import Adapter, publish
+from reft_serve.adapters.manifest import BaseFacts, InterventionSpec, Manifest
+from reft_serve.adapters.manifest import Part as PartName
+from reft_serve.errors import ClientError
+from reft_serve.interventions.kinds import Weights
+from reft_serve.interventions.modules import Intervention
+from reft_serve.interventions.positions import Part
+from reft_serve.training import lora
+from reft_serve.training.hooked import Edit, EditedModel
+from reft_serve.training.plan import AdapterPlan, Plan
+
+__all__ = ["build", "publish_version"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PARTS: dict[Part, PartName] = {Part.PREFIX: "prefix", Part.SUFFIX: "suffix"}
+
+
+def build(base: Path, plan: Plan) -> EditedModel:
+    """The base model in the plan's dtype, with interventions (and a LoRA) as the plan's seed draws them.
+
+    Raises:
+        ClientError: float16 without a GPU, or layers that the base has not.
+        BaseModelInvalid: the base is none that can be edited.
+    """
+    device = PartialState().device
+    if plan.dtype == "float16" and device.type == "cpu":
+        raise ClientError("float16 needs a GPU: its small gradients vanish without loss scaling; choose bfloat16")
+    facts = read_base_model(base)
+    lm: Any = AutoModelForCausalLM.from_pretrained(base, dtype=_DTYPES[plan.dtype])
+    set_seed(plan.seed)
+    edits = _edits(plan.adapter, facts)
+    if plan.lora is not None:
+        lm = lora.wrap(lm, plan.lora)
+    model = EditedModel(lm, edits, gradient_checkpointing=plan.gradient_checkpointing)
+    return model.to(device)
+
+
+def publish_version(
+    path: Path,
+    model: EditedModel,
+    plan: Plan,
+    base: BaseFacts,
+    provenance: Mapping[str, str | int | float | bool | None],
+) -> Adapter:
+    """Write the adapter as it is now.
+
+    Raises:
+        AdapterInvalid: training has diverged, so that the adapter holds NaN or Inf. AdapterExists: `path` is taken.
+    """
+    shape = plan.adapter
+    specs = tuple(
+        InterventionSpec(
+            layer=edit.layer,
+            component="block_output",
+            kind=shape.kind,
+            rank=shape.rank,
+            activation=shape.activation,
+            part="both" if shape.rule.tied else _PARTS[edit.part],
+        )
+        for edit in model.edits
+    )
+    manifest = Manifest(base_model=base, interventions=specs, positions=shape.rule, provenance=dict(provenance))
+    weights = [_on_cpu(edit.module.weights()) for edit in model.edits]
+    half = None if plan.lora is None else lora.half_of(model.lm, str(path))
+    return publish(path, manifest, weights, half)
+
+
+def _on_cpu(weights: Weights) -> Weights:
+    tensors = {name: tensor.cpu() for name, tensor in weights.tensors().items()}
+    return Weights.of(weights.kind, tensors, weights.activation)
+
+
+def _edits(shape: AdapterPlan, base: BaseFacts) -> list[Edit]:
+    layers = range(base.num_hidden_layers) if shape.layers is None else shape.layers
+    wrong = [layer for layer in layers if not 0 <= layer < base.num_hidden_layers]
+    if wrong:
+        raise ClientError(f"there is no layer {wrong[0]}: the base model has 0 to {base.num_hidden_layers - 1}")
+    if shape.rank > base.hidden_size:
+        raise ClientError(f"rank {shape.rank} is larger than the base's hidden size {base.hidden_size}")
+    parts = (Part.PREFIX,) if shape.rule.tied else tuple(Part)
+    return [
+        Edit(layer, part, Intervention(shape.kind, base.hidden_size, shape.rank, shape.activation, shape.dropout))
+        for part in parts
+        for layer in layers
+    ]

@@ -1,0 +1,137 @@
+"""Examples to batches: which examples share an optimiser step, and how their tokens lie in one tensor.
+
+Letters: B rows, T columns, N tokens of a batch, E edited tokens, Y tokens with a loss.
+
+A *packed* batch is one row with the examples end to end, so nothing is padding; attention keeps them apart
+(`attention.py`). Models whose attention cannot be told so get padded rows. All other code knows tokens only by their
+index in the flattened (B * T) grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from reft_serve.interventions.positions import Part, PositionRule
+from reft_serve.training.examples import IGNORED, Example
+
+__all__ = ["Batch", "StepSampler", "collate", "split_evenly"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Some examples as tensors.
+
+    lengths: of the examples. packed: whether they lie end to end in one row.
+    rows: the edited tokens of each part of the position rule.
+    target_rows: tokens whose next token has a loss; target_ids that next token; target_weights its factor; target_of the
+        example that it belongs to. All (Y,).
+    reference: log-probability of each example's targets under the base model, where the method compares with it.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    lengths: tuple[int, ...]
+    packed: bool
+    rows: tuple[Tensor, Tensor]
+    target_rows: Tensor
+    target_ids: Tensor
+    target_weights: Tensor
+    target_of: Tensor
+    reference: Tensor | None = None
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
+        """The batch on `device`; accelerate calls it by this name."""
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=non_blocking)
+            for name in ("input_ids", "position_ids", "target_rows", "target_ids", "target_weights", "target_of")
+        }
+        rows = (self.rows[0].to(device), self.rows[1].to(device))
+        reference = None if self.reference is None else self.reference.to(device)
+        return replace(self, rows=rows, reference=reference, **moved)
+
+    def with_reference(self, reference: Tensor) -> Batch:
+        """The batch with what its base model gives."""
+        return replace(self, reference=reference)
+
+
+def collate(examples: Sequence[Example], rule: PositionRule, *, packed: bool) -> Batch:
+    """Lay `examples` out. Positions are those of serving: `rule.spans` of each prompt's length."""
+    lengths = tuple(len(example.input_ids) for example in examples)
+    width = sum(lengths) if packed else max(lengths)
+    ids_BT = torch.zeros(1 if packed else len(examples), width, dtype=torch.long)
+    positions_BT = torch.zeros_like(ids_BT)
+    parts: tuple[list[int], list[int]] = ([], [])
+    targets: list[tuple[int, int, float, int]] = []
+    start = 0
+    for number, (example, length) in enumerate(zip(examples, lengths, strict=True)):
+        flat = slice(start, start + length)
+        ids_BT.view(-1)[flat] = torch.tensor(example.input_ids)
+        positions_BT.view(-1)[flat] = torch.arange(length)
+        for span in rule.spans(example.prompt_len):
+            parts[span.part].extend(range(start + span.start, start + min(span.stop, length)))
+        targets += [
+            (start + t - 1, label, example.weight, number)
+            for t, label in enumerate(example.labels)
+            if t and label != IGNORED
+        ]
+        start += length if packed else width
+    columns: list[Sequence[float]] = list(zip(*targets, strict=True)) if targets else [(), (), (), ()]
+    rows, ids, of = (torch.tensor(columns[i], dtype=torch.long) for i in (0, 1, 3))
+    edited = (torch.tensor(parts[Part.PREFIX], dtype=torch.long), torch.tensor(parts[Part.SUFFIX], dtype=torch.long))
+    weights = torch.tensor(columns[2], dtype=torch.float32)
+    return Batch(ids_BT, positions_BT, lengths, packed, edited, rows, ids, weights, of)
+
+
+class StepSampler(Sampler[list[int]]):
+    """Micro-batches of indices. Which examples share an optimiser step is chance, as without packing; how a step is cut
+    into micro-batches follows their lengths, so that all micro-batches hold about as many tokens.
+
+    Order is a function of the seed and the epoch alone, which resuming relies on.
+
+    Args:
+        lengths: tokens of each example.
+        batch: most examples of a micro-batch. micro_batches: of one optimiser step, all processes together.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch: int, micro_batches: int, seed: int, *, shuffle: bool) -> None:
+        self._lengths, self._batch, self._micro_batches = lengths, batch, micro_batches
+        self._seed, self._shuffle = seed, shuffle
+        # Which epoch comes next. Not a `set_epoch`: accelerate would call that, and forgets the epoch of a resumed run.
+        self.epoch = 0
+        # accelerate reads these two of any batch sampler.
+        self.batch_size, self.drop_last = batch, False
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self._lengths), self._batch * self._micro_batches)
+        return whole * self._micro_batches + -(-rest // self._batch)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = self._order()
+        per_step = self._batch * self._micro_batches
+        for start in range(0, len(order), per_step):
+            step = order[start : start + per_step]
+            yield from split_evenly(step, self._lengths, -(-len(step) // self._batch))
+
+    def _order(self) -> list[int]:
+        if not self._shuffle:
+            return list(range(len(self._lengths)))
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self.epoch)
+        order: list[int] = torch.randperm(len(self._lengths), generator=generator).tolist()
+        return order
+
+
+def split_evenly(indices: Sequence[int], lengths: Sequence[int], parts: int) -> list[list[int]]:
+    """Cut `indices` into `parts` of equal count (within one) and about equal tokens, the longest first in each, so that
+    equal lengths are neighbours.
+    """
+    ordered = sorted(indices, key=lambda i: (-lengths[i], i))
+    dealt: list[list[int]] = [[] for _ in range(parts)]
+    for place, index in enumerate(ordered):
+        turn, column = divmod(place, parts)
+        dealt[column if turn % 2 == 0 else parts - 1 - column].append(index)
+    return dealt

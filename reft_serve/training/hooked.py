@@ -1,0 +1,217 @@
+"""A frozen transformers model whose decoder layers are edited by interventions that learn.
+
+Letters: B rows, T columns, D hidden width, N = B * T tokens, E edited tokens, Y tokens with a loss, V vocabulary.
+
+Work that no label depends on is left out: logits are computed for the Y tokens alone, and so are the parts of the last
+layer that look at one token at a time, and that layer's edits. Nothing below the lowest edited layer is recorded for the
+backward pass, since nothing there learns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reft_serve.errors import BaseModelInvalid
+from reft_serve.interventions.modules import Intervention
+from reft_serve.interventions.positions import Part, PositionRule
+from reft_serve.training import attention
+from reft_serve.training.batching import Batch, collate
+from reft_serve.training.examples import Example
+
+__all__ = ["Edit", "EditedModel"]
+
+_ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+# Modules of a decoder layer that treat each token by itself.
+_TOKENWISE = ("mlp", "self_attn.q_proj", "self_attn.o_proj")
+# Settings of a transformers config that keep attention from looking back over the whole example.
+_WINDOWS = ("sliding_window", "attention_chunk_size")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Edit:
+    """One intervention at the output of a decoder layer; `part` is the half of an untied rule that it serves."""
+
+    layer: int
+    part: Part
+    module: Intervention
+
+
+class EditedModel(nn.Module):
+    """`forward` gives the log-probabilities of a batch's target tokens.
+
+    Args:
+        lm: a causal language model of transformers, PEFT's wrapper around one included. Its parameters are frozen here,
+            LoRA's apart, and it stays in evaluation mode.
+        edits: in the order in which they act at one layer.
+        gradient_checkpointing: recompute each layer's activations in the backward pass.
+    """
+
+    # transformers' Trainer then counts the targets of a whole optimiser step.
+    accepts_loss_kwargs = True
+
+    def __init__(self, lm: Any, edits: Sequence[Edit], *, gradient_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.lm = lm
+        self.edits = tuple(edits)
+        self.interventions = nn.ModuleList(edit.module for edit in edits)
+        for name, parameter in lm.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+        self._layers = _decoder_layers(lm)
+        self._batch: Batch | None = None
+        self._live = True
+        self._checkpointing = gradient_checkpointing
+        if gradient_checkpointing:
+            self.lm.gradient_checkpointing_enable({"use_reentrant": False})
+        for number in sorted({edit.layer for edit in edits}):
+            self._layers[number].register_forward_hook(partial(self._edit, number))
+        for name in _TOKENWISE:
+            _at_targets(self._layers[-1], name, self._targets)
+        self.train()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base model is."""
+        found: torch.device = self.lm.device
+        return found
+
+    def train(self, mode: bool = True) -> EditedModel:
+        """Interventions and LoRA train; the base never leaves evaluation mode."""
+        super().train(mode)
+        self.lm.eval()
+        for name, module in self.lm.named_modules():
+            if "lora_dropout" in name:
+                module.train(mode)
+        if self._checkpointing:
+            for layer in self._layers:
+                # transformers recomputes a layer only where this is set; its parts stay in evaluation mode.
+                layer.training = mode
+        return self
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Log-probabilities (Y,) in float32 of `batch.target_ids`."""
+        return _chosen(self._logits(batch), batch.target_ids)
+
+    @torch.no_grad()
+    def score(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """As `forward`, without gradients, and beside it whether each target was the likeliest token, bool (Y,)."""
+        logits_YV = self._logits(batch)
+        return _chosen(logits_YV, batch.target_ids), logits_YV.argmax(1) == batch.target_ids
+
+    @torch.no_grad()
+    def base_score(self, batch: Batch) -> Tensor:
+        """As `forward`, of the base model alone."""
+        with getattr(self.lm, "disable_adapter", nullcontext)():
+            return _chosen(self._logits(batch, edited=False), batch.target_ids)
+
+    def can_pack(self, longest: int) -> bool:
+        """Whether packed batches give this model's answers for examples of up to `longest` tokens; if so, it is made
+        ready for them.
+
+        Asked of the model itself: two short examples must come out the same packed and one by one.
+        """
+        config = self.lm.config.get_text_config()
+        windows = [getattr(config, name, None) for name in _WINDOWS]
+        if config._attn_implementation != "sdpa" or any(window and window < longest for window in windows):
+            return False
+        attention.install()
+        apart = self._probe(packed=False)
+        self.lm.set_attn_implementation(attention.PACKED)
+        together = self._probe(packed=True)
+        tolerance = 1e-3 if apart.dtype == torch.float32 and self.lm.dtype == torch.float32 else 0.1
+        if (apart - together).abs().max() < tolerance:
+            return True
+        self.lm.set_attn_implementation("sdpa")
+        return False
+
+    def _probe(self, *, packed: bool) -> Tensor:
+        vocabulary = self.lm.config.get_text_config().vocab_size
+        tokens = [tuple(7 * i % vocabulary for i in range(3, 3 + n)) for n in (9, 4)]
+        examples = [Example(ids, ids, len(ids)) for ids in tokens]
+        batches = [examples] if packed else [[example] for example in examples]
+        return torch.cat(
+            [self.base_score(collate(batch, PositionRule("all"), packed=packed).to(self.device)) for batch in batches]
+        )
+
+    def _logits(self, batch: Batch, *, edited: bool = True) -> Tensor:
+        # Kept until the next call: recomputing a layer in the backward pass asks for it again.
+        self._batch, self._live = batch, edited
+        width = batch.input_ids.shape[1]
+        column_Y = batch.target_rows % width
+        kept, place_Y = torch.unique(column_Y, return_inverse=True)
+        extra = {"packed_lengths": batch.lengths} if batch.packed else {}
+        # No attention mask: padding is on the right, where no target looks.
+        out = self.lm(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, logits_to_keep=kept, **extra
+        )
+        logits_YV: Tensor = out.logits[batch.target_rows // width, place_Y]
+        return logits_YV.float()
+
+    def _targets(self) -> Tensor:
+        assert self._batch is not None
+        return self._batch.target_rows
+
+    def _edit(self, layer: int, _module: nn.Module, _inputs: object, output: Any) -> Any:
+        if not self._live:
+            return output
+        h_BTD: Tensor = output[0] if isinstance(output, tuple) else output
+        h_ND = h_BTD.flatten(0, 1)
+        for edit in self.edits:
+            if edit.layer == layer:
+                rows_E = self._rows(edit)
+                h_ND = h_ND.index_copy(0, rows_E, edit.module(h_ND.index_select(0, rows_E)))
+        edited = h_ND.view_as(h_BTD)
+        return (edited, *output[1:]) if isinstance(output, tuple) else edited
+
+    def _rows(self, edit: Edit) -> Tensor:
+        assert self._batch is not None
+        rows_E = self._batch.rows[edit.part]
+        if edit.layer < len(self._layers) - 1:
+            return rows_E
+        # Above the last layer no token looks at another. Without rows the module still runs, and its gradient is zero.
+        return rows_E[torch.isin(rows_E, self._batch.target_rows)]
+
+
+def _chosen(logits_YV: Tensor, ids_Y: Tensor) -> Tensor:
+    return logits_YV.gather(1, ids_Y.unsqueeze(1)).squeeze(1) - logits_YV.logsumexp(1)
+
+
+def _decoder_layers(lm: nn.Module) -> nn.ModuleList:
+    config: Any = lm.config
+    count = config.get_text_config().num_hidden_layers
+    for module in lm.modules():
+        if not (isinstance(module, nn.ModuleList) and len(module) == count):
+            continue
+        if all(any(name in _ATTENTION for name, _ in layer.named_children()) for layer in module):
+            return module
+    raise BaseModelInvalid(
+        f"{type(lm).__name__} has no list of {count} decoder layers with attention inside, so it cannot be edited"
+    )
+
+
+def _at_targets(layer: nn.Module, name: str, targets: Any) -> None:
+    """Let a token-wise part of the last layer see the target tokens alone; the other tokens get zeros from it."""
+    try:
+        part = layer.get_submodule(name)
+    except AttributeError:
+        return
+    shape: list[torch.Size] = []
+
+    def narrow(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        h_BTD, *rest = inputs
+        shape[:] = [h_BTD.shape[:2]]
+        return (h_BTD.flatten(0, 1).index_select(0, targets()).unsqueeze(0), *rest)
+
+    def widen(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+        (size,) = shape
+        wide_ND = output.new_zeros(size.numel(), output.shape[-1])
+        return wide_ND.index_copy(0, targets(), output.squeeze(0)).view(*size, -1)
+
+    part.register_forward_pre_hook(narrow)
+    part.register_forward_hook(widen)

@@ -1,0 +1,32 @@
+"""A LoRA of PEFT trained in one run with the interventions, and saved beside them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+
+from reft_serve.adapters.lora import Lora, lora_of_tensors
+from reft_serve.training.plan import LoraPlan
+
+__all__ = ["half_of", "wrap"]
+
+
+def wrap(lm: Any, plan: LoraPlan) -> Any:
+    """PEFT's model around `lm`, with a fresh LoRA that changes nothing yet."""
+    config = LoraConfig(
+        r=plan.rank,
+        lora_alpha=plan.alpha,
+        lora_dropout=plan.dropout,
+        target_modules=None if plan.targets is None else list(plan.targets),
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(lm, config)
+
+
+def half_of(lm: Any, where: str) -> Lora:
+    """The LoRA as it is now, in PEFT's two files."""
+    config = lm.peft_config["default"].to_dict() | {"inference_mode": True}
+    plain = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
+    tensors = {name: tensor.detach().cpu().clone() for name, tensor in get_peft_model_state_dict(lm).items()}
+    return lora_of_tensors(plain, tensors, lm.config.get_text_config().num_hidden_layers, where)

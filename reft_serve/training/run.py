@@ -1,0 +1,207 @@
+"""A whole run: a base model, a plan and examples become a published adapter and a record of how it was made.
+
+::
+
+    OUT/adapter/         the finished version: the best on held-out data where there is some, else the last
+    OUT/checkpoints/     checkpoint-N, each a version that can be served and resumed from
+    OUT/metrics.jsonl    numbers of every step      OUT/loss.png  OUT/summary.json
+    OUT/run.json         what was asked for, so that resuming with something else is refused
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import PartialState  # type: ignore[import-untyped]
+
+from reft_serve.adapters.base_model import read_base_model
+from reft_serve.adapters.directory import read_adapter
+from reft_serve.adapters.manifest import BaseFacts
+from reft_serve.errors import AdapterExists, ClientError
+from reft_serve.training import checkpoints, report
+from reft_serve.training.adapter import build, publish_version
+from reft_serve.training.batching import collate
+from reft_serve.training.dpo import Dpo
+from reft_serve.training.examples import Example, Preference
+from reft_serve.training.hooked import EditedModel
+from reft_serve.training.objectives import Objective, Supervised
+from reft_serve.training.plan import Plan
+from reft_serve.training.trainer import ReftTrainer, Watcher, arguments
+
+__all__ = ["Outcome", "train"]
+
+_RUN, _SUMMARY = "run.json", "summary.json"
+Items = Sequence[Example] | Sequence[Preference]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run came to. `share`: trained parameters per parameter of the base. Sizes in bytes.
+
+    A run that a watcher stopped has no adapter yet: resume it.
+    """
+
+    adapter: str | None
+    digest: str | None
+    step: int
+    steps: int
+    best_step: int | None
+    best_loss: float | None
+    tokens: int
+    parameters: int
+    share: float
+    size: int
+    seconds: float
+    peak_memory: int
+
+
+def train(
+    base: Path,
+    plan: Plan,
+    items: Items,
+    out: Path,
+    *,
+    held_out: Items = (),
+    resume: bool = False,
+    watchers: Sequence[Watcher] = (),
+) -> Outcome:
+    """Train an adapter for the model at `base` and publish it under `out`.
+
+    Args:
+        items: examples, or preferences where the plan's method is dpo. held_out: of the same sort.
+        resume: go on from the newest checkpoint under `out`, if there is one; the rest must be as it was.
+        watchers: told of every step, beside the record that is kept in `out`.
+
+    Raises:
+        ClientError: the plan or the data cannot be used. AdapterExists: `out` holds a run and `resume` is not set.
+        BaseModelInvalid: the base is none that can be edited. AdapterInvalid: training diverged.
+    """
+    plan.check()
+    started = time.monotonic()
+    facts, process = read_base_model(base), PartialState()
+    with process.main_process_first():
+        if process.is_main_process:
+            _claim(out, _asked(facts, plan, items, held_out), resume)
+    model = build(base, plan)
+    trainer = _trainer(model, plan, facts, items, held_out, out, watchers)
+    last = checkpoints.newest(out / "checkpoints")
+    trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    process.wait_for_everyone()
+    if process.is_main_process:
+        _finish(out, trainer)
+    process.wait_for_everyone()
+    return _outcome(out, model, trainer, time.monotonic() - started)
+
+
+def _trainer(
+    model: EditedModel,
+    plan: Plan,
+    facts: BaseFacts,
+    items: Items,
+    held_out: Items,
+    out: Path,
+    watchers: Sequence[Watcher],
+) -> ReftTrainer[Any]:
+    objective = _objective(plan, items)
+    packed = model.can_pack(max(objective.tokens(item) for item in (*items, *held_out)))
+    if isinstance(objective, Dpo):
+        lay_out = partial(collate, rule=plan.adapter.rule, packed=packed)
+        objective.consult(model, cast(Sequence[Preference], [*items, *held_out]), lay_out, plan.batch)
+    made = plan.facts() | {"examples": len(items), "held_out_examples": len(held_out)}
+    settings = arguments(plan, out / "checkpoints", evaluates=bool(held_out))
+
+    def publish(path: Path) -> None:
+        publish_version(path, model, plan, facts, made | {"step": trainer.state.global_step})
+
+    followers = (report.Record(out), *watchers)
+    trainer: ReftTrainer[Any] = ReftTrainer(
+        model, plan, settings, objective, items, held_out, publish, packed=packed, watchers=followers
+    )
+    return trainer
+
+
+def _objective(plan: Plan, items: Items) -> Objective[Any]:
+    wanted = Preference if plan.method == "dpo" else Example
+    if not items or not all(isinstance(item, wanted) for item in items):
+        sort = "preferences" if plan.method == "dpo" else "examples"
+        raise ClientError(f"method {plan.method} learns from {sort}, and the data holds none or something else")
+    return Dpo(plan.dpo_beta) if plan.method == "dpo" else Supervised()
+
+
+def _asked(facts: BaseFacts, plan: Plan, items: Items, held_out: Items) -> dict[str, Any]:
+    """What must be the same for a run to be resumed."""
+    digests = [hashlib.sha256(repr(list(data)).encode()).hexdigest() for data in (items, held_out)]
+    wanted = {"base": facts.model_dump(), "plan": asdict(plan), "data": digests[0], "held_out": digests[1]}
+    same: dict[str, Any] = json.loads(json.dumps(wanted))
+    return same
+
+
+def _claim(out: Path, asked: dict[str, Any], resume: bool) -> None:
+    """Make `out` this run's folder, or find it to be."""
+    record = out / _RUN
+    if record.exists() and resume:
+        found = json.loads(record.read_text())
+        wrong = [name for name in asked if asked[name] != found.get(name)]
+        if wrong:
+            raise ClientError(f"{out} holds another run: its {' and '.join(wrong)} differ, so it cannot be resumed")
+        checkpoints.sweep(out / "checkpoints")
+    elif out.exists() and any(out.iterdir()):
+        raise AdapterExists(f"{out} is not empty: choose another --out, or --resume the run that is in it")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        aside = record.with_suffix(".new")
+        aside.write_text(json.dumps(asked, indent=2) + "\n")
+        os.replace(aside, record)
+
+
+def _finish(out: Path, trainer: ReftTrainer[Any]) -> None:
+    """Publish the best checkpoint, or the last, unless the run was stopped on its way."""
+    report.plot_losses(out)
+    if trainer.state.global_step < trainer.state.max_steps or (out / "adapter").exists():
+        return
+    whole = checkpoints.sealed(out / "checkpoints")
+    chosen = whole.get(trainer.state.best_global_step or trainer.state.global_step) or list(whole.values())[-1]
+    aside = out / ".adapter"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    for name in checkpoints.SERVED:
+        if (chosen / name).exists():
+            shutil.copyfile(chosen / name, aside / name)
+    checkpoints.sync(aside)
+    os.rename(aside, out / "adapter")
+
+
+def _outcome(out: Path, model: EditedModel, trainer: ReftTrainer[Any], seconds: float) -> Outcome:
+    path = out / "adapter"
+    adapter = read_adapter(path) if path.exists() else None
+    learnt = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    state, total = trainer.state, sum(p.numel() for p in model.lm.parameters() if not p.requires_grad)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    outcome = Outcome(
+        adapter=None if adapter is None else str(path),
+        digest=None if adapter is None else adapter.digest,
+        step=state.global_step,
+        steps=state.max_steps,
+        best_step=state.best_global_step,
+        best_loss=state.best_metric,
+        tokens=state.num_input_tokens_seen,
+        parameters=learnt,
+        share=learnt / total,
+        size=0 if adapter is None else sum(file.stat().st_size for file in path.iterdir()),
+        seconds=round(seconds, 3),
+        peak_memory=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak,
+    )
+    if trainer.is_world_process_zero():
+        (out / _SUMMARY).write_text(json.dumps(asdict(outcome), indent=2) + "\n")
+    return outcome

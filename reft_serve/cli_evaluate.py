@@ -41,6 +41,7 @@ def evaluate(
     from reft_serve.errors import ClientError
     from reft_serve.training.evaluation import Server, questions, scores
     from reft_serve.training.formats import read_rows
+    from reft_serve.training.lines import Limits
     from reft_serve.training.recipes import load_recipe
 
     task = load_recipe(recipe).task
@@ -48,7 +49,8 @@ def evaluate(
         raise ClientError(f"recipe {recipe} has no [task], so there is nothing to ask")
     if max_tokens is not None:
         task = task.model_copy(update={"max_new_tokens": max_tokens})
-    asked = [question for path in data for question in questions(read_rows(path), task)[:limit]]
+    limits = Limits(unanswered=task.metric == "none")
+    asked = [question for path in data for question in questions(read_rows(path, limits), task)[:limit]]
     server = Server(url, model, api_key, concurrency)
     predictions = _asked(server, task, asked, out, resume=resume)
     if task.metric == "none":

@@ -28,6 +28,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -211,8 +212,9 @@ class Instruction(_Row):
     task: _Text | None = None
 
     @model_validator(mode="after")
-    def _answered(self) -> Instruction:
-        if not self.output.strip() and not self.answer.strip():
+    def _answered(self, info: ValidationInfo) -> Instruction:
+        needed = not (info.context and info.context["unanswered"])
+        if needed and not self.output.strip() and not self.answer.strip():
             raise ValueError('has neither an "output" nor an "answer", so there is nothing to learn')
         return self
 
@@ -330,7 +332,7 @@ def _rows(stream: BinaryIO, limits: Limits, faults: Faults) -> Iterator[tuple[in
             faults.add(f"is a {found} row in a file of {chosen} rows", line)
         else:
             try:
-                yield line, _MODELS[found].model_validate(value)
+                yield line, _MODELS[found].model_validate(value, context={"unanswered": limits.unanswered})
             except ValidationError as exc:
                 for error in exc.errors(include_url=False):
                     faults.add(sentence(error), line)

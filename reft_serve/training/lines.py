@@ -31,12 +31,15 @@ _MAGIC = (
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a data file may hold, in bytes and in rows."""
+    """What a data file may hold, in bytes and in rows. `unanswered`: instruction rows may lack an answer, as those that are
+    asked but not judged do.
+    """
 
     file_bytes: int = 512 << 20
     row_bytes: int = 4 << 20
     min_rows: int = 1
     max_rows: int = 1_000_000
+    unanswered: bool = False
 
 
 def read_values(stream: BinaryIO, limits: Limits, faults: Faults) -> Iterator[tuple[int, Any]]:

@@ -131,7 +131,9 @@ class Task(_Settings):
         return self._filled(self.answer, row)
 
     def reference(self, row: DataRow) -> str:
-        """What an answer is compared with: a row's `answer` where it has one, else the reply."""
+        """What an answer is compared with: a row's `answer` where it has one, else the reply; nothing without a metric."""
+        if self.metric == "none":
+            return ""
         return row.answer if isinstance(row, Instruction) and row.answer else self.reply(row)
 
     def _filled(self, template: str, row: DataRow) -> str:

@@ -36,13 +36,16 @@ def import_(
     no_bias: Annotated[bool, typer.Option("--no-bias", help="Trained with add_bias=False (noreft, nodireft).")] = False,
     phase: Annotated[str, typer.Option(metavar="PHASE", help="Edit tokens of: prompt, all, generated.")] = "prompt",
     kind: Annotated[str | None, typer.Option(metavar="KIND", help="Kind, where the save does not record it.")] = None,
+    lora_alpha: Annotated[
+        float | None, typer.Option(metavar="N", help="PEFT's lora_alpha, where pyreft saved a LoRA too.")
+    ] = None,
 ) -> None:
     """Convert a save of another library into an adapter's directory."""
     from reft_serve.adapters.base_model import read_base_model
     from reft_serve.adapters.foreign import ImportFlags
     from reft_serve.adapters.formats import import_adapter
 
-    flags = ImportFlags(positions, untied, last_offset, activation, no_bias, phase, kind)
+    flags = ImportFlags(positions, untied, last_offset, activation, no_bias, phase, kind, lora_alpha)
     adapter = import_adapter(source, read_base_model(base), out, flags, _max_bytes())
     _warn(adapter)
     typer.echo(f"{out}: {_summary(adapter)}")
@@ -74,11 +77,15 @@ def inspect(
 ) -> None:
     """Show what an adapter is."""
     from reft_serve.adapters.directory import TENSORS, read_adapter
+    from reft_serve.adapters.lora import TENSORS as LORA_TENSORS
 
     adapter = read_adapter(adapter_dir, _max_bytes())
     size = (adapter_dir / TENSORS).stat().st_size
+    if adapter.lora is not None:
+        size += len(adapter.lora.files[LORA_TENSORS])
     if as_json:
-        facts = {"parameters": _parameters(adapter), "bytes": size, "digest": adapter.digest}
+        rank = None if adapter.lora is None else adapter.lora.rank
+        facts = {"parameters": _parameters(adapter), "bytes": size, "digest": adapter.digest, "lora_rank": rank}
         typer.echo(
             json.dumps({**adapter.manifest.model_dump(mode="json"), **facts, "warnings": adapter.warnings}, indent=2)
         )
@@ -126,11 +133,13 @@ def _warn(adapter: Adapter) -> None:
 
 def _summary(adapter: Adapter) -> str:
     count = len(adapter.weights)
-    return f"{count} intervention{'s' * (count != 1)}, {_parameters(adapter)} parameters, sha256 {adapter.digest}"
+    lora = "" if adapter.lora is None else f" and a LoRA of rank {adapter.lora.rank}"
+    return f"{count} intervention{'s' * (count != 1)}{lora}, {_parameters(adapter)} parameters, sha256 {adapter.digest}"
 
 
 def _parameters(adapter: Adapter) -> int:
-    return sum(tensor.numel() for weights in adapter.weights for tensor in weights.tensors().values())
+    own = sum(tensor.numel() for weights in adapter.weights for tensor in weights.tensors().values())
+    return own + (0 if adapter.lora is None else adapter.lora.parameters)
 
 
 def _show(adapter: Adapter, size: int) -> None:
@@ -143,6 +152,8 @@ def _show(adapter: Adapter, size: int) -> None:
     facts.add_row("base", f"{base.name}: {base.architecture}, {base.num_hidden_layers} layers of {base.hidden_size}")
     tied = "tied" if rule.tied else "untied"
     facts.add_row("positions", f"{rule.spec}, {tied}, last offset {rule.last_offset}, phase {rule.phase}")
+    if adapter.lora is not None:
+        facts.add_row("LoRA", f"rank {adapter.lora.rank}, {adapter.lora.parameters} parameters")
     facts.add_row("parameters", f"{_parameters(adapter)} in {size} bytes")
     facts.add_row("digest", adapter.digest)
     rows = Table("layer", "component", "kind", "rank", "activation", "part", "dtype")

@@ -1,7 +1,8 @@
 """An adapter's directory: `reft_config.json` and `reft_model.safetensors`, read whole and checked, published whole.
 
-Tensor k of the file is `interventions.<k>.<name>`, names as in `vocabulary.required_tensors`. The digest over the bytes
-of the files is the version's name: equal digests are equal adapters, wherever they lie.
+Tensor k of the file is `interventions.<k>.<name>`, names as in `vocabulary.required_tensors`. PEFT's two files may lie
+beside them: then the adapter is both, ReFT and LoRA. The digest over the bytes of the files is the version's name: equal
+digests are equal adapters, wherever they lie.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from reft_serve.adapters.files import read_plain, write_directory
+from reft_serve.adapters.lora import CONFIG as LORA_CONFIG
+from reft_serve.adapters.lora import TENSORS as LORA_TENSORS
+from reft_serve.adapters.lora import Lora, holds_lora, lora_of_files
 from reft_serve.adapters.manifest import DType, InterventionSpec, Manifest, manifest_faults, parse_manifest
 from reft_serve.errors import AdapterChanged, AdapterInvalid, AdapterNotFound
 from reft_serve.interventions.kinds import Weights, fold
@@ -41,8 +45,6 @@ __all__ = [
 
 CONFIG = "reft_config.json"
 TENSORS = "reft_model.safetensors"
-# A directory may hold a LoRA too; its files then belong to the adapter's identity.
-_LORA_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _MAX_CONFIG_BYTES = 4 << 20
 _ORTHONORMAL_TOLERANCE = 1e-3
 DTYPES: dict[DType, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -50,12 +52,15 @@ DTYPES: dict[DType, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Adapter:
-    """One immutable version. `weights[k]` belongs to `manifest.interventions[k]`; `digest` is sha256 in hex."""
+    """One immutable version. `weights[k]` belongs to `manifest.interventions[k]`; `digest` is sha256 in hex; `lora` is
+    its other half, where it has one.
+    """
 
     manifest: Manifest
     weights: tuple[Weights, ...]
     digest: str
     warnings: tuple[str, ...] = ()
+    lora: Lora | None = None
 
 
 def is_adapter(path: Path) -> bool:
@@ -78,11 +83,15 @@ def read_adapter(path: Path, max_bytes: int = 1 << 30) -> Adapter:
     files = _read_files(path, max_bytes)
     manifest = parse_manifest(files[CONFIG], str(path))
     weights, warnings = check_tensors(manifest, parse_tensors(files[TENSORS], TENSORS, str(path)), str(path))
-    return Adapter(manifest, weights, digest_of(files), warnings)
+    lora = None
+    if LORA_CONFIG in files:
+        halves = {name: files[name] for name in (LORA_CONFIG, LORA_TENSORS)}
+        lora = lora_of_files(halves, manifest.base_model.num_hidden_layers, str(path))
+    return Adapter(manifest, weights, digest_of(files), warnings, lora)
 
 
 def read_version(path: Path, digest: str, max_bytes: int = 1 << 30) -> Adapter:
-    """Read a version that `read_adapter` has checked before, without checking its tensors again.
+    """Read a version that `read_adapter` has checked before, without checking its tensors again or keeping its LoRA.
 
     Raises:
         AdapterNotFound, AdapterInvalid: the files are gone or cannot be read.
@@ -110,9 +119,10 @@ def _read_files(path: Path, max_bytes: int) -> dict[str, bytes]:
         CONFIG: read_plain(path / CONFIG, _MAX_CONFIG_BYTES, where),
         TENSORS: read_plain(path / TENSORS, max_bytes, where),
     }
-    return files | {
-        name: read_plain(path / name, max_bytes, where) for name in _LORA_FILES if os.path.lexists(path / name)
-    }
+    if holds_lora(path):
+        files[LORA_CONFIG] = read_plain(path / LORA_CONFIG, _MAX_CONFIG_BYTES, where)
+        files[LORA_TENSORS] = read_plain(path / LORA_TENSORS, max_bytes, where)
+    return files
 
 
 def _by_intervention(manifest: Manifest, named: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -123,7 +133,7 @@ def _by_intervention(manifest: Manifest, named: Mapping[str, Tensor]) -> list[di
     return own
 
 
-def publish(path: Path, manifest: Manifest, weights: Sequence[Weights]) -> Adapter:
+def publish(path: Path, manifest: Manifest, weights: Sequence[Weights], lora: Lora | None = None) -> Adapter:
     """Write an adapter so that it is there whole or not at all, even when the process dies half-way.
 
     Raises:
@@ -140,8 +150,10 @@ def publish(path: Path, manifest: Manifest, weights: Sequence[Weights]) -> Adapt
         raise AdapterInvalid(str(path), faults)
     kept, warnings = check_tensors(manifest, named, str(path))
     files = {CONFIG: manifest.to_json().encode(), TENSORS: save_safetensors(named)}
+    if lora is not None:
+        files |= lora.files
     write_directory(path, files.items())
-    return Adapter(manifest, kept, digest_of(files), warnings)
+    return Adapter(manifest, kept, digest_of(files), warnings, lora)
 
 
 def check_tensors(

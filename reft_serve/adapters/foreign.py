@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from reft_serve.adapters.directory import DTYPES, check_tensors
 from reft_serve.adapters.files import read_plain
+from reft_serve.adapters.lora import Lora
 from reft_serve.adapters.manifest import InterventionSpec, Manifest, Part, manifest_faults
 from reft_serve.errors import AdapterInvalid, ClientError, ImportFlagMissing
 from reft_serve.interventions.kinds import Weights
@@ -52,6 +54,7 @@ class ImportFlags:
     no_bias: bool = False
     phase: str = "prompt"
     kind: str | None = None
+    lora_alpha: float | None = None
 
     def __post_init__(self) -> None:
         for flag, value, known in (
@@ -61,6 +64,8 @@ class ImportFlags:
         ):
             if value is not None and value not in known:
                 raise ClientError(f"{flag} {value[:64]!r} is not one of {', '.join(known)}")
+        if self.lora_alpha is not None and not math.isfinite(self.lora_alpha):
+            raise ClientError(f"--lora-alpha {self.lora_alpha} is not a number to scale with")
 
     def rule(self) -> PositionRule:
         """The position rule.
@@ -86,6 +91,7 @@ class Imported:
     manifest: Manifest
     weights: tuple[Weights, ...]
     warnings: tuple[str, ...] = ()
+    lora: Lora | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from reft_serve.adapters.adapterhub import is_adapterhub, read_adapterhub
@@ -21,8 +22,8 @@ def import_adapter(source: Path, base: BaseFacts, out: Path, flags: ImportFlags,
         ClientError: as `read_any` and `publish` do.
     """
     imported = read_any(source, base, flags, max_bytes)
-    made = publish(out, imported.manifest, imported.weights)
-    return Adapter(made.manifest, made.weights, made.digest, imported.warnings)
+    made = publish(out, imported.manifest, imported.weights, imported.lora)
+    return replace(made, warnings=imported.warnings)
 
 
 def read_any(source: Path, base: BaseFacts, flags: ImportFlags, max_bytes: int = 1 << 30) -> Imported:
@@ -63,4 +64,4 @@ def _read_ours(source: Path, base: BaseFacts, flags: ImportFlags, max_bytes: int
     faults = Limits().faults(adapter.manifest, base)
     if faults:
         raise AdapterInvalid(str(source), faults)
-    return Imported(adapter.manifest, adapter.weights, adapter.warnings)
+    return Imported(adapter.manifest, adapter.weights, adapter.warnings, adapter.lora)

@@ -6,7 +6,7 @@ Layouts were read off pyreft 0.0.6 to 0.1.0 with pyvene 0.1.2 to 0.1.8. Nothing 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from reft_serve.adapters.components import PlaceUnknown, resolve_component
 from reft_serve.adapters.foreign import Imported, ImportFlags, Row, assemble, read_json, read_torch, rotation
+from reft_serve.adapters.lora import Lora, holds_lora, lora_of_parameters, read_lora
 from reft_serve.adapters.manifest import BaseFacts, Part
 from reft_serve.errors import AdapterInvalid, AdapterNotFound, AdapterUnsupported, ClientError, ImportFlagMissing
 from reft_serve.interventions.positions import PositionRule
@@ -107,7 +108,7 @@ def read_pyreft(path: Path, base: BaseFacts, flags: ImportFlags, max_bytes: int 
         places = _recorded_places(read_json(source / CONFIG, where), base, flags, faults)
     else:
         places = _checkpoint_places(source, base, flags, faults)
-    _check_extra(source, max_bytes, faults)
+    lora = _lora(path, base, flags, max_bytes, faults)
     faults.settle()
     parts, warnings = _halves(places, rule, faults)
     tensors = [_read_tensors(source, place, max_bytes, where) for place in places]
@@ -118,7 +119,7 @@ def read_pyreft(path: Path, base: BaseFacts, flags: ImportFlags, max_bytes: int 
         for p, t, part in zip(places, tensors, parts, strict=True)
     ]
     others = {"base_model": base, "positions": rule, "provenance": {"format": "pyreft"}}
-    return assemble(rows, others, where, warnings)
+    return replace(assemble(rows, others, where, warnings), lora=lora)
 
 
 def _recorded_places(config: dict[str, Any], base: BaseFacts, flags: ImportFlags, faults: _Faults) -> list[_Place]:
@@ -202,21 +203,31 @@ def _checkpoint_places(source: Path, base: BaseFacts, flags: ImportFlags, faults
     return [place for _, place in sorted(found, key=lambda item: (item[0], item[1].layer, item[1].component))]
 
 
-def _check_extra(source: Path, max_bytes: int, faults: _Faults) -> None:
-    if not (source / EXTRA).exists():
-        return
-    names = sorted(read_torch(source / EXTRA, max_bytes, faults.where))
-    lora = [name for name in names if "lora_" in name]
-    if lora:
+def _lora(path: Path, base: BaseFacts, flags: ImportFlags, max_bytes: int, faults: _Faults) -> Lora | None:
+    """The LoRA that was trained with the interventions: PEFT's files beside them, or pyreft's own save without its alpha."""
+    layers, inner = base.num_hidden_layers, path / CHECKPOINT
+    source = inner if inner.is_dir() else path
+    parameters = read_torch(source / EXTRA, max_bytes, faults.where) if (source / EXTRA).exists() else {}
+    others = sorted(name for name in parameters if "lora_" not in name)
+    if others:
         faults.unsupported.append(
-            f"{EXTRA} holds {len(lora)} LoRA tensors (such as {lora[0][:120]!r}) without their lora_alpha; save the LoRA "
-            "with PEFT and the interventions without include_model"
+            f"{EXTRA} holds trained weights of the base model itself ({', '.join(others[:3])[:200]}), such as a "
+            "classifier head, and only interventions and a LoRA are served"
         )
-    elif names:
-        faults.unsupported.append(
-            f"{EXTRA} holds trained weights of the base model itself ({', '.join(names[:3])[:200]}), such as a "
-            "classifier head, and only interventions are served"
+        return None
+    beside = next((folder for folder in (source, path) if holds_lora(folder)), None)
+    if beside is not None:
+        return read_lora(beside, layers, max_bytes)
+    if not parameters:
+        if flags.lora_alpha is not None:
+            raise ClientError("--lora-alpha was given, but the save holds no LoRA")
+        return None
+    if flags.lora_alpha is None:
+        raise ImportFlagMissing(
+            f"{EXTRA} holds {len(parameters)} tensors of a LoRA (such as {min(parameters)[:120]!r}), and pyreft does not "
+            "record its scale: give --lora-alpha, or put PEFT's adapter_config.json and adapter_model.safetensors beside it"
         )
+    return lora_of_parameters(parameters, flags.lora_alpha, layers, faults.where)
 
 
 def _halves(places: list[_Place], rule: PositionRule, faults: _Faults) -> tuple[list[Part], list[str]]:

@@ -34,7 +34,8 @@ def export_pyreft(adapter: Adapter, out: Path) -> None:
     """
     rows = list(_rows(adapter))
     keys = _keys([spec for spec, _ in rows])
-    write_directory(out, _files(rows, keys, adapter.manifest.base_model.hidden_size))
+    lora = {} if adapter.lora is None else adapter.lora.files  # PEFT's files, as its users load them
+    write_directory(out, [*_files(rows, keys, adapter.manifest.base_model.hidden_size), *lora.items()])
 
 
 def import_flags(adapter: Adapter) -> str:

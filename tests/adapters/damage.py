@@ -19,9 +19,12 @@ from torch import Tensor
 
 from reft_serve.adapters.base_model import read_base_model
 from reft_serve.adapters.directory import CONFIG, TENSORS, Adapter, publish
+from reft_serve.adapters.lora import CONFIG as LORA_CONFIG
+from reft_serve.adapters.lora import TENSORS as LORA_TENSORS
 from reft_serve.adapters.manifest import InterventionSpec, Manifest
 from reft_serve.interventions.kinds import Weights
 from reft_serve.interventions.positions import PositionRule
+from tests.adapters.loras import write_lora
 from tests.conftest import GOLDEN
 
 MODEL = GOLDEN / "models" / "tiny-llama"
@@ -168,6 +171,47 @@ def _damaged(name: str, apply: Callable[[Path], object]) -> Damage:
     return Damage(name, apply, f"{TENSORS} is damaged or not a safetensors file")
 
 
+def _beside(change: Callable[[Path], object]) -> Callable[[Path], None]:
+    def apply(path: Path) -> None:
+        write_lora(path)
+        change(path)
+
+    return apply
+
+
+def _lora_linked(path: Path) -> None:
+    (path / LORA_TENSORS).unlink()
+    (path / LORA_TENSORS).symlink_to(path / TENSORS)
+
+
+def _lora_text(text: str) -> Callable[[Path], None]:
+    return _beside(lambda path: (path / LORA_CONFIG).write_text(text))
+
+
+def _lora_config(**fields: Any) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        (path / LORA_CONFIG).write_text(json.dumps(json.loads((path / LORA_CONFIG).read_text()) | fields))
+
+    return _beside(change)
+
+
+def _lora_tensors(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
+    def spoil(path: Path) -> None:
+        tensors = load_file(path / LORA_TENSORS)
+        change(tensors)
+        save_file(tensors, path / LORA_TENSORS)
+
+    return _beside(spoil)
+
+
+_O = "base_model.model.model.layers.1.self_attn.o_proj.lora_"
+
+
+def _elsewhere(tensors: dict[str, Tensor]) -> None:
+    for half in ("A.weight", "B.weight"):
+        tensors[_O.replace(".1.", ".9.") + half] = tensors[_O + half].clone()
+
+
 FILES = [
     Damage("no tensor file", lambda path: (path / TENSORS).unlink(), f"{TENSORS} is missing"),
     Damage("tensor file is a link", _linked(TENSORS), f"{TENSORS} is a symbolic link"),
@@ -179,11 +223,6 @@ FILES = [
     Damage("tensor file too large", lambda path: os.truncate(path / TENSORS, 2 << 20), "and at most 1048576 are taken"),
     Damage(
         "configuration too large", lambda path: os.truncate(path / CONFIG, 5 << 20), "and at most 4194304 are taken"
-    ),
-    Damage(
-        "LoRA beside it is a link",
-        lambda path: (path / "adapter_model.safetensors").symlink_to(path / TENSORS),
-        "adapter_model.safetensors is a symbolic link",
     ),
 ]
 
@@ -277,4 +316,26 @@ BASE = [
     Damage("width zero", _base(hidden_size=0), "base_model.hidden_size: Input should be greater than or equal to 1"),
 ]
 
-DAMAGE = [*FILES, *BYTES, *CONTENT, *MANIFEST, *BASE]
+LORA = [
+    Damage(
+        "LoRA without its configuration", _beside(lambda p: (p / LORA_CONFIG).unlink()), f"{LORA_CONFIG} is missing"
+    ),
+    Damage("LoRA without its tensors", _beside(lambda p: (p / LORA_TENSORS).unlink()), f"{LORA_TENSORS} is missing"),
+    Damage("LoRA that is a link", _beside(_lora_linked), f"{LORA_TENSORS} is a symbolic link"),
+    Damage("LoRA configuration not JSON", _lora_text("{"), f"{LORA_CONFIG} is not JSON"),
+    Damage("LoRA configuration a list", _lora_text("[]"), f"{LORA_CONFIG} is not a JSON object"),
+    Damage("another PEFT method", _lora_config(peft_type="IA3"), "peft_type is 'IA3'"),
+    Damage("LoRA rank zero", _lora_config(r=0), "r must be a whole number from 1, and it is 0"),
+    Damage("LoRA alpha NaN", _lora_config(lora_alpha=float("nan")), "lora_alpha must be a number, and it is nan"),
+    Damage("LoRA tensors cut", _beside(lambda p: os.truncate(p / LORA_TENSORS, 99)), f"{LORA_TENSORS} is damaged"),
+    Damage("LoRA of no tensors", _lora_tensors(dict.clear), f"{LORA_TENSORS} holds no tensors"),
+    Damage("LoRA with NaN", _lora_tensors(lambda t: t[_O + "A.weight"].fill_(float("nan"))), "must hold finite floats"),
+    Damage(
+        "half a LoRA", _lora_tensors(lambda t: t.pop(_O + "B.weight")), "layers.1.self_attn.o_proj' has lora_A alone"
+    ),
+    Damage("LoRA of two ranks", _lora_tensors(lambda t: t.update({_O + "B.weight": torch.ones(64, 4)})), "do not meet"),
+    Damage("DoRA", _lora_tensors(lambda t: t.update({_O + "magnitude": torch.ones(64)})), "is not a matrix of a LoRA"),
+    Damage("LoRA of a layer too many", _lora_tensors(_elsewhere), "is for layer 9 and the base model has 4"),
+]
+
+DAMAGE = [*FILES, *BYTES, *CONTENT, *MANIFEST, *BASE, *LORA]

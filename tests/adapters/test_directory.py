@@ -32,6 +32,7 @@ from reft_serve.interventions.vocabulary import (
     required_tensors,
 )
 from tests.adapters.damage import write_good
+from tests.adapters.loras import write_lora
 from tests.conftest import ROOT
 
 
@@ -115,7 +116,7 @@ def test_the_digest_tells_weights_manifests_and_a_lora_beside_them_apart(tmp_pat
     digests = {write_good(tmp_path / f"{seed}", seed).digest for seed in (0, 1)}
     shutil.copytree(tmp_path / "0", tmp_path / "copy")
     assert read_adapter(tmp_path / "copy").digest in digests
-    (tmp_path / "copy" / "adapter_config.json").write_text("{}")
+    write_lora(tmp_path / "copy")
     digests.add(read_adapter(tmp_path / "copy").digest)
     text = (tmp_path / "1" / CONFIG).read_text()
     (tmp_path / "1" / CONFIG).write_text(text.replace('"f2+l2"', '"f2+l3"'))

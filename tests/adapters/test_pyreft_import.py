@@ -19,6 +19,7 @@ from reft_serve.adapters.foreign import Imported, ImportFlags
 from reft_serve.adapters.formats import read_any
 from reft_serve.adapters.pyreft import read_pyreft
 from reft_serve.errors import AdapterInvalid, AdapterUnsupported, ClientError, ImportFlagMissing, PositionsInvalid
+from tests.adapters.loras import write_lora
 from tests.adapters.saves import IMPORTABLE, SAVES, Save, named
 from tests.conftest import GOLDEN
 
@@ -181,13 +182,35 @@ def test_a_save_without_a_bias_imports_without_the_flag_because_the_file_shows_i
         ("loreft_path_norm", r"'model\.norm\.output'"),
         ("subloreft_a", r"__main__\.SubloreftIntervention"),
         ("loreft_cls", r"score\.weight"),
-        ("loreft_plus_lora", "LoRA"),
     ],
 )
 def test_what_is_not_served_is_refused_by_name(case: str, phrase: str) -> None:
     save = named(case)
     with pytest.raises(AdapterUnsupported, match=phrase):
         bring_in(save)
+
+
+def test_a_lora_that_pyreft_saved_needs_its_alpha_and_becomes_pefts() -> None:
+    save = named("loreft_plus_lora")
+    with pytest.raises(ImportFlagMissing, match=r"holds 4 tensors of a LoRA .* give --lora-alpha"):
+        bring_in(save, lora_alpha=None)
+    lora = bring_in(save).lora
+    assert lora is not None
+    assert lora.rank == 4
+    config = json.loads(lora.files["adapter_config.json"])
+    assert config["lora_alpha"] == 8
+    assert config["target_modules"] == [f"model.layers.{k}.self_attn.o_proj" for k in (1, 2)]
+    with pytest.raises(ClientError, match="the save holds no LoRA"):
+        bring_in(named("loreft_f1"), lora_alpha=8.0)
+
+
+def test_pefts_files_beside_a_save_come_in_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "save"
+    shutil.copytree(named("loreft_f1").path, path)
+    write_lora(path)
+    lora = bring_in(named("loreft_f1"), path).lora
+    assert lora is not None
+    assert lora.files["adapter_model.safetensors"] == (path / "adapter_model.safetensors").read_bytes()
 
 
 def test_every_golden_save_is_either_imported_or_refused_by_a_test_above() -> None:

@@ -35,6 +35,9 @@ def serve(
     kind: Annotated[
         str | None, typer.Option(metavar="KIND", help="pyreft checkpoint: the kind it does not record.")
     ] = None,
+    lora_alpha: Annotated[
+        float | None, typer.Option(metavar="N", help="pyreft save that holds a LoRA: PEFT's lora_alpha.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the command and what it sets; run nothing.")
     ] = False,
@@ -43,7 +46,7 @@ def serve(
     from reft_serve.adapters.foreign import ImportFlags
     from reft_serve.engine.serve import ServeRequest, become, plan
 
-    flags = ImportFlags(None, untied, last_offset, activation, no_bias, phase, kind)
+    flags = ImportFlags(None, untied, last_offset, activation, no_bias, phase, kind, lora_alpha)
     chosen = plan(ServeRequest(model, adapter or (), positions or (), flags, context.args))
     for reason in chosen.reasons:
         typer.echo(reason, err=True)

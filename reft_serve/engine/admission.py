@@ -32,10 +32,12 @@ class Admission:
         self._executor, self._most_idle = executor, idle
         self._unfinished: Counter[str] = Counter()
         self._idle: OrderedDict[str, None] = OrderedDict()
-        self._ids: dict[str, int] = {}
+        # By identity: two strengths of one version are two adapters to a batch.
+        self._requests: Counter[Identity] = Counter()
+        self._ids: dict[Identity, int] = {}
 
     def admit(self, request: Request) -> None:
-        """Have the workers hold the request's adapter, and give the request an id that no other held version has.
+        """Have the workers hold the request's adapter, and give the request an id that no other identity has.
 
         Raises:
             Exception: whatever a worker met; the request must not be scheduled then.
@@ -47,25 +49,28 @@ class Admission:
             del self._idle[identity.digest]
         elif not self._unfinished[identity.digest]:
             released = [self._idle.popitem(last=False)[0] for _ in range(len(self._idle) - self._most_idle)]
-            for digest in released:
-                del self._ids[digest]
             self._executor.collective_rpc("reft_hold", args=(request.lora_request, released))
-            self._ids[identity.digest] = self._free_id(identity)
         self._unfinished[identity.digest] += 1
-        request.lora_request = with_engine_id(request.lora_request, self._ids[identity.digest])
+        self._requests[identity] += 1
+        if identity not in self._ids:
+            self._ids[identity] = self._free_id(identity)
+        request.lora_request = with_engine_id(request.lora_request, self._ids[identity])
 
     def finished(self, request: Request) -> None:
         """Note that a request which was admitted is over, however it ended."""
         identity = identity_of(request.lora_request)
         if identity is None:
             return
+        self._requests[identity] -= 1
+        if self._requests[identity] <= 0:
+            del self._requests[identity], self._ids[identity]
         self._unfinished[identity.digest] -= 1
         if self._unfinished[identity.digest] <= 0:
             del self._unfinished[identity.digest]
             self._idle[identity.digest] = None
 
     def _free_id(self, identity: Identity) -> int:
-        # Runners find a row's adapter by its id, so two versions in one batch must never share one.
+        # Runners find a row's adapter by its id, so two identities in one batch must never share one.
         taken, first = set(self._ids.values()), identity.engine_id & ~(IDS - 1)
         tries = (first + (identity.engine_id - first + n) % IDS for n in range(IDS))
         return next(number for number in tries if number not in taken)

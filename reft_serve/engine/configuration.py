@@ -14,6 +14,7 @@ from vllm.lora.resolver import LoRAResolverRegistry
 from vllm.lora.utils import get_adapter_absolute_path
 
 from reft_serve.adapters.directory import is_adapter
+from reft_serve.adapters.lora import holds_lora
 from reft_serve.config import EngineSettings
 from reft_serve.engine.facts import SETTINGS_KEY, settings_of
 from reft_serve.errors import EngineUnsupported
@@ -28,7 +29,8 @@ def noting_modules(original: Any) -> Callable[[Any, argparse.Namespace], EngineA
         engine_args: EngineArgs = original(cls, args)
         modules = getattr(args, "lora_modules", None) or []
         more_may_come = envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING or LoRAResolverRegistry.get_supported_resolvers()
-        only_reft = modules and all(is_adapter(Path(get_adapter_absolute_path(module.path))) for module in modules)
+        paths = [Path(get_adapter_absolute_path(module.path)) for module in modules]
+        only_reft = paths and all(is_adapter(path) and not holds_lora(path) for path in paths)
         engine_args.reft_only = bool(only_reft and not more_may_come)
         return engine_args
 
@@ -80,8 +82,8 @@ def check_modes(config: VllmConfig) -> None:
         wrong = "sequence-parallel experts (a rank then holds only some of a step's rows): leave out --enable-expert-parallel"
     elif parallel.prefill_context_parallel_size > 1:
         wrong = "prefill context parallelism: use tensor or pipeline parallelism"
-    elif parallel.enable_dbo:
-        wrong = "dual batch overlap: leave out --enable-dbo"
+    elif parallel.use_ubatching:
+        wrong = "dual batch overlap: leave out --enable-dbo and --ubatch-size"
     elif speculative is not None and speculative.method != "ngram":
         wrong = f"speculative decoding by {speculative.method}: only ngram is tested"
     elif config.model_config.is_encoder_decoder:

@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from vllm.config import VllmConfig
-from vllm.exceptions import LoRAAdapterNotFoundError
+from vllm.exceptions import LoRAAdapterNotFoundError, VLLMValidationError
+from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
 
 from reft_serve.adapters.directory import CONFIG, is_adapter, read_adapter
 from reft_serve.engine.facts import base_facts, limits_of, settings_of
-from reft_serve.engine.identity import Identity, bound_request, identity_of
+from reft_serve.engine.identity import Identity, bound_request, identity_of, with_strength
 from reft_serve.errors import AdapterUnsupported, ClientError
 
-__all__ = ["Binder", "binder_of"]
+__all__ = ["STRENGTH", "Binder", "binder_of"]
+
+STRENGTH = "reft_strength"
+_MOST = 100.0
 
 
 class Binder:
@@ -74,15 +78,25 @@ class Binder:
         path = Path(get_adapter_absolute_path(request.lora_path))
         if not is_adapter(path):
             return self._as_lora(request, path)
-        if (path / "adapter_config.json").exists():
-            raise AdapterUnsupported(
-                str(path), ["it holds a LoRA too, and both in one directory are not served: split them"]
-            )
         adapter = read_adapter(path, settings_of(self._config).max_adapter_bytes)
         faults = limits_of(self._config).faults(adapter.manifest, base_facts(self._config))
+        if adapter.lora is not None:
+            faults += self._lora_faults(path)
         if faults:
             raise AdapterUnsupported(str(path), faults)
-        return bound_request(request, str(path), Identity(adapter.digest, adapter.manifest.positions))
+        lora = adapter.lora is not None
+        return bound_request(request, str(path), Identity(adapter.digest, adapter.manifest.positions, lora))
+
+    def _lora_faults(self, path: Path) -> list[str]:
+        """Why this engine cannot serve the LoRA of a directory that holds both, as far as vLLM can tell by its config."""
+        if settings_of(self._config).lora == "off":
+            return ["it holds a LoRA too, and this engine serves ReFT only: set REFT_LORA=on to serve both"]
+        try:
+            helper = PEFTHelper.from_local_dir(str(path), self._config.model_config.max_model_len)
+            helper.validate_legal(self._config.lora_config)
+        except (ValueError, TypeError) as exc:
+            return [f"its LoRA: {exc}"]
+        return []
 
     def _as_lora(self, request: LoRARequest, path: Path) -> LoRARequest:
         if any(path.glob("intkey_*.bin")) or any(path.glob("intervenable_model/intkey_*.bin")):
@@ -115,11 +129,43 @@ def binding_inputs(original: Any) -> Callable[..., Any]:
 
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         call = signature.bind(self, *args, **kwargs)
-        if call.arguments.get("lora_request") is not None:
-            call.arguments["lora_request"] = binder_of(self).bind(call.arguments["lora_request"])
+        bound = binder_of(self).bind(call.arguments.get("lora_request"))
+        call.arguments["lora_request"] = _at_strength(bound, strength_of(call.arguments["params"]))
         return original(*call.args, **call.kwargs)
 
     return process_inputs
+
+
+def strength_of(params: Any) -> float | None:
+    """The factor that a request puts on its adapter's edits; None where it names none.
+
+    Raises:
+        VLLMValidationError: it is not a number that edits can be multiplied by.
+    """
+    given = (getattr(params, "extra_args", None) or {}).get(STRENGTH)
+    if given is None:
+        return None
+    if isinstance(given, bool) or not isinstance(given, int | float) or not abs(given) <= _MOST:  # NaN too
+        raise VLLMValidationError(
+            f"{STRENGTH} must be a number from -{_MOST:g} to {_MOST:g}: 1 is the adapter as it was trained, 0 the base model",
+            parameter=f"vllm_xargs.{STRENGTH}",
+            value=str(given)[:100],
+        )
+    return float(given)
+
+
+def _at_strength(bound: LoRARequest | None, strength: float | None) -> LoRARequest | None:
+    if strength is None:
+        return bound
+    identity = identity_of(bound)
+    if bound is None or identity is None:
+        raise VLLMValidationError(
+            f"{STRENGTH} is a factor on a ReFT adapter's edits, and this request names no ReFT adapter",
+            parameter=f"vllm_xargs.{STRENGTH}",
+        )
+    if strength == 0 and not identity.lora:  # nothing of it is left
+        return None
+    return bound if strength == 1 else with_strength(bound, strength)
 
 
 def add_lora(original: Any) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""What of an adapter travels with each request: its digest and its position rule.
+"""What of an adapter travels with each request: its digest, its position rule and the strength that was asked for.
 
 The front end reads and checks a directory once and binds every request to what it found. From there the request itself
 says which edits it gets, so the scheduler needs no file for its prefix-cache keys, the worker can tell whether it holds
@@ -8,44 +8,72 @@ the right version, and a directory that changes meanwhile cannot mix two version
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
 from vllm.lora.request import LoRARequest
 
 from reft_serve.interventions.positions import PositionRule
 
-__all__ = ["FIRST_GENERATED_ID", "FIRST_ID", "IDS", "Identity", "bound_request", "identity_of", "with_engine_id"]
+__all__ = [
+    "FIRST_ID",
+    "GENERATED",
+    "IDS",
+    "WITH_LORA",
+    "Identity",
+    "bound_request",
+    "identity_of",
+    "lora_id_of",
+    "with_engine_id",
+    "with_strength",
+]
 
 _MARK = "reft:"
 # Adapters of ours get engine ids from 2**28 on, derived from the digest, so that equal versions are one adapter to the
-# scheduler and a reloaded name is another; vLLM's own counter stays below. Ids from 2**29 on edit generated tokens too, so
-# that a step can tell by its array of ids alone who may have rows.
+# scheduler and a reloaded name is another; vLLM's own counter stays below. One bit says that generated tokens are edited
+# too, another that the adapter holds a LoRA, so that a step can tell by its array of ids alone who needs what.
 FIRST_ID = 1 << 28
-FIRST_GENERATED_ID = 1 << 29
+GENERATED = 1 << 29
+WITH_LORA = 1 << 30
 IDS = 1 << 28
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """One immutable version and where it edits. `digest` is sha256 in hex."""
+    """One immutable version: its digest (sha256 in hex), where it edits, whether it holds a LoRA, and the factor on its
+    edits, which is not one on the LoRA.
+    """
 
     digest: str
     rule: PositionRule
+    lora: bool = False
+    strength: float = 1.0
 
     @property
     def engine_id(self) -> int:
-        """The `lora_int_id` that a front end gives it. Two versions may share one: the engine core then moves the later one
-        (`admission.Admission`), so that inside the engine an id is one version's.
+        """The `lora_int_id` that a front end gives it, whatever the strength. Two identities may share one: the engine core
+        then moves the later one (`admission.Admission`), so that inside the engine an id is one identity's.
         """
-        first = FIRST_GENERATED_ID if self.rule.edits_generated else FIRST_ID
-        return first + int(self.digest[:7], 16)
+        first = GENERATED if self.rule.edits_generated else FIRST_ID
+        return first + (WITH_LORA if self.lora else 0) + int(self.digest[:7], 16)
+
+
+def lora_id_of(digest: str) -> int:
+    """The id that a worker's LoRA manager knows a version's LoRA by, whatever the strength: 60 bits of the digest."""
+    return (1 << 61) + int(digest[:15], 16)
 
 
 def bound_request(request: LoRARequest, path: str, identity: Identity) -> LoRARequest:
     """The request as the engine sees it. `base_model_name`, which only the front end's model list reads, carries it."""
-    carried = _MARK + json.dumps({"digest": identity.digest, **asdict(identity.rule)})
+    carried = _MARK + json.dumps(asdict(identity))
     return LoRARequest(request.lora_name, identity.engine_id, path, base_model_name=carried)
+
+
+def with_strength(request: LoRARequest, strength: float) -> LoRARequest:
+    """A bound request whose edits are multiplied by `strength`."""
+    identity = identity_of(request)
+    assert identity is not None
+    return bound_request(request, request.lora_path, replace(identity, strength=strength))
 
 
 def with_engine_id(request: LoRARequest, engine_id: int) -> LoRARequest:
@@ -62,4 +90,4 @@ def identity_of(request: LoRARequest | None) -> Identity | None:
 @lru_cache(maxsize=1 << 16)
 def _parse(carried: str) -> Identity:
     fields = json.loads(carried.removeprefix(_MARK))
-    return Identity(fields.pop("digest"), PositionRule(**fields))
+    return Identity(fields.pop("digest"), PositionRule(**fields.pop("rule")), **fields)

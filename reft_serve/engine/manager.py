@@ -1,7 +1,7 @@
 """The worker's adapter manager: what vLLM's model runners know as `lora_manager`.
 
 It answers the calls that vLLM makes of its own manager, serves ReFT directories itself and hands LoRA directories to
-vLLM's manager, which exists only where LoRA is on.
+vLLM's manager, which exists only where LoRA is on. A directory that holds both goes to both.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.lora.layers import LoRAMapping, LoRAMappingType
 from vllm.lora.request import LoRARequest
-from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from reft_serve.adapters.manifest import MAX_PASSES
 from reft_serve.engine.edits import Edits, attach_edits
 from reft_serve.engine.facts import base_facts, limits_of, settings_of
-from reft_serve.engine.identity import FIRST_GENERATED_ID, FIRST_ID, identity_of
+from reft_serve.engine.identity import FIRST_ID, GENERATED, WITH_LORA, identity_of, lora_id_of
+from reft_serve.engine.loras import LoraManager, lora_half
 from reft_serve.engine.places import decoder_layers, places_of, watch
 from reft_serve.engine.registry import Registry
 from reft_serve.engine.rows import Rows, StepRequest, rows_of
@@ -64,9 +64,7 @@ class AdapterManager:
         EngineUnsupported: the model has no decoder layers that can be edited.
     """
 
-    def __init__(
-        self, model: nn.Module, config: VllmConfig, device: torch.device, lora: LRUCacheWorkerLoRAManager | None
-    ) -> None:
+    def __init__(self, model: nn.Module, config: VllmConfig, device: torch.device, lora: LoraManager | None) -> None:
         settings, limits, base = settings_of(config), limits_of(config), base_facts(config)
         assert config.lora_config is not None
         assert limits.max_rank is not None
@@ -80,7 +78,7 @@ class AdapterManager:
         self.edits = Edits(pool, table, config.scheduler_config.max_num_batched_tokens)
         watch(layers, places, attach_edits(self.edits))
         self.registry = Registry(self.edits, slots, places, layers.keys(), base, limits, settings.max_adapter_bytes)
-        self._lora = lora
+        self._lora, self._layers = lora, frozenset(layers)
         self._active_loras = 0
         self._has_dummies = False
         self._steps = self._row_steps = 0
@@ -110,15 +108,12 @@ class AdapterManager:
     def may_edit(self, batch: StepBatch) -> NDArray[np.bool_]:
         """Which requests can have edited tokens in this step: those in their prompt, and any whose adapter edits on."""
         ours = batch.engine_ids >= FIRST_ID
-        may: NDArray[np.bool_] = ours & (
-            (batch.computed < batch.prompt_lens) | (batch.engine_ids >= FIRST_GENERATED_ID)
-        )
+        may: NDArray[np.bool_] = ours & ((batch.computed < batch.prompt_lens) | ((batch.engine_ids & GENERATED) > 0))
         return may
 
     def needs_adapter(self, batch: StepBatch) -> NDArray[np.bool_]:
         """Which requests make the step one with adapters: those that may be edited, and those of a LoRA."""
-        lora = (batch.engine_ids > 0) & (batch.engine_ids < FIRST_ID)
-        return lora | self.may_edit(batch)
+        return _has_lora(batch.engine_ids) | self.may_edit(batch)
 
     def _rows(self, batch: StepBatch) -> Rows | None:
         candidates = np.flatnonzero(self.may_edit(batch))
@@ -137,21 +132,45 @@ class AdapterManager:
 
     def _prepare_lora(self, batch: StepBatch) -> None:
         assert self._lora is not None
-        ids = np.where(batch.engine_ids < FIRST_ID, batch.engine_ids, 0)
-        active = set(ids[ids > 0].tolist())
+        ids = np.where(_has_lora(batch.engine_ids), batch.engine_ids, 0).astype(np.int64)
+        active = np.unique(ids[ids > 0]).tolist()
         adapters = batch.requests() if active else {}
+        loras = set()
+        for number in active:
+            lora = lora_half(adapters[number])
+            assert lora is not None
+            ids[ids == number] = lora.lora_int_id
+            loras.add(lora)
         # Also where no LoRA is active: its wrapped layers read the mapping of the step.
         mapping = LoRAMapping(tuple(ids.repeat(batch.scheduled)), tuple(ids.repeat(batch.sampled)), is_prefill=True)
-        self._lora.set_active_adapters({adapters[i] for i in active}, mapping)
-        self._active_loras = len(active)
+        self._lora.set_active_adapters(loras, mapping)
+        self._active_loras = len(loras)
 
     def hold(self, request: LoRARequest, released: list[str]) -> None:
         """Let go of some versions and keep the tensors of another at hand for its coming requests."""
         identity = identity_of(request)
         assert identity is not None
         for digest in released:
-            self.registry.release(digest)
+            self._release(digest)
+        lora = self._lora_of(request)
+        if lora is not None and self._lora is not None and not self._lora.holds(lora):
+            self._lora.hold(lora, self._layers)
+        # After the LoRA: this reads the digest, so files that changed in between are found.
         self.registry.hold(identity, request.lora_path)
+
+    def _release(self, digest: str) -> None:
+        self.registry.release(digest)
+        if self._lora is not None:
+            self._lora.release(digest)
+
+    def _lora_of(self, request: LoRARequest) -> LoRARequest | None:
+        lora = lora_half(request)
+        if lora is not None and self._lora is None:
+            held = "it holds a LoRA too" if identity_of(request) else "it is not a ReFT adapter"
+            raise AdapterUnsupported(
+                request.lora_path, [f"{held}, and this engine serves ReFT only: set REFT_LORA=on to serve LoRA"]
+            )
+        return lora
 
     # What vLLM calls on its own manager from here on.
 
@@ -182,29 +201,36 @@ class AdapterManager:
         self._lora.set_active_adapters(loras, replace(mapping, index_mapping=of_tokens, prompt_mapping=of_prompts))
 
     def add_adapter(self, request: LoRARequest) -> bool:
-        identity = identity_of(request)
+        identity, lora = identity_of(request), self._lora_of(request)
         if identity is None:
-            if self._lora is None:
-                raise AdapterUnsupported(
-                    request.lora_path,
-                    ["it is not a ReFT adapter, and this engine serves ReFT only: set REFT_LORA=on to serve LoRA too"],
-                )
-            return bool(self._lora.add_adapter(request))
+            return self._lora is not None and bool(self._lora.add_adapter(lora))
+        if lora is not None and self._lora is not None:
+            # Held while it is added, so that the LoRA which is added is the one that the digest was compared with.
+            held = self._lora.holds(lora)
+            self.hold(request, [])
+            self._lora.add_adapter(lora)
+            if not held:
+                self._release(identity.digest)
         self.registry.slot_of(identity, request.lora_path, ())
         return True
 
     def remove_adapter(self, adapter_id: int) -> bool:
-        if adapter_id >= FIRST_ID:
-            return self.registry.remove(adapter_id)
-        return self._lora is not None and bool(self._lora.remove_adapter(adapter_id))
+        if adapter_id < FIRST_ID:
+            return self._lora is not None and bool(self._lora.remove_adapter(adapter_id))
+        removed = self.registry.remove(adapter_id)
+        if self._lora is not None and adapter_id & WITH_LORA:
+            for digest in removed:
+                self._lora.remove_adapter(lora_id_of(digest))
+        return bool(removed)
 
     def pin_adapter(self, adapter_id: int) -> bool:
-        if adapter_id >= FIRST_ID:
-            return self.registry.pin(adapter_id)
-        return self._lora is not None and bool(self._lora.pin_adapter(adapter_id))
+        if adapter_id < FIRST_ID:
+            return self._lora is not None and bool(self._lora.pin_adapter(adapter_id))
+        return self.registry.pin(adapter_id)
 
     def list_adapters(self) -> set[int]:
-        return self.registry.engine_ids() | (self._lora.list_adapters() if self._lora is not None else set())
+        loras = self._lora.list_adapters() if self._lora is not None else set()
+        return self.registry.engine_ids() | {number for number in loras if number < FIRST_ID}
 
     def remove_all_adapters(self) -> None:
         """Forget every adapter; after a dummy run, which an idle data-parallel rank makes in every step, only vLLM's."""
@@ -257,3 +283,8 @@ class AdapterManager:
             "decode_row_seconds_max": idle[-1],
             "pool_bytes": self.edits.pool.nbytes,
         }
+
+
+def _has_lora(engine_ids: NDArray[Any]) -> NDArray[np.bool_]:
+    found: NDArray[np.bool_] = (engine_ids > 0) & ((engine_ids < FIRST_ID) | ((engine_ids & WITH_LORA) > 0))
+    return found

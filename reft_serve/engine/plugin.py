@@ -65,17 +65,21 @@ def _patch_configuration() -> None:
 
 
 def _patch_front_end() -> None:
+    from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
+    from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    from reft_serve.engine import front_end
+    from reft_serve.engine import beams, front_end
 
     _wrap(InputProcessor, "process_inputs", front_end.binding_inputs)
     for engine in (LLMEngine, AsyncLLM):
         for name in ("add_lora", "remove_lora", "pin_lora", "list_loras"):
             _wrap(engine, name, getattr(front_end, name))
+    for searcher in (BeamSearchOfflineMixin, BeamSearchOnlineMixin):
+        _wrap(searcher, "beam_search", beams.refusing_beams)
     _wrap(OpenAIServingModels, "load_lora_adapter", front_end.answering_faults)
     _wrap(OpenAIServingModels, "unload_lora_adapter", front_end.freeing_slots)
 
@@ -97,12 +101,17 @@ def _patch_scheduler() -> None:
 
 
 def _patch_workers() -> None:
+    from vllm.lora.ops.torch_ops import lora_ops
+    from vllm.lora.punica_wrapper import punica_cpu
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
     from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
     from vllm.v1.worker.worker_base import WorkerBase
 
-    from reft_serve.engine import runners
+    from reft_serve.engine import loras, runners
 
+    for name in ("bgmv_expand", "bgmv_expand_slice"):
+        _wrap(lora_ops, name, loras.sparing_base_rows)
+        setattr(punica_cpu, name, getattr(lora_ops, name))
     _wrap(LoRAModelRunnerMixin, "load_lora_model", runners.with_manager)
     _wrap(LoRAModelRunnerMixin, "set_active_loras", runners.preparing_rows)
     _wrap(GPUModelRunner, "_determine_batch_execution_and_padding", runners.dispatching_by_rows)

@@ -5,7 +5,8 @@ hash to its parent's, so a block needs a key of its own only for the edits *insi
 the block's tokens are edited. A block before the first edited token therefore has no key, is the base model's, and is
 shared by all adapters and the base; one after edited prefix tokens differs by digest through its parents; one that
 reaches the suffix differs by where the suffix starts, and so by the prompt's length. Short prompts, whose halves are
-clamped, need nothing more.
+clamped, need nothing more. A strength other than 1 is part of the edits, and so of their blocks' keys. A LoRA acts on
+every token, so an adapter that holds one shares no block.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ def extra_keys(request: Request, start: int, end: int) -> list[tuple[str, str]] 
     identity = identity_of(request.lora_request)
     if identity is None:
         return None
-    edited = edited_in(identity.rule, request.num_prompt_tokens, start, end)
-    return [("lora", f"reft:{identity.digest}:{edited}")] if edited else []
+    edited = edited_in(identity.rule, request.num_prompt_tokens, start, end) if identity.strength else ()
+    times = "" if identity.strength == 1 or not edited else f"*{identity.strength!r}"
+    return [("lora", f"reft:{identity.digest}{times}:{edited}")] if edited or identity.lora else []
 
 
 def edited_in(rule: PositionRule, prompt_len: int, start: int, end: int) -> tuple[tuple[int, ...], ...]:

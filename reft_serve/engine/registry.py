@@ -96,14 +96,14 @@ class Registry:
         """Let go of a held version; its slot, if it has one, stays until it is evicted."""
         self._held.pop(digest, None)
 
-    def remove(self, engine_id: int) -> bool:
-        """Free the slot and units of the version with this id; False where none is resident. Requests under way load it
+    def remove(self, engine_id: int) -> list[str]:
+        """Free the slots and units of the versions with this id and return their digests; requests under way load them
         again.
         """
         found = self._with_id(engine_id)
         for digest in found:
             self._remove(digest)
-        return bool(found)
+        return found
 
     def remove_all(self) -> None:
         """Free every slot."""

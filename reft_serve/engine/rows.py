@@ -44,7 +44,10 @@ def rows_of(requests: list[StepRequest], slot_of: Callable[[StepRequest], int]) 
     """The step's rows, or None where no token of the step is edited. `slot_of` is asked only for requests with rows."""
     rows: list[NDArray[np.int32]] = []
     keys: list[NDArray[np.int32]] = []
+    scales: list[NDArray[np.float32]] = []
     for request in requests:
+        if not request.identity.strength:
+            continue
         begin, end = request.computed, request.computed + request.scheduled
         shift, slot = request.first_row - begin, -1
         for span in request.identity.rule.spans(request.prompt_len):
@@ -53,7 +56,5 @@ def rows_of(requests: list[StepRequest], slot_of: Callable[[StepRequest], int]) 
                 slot = slot_of(request) if slot < 0 else slot
                 rows.append(np.arange(low + shift, high + shift, dtype=np.int32))
                 keys.append(np.full(high - low, slot * len(Part) + span.part, dtype=np.int32))
-    if not rows:
-        return None
-    row_T = np.concatenate(rows)
-    return Rows(row_T, np.concatenate(keys), np.ones(len(row_T), np.float32))
+                scales.append(np.full(high - low, request.identity.strength, dtype=np.float32))
+    return Rows(np.concatenate(rows), np.concatenate(keys), np.concatenate(scales)) if rows else None

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.lora.request import LoRARequest
-from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.model_executor.models import supports_lora
 from vllm.v1.worker.gpu.lora_utils import LoraState
 
 from reft_serve.engine.facts import settings_of
+from reft_serve.engine.loras import LoraManager
 from reft_serve.engine.manager import AdapterManager, StepBatch
 from reft_serve.errors import EngineUnsupported
 
@@ -35,7 +35,7 @@ def with_manager(_: Any) -> Callable[..., nn.Module]:
             raise EngineUnsupported(f"{type(model).__name__} does not support LoRA in vLLM: set REFT_LORA=off")
         # LoRA wraps the linear layers inside the decoder layers, whose outputs the edits then see.
         if wanted != "off" and supports_lora(model):
-            lora = LRUCacheWorkerLoRAManager(vllm_config, device, model.embedding_modules)
+            lora = LoraManager(vllm_config, device, model.embedding_modules)
             model = lora.create_lora_manager(model, vllm_config)
         self.lora_manager = AdapterManager(model, vllm_config, device, lora)
         state = getattr(self, "lora_state", None)

@@ -28,7 +28,9 @@ from reft_serve.adapters.directory import Adapter, is_adapter, read_adapter
 from reft_serve.adapters.files import read_plain
 from reft_serve.adapters.foreign import ImportFlags
 from reft_serve.adapters.formats import import_adapter
+from reft_serve.adapters.lora import holds_lora
 from reft_serve.adapters.manifest import BaseFacts, Limits
+from reft_serve.adapters.pyreft import is_pyreft
 from reft_serve.config import EngineSettings, ServeSettings, child_environment
 from reft_serve.errors import (
     AdapterExists,
@@ -47,6 +49,7 @@ __all__ = ["Plan", "ServeRequest", "become", "plan"]
 _PLUGIN = "reft_serve"
 # vLLM's own defaults, which it applies after us.
 _DEFAULT_RANK, _FEWEST_SLOTS = 16, 8
+_LORA_RANKS = (32, 64, 128, 256, 320, 512)
 _CPU_CACHE_GIB = "1"
 _SAVED = ("*.json", "*.bin", "*.safetensors")
 
@@ -107,8 +110,13 @@ def plan(request: ServeRequest) -> Plan:
         modules = [_module(adapter) for adapter in served] + lora_modules
         command += [*added, "--lora-modules", *modules]
         reasons += why
+    loras = [s.adapter.lora.rank for s in served if s.adapter.lora is not None]
+    if max(loras, default=0) > _DEFAULT_RANK and "--max-lora-rank" not in flags:
+        rank = next((rank for rank in _LORA_RANKS if rank >= max(loras)), max(loras))
+        command += ["--max-lora-rank", str(rank)]
+        reasons.append(f"--max-lora-rank {rank}: the largest LoRA among the adapters has rank {max(loras)}")
     if served and "lora" not in settings.model_fields_set:
-        asks = _asks_for_lora(lora_modules, ours)
+        asks = "adapters that hold a LoRA too" if loras else _asks_for_lora(lora_modules, ours)
         if asks:
             reasons.append(f"LoRA beside ReFT is left to the engine to decide, because of {asks}")
         else:
@@ -171,8 +179,8 @@ def _import_flags(request: ServeRequest, named: dict[str, Path]) -> dict[str, Im
     flags = {name: request.flags if name in foreign else ImportFlags() for name in named}
     if (request.positions or request.flags != ImportFlags()) and not foreign:
         raise ClientError(
-            "--positions, --untied, --last-offset, --activation, --no-bias, --phase and --kind describe a pyreft save, and "
-            "none is given: an adapter of ours records them itself"
+            "--positions, --untied, --last-offset, --activation, --no-bias, --phase, --kind and --lora-alpha describe a "
+            "pyreft save, and none is given: an adapter of ours records them itself"
         )
     # A SPEC for all first, so that NAME=SPEC stands out from it whatever the order.
     for given in sorted(request.positions, key=lambda given: "=" in given):
@@ -191,7 +199,7 @@ def _one(name: str, path: Path, base: BaseFacts | None, flags: ImportFlags, sett
         return _Served(name, path.resolve(), adapter, adapter.warnings)
     if not path.is_dir():
         raise ClientError(f"--adapter {name}: there is no directory at {path}")
-    if (path / "adapter_model.safetensors").is_file():
+    if holds_lora(path) and not is_pyreft(path):
         raise AdapterUnsupported(str(path), [f"it is a LoRA: give it as --lora-modules {name}={path}"])
     if base is None:
         raise BaseModelInvalid(
@@ -308,6 +316,7 @@ def _told(served: Iterable[_Served]) -> list[str]:
     for s in served:
         rule, specs = s.adapter.manifest.positions, s.adapter.manifest.interventions
         kinds = ", ".join(sorted({spec.kind for spec in specs}))
-        lines.append(f"{s.name}: {kinds} at {len(specs)} places, positions {rule.spec}, from {s.path}")
+        lora = "" if s.adapter.lora is None else f" and a LoRA of rank {s.adapter.lora.rank}"
+        lines.append(f"{s.name}: {kinds} at {len(specs)} places{lora}, positions {rule.spec}, from {s.path}")
         lines += [f"{s.name}: warning: {warning}" for warning in s.warnings]
     return lines

@@ -37,9 +37,10 @@ def running_engine(model: str, settings: dict[str, str] | None = None, **options
         gc.collect()
 
 
-def import_saves(model: str, folder: Path, dtype: str = "float32") -> dict[Save, Path]:
-    """Every golden save of a model that can be served, imported into `folder`."""
+def import_saves(model: str, folder: Path, dtype: str = "float32", *, lora: bool = False) -> dict[Save, Path]:
+    """Every golden save of a model that can be served, imported into `folder`; with `lora`, those that hold one too."""
     saves = [s for s in IMPORTABLE if s.name.startswith(model) and ("bf16" in s.name) == (dtype == "bfloat16")]
+    saves = [s for s in saves if lora or s.flags.lora_alpha is None]
     for save in saves:
         import_adapter(save.path, save.base, folder / save.name, save.flags)
     return {save: folder / save.name for save in saves}

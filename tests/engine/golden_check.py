@@ -22,9 +22,10 @@ PLACES = 13
 Cases = dict[str, tuple[Path, Path | None]]
 
 
-def golden_cases(model: str, folder: Path) -> Cases:
-    """The base and every save of a model that can be served, imported into `folder`."""
-    adapters: Cases = {save.name: (save.vectors, path) for save, path in import_saves(model, folder).items()}
+def golden_cases(model: str, folder: Path, *, lora: bool = False) -> Cases:
+    """The base and every save of a model that can be served, imported into `folder`; with `lora`, those that hold one too."""
+    saves = import_saves(model, folder, lora=lora)
+    adapters: Cases = {save.name: (save.vectors, path) for save, path in saves.items()}
     return {"base": (GOLDEN / "vectors" / model / "base.safetensors", None), **adapters}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,26 +15,11 @@ from reft_serve.adapters.directory import CONFIG, TENSORS, digest_of
 from reft_serve.adapters.files import write_directory
 from reft_serve.errors import AdapterInvalid, AdapterUnsupported
 from tests.adapters.damage import write_good
+from tests.adapters.loras import SCALE, write_lora
 from tests.conftest import GOLDEN
 from tests.engine.engines import running_engine, stats
 
 PROMPTS = [[1, *range(10 + 3 * i, 30 + 3 * i)] for i in range(6)]
-SCALE = 2.0
-
-
-def write_lora(path: Path) -> dict[str, torch.Tensor]:
-    """A random LoRA on o_proj and down_proj of layers 1 and 2; returns its (module, A, B) tensors by PEFT's names."""
-    random, tensors = torch.Generator().manual_seed(5), {}
-    for layer in (1, 2):
-        for name, width in (("self_attn.o_proj", 64), ("mlp.down_proj", 128)):
-            key = f"base_model.model.model.layers.{layer}.{name}"
-            tensors[f"{key}.lora_A.weight"] = 0.3 * torch.randn(8, width, generator=random)
-            tensors[f"{key}.lora_B.weight"] = 0.3 * torch.randn(64, 8, generator=random)
-    path.mkdir()
-    save_file(tensors, path / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 8 * SCALE, "target_modules": ["o_proj", "down_proj"]}
-    (path / "adapter_config.json").write_text(json.dumps(config))
-    return tensors
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +32,11 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Path
         yield running, folder, tensors
 
 
-def answers(engine: Any, adapters: list[Any]) -> list[tuple[list[int], float]]:
+def answers(engine: Any, adapters: list[Any], strength: float | None = None) -> list[tuple[list[int], float]]:
     from vllm import SamplingParams
 
-    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=0)
+    extra = None if strength is None else {"reft_strength": strength}
+    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=0, extra_args=extra)
     prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS[: len(adapters)]]
     outputs = engine.generate(prompts, params, lora_request=adapters, use_tqdm=False)
     return [(list(o.outputs[0].token_ids), o.outputs[0].cumulative_logprob) for o in outputs]
@@ -77,6 +63,22 @@ def test_a_lora_and_reft_adapters_share_a_batch(engine: tuple[Any, Path, dict[st
     with torch.no_grad():
         expected = merged.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=8, do_sample=False, eos_token_id=None)
     assert mixed[0][0] == expected[0, len(PROMPTS[0]) :].tolist()
+
+
+def test_a_request_without_a_lora_is_untouched_where_every_slot_of_loras_is_taken(
+    engine: tuple[Any, Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    from vllm.lora.request import LoRARequest
+
+    running, folder, _ = engine
+    reft = LoRARequest("reft0", 2, str(folder / "reft0"))
+    expected = [answers(running, [None])[0], answers(running, [None, reft])[1]]
+    for i in range(3):
+        write_lora(tmp_path / f"lora{i}", i)
+        lora = LoRARequest(f"lora{i}", 90 + i, str(tmp_path / f"lora{i}"))
+        mixed = answers(running, [None, reft, lora])
+        assert [tokens for tokens, _ in mixed[:2]] == [tokens for tokens, _ in expected]
+        assert [logprob for _, logprob in mixed[:2]] == pytest.approx([logprob for _, logprob in expected], abs=1e-3)
 
 
 def test_adapters_are_listed_pinned_and_removed_by_the_ids_their_owner_gave(engine: tuple[Any, Path, Any]) -> None:
@@ -172,3 +174,85 @@ def test_adapters_whose_engine_ids_collide_answer_as_themselves(engine: tuple[An
     assert alone[0][0][0] != alone[1][0][0]
     mixed = answers(running, [adapters[0], adapters[1], adapters[0], adapters[1]])
     assert [tokens for tokens, _ in mixed] == [alone[i % 2][i][0] for i in range(4)]
+
+
+@pytest.fixture(scope="module")
+def both(engine: tuple[Any, Path, dict[str, torch.Tensor]]) -> Path:
+    """A directory that holds reft0 and the LoRA."""
+    _, folder, _ = engine
+    write_good(folder / "both", 0)
+    write_lora(folder / "both")
+    return folder / "both"
+
+
+def test_a_directory_that_holds_both_applies_both_in_a_mixed_batch(
+    engine: tuple[Any, Path, dict[str, torch.Tensor]], both: Path
+) -> None:
+    from vllm.lora.request import LoRARequest
+
+    running, folder, _ = engine
+    names = ["both", "lora", "reft0", None, "both", "lora"]
+    adapters = [n and LoRARequest(n, 60 + names.index(n), str(folder / n)) for n in names]
+    mixed = answers(running, adapters)
+    for i, adapter in enumerate(adapters):
+        alone = answers(running, [adapter] * 6)[i]
+        assert mixed[i][0] == alone[0]
+        assert mixed[i][1] == pytest.approx(alone[1], abs=1e-3)
+    first = [answers(running, [adapter])[0][1] for adapter in adapters[:4]]
+    assert min(abs(a - b) for i, a in enumerate(first) for b in first[:i]) > 1e-2
+
+
+def test_strength_0_leaves_the_lora_of_a_directory_that_holds_both(
+    engine: tuple[Any, Path, dict[str, torch.Tensor]], both: Path
+) -> None:
+    from vllm.lora.request import LoRARequest
+
+    running, folder, _ = engine
+    both_adapter, lora = LoRARequest("both", 60, str(both)), LoRARequest("lora", 61, str(folder / "lora"))
+    expected = answers(running, [lora] * 3)
+    assert answers(running, [both_adapter] * 3, strength=0.0) == expected
+    assert answers(running, [both_adapter] * 3, strength=0.5) != expected
+
+
+def test_a_lora_for_modules_that_the_model_lacks_fails_its_request_alone(
+    engine: tuple[Any, Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    from vllm.lora.request import LoRARequest
+
+    running, _, _ = engine
+    write_good(tmp_path / "odd")
+    tensors = write_lora(tmp_path / "odd")
+    renamed = {name.replace("self_attn.o_proj", "cross_attn.o_proj"): tensor for name, tensor in tensors.items()}
+    save_file(renamed, tmp_path / "odd" / "adapter_model.safetensors")
+    odd = LoRARequest("odd", 70, str(tmp_path / "odd"))
+    with pytest.raises(Exception, match=r"its LoRA is for model\.layers\.1\.cross_attn\.o_proj"):
+        running.llm_engine.add_lora(odd)
+    assert _ending(running, odd) == "error"
+    assert answers(running, [None])
+
+
+def test_held_halves_outlive_their_files(engine: tuple[Any, Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
+    from vllm.lora.request import LoRARequest
+
+    running, folder, _ = engine
+    loras = [tmp_path / f"lora{i}" for i in range(4)]
+    for i, path in enumerate(loras):
+        write_lora(path, i)
+    write_good(tmp_path / "gone", 7)
+    write_lora(tmp_path / "gone", 7)
+    gone = LoRARequest("gone", 71, str(tmp_path / "gone"))
+    fresh = answers(running, [gone])
+    shutil.rmtree(tmp_path / "gone")
+    for i in range(3):  # out of its slot
+        answers(running, [LoRARequest(f"reft{i}", 20 + i, str(folder / f"reft{i}"))])
+    for i, path in enumerate(loras):  # out of vLLM's cache of LoRAs
+        answers(running, [LoRARequest(path.name, 80 + i, str(path))])
+    assert answers(running, [gone]) == fresh
+
+
+def _ending(engine: Any, adapter: Any) -> str:
+    from vllm import SamplingParams
+
+    prompt = {"prompt_token_ids": PROMPTS[0]}
+    (output,) = engine.generate([prompt], SamplingParams(max_tokens=2), lora_request=adapter, use_tqdm=False)
+    return str(output.outputs[0].finish_reason)

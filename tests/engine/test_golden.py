@@ -20,7 +20,7 @@ ARMS = {
 @pytest.fixture(scope="module", params=ARMS)
 def arm(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Cases]]:
     model, settings, options = ARMS[request.param]
-    cases = golden_cases(model, tmp_path_factory.mktemp("adapters"))
+    cases = golden_cases(model, tmp_path_factory.mktemp("adapters"), lora="LORA" not in settings)
     with running_engine(model, settings, **options) as engine:
         yield engine, cases
 

@@ -25,7 +25,7 @@ _SIDES: dict[str, Component] = {"output": "block_output", "input": "block_input"
 # The last module of each sub-layer, and the sub-layer itself where it does nothing after that module.
 _MODULES: dict[Component, frozenset[str]] = {
     "mlp_output": frozenset(
-        {"mlp", "mlp.down_proj", "mlp.c_proj", "mlp.dropout", "mlp.dense_4h_to_h", "mlp.fc2", "fc2"}
+        {"mlp", "mlp.down_proj", "mlp.c_proj", "mlp.dropout", "mlp.dense_4h_to_h", "mlp.fc2", "fc2", "block_sparse_moe"}
     ),
     "attention_output": frozenset(
         {

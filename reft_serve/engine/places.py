@@ -1,7 +1,8 @@
 """Find a model's decoder layers by their structure and let each call the edit op where interventions act.
 
-vLLM's layers return `(hidden, residual)`, whose sum is the block's output, or the block's output alone. The stream that
-leaves layer k is the one that enters layer k + 1, so `block_output` of k and `block_input` of k + 1 are one place.
+Most of vLLM's layers return `(hidden, residual)`, whose sum is the block's output, others the block's output alone. The
+stream that leaves layer k is the one that enters layer k + 1, so `block_output` of k and `block_input` of k + 1 are one
+place. What is found here was compared with Hugging Face's tensors family by family: docs/compatibility.md.
 """
 
 from __future__ import annotations
@@ -21,23 +22,58 @@ __all__ = ["Place", "decoder_layers", "places_of", "watch"]
 Place = tuple[int, str]
 
 _ATTENTION = ("self_attn", "attn", "attention", "self_attention")
-_PARTS = {"attention_output": _ATTENTION, "mlp_output": ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe")}
+_PARTS = {
+    "attention_output": _ATTENTION,
+    # OPT has no module around its two linear layers; the last one's output is what leaves them.
+    "mlp_output": ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "fc2"),
+}
+# Layers that return (hidden, residual) with the residual added to hidden already; read in vLLM 0.32.
+_ADDED_ALREADY = frozenset(
+    {
+        *("CohereDecoderLayer", "Cohere2MoeDecoderLayer", "CohereCompassDecoderLayer", "Exaone4DecoderLayer"),
+        *("HyperCLOVAXDecoderLayer", "MolmoDecoderNormAfterLayer", "Molmo2DecoderNormAfterLayer"),
+        *(
+            "MuseGlimmerDecoderLayer",
+            "PhiMoEDecoderLayer",
+            "StablelmDecoderLayer",
+            "GraniteMoeHybridAttentionDecoderLayer",
+        ),
+    }
+)
+# Hugging Face's attention and MLP of these add the residual inside, so their outputs are other tensors than vLLM's.
+_OTHER_PARTS = frozenset({"BloomBlock"})
+_WITHOUT_US = "start this model without --enable-lora, or for LoRA alone with VLLM_PLUGINS=''"
 
 
 def decoder_layers(model: nn.Module, count: int) -> dict[int, nn.Module]:
     """The decoder layers that this process holds, by their number in the model.
 
     Raises:
-        EngineUnsupported: no list of `count` modules whose members contain attention was found.
+        EngineUnsupported: no list of `count` modules that all contain attention was found, or the model has recurrent
+            states too.
     """
-    for _, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            own = {k: layer for k, layer in enumerate(module) if _child(layer, _ATTENTION) is not None}
-            if own:
-                return own
+    name = type(model).__name__
+    if any(getattr(model, flag, False) for flag in ("has_inner_state", "is_hybrid", "is_attention_free")):
+        raise EngineUnsupported(
+            f"{name} keeps states besides keys and values (state-space, linear-attention or convolution layers), on which "
+            f"ReFT is not tested; {_WITHOUT_US}"
+        )
+    # An image or audio tower may have as many layers.
+    language_model: nn.Module = getattr(model, "get_language_model", lambda: model)()
+    for module in language_model.modules():
+        if not (isinstance(module, nn.ModuleList) and len(module) == count):
+            continue
+        # A rank of a pipeline has placeholders, without children, for the layers of the others.
+        own = {k: layer for k, layer in enumerate(module) if any(layer.children())}
+        without = [k for k, layer in own.items() if _child(layer, _ATTENTION) is None]
+        if own and not without:
+            return own
+        if len(without) < len(own):
+            raise EngineUnsupported(
+                f"{name} has no attention in layer {without[0]}, so ReFT cannot act on all its layers; {_WITHOUT_US}"
+            )
     raise EngineUnsupported(
-        f"{type(model).__name__} has no list of {count} decoder layers with attention inside, so ReFT cannot act on it; "
-        "start this model without --enable-lora"
+        f"{name} has no list of {count} decoder layers with attention inside, so ReFT cannot act on it; {_WITHOUT_US}"
     )
 
 
@@ -48,7 +84,8 @@ def places_of(layers: Mapping[int, nn.Module], components: Iterable[str]) -> dic
         if "block" in components:
             places += [(0, "block")] if number == 0 else []
             places.append((number + 1, "block"))
-        places += [(number, name) for name, names in _PARTS.items() if name in components and _child(layer, names)]
+        if type(layer).__name__ not in _OTHER_PARTS:
+            places += [(number, name) for name, names in _PARTS.items() if name in components and _child(layer, names)]
     return {place: number for number, place in enumerate(places)}
 
 
@@ -56,8 +93,8 @@ def watch(layers: Mapping[int, nn.Module], places: Mapping[Place, int], engine: 
     """Hook the layers, so that each place calls the op with the number of its engine and its own.
 
     Raises:
-        EngineUnsupported: a layer that takes no hidden_states. One that returns something other than the stream is refused
-            in the first forward, which happens at start.
+        EngineUnsupported: a layer that takes no hidden_states, or a part whose output is only this rank's share. One that
+            returns something other than the stream is refused in the first forward, which happens at start.
     """
     for (layer, name), number in places.items():
         if name == "block" and layer == 0:
@@ -67,12 +104,26 @@ def watch(layers: Mapping[int, nn.Module], places: Mapping[Place, int], engine: 
         else:
             part = _child(layers[layer], _PARTS[name])
             assert part is not None, "places_of names only parts that are there"
+            _check_whole(part, name)
             part.register_forward_hook(_part_hook(engine, number, name))
 
 
 def _child(layer: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
     children = dict(layer.named_children())
-    return next((children[name] for name in names if name in children), None)
+    found = next((children[name] for name in names if name in children), None)
+    # A list is never called itself: a hook on it would be silent.
+    return None if isinstance(found, nn.ModuleList) else found
+
+
+def _check_whole(part: nn.Module, name: str) -> None:
+    """Refuse a part that leaves the sum over tensor-parallel ranks to its layer."""
+    for child in (part, *part.children()):
+        linear: Any = getattr(child, "base_layer", child)  # LoRA's wrapper has it inside
+        if getattr(linear, "input_is_parallel", False) and linear.tp_size > 1 and not linear.reduce_results:
+            raise EngineUnsupported(
+                f"{type(part).__name__} returns only this rank's share of {name} under tensor parallelism, so it cannot be "
+                "edited; leave it out of REFT_COMPONENTS"
+            )
 
 
 def _hook_input(layer: nn.Module, engine: int, place: int) -> None:
@@ -83,35 +134,58 @@ def _hook_input(layer: nn.Module, engine: int, place: int) -> None:
         )
     index = names.index("hidden_states")
 
-    def edit_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def edit_input(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[index] if index < len(args) else kwargs["hidden_states"]
-        torch.ops.reft_serve.edit(hidden, engine, place)
+        torch.ops.reft_serve.edit(_rows(hidden, layer), engine, place)
 
     layer.register_forward_pre_hook(edit_input, with_kwargs=True)
 
 
 def _block_hook(engine: int, place: int) -> Callable[[nn.Module, Any, Any], None]:
     def edit_output(layer: nn.Module, _: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
-            torch.ops.reft_serve.edit(output, engine, place)
-        elif isinstance(output, tuple) and len(output) == 2 and all(isinstance(part, Tensor) for part in output):
-            torch.ops.reft_serve.edit_stream(output[0], output[1], engine, place)
-        else:
+        hidden, residual = _first(output)
+        if hidden is None or not (residual is None or isinstance(residual, Tensor)):
             raise EngineUnsupported(
                 f"{type(layer).__name__} returns neither its hidden states nor (hidden, residual), so its output cannot be "
-                "edited; start this model without --enable-lora"
+                f"edited; {_WITHOUT_US}"
             )
+        if residual is None or type(layer).__name__ in _ADDED_ALREADY:
+            torch.ops.reft_serve.edit(_rows(hidden, layer), engine, place)
+        else:
+            torch.ops.reft_serve.edit_stream(_rows(hidden, layer), _rows(residual, layer), engine, place)
 
     return edit_output
 
 
 def _part_hook(engine: int, place: int, name: str) -> Callable[[nn.Module, Any, Any], None]:
     def edit_output(part: nn.Module, _: Any, output: Any) -> None:
-        if not isinstance(output, Tensor):
+        hidden, bias = _first(output)
+        if hidden is None or bias is not None:
             raise EngineUnsupported(
                 f"{type(part).__name__} does not return one tensor, so {name} cannot be edited; leave it out of "
                 "REFT_COMPONENTS"
             )
-        torch.ops.reft_serve.edit(output, engine, place)
+        torch.ops.reft_serve.edit(_rows(hidden, part), engine, place)
 
     return edit_output
+
+
+def _first(output: Any) -> tuple[Tensor | None, Any]:
+    """A module's output as (its first tensor, what else it returns or None); no tensor where it has another form."""
+    if isinstance(output, Tensor):
+        return output, None
+    if isinstance(output, tuple) and 1 <= len(output) <= 2 and isinstance(output[0], Tensor):
+        return output[0], output[1] if len(output) == 2 else None
+    return None, None
+
+
+def _rows(hidden: Tensor, module: nn.Module) -> Tensor:
+    """The step's tokens as rows, sharing memory. Models of transformers' own code have a batch of one around them."""
+    if hidden.dim() == 3 and hidden.shape[0] == 1:
+        return hidden[0]
+    if hidden.dim() != 2:
+        raise EngineUnsupported(
+            f"{type(module).__name__} holds hidden states of {hidden.dim()} dimensions, not one row per token, so ReFT "
+            f"cannot act on it; {_WITHOUT_US}"
+        )
+    return hidden

@@ -25,6 +25,7 @@ def test_a_component_of_ours_keeps_its_layer(component: str) -> None:
         ("model.layers[1].mlp.output", (1, "mlp_output")),
         ("model.layers[1].mlp.down_proj.output", (1, "mlp_output")),
         ("model.layers[1].mlp.fc2.output", (1, "mlp_output")),
+        ("model.layers[1].block_sparse_moe.output", (1, "mlp_output")),
         ("model.layers[1].self_attn.output", (1, "attention_output")),
         ("model.layers[1].self_attn.o_proj.output", (1, "attention_output")),
         ("model.layers[1].self_attn.dense.output", (1, "attention_output")),

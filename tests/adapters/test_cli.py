@@ -31,7 +31,7 @@ def import_save(case: str, out: Path, *flags: str) -> Result:
 
 def test_help_needs_no_torch() -> None:
     without = "import sys; sys.modules['torch'] = None; from reft_serve.cli import main; main()"
-    for words in (["--help"], ["adapter", "--help"], ["adapter", "import", "--help"]):
+    for words in (["--help"], ["adapter", "--help"], ["adapter", "import", "--help"], ["train", "--help"]):
         done = subprocess.run(
             [sys.executable, "-c", without, *words], cwd=ROOT, capture_output=True, text=True, check=True
         )

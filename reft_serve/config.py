@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-__all__ = ["EngineSettings", "ServeSettings", "child_environment"]
+__all__ = ["EngineSettings", "GatewaySettings", "ServeSettings", "TenantLimits", "child_environment"]
 
 
 class EngineSettings(BaseSettings):
@@ -51,6 +52,70 @@ class ServeSettings(BaseSettings):
         default=None, description="1 or true: adapters can be loaded over HTTP, LoRAs among them."
     )
     vllm_cpu_kvcache_space: str | None = Field(default=None, description="GiB of KV cache on a machine without a GPU.")
+
+
+class TenantLimits(BaseModel):
+    """What one tenant, or one key, may use; None sets no limit."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    requests_per_minute: int | None = Field(default=None, ge=1, le=10**9)
+    tokens_per_minute: int | None = Field(default=None, ge=1, le=10**12)
+    concurrent_requests: int | None = Field(default=None, ge=1, le=10**6)
+    adapters: int | None = Field(default=None, ge=0, le=10**9)
+    storage_bytes: int | None = Field(default=None, ge=0, le=10**18)
+    choices: int | None = Field(default=None, ge=1, le=1024, description="Largest `n` of a request.")
+    output_tokens: int | None = Field(default=None, ge=1, le=10**9, description="Largest `max_tokens` of a request.")
+
+
+class GatewaySettings(BaseSettings):
+    """What a gateway process needs. Read once, when it starts."""
+
+    model_config = SettingsConfigDict(env_prefix="REFT_", env_nested_delimiter="__", frozen=True, extra="ignore")
+
+    database: str = Field(
+        default="sqlite:///~/.local/share/reft-serve/reft.db", description="sqlite:///PATH or postgresql://..."
+    )
+    store: Path = Field(
+        default=Path("~/.local/share/reft-serve/adapters"),
+        description="Where adapters lie; gateways and engines see it under the same path.",
+    )
+    engines: str = Field(
+        default="http://127.0.0.1:8001", description="The engines, comma-separated: http://HOST:PORT or unix:/PATH."
+    )
+    engine_key: SecretStr | None = Field(default=None, description="The engines' own --api-key.")
+    base_model: str = Field(default="base", max_length=100, description="What the base model is called in public.")
+    gateway_name: str = Field(
+        default_factory=socket.gethostname,
+        max_length=128,
+        description="Unique among running gateways and the same after a restart: what it left half done is found by it.",
+    )
+    migrate: bool = Field(default=True, description="Bring the database to this version's schema at start.")
+    limits: TenantLimits = Field(
+        default=TenantLimits(choices=16, concurrent_requests=256),
+        description="Limits of tenants that have none of their own, as REFT_LIMITS__REQUESTS_PER_MINUTE and so on.",
+    )
+    limits_storage: str = Field(
+        default="async+memory://", description="Where limits are counted; async+redis://... for several gateways."
+    )
+    max_request_bytes: int = Field(default=4 << 20, ge=1024)
+    max_upload_bytes: int = Field(default=1 << 30, ge=1024)
+    in_flight_per_engine: int = Field(default=256, ge=1)
+    queue_seconds: float = Field(default=30.0, gt=0, description="How long a request may wait for an engine.")
+    request_seconds: float = Field(default=600.0, gt=0, description="How long a request may take altogether.")
+    probe_seconds: float = Field(default=2.0, gt=0, description="Time between looks at each engine's health.")
+    cache_seconds: float = Field(
+        default=1.0, ge=0, description="How long what another gateway changes (keys, aliases) may go unnoticed."
+    )
+    drain_seconds: float = Field(default=30.0, ge=0, description="How long requests under way may go on at shutdown.")
+    named_labels: int = Field(default=100, ge=0, description="Tenants and adapters that metrics name; the rest: other.")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    otlp_endpoint: str | None = Field(default=None, description="Where traces go, for instance http://HOST:4318.")
+
+    @property
+    def engine_urls(self) -> tuple[str, ...]:
+        """The engines, one by one."""
+        return tuple(url.strip().rstrip("/") for url in self.engines.split(",") if url.strip())
 
 
 def child_environment(changes: Mapping[str, str]) -> dict[str, str]:

@@ -1,0 +1,120 @@
+"""The adapter store: one directory per version, named by its digest, there whole or not at all. No torch.
+
+Gateways and engines see it under the same path. A store that is not a file system (S3 through fsspec) would have the same
+five methods and a local cache behind `path`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from reft_serve.errors import StoreUnusable
+
+__all__ = ["AdapterStore", "digest_of_directory"]
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_CHUNK = 1 << 20
+
+
+class AdapterStore:
+    """Versions at rest under one root. Its methods block: call them from a thread."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.expanduser().resolve()
+        self._staging = self.root / ".staging"
+
+    def check(self) -> None:
+        """Raise StoreUnusable where it cannot be written to."""
+        with self.staging():
+            pass
+
+    @contextmanager
+    def staging(self) -> Iterator[Path]:
+        """A new directory of the store's file system to put a version's files in; removed at the end."""
+        place = self._staging / secrets.token_hex(12)
+        try:
+            place.mkdir(parents=True)
+        except OSError as exc:
+            raise StoreUnusable(f"the adapter store cannot be written to ({exc.strerror})") from exc
+        try:
+            yield place
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+
+    def publish(self, staged: Path) -> str:
+        """Move a staged directory to where its digest says, and give the digest. One that is there already stays.
+
+        Raises:
+            StoreUnusable: the disk is full or cannot be written to; nothing was published.
+        """
+        try:
+            digest = digest_of_directory(staged)
+            target = self.path(digest)
+            for file in (*staged.iterdir(), staged):
+                _sync(file)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if not target.exists():
+                try:
+                    os.rename(staged, target)
+                except OSError:
+                    if not target.exists():  # else another gateway was faster with the same bytes
+                        raise
+            _sync(target.parent)
+        except OSError as exc:
+            raise StoreUnusable(f"the adapter store cannot be written to ({exc.strerror})") from exc
+        return digest
+
+    def path(self, digest: str) -> Path:
+        """Where the version lies, or would lie."""
+        if not _DIGEST.fullmatch(digest):
+            raise ValueError("not a digest")
+        return self.root / digest[:2] / digest
+
+    def files(self, digest: str) -> list[Path]:
+        """The files of a version, by name.
+
+        Raises:
+            StoreUnusable: it is not there.
+        """
+        try:
+            return sorted(self.path(digest).iterdir())
+        except OSError as exc:
+            raise StoreUnusable(f"version {digest[:12]} is missing from the adapter store") from exc
+
+    def remove(self, digest: str) -> None:
+        """Remove a version; one that is not there is no fault."""
+        aside = self._staging / secrets.token_hex(12)
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.rename(self.path(digest), aside)
+        except FileNotFoundError:
+            return
+        except OSError as exc:
+            raise StoreUnusable(f"version {digest[:12]} cannot be removed ({exc.strerror})") from exc
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def digest_of_directory(path: Path) -> str:
+    """`directory.digest_of` over the files of a directory, without taking them into memory."""
+    digest = hashlib.sha256()
+    for file in sorted(path.iterdir(), key=lambda file: file.name):
+        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as opened:
+            while chunk := opened.read(_CHUNK):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,149 @@
+"""The gateway as an ASGI application."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from reft_serve import __version__
+from reft_serve.adapters.store import AdapterStore
+from reft_serve.config import GatewaySettings
+from reft_serve.database import usage
+from reft_serve.database.connection import Database, migrate
+from reft_serve.database.models import now_ms
+from reft_serve.errors import ReftError
+from reft_serve.gateway import answers
+from reft_serve.gateway.edge import Edge
+from reft_serve.gateway.engine import Engine
+from reft_serve.gateway.fleet import Fleet
+from reft_serve.gateway.ledger import Ledger
+from reft_serve.gateway.quotas import Quotas
+from reft_serve.gateway.routes import adapters, admin, health, inference, keys, models
+from reft_serve.gateway.routes import usage as usage_routes
+from reft_serve.gateway.services import Directory, Services
+from reft_serve.gateway.tracing import configure_tracing
+from reft_serve.observability import BoundedNames
+
+__all__ = ["create_app"]
+
+_log = logging.getLogger(__name__)
+_RECOVERY_SECONDS = 60.0
+
+
+def create_app(settings: GatewaySettings) -> FastAPI:
+    """The application; its database, engines and tasks live from its start-up to its shutdown."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with _running(settings) as services:
+            app.state.services = services
+            yield
+
+    app = FastAPI(
+        title="reft-serve", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
+        openapi_url="/openapi.json", responses=answers.RESPONSES, separate_input_output_schemas=False,
+    )  # fmt: skip
+    for routes in (health, inference, models, adapters, keys, usage_routes, admin):
+        app.include_router(routes.router)
+    app.exception_handler(ReftError)(_named)
+    app.exception_handler(RequestValidationError)(_invalid)
+    app.exception_handler(HTTPException)(_http)
+    app.add_middleware(Edge)
+    _document_keys(app)
+    return app
+
+
+@contextlib.asynccontextmanager
+async def _running(settings: GatewaySettings) -> AsyncIterator[Services]:
+    configure_tracing(settings.otlp_endpoint)
+    database = Database(settings.database)
+    if settings.migrate:
+        await migrate(database)
+    store = AdapterStore(settings.store)
+    await asyncio.to_thread(store.check)
+    services = _services(settings, database, store)
+    await _recover(services, first=True)
+    services.ledger.start()
+    await services.fleet.start()
+    recovering = asyncio.create_task(_recover_forever(services))
+    try:
+        yield services
+    finally:
+        services.draining = True
+        recovering.cancel()
+        await services.finish(settings.drain_seconds)
+        await services.ledger.close()
+        await services.fleet.close()
+        await database.close()
+
+
+def _services(settings: GatewaySettings, database: Database, store: AdapterStore) -> Services:
+    key = settings.engine_key.get_secret_value() if settings.engine_key else None
+    engines = [Engine(number, url, key) for number, url in enumerate(settings.engine_urls)]
+    names = BoundedNames(settings.named_labels)
+    return Services(
+        settings, database, store,
+        Fleet(engines, settings.in_flight_per_engine, settings.queue_seconds, settings.probe_seconds),
+        Ledger(database), Quotas(settings.limits, settings.limits_storage, names),
+        Directory(database, settings.base_model, settings.cache_seconds), names,
+    )  # fmt: skip
+
+
+async def _recover(services: Services, *, first: bool) -> None:
+    """Settle what dead gateways left; at our own start, all that our predecessor left."""
+    settings = services.settings
+    older = now_ms() - int((settings.request_seconds + _RECOVERY_SECONDS) * 1000)
+    async with services.database.writing() as session:
+        found = await usage.recover(session, settings.gateway_name if first else "", older)
+    if found:
+        _log.warning(
+            "requests that a gateway left behind were counted as interrupted", extra={"data": {"count": found}}
+        )
+
+
+async def _recover_forever(services: Services) -> None:
+    while True:
+        await asyncio.sleep(_RECOVERY_SECONDS)
+        try:
+            await _recover(services, first=False)
+        except Exception:
+            _log.exception("recovery failed; trying again")
+
+
+async def _named(_: Any, exc: Exception) -> JSONResponse:
+    assert isinstance(exc, ReftError)
+    return answers.answer(exc)
+
+
+async def _invalid(_: Any, exc: Exception) -> JSONResponse:
+    assert isinstance(exc, RequestValidationError)
+    return answers.from_validation(exc)
+
+
+async def _http(_: Any, exc: Exception) -> JSONResponse:
+    assert isinstance(exc, HTTPException)
+    return answers.from_http(exc)
+
+
+def _document_keys(app: FastAPI) -> None:
+    """Let the OpenAPI document tell of the keys that the edge asks for, and of no answer that cannot come."""
+    plain = app.openapi
+
+    def documented() -> dict[str, Any]:
+        document = plain()
+        document.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"key": []}]
+        for path in document["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        return document
+
+    app.openapi = documented  # type: ignore[method-assign]

@@ -1,0 +1,154 @@
+"""What inference requests may hold: OpenAI's fields, and vLLM's sampling fields that touch nobody else's request.
+
+A field that is not here is refused, so that nothing reaches an engine unseen (templates, other requests' ids, priorities,
+transfers, media to fetch). Ranges and meanings are the engine's to judge.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+__all__ = ["ChatBody", "CompletionBody", "EmbeddingBody", "InferenceBody", "ResponseBody"]
+
+_Name = Annotated[str, Field(min_length=1, max_length=512)]
+_Penalty = Annotated[float, Field(ge=-2, le=2)]
+_Count = Annotated[int, Field(ge=1, le=1 << 24)]
+_Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
+_Token = Annotated[int, Field(ge=0, lt=1 << 31)]
+_Stop = str | Annotated[list[str], Field(max_length=16)]
+_Object = dict[str, Any]
+_TEXT_PARTS = {"text", "refusal", "input_text", "output_text"}
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class InferenceBody(_Body):
+    """What every inference request has."""
+
+    model: _Name
+    user: Annotated[str, Field(max_length=512)] | None = None
+
+
+class _StreamOptions(_Body):
+    include_usage: bool = False
+    include_obfuscation: bool | None = None
+
+
+class _Sampling(InferenceBody):
+    stream: bool | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    frequency_penalty: _Penalty | None = None
+    presence_penalty: _Penalty | None = None
+    logit_bias: (
+        dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None
+    ) = None
+    seed: _Seed | None = None
+    stop: _Stop | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    stop_token_ids: Annotated[list[_Token], Field(max_length=128)] | None = None
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
+
+
+class _Generation(_Sampling):
+    n: Annotated[int, Field(ge=1, le=1024)] | None = None
+    stream_options: _StreamOptions | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=1 << 24)] = 0
+    response_format: _Object | None = None
+    structured_outputs: _Object | None = None
+
+
+class CompletionBody(_Generation):
+    """POST /v1/completions."""
+
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=64)]
+        | Annotated[list[_Token], Field(min_length=1)]
+        | Annotated[list[Annotated[list[_Token], Field(min_length=1)]], Field(min_length=1, max_length=64)]
+    )
+    max_tokens: Annotated[int, Field(ge=0, le=1 << 24)] | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    suffix: str | None = None
+    add_special_tokens: bool = True
+    best_of: Annotated[int, Field(ge=1, le=1)] | None = Field(default=None, exclude=True)
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    role: Literal["developer", "system", "user", "assistant", "tool", "function"]
+    content: str | list[_Object] | None = None
+
+    @field_validator("content")
+    @classmethod
+    def _text_only(cls, content: str | list[_Object] | None) -> str | list[_Object] | None:
+        for part in content if isinstance(content, list) else ():
+            if part.get("type") not in _TEXT_PARTS:
+                raise ValueError(f"parts of type {str(part.get('type'))[:40]!r} are not taken here; text is")
+        return content
+
+
+class ChatBody(_Generation):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[_Message], Field(min_length=1, max_length=4096)]
+    max_tokens: _Count | None = None
+    max_completion_tokens: _Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tools: Annotated[list[_Object], Field(max_length=256)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | _Object | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
+    store: Literal[False] | None = Field(default=None, exclude=True)
+
+
+class ResponseBody(_Sampling):
+    """POST /v1/responses. Nothing is stored, so there is no `previous_response_id`."""
+
+    input: str | Annotated[list[_Object], Field(min_length=1, max_length=4096)]
+    instructions: str | None = None
+    max_output_tokens: _Count | None = None
+    tools: Annotated[list[_Object], Field(max_length=256)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | _Object | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning: _Object | None = None
+    text: _Object | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    include: list[str] | None = None
+    store: bool | None = None
+
+    @field_validator("input")
+    @classmethod
+    def _text_only(cls, given: str | list[_Object]) -> str | list[_Object]:
+        for item in given if isinstance(given, list) else ():
+            parts = item.get("content")
+            for part in parts if isinstance(parts, list) else ():
+                if not isinstance(part, dict) or part.get("type") not in _TEXT_PARTS:
+                    raise ValueError("only text is taken here")
+        return given
+
+
+class EmbeddingBody(InferenceBody):
+    """POST /v1/embeddings."""
+
+    input: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=2048)]
+        | Annotated[list[_Token], Field(min_length=1)]
+        | Annotated[list[list[_Token]], Field(min_length=1, max_length=2048)]
+    )
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: _Count | None = None

@@ -1,0 +1,149 @@
+"""The gateway's skin: a request's id, its size, its caller, and the last resort for what nobody else caught.
+
+Every path needs a key but for the two that say whether the process lives and is ready.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from typing import Any
+
+from fastapi import Request
+from sqlalchemy.exc import SQLAlchemyError
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from reft_serve import errors
+from reft_serve.database.keys import Principal
+from reft_serve.gateway.answers import answer
+from reft_serve.gateway.services import Services
+from reft_serve.gateway.tracing import span
+from reft_serve.observability import REQUEST_SECONDS, REQUESTS, request_id
+
+__all__ = ["OPEN_PATHS", "Edge", "caller_of", "requires"]
+
+_log = logging.getLogger(__name__)
+OPEN_PATHS = frozenset({"/health/live", "/health/ready"})
+_UPLOADS = ("/v1/adapters", "/v1/files")
+
+
+class Edge:
+    """ASGI middleware around the whole application."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        identity = f"req_{uuid.uuid4().hex}"
+        request_id.set(identity)
+        begun, status = time.monotonic(), 0
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", identity.encode())]
+            await send(message)
+
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        try:
+            with span(f"{scope['method']} {scope['path'][:80]}", headers, {"reft.request_id": identity}):
+                await self._serve(scope, receive, sending, headers)
+        except Exception as exc:
+            if status:  # the answer has begun: all that is left is to break it off
+                _log.exception("an answer broke off")
+                raise
+            await _last_resort(exc)(scope, receive, sending)
+        finally:
+            _account(scope, status, time.monotonic() - begun)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, headers: dict[str, str]) -> None:
+        services: Services = scope["app"].state.services
+        try:
+            if scope["path"] not in OPEN_PATHS:
+                scope.setdefault("state", {})["caller"] = await _authenticate(services, headers)
+            limited = _limited(receive, headers, scope["path"], services)
+        except errors.ReftError as exc:
+            await answer(exc)(scope, receive, send)
+            return
+        await self._app(scope, limited, send)
+
+
+async def _authenticate(services: Services, headers: dict[str, str]) -> Principal:
+    scheme, _, secret = headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not secret.strip():
+        raise errors.KeyInvalid("give an API key: Authorization: Bearer KEY")
+    principal = await services.directory.principal(secret.strip())
+    if principal is None:
+        raise errors.KeyInvalid("this API key is not known, has expired or was revoked")
+    return principal
+
+
+def _limited(receive: Receive, headers: dict[str, str], path: str, services: Services) -> Receive:
+    """`receive`, which stops at the most bytes that this path takes."""
+    settings = services.settings
+    most = settings.max_upload_bytes if path.startswith(_UPLOADS) else settings.max_request_bytes
+    sentence = f"the request has more than the {most} bytes that are taken here"
+    declared = headers.get("content-length", "")
+    if declared.isascii() and declared.isdigit() and int(declared[:20]) > most:
+        raise errors.RequestTooLarge(sentence)
+    taken = 0
+
+    async def receiving() -> Message:
+        nonlocal taken
+        message = await receive()
+        taken += len(message.get("body", b""))
+        if taken > most:
+            raise HTTPException(413, sentence)
+        return message
+
+    return receiving
+
+
+def _last_resort(exc: Exception) -> Any:
+    if isinstance(exc, errors.ReftError):
+        return answer(exc)
+    if isinstance(exc, (SQLAlchemyError, ConnectionError)):
+        _log.error("the database failed", exc_info=exc)
+        return answer(errors.DatabaseUnusable("the database does not answer; try again"))
+    _log.error("a request failed", exc_info=exc)
+    return answer(errors.ServiceError("something went wrong here"))
+
+
+def _account(scope: Scope, status: int, seconds: float) -> None:
+    services: Services = scope["app"].state.services
+    caller: Principal | None = scope.get("state", {}).get("caller")
+    route = getattr(scope.get("route"), "path", "none")
+    tenant = services.names.label(caller.tenant if caller else None)
+    REQUESTS.labels(route, str(status or 499), tenant).inc()
+    REQUEST_SECONDS.labels(route).observe(seconds)
+    if route not in OPEN_PATHS and _log.isEnabledFor(logging.INFO):
+        data = {
+            "method": scope["method"], "path": scope["path"], "status": status or 499, "seconds": round(seconds, 4),
+            "tenant": caller.tenant if caller else None, "key": caller.key_id if caller else None,
+        }  # fmt: skip
+        _log.info("request", extra={"data": data})
+
+
+def caller_of(request: Request) -> Principal:
+    """The dependency that gives who asks."""
+    found: Principal = request.state.caller
+    return found
+
+
+def requires(scope: str) -> Any:
+    """A dependency: the caller, if its key has this scope."""
+
+    def check(request: Request) -> Principal:
+        caller = caller_of(request)
+        if scope not in caller.scopes:
+            raise errors.NotAllowed(f"this API key may not do this: it lacks the scope {scope!r}")
+        return caller
+
+    return check

@@ -1,0 +1,257 @@
+"""An engine that computes nothing: vLLM's HTTP API as far as the gateway uses it, fast, for tests of applications.
+
+Its answers are numbers that follow from prompt, model and seed, so that a test can tell whose answer it sees. It behaves
+as vLLM does where that matters: chunks and usage, errors in vLLM's shape, adapters by name and directory, cancellation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections import Counter
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+__all__ = ["FakeEngine"]
+
+_BASE = "/models/fake-base"
+
+
+@dataclass(eq=False)
+class FakeEngine:
+    """State that a test may look at and change. `app` is its ASGI application."""
+
+    token_seconds: float = 0.0
+    default_tokens: int = 16
+    healthy: bool = True
+    refuse_adapters: str | None = None
+    fail_with: int | None = None
+    break_after: int | None = None
+    adapters: dict[str, str] = field(default_factory=dict)
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    running: int = 0
+    remember: bool = True
+
+    @property
+    def app(self) -> Starlette:
+        """The HTTP API."""
+        return Starlette(
+            routes=[
+                Route("/health", self._health),
+                Route("/v1/models", self._models),
+                Route("/v1/load_lora_adapter", self._load, methods=["POST"]),
+                Route("/v1/unload_lora_adapter", self._unload, methods=["POST"]),
+                Route("/v1/completions", self._generate, methods=["POST"]),
+                Route("/v1/chat/completions", self._generate, methods=["POST"]),
+                Route("/v1/responses", self._respond, methods=["POST"]),
+            ]
+        )
+
+    async def _health(self, _: Request) -> Response:
+        return Response(status_code=200 if self.healthy else 503)
+
+    async def _models(self, _: Request) -> Response:
+        cards = [{"id": _BASE, "object": "model", "created": 0, "owned_by": "vllm", "root": _BASE, "parent": None}]
+        cards += [{**cards[0], "id": name, "root": path, "parent": _BASE} for name, path in self.adapters.items()]
+        return JSONResponse({"object": "list", "data": cards})
+
+    async def _load(self, request: Request) -> Response:
+        body = await request.json()
+        name, path = body["lora_name"], body["lora_path"]
+        if self.refuse_adapters is not None:
+            return _error(400, f"adapter {path} cannot be used: {self.refuse_adapters}", "lora_path")
+        if name in self.adapters:
+            return _error(
+                400, f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in place"
+            )
+        if not (Path(path) / "reft_config.json").is_file():
+            return _error(404, f"No adapter found for {name} at {path}")
+        self.adapters[name] = path
+        self.counts["load"] += 1
+        return Response(f"Success: LoRA adapter '{name}' added successfully.")
+
+    async def _unload(self, request: Request) -> Response:
+        name = (await request.json())["lora_name"]
+        if self.adapters.pop(name, None) is None:
+            return _error(404, f"The lora adapter '{name}' cannot be found.")
+        self.counts["unload"] += 1
+        return Response(f"Success: LoRA adapter '{name}' removed successfully.")
+
+    def _admit(self, body: dict[str, Any]) -> Response | None:
+        self.counts["requests"] += 1
+        if self.remember:
+            self.requests.append(body)
+        if self.fail_with is not None:
+            return _error(self.fail_with, "the fake engine was told to fail")
+        if body["model"] != _BASE and body["model"] not in self.adapters:
+            return _error(404, f"The model `{body['model']}` does not exist.", "model")
+        return None
+
+    async def _generate(self, request: Request) -> Response:
+        body = await request.json()
+        refusal = self._admit(body)
+        if refusal is not None:
+            return refusal
+        chat = request.url.path.endswith("/chat/completions")
+        answer = _Answer(self, body, chat)
+        if body.get("stream"):
+            return StreamingResponse(self._counted(answer.stream()), media_type="text/event-stream")
+        self.running += 1
+        try:
+            await self._work(request, answer.length)
+        finally:
+            self.running -= 1
+        return JSONResponse(answer.whole())
+
+    async def _work(self, request: Request, tokens: int) -> None:
+        for _ in range(tokens):
+            if self.token_seconds:
+                await asyncio.sleep(self.token_seconds)
+                if await request.is_disconnected():
+                    self.counts["cancelled"] += 1
+                    return
+
+    async def _counted(self, events: AsyncIterator[str]) -> AsyncIterator[str]:
+        self.running += 1
+        finished = False
+        try:
+            async for event in events:
+                yield event
+            finished = True
+        finally:
+            self.running -= 1
+            self.counts["cancelled"] += not finished
+
+    async def _respond(self, request: Request) -> Response:
+        body = await request.json()
+        refusal = self._admit(body)
+        if refusal is not None:
+            return refusal
+        answer = _Answer(self, body | {"max_tokens": body.get("max_output_tokens")}, False)
+        if body.get("stream"):
+            return StreamingResponse(self._counted(answer.typed_stream()), media_type="text/event-stream")
+        return JSONResponse(answer.response("completed"))
+
+
+@dataclass(frozen=True)
+class _Answer:
+    engine: FakeEngine
+    body: dict[str, Any]
+    chat: bool
+
+    @property
+    def length(self) -> int:
+        asked = self.body.get("max_completion_tokens") or self.body.get("max_tokens")
+        return asked if asked is not None else self.engine.default_tokens
+
+    @property
+    def choices(self) -> range:
+        return range(self.body.get("n") or 1)
+
+    def word(self, choice: int, k: int) -> str:
+        told = [self.body.get("prompt"), self.body.get("messages"), self.body.get("input"), self.body.get("seed")]
+        text = json.dumps([*told, self.body["model"], choice, k])
+        return f" {int(hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()[:4], 16)}"
+
+    @property
+    def prompt_tokens(self) -> int:
+        told = self.body.get("prompt") or self.body.get("messages") or self.body.get("input") or ""
+        return len(told) if isinstance(told, list) else len(told.split())
+
+    def usage(self, completion: int) -> dict[str, Any]:
+        total = self.prompt_tokens + completion
+        return {"prompt_tokens": self.prompt_tokens, "total_tokens": total, "completion_tokens": completion}
+
+    def head(self, kind: str) -> dict[str, Any]:
+        prefix = "chatcmpl" if self.chat else "cmpl"
+        name = f"chat.completion{kind}" if self.chat else "text_completion"
+        return {"id": f"{prefix}-fake", "object": name, "created": 1, "model": self.body["model"]}
+
+    def whole(self) -> dict[str, Any]:
+        choices = []
+        for i in self.choices:
+            text = "".join(self.word(i, k) for k in range(self.length))
+            said = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
+            choices.append({"index": i, **said, "logprobs": None, "finish_reason": "length"})
+        return {**self.head(""), "choices": choices, "usage": self.usage(self.length * len(self.choices))}
+
+    async def stream(self) -> AsyncIterator[str]:
+        options = self.body.get("stream_options") or {}
+        if self.chat:
+            for i in self.choices:
+                yield self._chunk(i, {"delta": {"role": "assistant", "content": ""}}, None, 0, options)
+        for k in range(self.length):
+            if k == self.engine.break_after:
+                error = {"message": "the fake engine broke", "type": "InternalServerError", "param": None, "code": 500}
+                yield _event({"error": error})
+                yield "data: [DONE]\n\n"
+                return
+            if self.engine.token_seconds:
+                await asyncio.sleep(self.engine.token_seconds)
+            for i in self.choices:
+                word, end = self.word(i, k), "length" if k == self.length - 1 else None
+                yield self._chunk(i, {"delta": {"content": word}} if self.chat else {"text": word}, end, k + 1, options)
+        if options.get("include_usage"):
+            yield _event({**self.head(".chunk"), "choices": [], "usage": self.usage(self.length * len(self.choices))})
+        yield "data: [DONE]\n\n"
+
+    def _chunk(self, i: int, said: dict[str, Any], end: str | None, count: int, options: dict[str, Any]) -> str:
+        choice = {"index": i, **said, "logprobs": None, "finish_reason": end}
+        chunk = {**self.head(".chunk"), "choices": [choice]}
+        if options.get("continuous_usage_stats"):
+            chunk["usage"] = self.usage(count)
+        return _event(chunk)
+
+    def response(self, status: str) -> dict[str, Any]:
+        text = "".join(self.word(0, k) for k in range(self.length))
+        content: list[dict[str, Any]] = [{"type": "output_text", "text": text, "annotations": [], "logprobs": None}]
+        message = {"id": "msg_fake", "type": "message", "role": "assistant", "status": "completed", "content": content}
+        usage = {
+            "input_tokens": self.prompt_tokens, "input_tokens_details": {"cached_tokens": 0},
+            "output_tokens": self.length, "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": self.prompt_tokens + self.length,
+        }  # fmt: skip
+        return {
+            "id": "resp_fake", "object": "response", "created_at": 1, "model": self.body["model"], "status": status,
+            "output": [message] if status == "completed" else [], "usage": usage if status == "completed" else None,
+            "parallel_tool_calls": True, "tool_choice": "auto", "tools": [], "error": None, "incomplete_details": None,
+            "instructions": None, "metadata": None, "temperature": 1.0, "top_p": 1.0,
+        }  # fmt: skip
+
+    async def typed_stream(self) -> AsyncIterator[str]:
+        yield _typed({"type": "response.created", "sequence_number": 0, "response": self.response("in_progress")})
+        for k in range(self.length):
+            if self.engine.token_seconds:
+                await asyncio.sleep(self.engine.token_seconds)
+            yield _typed({
+                "type": "response.output_text.delta", "sequence_number": k + 1, "item_id": "msg_fake",
+                "output_index": 0, "content_index": 0, "delta": self.word(0, k), "logprobs": [],
+            })  # fmt: skip
+        last = {
+            "type": "response.completed",
+            "sequence_number": self.length + 1,
+            "response": self.response("completed"),
+        }
+        yield _typed(last)
+
+
+def _event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data, separators=(',', ':'))}\n\n"
+
+
+def _typed(data: dict[str, Any]) -> str:
+    return f"event: {data['type']}\n" + _event(data)
+
+
+def _error(status: int, message: str, param: str | None = None) -> Response:
+    kind = "BadRequestError" if status < 500 else "InternalServerError"
+    return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": status}}, status)

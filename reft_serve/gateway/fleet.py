@@ -1,0 +1,214 @@
+"""Which engine a request goes to, and when: affinity bounded by load, health, drain, and a queue that is fair to tenants.
+
+Requests of one version go to one engine as long as that engine is not much busier than the others (rendezvous hashing with
+bounded load, Mirrokni et al. 2016), so that its slots and its prefix cache are used well. Where nothing is free, tenants take
+turns by the work they have had (virtual token counter, Sheng et al. 2024), not by how often they ask.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+import time
+from collections import defaultdict, deque
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from reft_serve.errors import AdapterInvalid, EngineUnavailable, Overloaded
+from reft_serve.gateway.engine import Engine
+from reft_serve.observability import QUEUE_SECONDS, QUEUED
+
+__all__ = ["Fleet"]
+
+_SLACK = 1.25
+_UNLOAD_POLL_SECONDS = 0.1
+
+
+@dataclass(eq=False, slots=True)
+class _Waiter:
+    tenant: str
+    affinity: str
+    excluded: frozenset[Engine]
+    turn: asyncio.Future[Engine] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+class Fleet:
+    """The engines of this gateway and the requests that wait for one."""
+
+    def __init__(self, engines: Sequence[Engine], capacity: int, queue_seconds: float, probe_seconds: float) -> None:
+        self.engines = tuple(engines)
+        self._capacity, self._queue_seconds, self._probe_seconds = capacity, queue_seconds, probe_seconds
+        self._reserved: dict[Engine, int] = dict.fromkeys(self.engines, 0)
+        self._queues: dict[str, deque[_Waiter]] = {}
+        self._served: defaultdict[str, float] = defaultdict(float)
+        self._active: defaultdict[str, int] = defaultdict(int)
+        self._probing: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Look at every engine once, and from then on again and again."""
+        await self.probe()
+        self._probing = asyncio.create_task(self._probe_forever())
+
+    async def close(self) -> None:
+        """Stop looking and close the connections."""
+        if self._probing is not None:
+            self._probing.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._probing
+        await asyncio.gather(*(engine.close() for engine in self.engines))
+
+    async def probe(self) -> None:
+        """Look at every engine now."""
+        await asyncio.gather(*(engine.probe() for engine in self.engines))
+        self._dispatch()
+
+    async def _probe_forever(self) -> None:
+        while True:
+            await asyncio.sleep(self._probe_seconds)
+            await self.probe()
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request would find an engine."""
+        return any(self._is_open(engine) for engine in self.engines)
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait."""
+        return sum(len(queue) for queue in self._queues.values())
+
+    def charge(self, tenant: str, tokens: float) -> None:
+        """Note the work that a tenant has had."""
+        self._served[tenant] += tokens
+
+    @asynccontextmanager
+    async def engine(self, tenant: str, affinity: str, excluded: frozenset[Engine]) -> AsyncIterator[Engine]:
+        """Hold a place in an engine, as soon as one is free.
+
+        Args:
+            tenant: whose turn it takes.
+            affinity: requests with the same go to the same engine where they can.
+            excluded: engines that have failed this request.
+
+        Raises:
+            EngineUnavailable: no engine is up.
+            Overloaded: none became free in time.
+        """
+        begun = time.monotonic()
+        self._enter(tenant)
+        try:
+            engine = await self._place(_Waiter(tenant, affinity, excluded))
+            QUEUE_SECONDS.observe(time.monotonic() - begun)
+            try:
+                yield engine
+            finally:
+                self._reserved[engine] -= 1
+                self._dispatch()
+        finally:
+            self._active[tenant] -= 1
+            if not self._active[tenant]:
+                del self._active[tenant]
+
+    def _enter(self, tenant: str) -> None:
+        """A tenant that comes back has saved up no turns while it was away."""
+        if not self._active[tenant] and len(self._active) > 1:
+            least = min(self._served[other] for other, count in self._active.items() if count)
+            self._served[tenant] = max(self._served[tenant], least)
+        self._active[tenant] += 1
+
+    async def _place(self, waiter: _Waiter) -> Engine:
+        if not any(self._is_open(engine) for engine in self.engines if engine not in waiter.excluded):
+            raise EngineUnavailable("no engine is up at the moment; try again")
+        if not self._queues and (engine := self._pick(waiter)) is not None:
+            self._reserved[engine] += 1
+            return engine
+        self._queues.setdefault(waiter.tenant, deque()).append(waiter)
+        QUEUED.set(self.waiting)
+        try:
+            return await asyncio.wait_for(waiter.turn, self._queue_seconds)
+        except TimeoutError as exc:
+            raise Overloaded("every engine was busy for too long; try again", self._queue_seconds / 4) from exc
+        except asyncio.CancelledError:
+            if waiter.turn.done() and not waiter.turn.cancelled():  # its turn came as its caller left
+                self._reserved[waiter.turn.result()] -= 1
+                self._dispatch()
+            raise
+        finally:
+            self._leave(waiter)
+
+    def _leave(self, waiter: _Waiter) -> None:
+        queue = self._queues.get(waiter.tenant)
+        if queue is not None:
+            with suppress(ValueError):
+                queue.remove(waiter)
+            if not queue:
+                del self._queues[waiter.tenant]
+        QUEUED.set(self.waiting)
+
+    def _dispatch(self) -> None:
+        """Give free places to waiting requests: first to the tenant that has had least."""
+        while self._queues:
+            for tenant in sorted(self._queues, key=lambda tenant: self._served[tenant]):
+                waiter = self._queues[tenant][0]
+                engine = self._pick(waiter)
+                if engine is not None:
+                    break
+            else:
+                return
+            self._reserved[engine] += 1
+            self._served[tenant] += 1.0  # its tokens are not known yet
+            self._queues[tenant].popleft()
+            if not self._queues[tenant]:
+                del self._queues[tenant]
+            if not waiter.turn.done():
+                waiter.turn.set_result(engine)
+            else:
+                self._reserved[engine] -= 1
+
+    def _is_open(self, engine: Engine) -> bool:
+        return engine.healthy and not engine.draining
+
+    def _pick(self, waiter: _Waiter) -> Engine | None:
+        """The first engine by rendezvous that is not overloaded, or None where all are full."""
+        able = [engine for engine in self.engines if self._is_open(engine) and engine not in waiter.excluded]
+        free = [engine for engine in able if self._reserved[engine] < self._capacity]
+        if not free:
+            return None
+        if len(free) == 1:
+            return free[0]
+        bound = math.ceil(_SLACK * (sum(self._reserved[engine] for engine in able) + 1) / len(able))
+        ranked = sorted(free, key=lambda engine: _score(waiter.affinity, engine.url), reverse=True)
+        within = (engine for engine in ranked if self._reserved[engine] < bound)
+        return next(within, min(ranked, key=lambda engine: self._reserved[engine]))
+
+    async def load(self, name: str, path: Path) -> None:
+        """Let every engine that is up hold a version.
+
+        Raises:
+            AdapterInvalid: an engine refuses it; none holds it then.
+            EngineUnavailable: no engine is up to check it.
+        """
+        up = [engine for engine in self.engines if engine.healthy]
+        if not up:
+            raise EngineUnavailable("no engine is up to check the adapter; try again")
+        results = await asyncio.gather(*(engine.load(name, path) for engine in up), return_exceptions=True)
+        refused = next((result for result in results if isinstance(result, AdapterInvalid)), None)
+        if refused is not None:
+            await asyncio.gather(*(engine.unload(name) for engine in up))
+            raise refused
+        if all(isinstance(result, BaseException) for result in results):
+            raise results[0]  # type: ignore[misc]
+
+    async def unload(self, name: str, patience: float) -> None:
+        """Let every engine forget a version once no request of this gateway uses it, or after `patience` seconds."""
+        deadline = time.monotonic() + patience
+        while any(engine.uses[name] for engine in self.engines) and time.monotonic() < deadline:
+            await asyncio.sleep(_UNLOAD_POLL_SECONDS)
+        await asyncio.gather(*(engine.unload(name) for engine in self.engines))
+
+
+def _score(affinity: str, url: str) -> bytes:
+    return hashlib.blake2b(f"{affinity}\0{url}".encode(), digest_size=8).digest()

@@ -1,0 +1,291 @@
+"""One inference request, from the caller's words to the end of the answer.
+
+`resolve -> spend -> admit -> begin -> relay -> settle`: whose model it is, what the caller may still use, a note on disk that
+it begins, an engine that begins to answer, the bytes as they come, and what they came to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import Request, Response
+
+from reft_serve import errors
+from reft_serve.config import TenantLimits
+from reft_serve.database.keys import Principal
+from reft_serve.database.models import now_ms
+from reft_serve.database.resolution import Target
+from reft_serve.database.usage import Ending, Opening, Status
+from reft_serve.gateway.answers import error_body, status_of
+from reft_serve.gateway.bodies import InferenceBody
+from reft_serve.gateway.engine import Engine, Upstream, engine_name, message_of
+from reft_serve.gateway.quotas import Spending
+from reft_serve.gateway.rewriting import Rewriter, Tokens, rewrite_whole, sse_error
+from reft_serve.gateway.services import Services
+from reft_serve.gateway.streaming import ClientGone, Streamed, unless_gone
+from reft_serve.gateway.tracing import outgoing
+from reft_serve.observability import FIRST_BYTE_SECONDS, RETRIES, TOKENS, request_id
+
+__all__ = ["Endpoint", "infer"]
+
+_TRIES = 3
+_BYTES_PER_TOKEN = 4
+_GONE = 499
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One of the engine's routes."""
+
+    name: str
+    path: str
+    limit_fields: tuple[str, ...] = ()
+    default_tokens: int = 0
+    salted: bool = True
+    typed_events: bool = False
+
+
+@dataclass(slots=True)
+class _Exchange:
+    """What is known of a request while it goes on."""
+
+    services: Services
+    caller: Principal
+    endpoint: Endpoint
+    body: dict[str, Any]
+    public: str
+    target: Target | None
+    opening: Opening
+    stack: AsyncExitStack
+    begun: float = field(default_factory=time.monotonic)
+    spending: Spending = field(default_factory=lambda: Spending(0))
+    engine: Engine | None = None
+    theirs: str = ""
+    settled: bool = False
+
+    async def settle(self, status: Status, tokens: Tokens) -> None:
+        """Count it, give the places back, and return when it is on disk. Only the first call counts."""
+        if self.settled:
+            return
+        self.settled = True
+        services = self.services
+        ending = Ending(self.opening, status, tokens.prompt, tokens.cached, tokens.completion, now_ms())
+        committed = services.ledger.settle(ending)
+        services.fleet.charge(self.caller.tenant_id, tokens.prompt - tokens.cached + tokens.completion)
+        await services.quotas.settle(self.spending, tokens.prompt + tokens.completion)
+        tenant = services.names.label(self.caller.tenant)
+        adapter = services.names.label(f"{self.caller.tenant}:{self.target.label}" if self.target else None)
+        for kind in ("prompt", "cached", "completion"):
+            TOKENS.labels(tenant, adapter, kind).inc(getattr(tokens, kind))
+        await self.stack.aclose()
+        await committed
+
+
+async def infer(
+    services: Services, request: Request, caller: Principal, endpoint: Endpoint, given: InferenceBody
+) -> Response:
+    """Answer an inference request.
+
+    Raises:
+        ReftError: it did not begin to be answered; the class says why.
+    """
+    target = await services.directory.target(caller, given.model)
+    body = given.model_dump(exclude_unset=True, exclude_none=True)
+    _check_limits(services.quotas.limits(caller), endpoint, body)
+    opening = Opening(
+        request_id.get() or "", services.settings.gateway_name, caller.tenant_id, caller.key_id, endpoint.name,
+        given.model, target.version_id if target else None, now_ms(),
+    )  # fmt: skip
+    exchange = _Exchange(services, caller, endpoint, body, given.model, target, opening, AsyncExitStack())
+    try:
+        async with asyncio.timeout(services.settings.request_seconds):
+            return await unless_gone(request, _answer(exchange))
+    except ClientGone:
+        return Response(status_code=_GONE)
+    except TimeoutError as exc:
+        raise errors.Overloaded("the request took longer than is allowed") from exc
+
+
+async def _answer(exchange: _Exchange) -> Response:
+    services = exchange.services
+    estimate = _estimate(exchange.endpoint, exchange.body)
+    exchange.spending = await exchange.stack.enter_async_context(services.quotas.spend(exchange.caller, estimate))
+    admitted = asyncio.create_task(services.ledger.admit(exchange.opening))
+    try:
+        upstream = await _begin(exchange)
+        await admitted
+        FIRST_BYTE_SECONDS.labels(exchange.endpoint.name).observe(time.monotonic() - exchange.begun)
+        if upstream.status != 200:
+            raise _refusal(exchange, upstream.status, await upstream.read())
+        if upstream.is_stream:
+            return await _stream(exchange, upstream)
+        content, tokens = rewrite_whole(await upstream.read(), exchange.theirs, exchange.public)
+    except BaseException as exc:
+        await asyncio.shield(_give_up(exchange, admitted, exc))
+        raise
+    await exchange.settle("completed", tokens)
+    return Response(content, 200, _headers(exchange), "application/json")
+
+
+async def _give_up(exchange: _Exchange, admitted: asyncio.Task[None], exc: BaseException) -> None:
+    await asyncio.gather(admitted, return_exceptions=True)
+    status: Status = "cancelled" if isinstance(exc, asyncio.CancelledError) else "failed"
+    if isinstance(exc, errors.DatabaseUnusable):  # waiting for the disk would only hold the places
+        exchange.services.later(exchange.settle(status, Tokens()))
+    else:
+        await exchange.settle(status, Tokens())
+
+
+async def _begin(exchange: _Exchange) -> Upstream:
+    """An engine that has begun to answer. Engines that fail before that are left out, and others are asked."""
+    services, target = exchange.services, exchange.target
+    affinity = target.digest if target else exchange.caller.tenant_id
+    failed: frozenset[Engine] = frozenset()
+    for left in reversed(range(_TRIES)):
+        attempt = AsyncExitStack()
+        try:
+            place = services.fleet.engine(exchange.caller.tenant_id, affinity, failed)
+            engine = await attempt.enter_async_context(place)
+            exchange.engine = engine
+            upstream = await _open(exchange, engine, attempt)
+            if upstream.status == 404 and target is not None and left:  # it was started anew, or was told to forget it
+                engine.forget(exchange.theirs)
+                await attempt.aclose()
+                continue
+            exchange.stack.push_async_callback(attempt.aclose)
+            return upstream
+        except errors.EngineUnavailable:
+            await attempt.aclose()
+            if not left or exchange.engine is None or exchange.engine in failed:
+                raise
+            failed |= {exchange.engine}
+            services.later(services.fleet.probe())
+            RETRIES.inc()
+        except BaseException:
+            await attempt.aclose()
+            raise
+    raise errors.EngineUnavailable("no engine could answer; try again")
+
+
+async def _open(exchange: _Exchange, engine: Engine, attempt: AsyncExitStack) -> Upstream:
+    target = exchange.target
+    name = engine_name(target.digest) if target else None
+    attempt.enter_context(engine.using(name))
+    if target is not None and name is not None:
+        await engine.load(name, exchange.services.store.path(target.digest))
+    exchange.theirs = name or engine.base_name
+    headers = {"x-request-id": exchange.opening.request_id, **outgoing()}
+    upstream = await engine.open(exchange.endpoint.path, _engine_body(exchange), headers)
+    attempt.push_async_callback(upstream.close)
+    return upstream
+
+
+def _engine_body(exchange: _Exchange) -> bytes:
+    body = exchange.body | {"model": exchange.theirs}
+    body.pop("metadata", None)
+    if exchange.endpoint.salted:
+        body["cache_salt"] = exchange.caller.cache_salt
+    if exchange.endpoint.typed_events:
+        body["store"] = False
+    elif body.get("stream"):
+        body["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
+    return json.dumps(body, separators=(",", ":")).encode()
+
+
+async def _stream(exchange: _Exchange, upstream: Upstream) -> Response:
+    """The answer, once its first event is there: what fails before that is an ordinary error."""
+    wants_usage = bool((exchange.body.get("stream_options") or {}).get("include_usage"))
+    rewriter = Rewriter(exchange.theirs, exchange.public, wants_usage)
+    chunks = upstream.chunks()
+    first = b""
+    while not first and not rewriter.complete and rewriter.error is None:
+        chunk = await anext(chunks, None)
+        if chunk is None:
+            raise errors.EngineFailed("the engine ended its answer before it began")
+        first = rewriter.feed(chunk)
+    if not first and rewriter.error is not None:
+        raise _refusal(exchange, int(rewriter.error.get("code") or 500), json.dumps(rewriter.error).encode())
+
+    async def finish() -> None:
+        await exchange.settle("cancelled", rewriter.tokens)
+
+    return Streamed(_relay(exchange, rewriter, first, chunks), _headers(exchange), finish)
+
+
+async def _relay(
+    exchange: _Exchange, rewriter: Rewriter, first: bytes, chunks: AsyncIterator[bytes]
+) -> AsyncIterator[bytes]:
+    failure: errors.ReftError | None = None
+    try:
+        async with asyncio.timeout(exchange.services.settings.request_seconds - (time.monotonic() - exchange.begun)):
+            if first:
+                yield first
+            async for chunk in chunks:
+                if rewritten := rewriter.feed(chunk):
+                    yield rewritten
+    except TimeoutError:
+        failure = errors.Overloaded("the request took longer than is allowed")
+    except errors.EngineFailed as exc:
+        failure = exc
+    if failure is None and rewriter.error is not None:
+        failure = _refusal(exchange, 500, json.dumps(rewriter.error).encode())
+    if failure is None and not rewriter.complete:
+        failure = errors.EngineFailed("the engine stopped in the middle of its answer")
+    # On disk before the last event: whoever has seen a whole answer finds it in the ledger.
+    await exchange.settle("completed" if failure is None else "failed", rewriter.tokens)
+    if failure is None:
+        yield rewriter.ending
+    else:
+        code = status_of(failure)
+        yield sse_error(error_body(code, str(failure), None, failure.code), exchange.endpoint.typed_events)
+
+
+def _headers(exchange: _Exchange) -> dict[str, str]:
+    version = {"x-reft-version": exchange.target.label} if exchange.target else {}
+    return {**exchange.spending.headers, **version}
+
+
+def _refusal(exchange: _Exchange, status: int, content: bytes) -> errors.ReftError:
+    """An engine's error in our words: none of its names, no path."""
+    message = message_of(content).replace(exchange.theirs, exchange.public)
+    if exchange.target is not None:
+        message = message.replace(str(exchange.services.store.path(exchange.target.digest)), exchange.public)
+    if status == 404:
+        return errors.RequestInvalid("the engine does not serve this endpoint for this model", None)
+    if 400 <= status < 500:
+        return errors.RequestInvalid(message[:2000], _param(content))
+    if status == 503:
+        return errors.Overloaded("the engine cannot take the request now; try again")
+    return errors.EngineFailed("the engine failed to answer this request")
+
+
+def _param(content: bytes) -> str | None:
+    try:
+        body = json.loads(content)
+        return str(found) if (found := body.get("error", body).get("param")) is not None else None
+    except (ValueError, AttributeError):
+        return None
+
+
+def _check_limits(limits: TenantLimits, endpoint: Endpoint, body: Mapping[str, Any]) -> None:
+    if limits.choices is not None and (body.get("n") or 1) > limits.choices:
+        raise errors.RequestInvalid(f"n is at most {limits.choices} here", "n")
+    for name in endpoint.limit_fields:
+        if limits.output_tokens is not None and (body.get(name) or 0) > limits.output_tokens:
+            raise errors.RequestInvalid(f"{name} is at most {limits.output_tokens} here", name)
+
+
+def _estimate(endpoint: Endpoint, body: Mapping[str, Any]) -> int:
+    """Tokens to reserve: the text's by a rule of thumb, and the most that may be generated."""
+    asked = next((body[name] for name in endpoint.limit_fields if body.get(name)), endpoint.default_tokens)
+    given = body.get("prompt") or body.get("messages") or body.get("input") or ""
+    if isinstance(given, list) and given and isinstance(given[0], int):
+        return len(given) + asked * (body.get("n") or 1)
+    text = given if isinstance(given, str) else json.dumps(given)
+    return len(text) // _BYTES_PER_TOKEN + asked * (body.get("n") or 1)

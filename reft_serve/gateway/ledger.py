@@ -1,0 +1,103 @@
+"""Usage on its way to the database: records of many requests committed together, none given up while the process lives."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from reft_serve.database.connection import Database
+from reft_serve.database.usage import Ending, Opening, admit, settle
+from reft_serve.errors import DatabaseUnusable
+from reft_serve.observability import LEDGER_PENDING
+
+__all__ = ["Ledger"]
+
+_log = logging.getLogger(__name__)
+_RETRY_SECONDS = 0.2
+_BATCH = 500
+_ADMISSION_SECONDS = 5.0
+
+
+@dataclass(eq=False, slots=True)
+class _Record:
+    what: Opening | Ending
+    committed: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+class Ledger:
+    """A queue before the database's usage tables. While one batch commits, the next one gathers."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._records: list[_Record] = []
+        self._filled = asyncio.Event()
+        self._writing: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to write."""
+        self._writing = asyncio.create_task(self._write_forever())
+
+    async def close(self, patience: float = 10.0) -> None:
+        """Write what is left and stop."""
+        if self._writing is None:
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                while self._records:
+                    await asyncio.sleep(0.01)
+        self._writing.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._writing
+
+    async def admit(self, opening: Opening) -> None:
+        """Return once it is on disk that the request begins.
+
+        Raises:
+            DatabaseUnusable: the database did not take it in time.
+        """
+        record = self._put(opening)
+        try:
+            await asyncio.wait_for(asyncio.shield(record.committed), _ADMISSION_SECONDS)
+        except TimeoutError as exc:
+            raise DatabaseUnusable("the database does not answer, so the request could not be counted") from exc
+
+    def settle(self, ending: Ending) -> asyncio.Future[None]:
+        """Record what a request came to; the future is done when it is on disk."""
+        return self._put(ending).committed
+
+    def _put(self, what: Opening | Ending) -> _Record:
+        record = _Record(what)
+        self._records.append(record)
+        LEDGER_PENDING.set(len(self._records))
+        self._filled.set()
+        return record
+
+    async def _write_forever(self) -> None:
+        while True:
+            await self._filled.wait()
+            batch = self._records[:_BATCH]
+            try:
+                await self._write(batch)
+            except (SQLAlchemyError, OSError) as exc:
+                _log.error("usage records cannot be written; trying again", extra={"data": {"reason": str(exc)[:200]}})
+                await asyncio.sleep(_RETRY_SECONDS)
+                continue
+            del self._records[: len(batch)]
+            LEDGER_PENDING.set(len(self._records))
+            for record in batch:
+                if not record.committed.done():
+                    record.committed.set_result(None)
+            if not self._records:
+                self._filled.clear()
+
+    async def _write(self, batch: list[_Record]) -> None:
+        endings = [record.what for record in batch if isinstance(record.what, Ending)]
+        ended = {ending.opening.request_id for ending in endings}
+        openings = [r.what for r in batch if isinstance(r.what, Opening) and r.what.request_id not in ended]
+        async with self._database.writing() as session:
+            await admit(session, openings)
+            await settle(session, endings)

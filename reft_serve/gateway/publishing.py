@@ -1,0 +1,133 @@
+"""A version on its way in and out: files -> store -> engines -> database, and back. What fails on the way leaves nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastapi import UploadFile
+
+from reft_serve.adapters.manifest import Manifest
+from reft_serve.adapters.structure import check_structure
+from reft_serve.database import adapters, audit
+from reft_serve.database.keys import Principal
+from reft_serve.database.models import Version
+from reft_serve.database.tenants import find_tenant
+from reft_serve.errors import AdapterInvalid, NotFound, RateLimited
+from reft_serve.gateway.engine import engine_name
+from reft_serve.gateway.services import Services
+from reft_serve.gateway.uploads import unpack
+
+__all__ = ["Upload", "publish", "retire"]
+
+_PATIENCE_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """What a caller wants to be published."""
+
+    name: str
+    files: list[UploadFile]
+    alias: str | None = None
+
+
+async def publish(services: Services, caller: Principal, actor: audit.Actor, upload: Upload) -> Version:
+    """Check an upload, in this process and in every engine that is up, and make it the adapter's latest version.
+
+    Raises:
+        AdapterInvalid: every fault of it.
+        RequestInvalid, RequestTooLarge: it is not an adapter's files.
+        RateLimited: the tenant has no room for it.
+        EngineUnavailable: no engine is up to check it.
+        StoreUnusable: the store cannot take it.
+    """
+    with ExitStack() as stack:
+        staged = await asyncio.to_thread(lambda: stack.enter_context(services.store.staging()))
+        size, manifest = await asyncio.to_thread(_prepare, services, staged, upload)
+        await _check_room(services, caller, upload.name, size)
+        digest = await asyncio.to_thread(services.store.publish, staged)
+        try:
+            await _load(services, upload.name, digest)
+            return await _record(services, caller, actor, upload, digest, size, manifest)
+        except BaseException:
+            services.later(retire(services, [digest]))
+            raise
+
+
+def _prepare(services: Services, staged: Path, upload: Upload) -> tuple[int, Manifest]:
+    size = unpack(upload.files, staged, services.settings.max_upload_bytes)
+    return size, check_structure(staged, upload.name)
+
+
+async def _check_room(services: Services, caller: Principal, name: str, size: int) -> None:
+    limits = services.quotas.limits(caller)
+    async with services.database.reading() as session:
+        count, total = await adapters.storage_of(session, caller.tenant_id)
+        try:
+            await adapters.find_adapter(session, caller.tenant_id, name)
+        except NotFound:
+            count += 1
+    if limits.adapters is not None and count > limits.adapters:
+        raise RateLimited(f"the limit of {limits.adapters} adapters is used up; delete one first", 60.0)
+    if limits.storage_bytes is not None and total + size > limits.storage_bytes:
+        raise RateLimited(
+            f"the limit of {limits.storage_bytes} bytes of storage is used up; delete a version first", 60.0
+        )
+
+
+async def _load(services: Services, name: str, digest: str) -> None:
+    try:
+        await services.fleet.load(engine_name(digest), services.store.path(digest))
+    except AdapterInvalid as exc:
+        raise AdapterInvalid(name, exc.faults) from exc
+
+
+async def _record(
+    services: Services,
+    caller: Principal,
+    actor: audit.Actor,
+    upload: Upload,
+    digest: str,
+    size: int,
+    manifest: Manifest,
+) -> Version:
+    facts = {
+        "kinds": sorted({spec.kind for spec in manifest.interventions}),
+        "interventions": len(manifest.interventions),
+        "rank": max(spec.rank for spec in manifest.interventions),
+        "positions": manifest.positions.spec,
+    }
+    async with services.database.writing() as session:
+        await services.database.lock(session, digest)
+        if not services.store.path(digest).is_dir():  # its last owner removed it in this moment
+            raise RateLimited("the same adapter was deleted at this moment; upload it again", 1.0)
+        tenant = await find_tenant(session, caller.tenant_id)
+        version = await adapters.add_version(
+            session, tenant, upload.name, digest=digest, base_model=manifest.base_model.name, size_bytes=size,
+            source="upload", facts=facts, base_name=services.settings.base_model,
+        )  # fmt: skip
+        if upload.alias is not None:
+            await adapters.set_alias(session, version.adapter, upload.alias, version)
+        audit.record(
+            session, actor, "version.create", f"{upload.name}@{version.number}", tenant.id,
+            digest=digest, bytes=size, alias=upload.alias,
+        )  # fmt: skip
+    services.directory.forget()
+    return version
+
+
+async def retire(services: Services, digests: Iterable[str]) -> None:
+    """Take versions that nobody has any more out of the engines, once no request uses them, and out of the store."""
+    for digest in digests:
+        async with services.database.reading() as session:
+            used = await adapters.is_used(session, digest)
+        if not used:
+            await services.fleet.unload(engine_name(digest), _PATIENCE_SECONDS)
+        async with services.database.writing() as session:
+            await services.database.lock(session, digest)
+            if not await adapters.is_used(session, digest):
+                await asyncio.to_thread(services.store.remove, digest)

@@ -1,0 +1,213 @@
+"""The caller's adapters: uploaded, listed, pointed at by aliases, shared, downloaded, deleted."""
+
+from __future__ import annotations
+
+import asyncio
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path as FilePath
+from typing import IO, Annotated
+
+from fastapi import APIRouter, Depends, File, Form, Path, Request, UploadFile
+from fastapi.responses import StreamingResponse
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from reft_serve.database import adapters, audit
+from reft_serve.database.adapters import ADAPTER_NAME, ALIAS_NAME
+from reft_serve.database.keys import Principal
+from reft_serve.database.models import Adapter
+from reft_serve.database.tenants import find_tenant
+from reft_serve.errors import NotFound
+from reft_serve.gateway import publishing
+from reft_serve.gateway.edge import requires
+from reft_serve.gateway.routes.actors import actor_of
+from reft_serve.gateway.schemas import AdapterOut, AliasIn, AliasOut, Deleted, ListOf, VersionOut
+from reft_serve.gateway.services import Services, services_of
+
+__all__ = ["router"]
+
+router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
+_Caller = Annotated[Principal, Depends(requires("adapters"))]
+_Services = Annotated[Services, Depends(services_of)]
+_Name = Annotated[str, Path(pattern=ADAPTER_NAME)]
+_Alias = Annotated[str, Path(pattern=ALIAS_NAME)]
+_Version = Annotated[str, Path(pattern=r"^([0-9]{1,9}|[a-z][a-z0-9-]{0,30})$", description="Its number, or an alias.")]
+_Tenant = Annotated[str, Path(pattern=r"^tnt_[0-9a-f]{24}$", description="The other tenant's id.")]
+_CHUNK = 1 << 20
+
+
+@router.post("", status_code=201)
+async def upload(
+    request: Request,
+    caller: _Caller,
+    services: _Services,
+    name: Annotated[str, Form(pattern=ADAPTER_NAME)],
+    files: Annotated[list[UploadFile], File(description="The adapter's files, or one .tar, .tar.gz or .zip of them.")],
+    alias: Annotated[str | None, Form(pattern=ALIAS_NAME, description="An alias to point at the new version.")] = None,
+) -> VersionOut:
+    """Publish a new version of an adapter; the first one makes the adapter. It can be called when this returns."""
+    wanted = publishing.Upload(name, files, alias)
+    return VersionOut.of(await publishing.publish(services, caller, actor_of(request), wanted))
+
+
+@router.get("")
+async def list_all(caller: _Caller, services: _Services) -> ListOf[AdapterOut]:
+    """The caller's own adapters."""
+    async with services.database.reading() as session:
+        mine = await adapters.list_adapters(session, caller.tenant_id)
+        return ListOf(data=[await _out(session, adapter) for adapter in mine])
+
+
+@router.get("/{name}")
+async def get(name: _Name, caller: _Caller, services: _Services) -> AdapterOut:
+    """One adapter with its versions and aliases."""
+    async with services.database.reading() as session:
+        return await _out(session, await adapters.find_adapter(session, caller.tenant_id, name))
+
+
+@router.delete("/{name}")
+async def delete(name: _Name, request: Request, caller: _Caller, services: _Services) -> Deleted:
+    """Delete an adapter with all its versions. Requests under way finish."""
+    async with services.database.writing() as session:
+        adapter = await adapters.find_adapter(session, caller.tenant_id, name)
+        digests = await adapters.delete_adapter(session, adapter)
+        audit.record(session, actor_of(request), "adapter.delete", name, caller.tenant_id)
+    services.directory.forget()
+    services.later(publishing.retire(services, digests))
+    return Deleted(id=name, object="adapter")
+
+
+@router.get("/{name}/versions/{version}")
+async def get_version(name: _Name, version: _Version, caller: _Caller, services: _Services) -> VersionOut:
+    """One version."""
+    async with services.database.reading() as session:
+        adapter = await adapters.find_adapter(session, caller.tenant_id, name)
+        return VersionOut.of(await adapters.find_version(session, adapter, version))
+
+
+@router.delete("/{name}/versions/{version}")
+async def delete_version(
+    name: _Name, version: _Version, request: Request, caller: _Caller, services: _Services
+) -> Deleted:
+    """Delete one version that no alias names."""
+    async with services.database.writing() as session:
+        adapter = await adapters.find_adapter(session, caller.tenant_id, name)
+        found = await adapters.find_version(session, adapter, version)
+        label = f"{name}@{found.number}"
+        digest = await adapters.delete_version(session, found)
+        audit.record(session, actor_of(request), "version.delete", label, caller.tenant_id, digest=digest)
+    services.directory.forget()
+    services.later(publishing.retire(services, [digest]))
+    return Deleted(id=label, object="adapter.version")
+
+
+@router.get(
+    "/{name}/versions/{version}/content",
+    response_class=StreamingResponse,
+    responses={200: {"content": {"application/x-tar": {"schema": {"type": "string", "format": "binary"}}}}},
+)
+async def download(name: _Name, version: _Version, caller: _Caller, services: _Services) -> StreamingResponse:
+    """The files of a version, as a tar archive that can be uploaded again."""
+    async with services.database.reading() as session:
+        adapter = await adapters.find_adapter(session, caller.tenant_id, name)
+        found = await adapters.find_version(session, adapter, version)
+    files = await asyncio.to_thread(services.store.files, found.digest)
+    packed = await asyncio.to_thread(_packed, files)
+    headers = {"content-disposition": f'attachment; filename="{name}-{found.number}.tar"'}
+    return StreamingResponse(_chunks(packed), media_type="application/x-tar", headers=headers)
+
+
+@router.put("/{name}/aliases/{alias}")
+async def put_alias(
+    name: _Name, alias: _Alias, body: AliasIn, request: Request, caller: _Caller, services: _Services
+) -> AliasOut:
+    """Point an alias at a version: `production` is what the bare name means; others may take a share of its requests."""
+    async with services.database.writing() as session:
+        adapter = await adapters.find_adapter(session, caller.tenant_id, name)
+        version = await adapters.find_version(session, adapter, body.version)
+        changed = await adapters.set_alias(session, adapter, alias, version, body.share)
+        audit.record(
+            session, actor_of(request), "alias.set", f"{name}@{alias}", caller.tenant_id,
+            version=version.number, share=changed.share,
+        )  # fmt: skip
+    services.directory.forget()
+    return AliasOut.of(changed)
+
+
+@router.post("/{name}/aliases/{alias}/rollback")
+async def roll_back(name: _Name, alias: _Alias, request: Request, caller: _Caller, services: _Services) -> AliasOut:
+    """Point an alias at what it named before its last change."""
+    async with services.database.writing() as session:
+        adapter = await adapters.find_adapter(session, caller.tenant_id, name)
+        changed = await adapters.roll_back(session, adapter, alias)
+        label, number = f"{name}@{alias}", changed.version.number
+        audit.record(session, actor_of(request), "alias.rollback", label, caller.tenant_id, version=number)
+    services.directory.forget()
+    return AliasOut.of(changed)
+
+
+@router.delete("/{name}/aliases/{alias}")
+async def delete_alias(name: _Name, alias: _Alias, request: Request, caller: _Caller, services: _Services) -> Deleted:
+    """Delete an alias; the version stays."""
+    async with services.database.writing() as session:
+        adapter = await adapters.find_adapter(session, caller.tenant_id, name)
+        found = [each for each in await adapters.list_aliases(session, adapter.id) if each.name == alias]
+        if not found:
+            raise NotFound(f"adapter {name} has no alias {alias!r}")
+        await session.delete(found[0])
+        audit.record(session, actor_of(request), "alias.delete", f"{name}@{alias}", caller.tenant_id)
+    services.directory.forget()
+    return Deleted(id=f"{name}@{alias}", object="adapter.alias")
+
+
+@router.put("/{name}/shares/{tenant}")
+async def put_share(name: _Name, tenant: _Tenant, request: Request, caller: _Caller, services: _Services) -> AdapterOut:
+    """Let another tenant use an adapter, as `yourname/adapter`."""
+    async with services.database.writing() as session:
+        adapter = await adapters.find_adapter(session, caller.tenant_id, name)
+        other = await find_tenant(session, tenant)
+        await adapters.share(session, adapter, other)
+        audit.record(session, actor_of(request), "adapter.share", name, caller.tenant_id, tenant=other.id)
+        found = await _out(session, adapter)
+    services.directory.forget()
+    return found
+
+
+@router.delete("/{name}/shares/{tenant}")
+async def delete_share(name: _Name, tenant: _Tenant, request: Request, caller: _Caller, services: _Services) -> Deleted:
+    """Take it back."""
+    async with services.database.writing() as session:
+        adapter = await adapters.find_adapter(session, caller.tenant_id, name)
+        other = await find_tenant(session, tenant)
+        await adapters.unshare(session, adapter, other)
+        audit.record(session, actor_of(request), "adapter.unshare", name, caller.tenant_id, tenant=other.id)
+    services.directory.forget()
+    return Deleted(id=f"{name}:{tenant}", object="adapter.share")
+
+
+async def _out(session: AsyncSession, adapter: Adapter) -> AdapterOut:
+    return AdapterOut(
+        id=adapter.id, name=adapter.name, created_at=adapter.created_ms // 1000,
+        versions=[VersionOut.of(version) for version in await adapters.list_versions(session, adapter.id)],
+        aliases=[AliasOut.of(alias) for alias in await adapters.list_aliases(session, adapter.id)],
+        shared_with=list(await adapters.shared_with(session, adapter.id)),
+    )  # fmt: skip
+
+
+def _packed(files: list[FilePath]) -> IO[bytes]:
+    packed = tempfile.SpooledTemporaryFile(max_size=8 << 20)  # noqa: SIM115 - closed when it has been sent
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        for file in files:
+            facts = tarfile.TarInfo(file.name)
+            facts.size = file.stat().st_size
+            with file.open("rb") as opened:
+                archive.addfile(facts, opened)
+    packed.seek(0)
+    return packed
+
+
+def _chunks(packed: IO[bytes]) -> Iterator[bytes]:
+    with packed:
+        while chunk := packed.read(_CHUNK):
+            yield chunk

@@ -1,0 +1,117 @@
+"""What only an admin does: tenants, their keys, and the engines."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Path, Request
+
+from reft_serve.database import audit, tenants
+from reft_serve.database.models import now_ms
+from reft_serve.errors import Conflict, NotFound
+from reft_serve.gateway.edge import caller_of, requires
+from reft_serve.gateway.engine import Engine
+from reft_serve.gateway.publishing import retire
+from reft_serve.gateway.routes.actors import actor_of
+from reft_serve.gateway.routes.keys import make_key
+from reft_serve.gateway.schemas import Deleted, EngineOut, KeyIn, ListOf, NewKeyOut, TenantIn, TenantOut, TenantPatch
+from reft_serve.gateway.services import Services, services_of
+
+__all__ = ["router"]
+
+router = APIRouter(prefix="/v1/admin", tags=["admin"], dependencies=[Depends(requires("admin"))])
+_Services = Annotated[Services, Depends(services_of)]
+_Tenant = Annotated[
+    str, Path(pattern=r"^(tnt_[0-9a-f]{24}|[a-z0-9][a-z0-9-]{0,62})$", description="Its id or its name.")
+]
+_Engine = Annotated[str, Path(pattern=r"^engine-[0-9]{1,4}$")]
+
+
+@router.post("/tenants", status_code=201)
+async def create_tenant(body: TenantIn, request: Request, services: _Services) -> TenantOut:
+    """Make a tenant."""
+    async with services.database.writing() as session:
+        made = await tenants.create_tenant(session, body.name, body.limits.model_dump(exclude_none=True))
+        audit.record(session, actor_of(request), "tenant.create", made.name, made.id)
+    return TenantOut.of(made)
+
+
+@router.get("/tenants")
+async def list_tenants(services: _Services) -> ListOf[TenantOut]:
+    """Every tenant."""
+    async with services.database.reading() as session:
+        return ListOf(data=[TenantOut.of(tenant) for tenant in await tenants.list_tenants(session)])
+
+
+@router.get("/tenants/{tenant}")
+async def get_tenant(tenant: _Tenant, services: _Services) -> TenantOut:
+    """One tenant."""
+    async with services.database.reading() as session:
+        return TenantOut.of(await tenants.find_tenant(session, tenant))
+
+
+@router.patch("/tenants/{tenant}")
+async def change_tenant(tenant: _Tenant, body: TenantPatch, request: Request, services: _Services) -> TenantOut:
+    """Change a tenant's limits, disable it, or enable it again."""
+    async with services.database.writing() as session:
+        found = await tenants.find_tenant(session, tenant)
+        if body.limits is not None:
+            found.limits = body.limits.model_dump(exclude_none=True)
+        if body.disabled is not None:
+            if body.disabled and found.id == caller_of(request).tenant_id:
+                raise Conflict("this would shut yourself out: use another tenant's admin key")
+            found.disabled_ms = now_ms() if body.disabled else None
+        changes = body.model_dump(exclude_none=True)
+        audit.record(session, actor_of(request), "tenant.change", found.name, found.id, **changes)
+    services.directory.forget()
+    return TenantOut.of(found)
+
+
+@router.delete("/tenants/{tenant}")
+async def delete_tenant(tenant: _Tenant, request: Request, services: _Services) -> Deleted:
+    """Delete a tenant with its keys and adapters. Its usage and its audit entries stay."""
+    async with services.database.writing() as session:
+        found = await tenants.find_tenant(session, tenant)
+        if found.id == caller_of(request).tenant_id:
+            raise Conflict("this would shut yourself out: use another tenant's admin key")
+        digests = await tenants.delete_tenant(session, found)
+        audit.record(session, actor_of(request), "tenant.delete", found.name, found.id)
+    services.directory.forget()
+    services.later(retire(services, digests))
+    return Deleted(id=found.id, object="tenant")
+
+
+@router.post("/tenants/{tenant}/keys", status_code=201)
+async def create_key(tenant: _Tenant, body: KeyIn, request: Request, services: _Services) -> NewKeyOut:
+    """Make a key of a tenant. Its secret is in this answer and nowhere else."""
+    return await make_key(services, request, tenant, body)
+
+
+@router.get("/engines")
+async def list_engines(services: _Services) -> ListOf[EngineOut]:
+    """The engines of this gateway."""
+    return ListOf(data=[_out(engine) for engine in services.fleet.engines])
+
+
+@router.post("/engines/{engine}/drain")
+async def drain(engine: _Engine, services: _Services) -> EngineOut:
+    """Give an engine no new request; those under way finish."""
+    return _set_draining(services, engine, True)
+
+
+@router.post("/engines/{engine}/resume")
+async def resume(engine: _Engine, services: _Services) -> EngineOut:
+    """Give it requests again."""
+    return _set_draining(services, engine, False)
+
+
+def _set_draining(services: Services, name: str, draining: bool) -> EngineOut:
+    found = next((engine for engine in services.fleet.engines if engine.name == name), None)
+    if found is None:
+        raise NotFound(f"there is no engine {name!r}")
+    found.draining = draining
+    return _out(found)
+
+
+def _out(engine: Engine) -> EngineOut:
+    return EngineOut(name=engine.name, healthy=engine.healthy, draining=engine.draining, in_flight=engine.in_flight)

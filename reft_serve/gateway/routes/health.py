@@ -1,0 +1,48 @@
+"""Whether the process lives, whether a request would succeed, and its metrics."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Depends, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel
+
+from reft_serve.database.keys import Principal
+from reft_serve.errors import EngineUnavailable, Overloaded
+from reft_serve.gateway.answers import ErrorAnswer
+from reft_serve.gateway.edge import requires
+from reft_serve.gateway.services import Services, services_of
+
+__all__ = ["router"]
+
+router = APIRouter(tags=["health"])
+
+
+class Health(BaseModel):
+    """That all is well."""
+
+    status: Literal["ok"] = "ok"
+
+
+@router.get("/health/live", openapi_extra={"security": []})
+async def live() -> Health:
+    """200 as long as the process can answer at all."""
+    return Health()
+
+
+@router.get("/health/ready", responses={503: {"model": ErrorAnswer}}, openapi_extra={"security": []})
+async def ready(services: Annotated[Services, Depends(services_of)]) -> Health:
+    """200 when a request would find the database and an engine; 503 otherwise, and while the gateway drains."""
+    if services.draining:
+        raise Overloaded("the gateway is shutting down")
+    await services.database.ping()
+    if not services.fleet.ready:
+        raise EngineUnavailable("no engine is up")
+    return Health()
+
+
+@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+async def metrics(_: Annotated[Principal, Depends(requires("admin"))]) -> Response:
+    """Prometheus metrics; they name tenants, so they need a key of scope `admin`."""
+    return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)

@@ -1,0 +1,106 @@
+"""The caller's own tenant: what it is, and its keys."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Path, Request
+from pydantic import Field
+
+from reft_serve.database import audit, keys
+from reft_serve.database.keys import Principal
+from reft_serve.database.models import now_ms
+from reft_serve.database.tenants import find_tenant
+from reft_serve.errors import NotAllowed
+from reft_serve.gateway.edge import caller_of, requires
+from reft_serve.gateway.routes.actors import actor_of
+from reft_serve.gateway.schemas import KeyIn, KeyOut, ListOf, NewKeyOut, TenantOut
+from reft_serve.gateway.services import Services, services_of
+
+__all__ = ["make_key", "router"]
+
+router = APIRouter(prefix="/v1", tags=["keys"])
+_Caller = Annotated[Principal, Depends(requires("keys"))]
+_Services = Annotated[Services, Depends(services_of)]
+_Key = Annotated[str, Path(pattern=r"^key_[0-9a-f]{24}$")]
+
+
+@router.get("/tenant")
+async def tenant(caller: Annotated[Principal, Depends(caller_of)], services: _Services) -> TenantOut:
+    """The tenant that the caller's key belongs to."""
+    async with services.database.reading() as session:
+        return TenantOut.of(await find_tenant(session, caller.tenant_id))
+
+
+@router.post("/keys", status_code=201)
+async def create(body: KeyIn, request: Request, caller: _Caller, services: _Services) -> NewKeyOut:
+    """Make a key of the caller's tenant. Its secret is in this answer and nowhere else."""
+    if body.role == "admin" and caller.role != "admin":
+        raise NotAllowed("only an admin makes admins")
+    return await make_key(services, request, caller.tenant_id, body)
+
+
+@router.get("/keys")
+async def list_all(caller: _Caller, services: _Services) -> ListOf[KeyOut]:
+    """The tenant's keys, without their secrets."""
+    async with services.database.reading() as session:
+        found = await keys.list_keys(session, caller.tenant_id)
+    return ListOf(data=[KeyOut(**KeyOut.fields_of(key)) for key in found])
+
+
+@router.delete("/keys/{key}")
+async def revoke(key: _Key, request: Request, caller: _Caller, services: _Services) -> KeyOut:
+    """End a key's life at once."""
+    async with services.database.writing() as session:
+        found = await keys.find_key(session, caller.tenant_id, key)
+        _check_rank(caller, found.role)
+        keys.revoke_key(found)
+        audit.record(session, actor_of(request), "key.revoke", key, caller.tenant_id)
+    services.directory.forget()
+    return KeyOut(**KeyOut.fields_of(found))
+
+
+@router.post("/keys/{key}/rotate", status_code=201)
+async def rotate(
+    key: _Key,
+    request: Request,
+    caller: _Caller,
+    services: _Services,
+    overlap_seconds: Annotated[int, Field(ge=0, le=30 * 86400)] = 0,
+) -> NewKeyOut:
+    """Make a key like this one; this one goes on for `overlap_seconds`."""
+    async with services.database.writing() as session:
+        old = await keys.find_key(session, caller.tenant_id, key)
+        _check_rank(caller, old.role)
+        if old.revoked_ms is not None:
+            raise NotAllowed("a revoked key is not rotated; make a new one")
+        role: keys.Role = old.role  # type: ignore[assignment]
+        new, secret = await keys.create_key(
+            session,
+            old.tenant,
+            role,
+            old.name,
+            old.scopes,
+            old.expires_ms,
+            old.limits,
+        )
+        keys.revoke_key(old, now_ms() + overlap_seconds * 1000 if overlap_seconds else None)
+        audit.record(session, actor_of(request), "key.rotate", key, caller.tenant_id, new=new.id)
+    services.directory.forget()
+    return NewKeyOut(secret=secret, **KeyOut.fields_of(new))
+
+
+async def make_key(services: Services, request: Request, tenant_id: str, body: KeyIn) -> NewKeyOut:
+    """A new key of a tenant."""
+    expires_ms = None if body.expires_at is None else body.expires_at * 1000
+    limits: dict[str, Any] = body.limits.model_dump(exclude_none=True)
+    async with services.database.writing() as session:
+        owner = await find_tenant(session, tenant_id)
+        key, secret = await keys.create_key(session, owner, body.role, body.name, body.scopes, expires_ms, limits)
+        audit.record(session, actor_of(request), "key.create", key.id, owner.id, role=body.role, name=body.name)
+    return NewKeyOut(secret=secret, **KeyOut.fields_of(key))
+
+
+def _check_rank(caller: Principal, role: str) -> None:
+    if role == "admin" and caller.role != "admin":
+        raise NotAllowed("only an admin changes an admin's key")

@@ -1,0 +1,49 @@
+"""One gateway with one fake engine per module, and tenants on it."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from reft_serve.gateway.fake_engine import FakeEngine
+from tests.gateway.harness import Gateway, Tenant, running
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+def _both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Gateway, FakeEngine]]:
+    with running(tmp_path_factory.mktemp("gateway")) as (gateway, (engine,)):
+        yield gateway, engine
+
+
+@pytest.fixture
+def gateway(_both: tuple[Gateway, FakeEngine]) -> Gateway:
+    return _both[0]
+
+
+@pytest.fixture
+def engine(_both: tuple[Gateway, FakeEngine]) -> Iterator[FakeEngine]:
+    """The fake engine, as it was before, after each test."""
+    engine = _both[1]
+    yield engine
+    engine.token_seconds, engine.healthy, engine.refuse_adapters = 0.0, True, None
+    engine.fail_with = engine.break_after = None
+
+
+@pytest.fixture
+def make_tenant(gateway: Gateway) -> Callable[..., Tenant]:
+    def made(name: str = "", **options: object) -> Tenant:
+        return gateway.tenant(name or f"t{secrets.token_hex(4)}", **options)  # type: ignore[arg-type]
+
+    return made
+
+
+@pytest.fixture
+def tenant(make_tenant: Callable[..., Tenant]) -> Tenant:
+    return make_tenant()

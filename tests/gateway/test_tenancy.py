@@ -1,0 +1,227 @@
+"""Keys, roles, tenants, limits: who may do what, and how much of it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import openai
+import pytest
+
+from reft_serve.gateway.edge import OPEN_PATHS
+from reft_serve.gateway.fake_engine import FakeEngine
+from tests.gateway.harness import Gateway, Tenant, running
+
+
+def operations(gateway: Gateway) -> list[tuple[str, str]]:
+    document = gateway.served.app.openapi()
+    return [(method, path) for path, item in document["paths"].items() for method in item]
+
+
+@pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer rk-wrong", "Basic abc", "bearer\txx", "Bearer é"])
+def test_no_path_passes_without_a_key_but_the_probes(gateway: Gateway, header: str | None) -> None:
+    headers = {} if header is None else {"authorization": header.encode("latin-1")}
+    paths = [
+        "/v1/load_lora_adapter",
+        "/tokenize",
+        "/adapters",
+        "/invocations",
+        "/docs",
+        "/openapi.json",
+        "/",
+        "/nothing",
+    ]
+    with gateway.http(None) as client:
+        for method, path in [*operations(gateway), *(("get", path) for path in paths)]:
+            answer = client.request(method, path, headers=headers)  # type: ignore[arg-type]
+            expected = 200 if path in OPEN_PATHS else 401
+            assert answer.status_code == expected, (method, path)
+            if expected == 401:
+                assert answer.json()["error"]["code"] == "invalid_api_key"
+
+
+def test_an_inference_key_only_infers(gateway: Gateway, make_tenant: Callable[..., Tenant]) -> None:
+    tenant = make_tenant(role="inference")
+    assert tenant.say("base")
+    for method, path in operations(gateway):
+        if (
+            path in OPEN_PATHS
+            or path.startswith(("/v1/models", "/v1/tenant"))
+            or "inference" in _tags(gateway, method, path)
+        ):
+            continue
+        filled = (
+            path.replace("{name}", "a")
+            .replace("{alias}", "b")
+            .replace("{version}", "1")
+            .replace("{engine}", "engine-0")
+        )
+        filled = filled.replace("{tenant}", "tnt_" + "0" * 24).replace("{key}", "key_" + "0" * 24)
+        answer = tenant.http.request(method, filled, json={"name": "x", "version": "1", "role": "owner"})
+        assert answer.status_code in (400, 403), (method, path, answer.status_code)
+        if answer.status_code == 400:
+            assert "multipart" in str(gateway.served.app.openapi()["paths"][path][method]["requestBody"])
+    assert tenant.http.delete("/v1/models/base").status_code == 403
+
+
+def _tags(gateway: Gateway, method: str, path: str) -> list[str]:
+    tags: list[str] = gateway.served.app.openapi()["paths"][path][method].get("tags", [])
+    return tags
+
+
+def test_an_owner_is_no_admin_and_makes_none(gateway: Gateway, tenant: Tenant) -> None:
+    for method, path in operations(gateway):
+        if path.startswith("/v1/admin"):
+            filled = path.replace("{tenant}", tenant.id).replace("{engine}", "engine-0")
+            body = {"name": "x", "role": "admin"}
+            assert tenant.http.request(method, filled, json=body).status_code == 403, (method, path)
+    assert tenant.http.post("/v1/keys", json={"role": "admin"}).status_code == 403
+    assert tenant.http.get("/metrics").status_code == 403
+    assert tenant.http.get("/v1/usage?all_tenants=true").status_code == 403
+    assert tenant.http.get("/v1/audit?all_tenants=true").status_code == 403
+
+
+def test_a_key_is_shown_once_and_dies_when_it_is_revoked(gateway: Gateway, tenant: Tenant) -> None:
+    made = tenant.http.post("/v1/keys", json={"name": "ci", "role": "inference"}).json()
+    client = gateway.openai(made["secret"])
+    client.models.list()
+    listed = tenant.http.get("/v1/keys").text
+    assert made["id"] in listed
+    assert made["secret"] not in listed
+    assert made["secret"] not in tenant.http.get("/v1/audit").text
+    assert tenant.http.delete(f"/v1/keys/{made['id']}").json()["revoked"] is True
+    with pytest.raises(openai.AuthenticationError):
+        client.models.list()
+
+
+def test_a_rotated_key_may_live_on_for_a_while(gateway: Gateway, tenant: Tenant) -> None:
+    old = tenant.http.post("/v1/keys", json={"role": "inference"}).json()
+    new = tenant.http.post(f"/v1/keys/{old['id']}/rotate?overlap_seconds=1").json()
+    for each in (old, new):
+        assert gateway.http(each["secret"]).get("/v1/models").status_code == 200
+    time.sleep(1.1)
+    assert gateway.http(old["secret"]).get("/v1/models").status_code == 401
+    assert gateway.http(new["secret"]).get("/v1/models").status_code == 200
+
+
+def test_scopes_narrow_a_role(gateway: Gateway, tenant: Tenant) -> None:
+    key = tenant.http.post("/v1/keys", json={"role": "owner", "scopes": ["usage"]}).json()["secret"]
+    client = gateway.http(key)
+    assert client.get("/v1/usage").status_code == 200
+    assert client.get("/v1/adapters").status_code == 403
+    assert client.post("/v1/completions", json={"model": "base", "prompt": "x"}).status_code == 403
+
+
+def test_one_tenants_keys_and_audit_are_not_anothers(make_tenant: Callable[..., Tenant]) -> None:
+    one, two = make_tenant(), make_tenant()
+    key = one.http.post("/v1/keys", json={}).json()["id"]
+    assert two.http.delete(f"/v1/keys/{key}").status_code == 404
+    assert two.http.post(f"/v1/keys/{key}/rotate").status_code == 404
+    assert key not in two.http.get("/v1/audit").text
+    assert key not in two.http.get("/v1/keys").text
+
+
+def test_a_disabled_tenant_is_shut_out_and_comes_back(gateway: Gateway, tenant: Tenant) -> None:
+    url = f"/v1/admin/tenants/{tenant.id}"
+    assert gateway.admin.patch(url, json={"disabled": True}).json()["disabled"] is True
+    assert tenant.http.get("/v1/models").status_code == 401
+    gateway.admin.patch(url, json={"disabled": False})
+    assert tenant.http.get("/v1/models").status_code == 200
+    assert gateway.admin.patch("/v1/admin/tenants/operator", json={"disabled": True}).status_code == 409
+    assert gateway.admin.delete("/v1/admin/tenants/operator").status_code == 409
+
+
+def test_a_deleted_tenant_leaves_nothing_but_its_usage(gateway: Gateway, tenant: Tenant) -> None:
+    tenant.upload("birds", 90)
+    tenant.say("birds", max_tokens=3)
+    assert gateway.admin.delete(f"/v1/admin/tenants/{tenant.name}").json()["deleted"] is True
+    assert tenant.http.get("/v1/models").status_code == 401
+    found = gateway.admin.get("/v1/usage?all_tenants=true&group_by=tenant").json()["data"]
+    assert {"tenant": tenant.id} in [each["group"] for each in found]
+
+
+def test_requests_per_minute_are_limited_and_told(make_tenant: Callable[..., Tenant]) -> None:
+    tenant = make_tenant(limits={"requests_per_minute": 3})
+    body = {"model": "base", "prompt": "x", "max_tokens": 1}
+    answers = [tenant.http.post("/v1/completions", json=body) for _ in range(4)]
+    assert [answer.status_code for answer in answers] == [200, 200, 200, 429]
+    assert [a.headers.get("x-ratelimit-remaining-requests") for a in answers[:3]] == ["2", "1", "0"]
+    assert answers[0].headers["x-ratelimit-limit-requests"] == "3"
+    assert int(answers[3].headers["retry-after"]) >= 1
+    with pytest.raises(openai.RateLimitError):
+        tenant.say("base")
+
+
+def test_tokens_are_reserved_before_and_settled_after(engine: FakeEngine, make_tenant: Callable[..., Tenant]) -> None:
+    tenant = make_tenant(limits={"tokens_per_minute": 100})
+    engine.default_tokens = 16
+    body = {"model": "base", "prompt": "x", "max_tokens": 60}
+    first = tenant.http.post("/v1/completions", json=body)
+    assert first.headers["x-ratelimit-remaining-tokens"] == "40"
+    # 1 prompt token and 60 generated ones were used: 39 are left, so 60 more cannot be reserved, and 30 can.
+    assert tenant.http.post("/v1/completions", json=body).status_code == 429
+    assert tenant.http.post("/v1/completions", json=body | {"max_tokens": 30}).status_code == 200
+    spare = make_tenant(limits={"tokens_per_minute": 100})
+    long = "y" * 200  # estimated at 50 tokens, and one word to the engine
+    for _ in range(3):
+        assert spare.http.post("/v1/completions", json=body | {"prompt": long, "max_tokens": 1}).status_code == 200
+
+
+def test_a_keys_own_limits_bind_it_besides_its_tenants(gateway: Gateway, tenant: Tenant) -> None:
+    made = tenant.http.post("/v1/keys", json={"limits": {"requests_per_minute": 1}}).json()["secret"]
+    limited = gateway.http(made)
+    body = {"model": "base", "prompt": "x", "max_tokens": 1}
+    assert [limited.post("/v1/completions", json=body).status_code for _ in range(2)] == [200, 429]
+    assert tenant.http.post("/v1/completions", json=body).status_code == 200
+
+
+def test_requests_at_once_are_limited_and_places_come_back(
+    engine: FakeEngine, make_tenant: Callable[..., Tenant]
+) -> None:
+    tenant = make_tenant(limits={"concurrent_requests": 2})
+    engine.token_seconds = 0.05
+    body = {"model": "base", "prompt": "x", "max_tokens": 10}
+    with ThreadPoolExecutor(4) as pool:
+        codes = list(pool.map(lambda _: tenant.http.post("/v1/completions", json=body).status_code, range(4)))
+    assert sorted(codes) == [200, 200, 429, 429]
+    engine.token_seconds = 0.0
+    assert tenant.http.post("/v1/completions", json=body).status_code == 200
+
+
+def test_choices_and_output_tokens_are_limited(make_tenant: Callable[..., Tenant]) -> None:
+    tenant = make_tenant(limits={"choices": 2, "output_tokens": 10})
+    for options in ({"n": 3}, {"max_tokens": 11}):
+        with pytest.raises(openai.BadRequestError) as caught:
+            tenant.say("base", **options)  # type: ignore[arg-type]
+        assert caught.value.param == next(iter(options))
+
+
+def test_a_tenant_that_floods_does_not_hold_up_another(tmp_path: Path) -> None:
+    """One engine, four places, a flood of 60 requests before one request of another tenant: it is next in line."""
+    with running(tmp_path, in_flight_per_engine=4) as (gateway, (engine,)):
+        loud, quiet = gateway.tenant("loud"), gateway.tenant("quiet")
+        engine.token_seconds = 0.02
+        body = {"model": "base", "prompt": "x", "max_tokens": 5}
+        done: list[str] = []
+
+        def ask(tenant: Tenant) -> None:
+            with gateway.http(tenant.key) as client:
+                assert client.post("/v1/completions", json=body).status_code == 200
+            done.append(tenant.name)
+
+        threads = [threading.Thread(target=ask, args=(loud,)) for _ in range(60)]
+        for thread in threads:
+            thread.start()
+        while engine.running < 4:
+            time.sleep(0.005)
+        time.sleep(0.1)
+        before = len(done)
+        ask(quiet)
+        after = done.index("quiet")
+        for thread in threads:
+            thread.join()
+        assert after - before <= 16
+        assert before < 30

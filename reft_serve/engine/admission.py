@@ -11,11 +11,13 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+from vllm.lora.request import LoRARequest
 from vllm.v1.request import Request
 
 from reft_serve.engine.identity import IDS, Identity, identity_of, with_engine_id
+from reft_serve.errors import ServiceError
 
-__all__ = ["Admission", "admitting", "noting_finished"]
+__all__ = ["Admission", "adding", "admitting", "noting_finished"]
 
 logger = logging.getLogger("vllm.reft_serve")
 
@@ -32,6 +34,7 @@ class Admission:
         self._executor, self._most_idle = executor, idle
         self._unfinished: Counter[str] = Counter()
         self._idle: OrderedDict[str, None] = OrderedDict()
+        self._partly_held: list[str] = []
         # By identity: two strengths of one version are two adapters to a batch.
         self._requests: Counter[Identity] = Counter()
         self._ids: dict[Identity, int] = {}
@@ -40,7 +43,7 @@ class Admission:
         """Have the workers hold the request's adapter, and give the request an id that no other identity has.
 
         Raises:
-            Exception: whatever a worker met; the request must not be scheduled then.
+            ServiceError: what a worker met; the request must not be scheduled then.
         """
         identity = identity_of(request.lora_request)
         if identity is None:
@@ -49,7 +52,13 @@ class Admission:
             del self._idle[identity.digest]
         elif not self._unfinished[identity.digest]:
             released = [self._idle.popitem(last=False)[0] for _ in range(len(self._idle) - self._most_idle)]
-            self._executor.collective_rpc("reft_hold", args=(request.lora_request, released))
+            try:
+                on_every_worker(self._executor, "reft_hold", request.lora_request, released + self._partly_held)
+            except ServiceError:
+                # Other ranks may hold it; they let go of it with the next that is held.
+                self._partly_held = [identity.digest]
+                raise
+            self._partly_held = []
         self._unfinished[identity.digest] += 1
         self._requests[identity] += 1
         if identity not in self._ids:
@@ -102,6 +111,27 @@ def admitting(original: Any) -> Callable[..., None]:
             raise
 
     return add_request
+
+
+def adding(_: Any) -> Callable[..., bool]:
+    """In place of `EngineCore.add_lora`."""
+
+    def add_lora(self: Any, lora_request: LoRARequest) -> bool:
+        on_every_worker(self.model_executor, "reft_add", lora_request)
+        return True
+
+    return add_lora
+
+
+def on_every_worker(executor: Any, method: str, *args: Any) -> None:
+    """Have every worker do something that may fail.
+
+    Raises:
+        ServiceError: with what the first worker said that could not.
+    """
+    fault = next((fault for fault in executor.collective_rpc(method, args=args) if fault is not None), None)
+    if fault is not None:
+        raise ServiceError(fault)
 
 
 def noting_finished(original: Any) -> Callable[..., Any]:

@@ -97,6 +97,7 @@ def _patch_scheduler() -> None:
     for module in (core.kv_cache_utils, core.block_pool, vllm.v1.simple_kv_offload.manager):
         _wrap(module, "generate_block_hash_extra_keys", prefix_cache.with_adapter_keys)
     _wrap(EngineCore, "add_request", admission.admitting)
+    _wrap(EngineCore, "add_lora", admission.adding)
     _wrap(Scheduler, "_free_request", admission.noting_finished)
 
 
@@ -117,3 +118,4 @@ def _patch_workers() -> None:
     _wrap(GPUModelRunner, "_determine_batch_execution_and_padding", runners.dispatching_by_rows)
     WorkerBase.reft_stats = runners.reft_stats
     WorkerBase.reft_hold = runners.reft_hold
+    WorkerBase.reft_add = runners.reft_add

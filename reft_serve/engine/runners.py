@@ -23,7 +23,7 @@ from reft_serve.engine.loras import LoraManager
 from reft_serve.engine.manager import AdapterManager, StepBatch
 from reft_serve.errors import EngineUnsupported
 
-__all__ = ["dispatching_by_rows", "preparing_rows", "reft_hold", "reft_stats", "with_manager"]
+__all__ = ["dispatching_by_rows", "preparing_rows", "reft_add", "reft_hold", "reft_stats", "with_manager"]
 
 
 def with_manager(_: Any) -> Callable[..., nn.Module]:
@@ -136,9 +136,24 @@ class RowAwareLoraState(LoraState):  # type: ignore[misc]  # vllm is not type-ch
         return {request.lora_int_id: request for request in self.lora_requests.values()}
 
 
-def reft_hold(self: Any, request: LoRARequest, released: list[str]) -> None:
-    """Called on every worker when a version gets its first unfinished request."""
-    self.model_runner.lora_manager.hold(request, released)
+def reft_hold(self: Any, request: LoRARequest, released: list[str]) -> str | None:
+    """Called on every worker when a version gets its first unfinished request; answers what went wrong, if anything."""
+    return _fault(self.model_runner.lora_manager.hold, request, released)
+
+
+def reft_add(self: Any, request: LoRARequest) -> str | None:
+    """A worker's `add_lora`, answering what went wrong, if anything."""
+    return _fault(self.add_lora, request)
+
+
+def _fault(call: Callable[..., object], *args: Any) -> str | None:
+    # Answered and not raised: vLLM stops reading at the first rank that raises, and takes what the others say for their
+    # answers to its next call, which may be a step.
+    try:
+        call(*args)
+    except Exception as exc:
+        return str(exc) or type(exc).__name__
+    return None
 
 
 def reft_stats(self: Any) -> dict[str, float]:

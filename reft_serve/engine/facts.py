@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from vllm.config import VllmConfig
+from collections.abc import Iterable
 
-from reft_serve.adapters.manifest import BaseFacts, Limits
+from vllm.config import VllmConfig
+from vllm.distributed.utils import get_pp_indices
+
+from reft_serve.adapters.manifest import BaseFacts, InterventionSpec, Limits, place_of
 from reft_serve.config import EngineSettings
 from reft_serve.interventions.vocabulary import Component
 
-__all__ = ["SETTINGS_KEY", "base_facts", "limits_of", "settings_of"]
+__all__ = ["SETTINGS_KEY", "base_facts", "limits_of", "owner_of", "rank_faults", "settings_of", "share_of"]
 
 SETTINGS_KEY = "reft_serve"
 
@@ -48,3 +51,31 @@ def limits_of(config: VllmConfig) -> Limits:
         max_interventions=settings.max_interventions or 2 * config.model_config.hf_text_config.num_hidden_layers,
         components=frozenset(components),
     )
+
+
+def owner_of(spec: InterventionSpec) -> int:
+    """The layer whose holder makes an edit. The stream that enters a layer is edited where it leaves the one before, which
+    another rank of a pipeline may hold.
+    """
+    number, name = place_of(spec)
+    return max(number - 1, 0) if name == "block" else number
+
+
+def share_of(limits: Limits, layers: int, of: int) -> int:
+    """How many interventions of one adapter a worker with `layers` of the model's layers has room for."""
+    assert limits.max_interventions is not None
+    return -(-limits.max_interventions * layers // of)
+
+
+def rank_faults(config: VllmConfig, specs: Iterable[InterventionSpec]) -> list[str]:
+    """What is wrong with an adapter for this engine's pipeline alone, whose ranks have each a share of the limits."""
+    size, layers = config.parallel_config.pipeline_parallel_size, config.model_config.hf_text_config.num_hidden_layers
+    owners, limits, faults = [owner_of(spec) for spec in specs], limits_of(config), []
+    for start, end in (get_pp_indices(layers, rank, size) for rank in range(size)):
+        here, most = sum(start <= owner < end for owner in owners), share_of(limits, end - start, layers)
+        if here > most:
+            faults.append(
+                f"{here} of its interventions are on one rank of the pipeline (layers {start} to {end - 1}), which has room "
+                f"for {most}: raise REFT_MAX_INTERVENTIONS"
+            )
+    return faults

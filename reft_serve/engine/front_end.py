@@ -15,7 +15,7 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
 
 from reft_serve.adapters.directory import CONFIG, is_adapter, read_adapter
-from reft_serve.engine.facts import base_facts, limits_of, settings_of
+from reft_serve.engine.facts import base_facts, limits_of, rank_faults, settings_of
 from reft_serve.engine.identity import Identity, bound_request, identity_of, with_strength
 from reft_serve.errors import AdapterUnsupported, ClientError
 
@@ -80,6 +80,7 @@ class Binder:
             return self._as_lora(request, path)
         adapter = read_adapter(path, settings_of(self._config).max_adapter_bytes)
         faults = limits_of(self._config).faults(adapter.manifest, base_facts(self._config))
+        faults += rank_faults(self._config, adapter.manifest.interventions)
         if adapter.lora is not None:
             faults += self._lora_faults(path)
         if faults:

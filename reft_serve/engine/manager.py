@@ -24,7 +24,7 @@ from vllm.lora.request import LoRARequest
 
 from reft_serve.adapters.manifest import MAX_PASSES
 from reft_serve.engine.edits import Edits, attach_edits
-from reft_serve.engine.facts import base_facts, limits_of, settings_of
+from reft_serve.engine.facts import base_facts, limits_of, settings_of, share_of
 from reft_serve.engine.identity import FIRST_ID, GENERATED, WITH_LORA, identity_of, lora_id_of
 from reft_serve.engine.loras import LoraManager, lora_half
 from reft_serve.engine.places import decoder_layers, places_of, watch
@@ -68,11 +68,10 @@ class AdapterManager:
         settings, limits, base = settings_of(config), limits_of(config), base_facts(config)
         assert config.lora_config is not None
         assert limits.max_rank is not None
-        assert limits.max_interventions is not None
         slots = config.lora_config.max_loras
         layers = decoder_layers(model, base.num_hidden_layers)
         places = places_of(layers, settings.components)
-        share = -(-limits.max_interventions * len(layers) // base.num_hidden_layers)
+        share = share_of(limits, len(layers), base.num_hidden_layers)
         pool = UnitPool(slots * share, limits.max_rank, base.hidden_size, device)
         table = torch.zeros(len(places), MAX_PASSES, slots * len(Part), dtype=torch.int32, device=device)
         self.edits = Edits(pool, table, config.scheduler_config.max_num_batched_tokens)

@@ -21,6 +21,7 @@ import torch
 from reft_serve.adapters.directory import Adapter, read_version
 from reft_serve.adapters.manifest import MAX_PASSES, BaseFacts, Limits, place_of
 from reft_serve.engine.edits import Edits
+from reft_serve.engine.facts import owner_of
 from reft_serve.engine.identity import Identity
 from reft_serve.engine.places import Place
 from reft_serve.errors import AdapterUnsupported
@@ -159,7 +160,7 @@ class Registry:
         return [
             f"intervention {k} edits {spec.where}, which this model does not have"
             for k, spec in enumerate(adapter.manifest.interventions)
-            if spec.layer in self._layers and place_of(spec) not in self._places
+            if owner_of(spec) in self._layers and place_of(spec) not in self._places
         ]
 
     def _make_room(self, units: int, in_use: Collection[str]) -> None:

@@ -32,12 +32,7 @@ _ADDED_ALREADY = frozenset(
     {
         *("CohereDecoderLayer", "Cohere2MoeDecoderLayer", "CohereCompassDecoderLayer", "Exaone4DecoderLayer"),
         *("HyperCLOVAXDecoderLayer", "MolmoDecoderNormAfterLayer", "Molmo2DecoderNormAfterLayer"),
-        *(
-            "MuseGlimmerDecoderLayer",
-            "PhiMoEDecoderLayer",
-            "StablelmDecoderLayer",
-            "GraniteMoeHybridAttentionDecoderLayer",
-        ),
+        *("MuseGlimmerDecoderLayer", "PhiMoEDecoderLayer", "StablelmDecoderLayer"),
     }
 )
 # Hugging Face's attention and MLP of these add the residual inside, so their outputs are other tensors than vLLM's.

@@ -26,7 +26,7 @@ READY_SECONDS = 180
 class Server:
     """vLLM's own server, started as its users start it, with nothing of ours on the command line."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *arguments: str, ready_seconds: float = READY_SECONDS) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -36,7 +36,7 @@ class Server:
         command = [
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(MODEL), "--served-model-name", "base",
             "--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32", "--enable-lora", "--max-loras", "4",
-            "--lora-modules", f"good={self.good}",
+            "--lora-modules", f"good={self.good}", *arguments,
         ]  # fmt: skip
         settings = {
             "REFT_MAX_RANK": str(MAX_RANK),
@@ -46,7 +46,7 @@ class Server:
         }
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, env=os.environ | settings, stdout=log, stderr=log)
-        deadline = time.monotonic() + READY_SECONDS
+        deadline = time.monotonic() + ready_seconds
         while not self._ready():
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.stop()

@@ -173,7 +173,10 @@ def _show(console: Console, outcome: Outcome, out: Path) -> None:
     from rich.table import Table
 
     table = Table(show_header=False, box=None)
-    table.add_row("adapter", f"{outcome.adapter}, sha256 {outcome.digest}")
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("adapter", f"{outcome.adapter}")
+    table.add_row("sha256", f"{outcome.digest}")
     table.add_row("trained", f"{outcome.parameters:,} parameters, {outcome.share:.4%} of the base's")
     table.add_row("on disk", f"{outcome.size:,} bytes")
     if outcome.best_loss is not None:

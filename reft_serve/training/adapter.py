@@ -11,18 +11,18 @@ from accelerate import PartialState  # type: ignore[import-untyped]
 from transformers import AutoModelForCausalLM, set_seed
 
 from reft_serve.adapters.base_model import read_base_model
-from reft_serve.adapters.directory import Adapter, publish
+from reft_serve.adapters.directory import Adapter, publish, read_adapter
 from reft_serve.adapters.manifest import BaseFacts, InterventionSpec, Manifest
 from reft_serve.adapters.manifest import Part as PartName
-from reft_serve.errors import ClientError
+from reft_serve.errors import AdapterUnsupported, ClientError
 from reft_serve.interventions.kinds import Weights
 from reft_serve.interventions.modules import Intervention
-from reft_serve.interventions.positions import Part
+from reft_serve.interventions.positions import Part, PositionRule
 from reft_serve.training import lora
 from reft_serve.training.hooked import Edit, EditedModel
-from reft_serve.training.plan import AdapterPlan, Plan
+from reft_serve.training.plan import AdapterPlan, DType, Plan
 
-__all__ = ["build", "publish_version"]
+__all__ = ["build", "publish_version", "restore"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PARTS: dict[Part, PartName] = {Part.PREFIX: "prefix", Part.SUFFIX: "suffix"}
@@ -46,6 +46,28 @@ def build(base: Path, plan: Plan) -> EditedModel:
         lm = lora.wrap(lm, plan.lora)
     model = EditedModel(lm, edits, gradient_checkpointing=plan.gradient_checkpointing)
     return model.to(device)
+
+
+def restore(base: Path, path: Path, dtype: DType = "float32") -> tuple[EditedModel, PositionRule]:
+    """A published adapter on its base model, to be evaluated as the trainer does it.
+
+    Raises:
+        AdapterNotFound, AdapterInvalid: it cannot be read. AdapterUnsupported: it edits something that is not trained here.
+    """
+    adapter = read_adapter(path)
+    parts = {name: part for part, name in _PARTS.items()} | {"both": Part.PREFIX}
+    others = {spec.component for spec in adapter.manifest.interventions} - {"block_output"}
+    halves = [spec.part for spec in adapter.manifest.interventions]
+    if others or ("both" in halves and not adapter.manifest.positions.tied):
+        raise AdapterUnsupported(str(path), [f"it edits {', '.join(sorted(others) or ['both halves at once'])}"])
+    lm: Any = AutoModelForCausalLM.from_pretrained(base, dtype=_DTYPES[dtype])
+    if adapter.lora is not None:
+        lm = lora.attach(lm, path)
+    edits = [
+        Edit(spec.layer, parts[spec.part], Intervention.of(weights))
+        for spec, weights in zip(adapter.manifest.interventions, adapter.weights, strict=True)
+    ]
+    return EditedModel(lm, edits).to(PartialState().device).eval(), adapter.manifest.positions
 
 
 def publish_version(

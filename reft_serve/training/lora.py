@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 
 from reft_serve.adapters.lora import Lora, lora_of_tensors
 from reft_serve.training.plan import LoraPlan
 
-__all__ = ["half_of", "wrap"]
+__all__ = ["attach", "half_of", "wrap"]
 
 
 def wrap(lm: Any, plan: LoraPlan) -> Any:
@@ -22,6 +23,11 @@ def wrap(lm: Any, plan: LoraPlan) -> Any:
         task_type="CAUSAL_LM",
     )
     return get_peft_model(lm, config)
+
+
+def attach(lm: Any, path: Path) -> Any:
+    """PEFT's model around `lm`, with the LoRA in an adapter's directory."""
+    return PeftModel.from_pretrained(lm, str(path))
 
 
 def half_of(lm: Any, where: str) -> Lora:

@@ -88,13 +88,14 @@ def train(
         BaseModelInvalid: the base is none that can be edited. AdapterInvalid: training diverged.
     """
     plan.check()
+    objective = _objective(plan, [*items, *held_out])
     started = time.monotonic()
     facts, process = read_base_model(base), PartialState()
     with process.main_process_first():
         if process.is_main_process:
             _claim(out, _asked(facts, plan, items, held_out), resume)
     model = build(base, plan)
-    trainer = _trainer(model, plan, facts, items, held_out, out, watchers)
+    trainer = _trainer(model, plan, facts, objective, items, held_out, out, watchers)
     last = checkpoints.newest(out / "checkpoints")
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
     process.wait_for_everyone()
@@ -108,12 +109,12 @@ def _trainer(
     model: EditedModel,
     plan: Plan,
     facts: BaseFacts,
+    objective: Objective[Any],
     items: Items,
     held_out: Items,
     out: Path,
     watchers: Sequence[Watcher],
 ) -> ReftTrainer[Any]:
-    objective = _objective(plan, items)
     packed = model.can_pack(max(objective.tokens(item) for item in (*items, *held_out)))
     if isinstance(objective, Dpo):
         lay_out = partial(collate, rule=plan.adapter.rule, packed=packed)
@@ -131,7 +132,7 @@ def _trainer(
     return trainer
 
 
-def _objective(plan: Plan, items: Items) -> Objective[Any]:
+def _objective(plan: Plan, items: Sequence[Example | Preference]) -> Objective[Any]:
     wanted = Preference if plan.method == "dpo" else Example
     if not items or not all(isinstance(item, wanted) for item in items):
         sort = "preferences" if plan.method == "dpo" else "examples"

@@ -6,12 +6,14 @@ import os
 import socket
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-__all__ = ["EngineSettings", "GatewaySettings", "ServeSettings", "TenantLimits", "child_environment"]
+from reft_serve.errors import ServiceError
+
+__all__ = ["EngineSettings", "GatewaySettings", "ServeSettings", "TenantLimits", "child_environment", "read_settings"]
 
 
 class EngineSettings(BaseSettings):
@@ -54,18 +56,29 @@ class ServeSettings(BaseSettings):
     vllm_cpu_kvcache_space: str | None = Field(default=None, description="GiB of KV cache on a machine without a GPU.")
 
 
+def _not_a_truth(value: object) -> object:
+    if isinstance(value, (bool, float)):
+        raise ValueError("it must be a whole number")
+    return value
+
+
+# Strings are taken, as the environment has nothing else.
+_Count = Annotated[int, Field(ge=0, le=10**15), BeforeValidator(_not_a_truth)]
+_AtLeastOne = Annotated[int, Field(ge=1, le=10**15), BeforeValidator(_not_a_truth)]
+
+
 class TenantLimits(BaseModel):
     """What one tenant, or one key, may use; None sets no limit."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    requests_per_minute: int | None = Field(default=None, ge=1, le=10**9)
-    tokens_per_minute: int | None = Field(default=None, ge=1, le=10**12)
-    concurrent_requests: int | None = Field(default=None, ge=1, le=10**6)
-    adapters: int | None = Field(default=None, ge=0, le=10**9)
-    storage_bytes: int | None = Field(default=None, ge=0, le=10**18)
-    choices: int | None = Field(default=None, ge=1, le=1024, description="Largest `n` of a request.")
-    output_tokens: int | None = Field(default=None, ge=1, le=10**9, description="Largest `max_tokens` of a request.")
+    requests_per_minute: _AtLeastOne | None = None
+    tokens_per_minute: _AtLeastOne | None = None
+    concurrent_requests: _AtLeastOne | None = None
+    adapters: _Count | None = None
+    storage_bytes: _Count | None = None
+    choices: _AtLeastOne | None = Field(default=None, description="Largest `n` of a request.")
+    output_tokens: _AtLeastOne | None = Field(default=None, description="Largest `max_tokens` of a request.")
 
 
 class GatewaySettings(BaseSettings):
@@ -116,6 +129,19 @@ class GatewaySettings(BaseSettings):
     def engine_urls(self) -> tuple[str, ...]:
         """The engines, one by one."""
         return tuple(url.strip().rstrip("/") for url in self.engines.split(",") if url.strip())
+
+
+def read_settings() -> GatewaySettings:
+    """A gateway's settings from the environment.
+
+    Raises:
+        ServiceError: one of them cannot be used; the message names its variable.
+    """
+    try:
+        return GatewaySettings()
+    except ValidationError as exc:
+        wrong = "; ".join(f"REFT_{'__'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in exc.errors())
+        raise ServiceError(f"a setting in the environment cannot be used: {wrong}") from exc
 
 
 def child_environment(changes: Mapping[str, str]) -> dict[str, str]:

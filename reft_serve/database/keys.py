@@ -12,7 +12,7 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from reft_serve.database.models import Key, Tenant, new_id, now_ms
-from reft_serve.errors import NotFound, RequestInvalid
+from reft_serve.errors import NotAllowed, NotFound
 
 __all__ = [
     "ROLES",
@@ -70,14 +70,12 @@ async def create_key(
     """Make a key: (its row, its secret, which nobody can see again).
 
     Raises:
-        RequestInvalid: a scope that the role does not have, or an end in the past.
+        NotAllowed: a scope that the role does not have.
     """
     chosen = None if scopes is None else sorted(set(scopes))
     beyond = set(chosen or ()) - ROLES[role]
     if beyond:
-        raise RequestInvalid(f"a key of role {role} cannot have the scopes {', '.join(sorted(beyond))}", "scopes")
-    if expires_ms is not None and expires_ms <= now_ms():
-        raise RequestInvalid("the key would have expired already", "expires_at")
+        raise NotAllowed(f"a key of role {role} cannot have the scopes {', '.join(sorted(beyond))}")
     secret = _START + secrets.token_urlsafe(32)
     key = Key(
         id=new_id("key"), tenant=tenant, name=name, prefix=secret[:_SHOWN], digest=digest_of_secret(secret),

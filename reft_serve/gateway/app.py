@@ -8,10 +8,11 @@ import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from reft_serve import __version__
 from reft_serve.adapters.store import AdapterStore
@@ -128,9 +129,13 @@ async def _invalid(_: Any, exc: Exception) -> JSONResponse:
     return answers.from_validation(exc)
 
 
-async def _http(_: Any, exc: Exception) -> JSONResponse:
+async def _http(request: Request, exc: Exception) -> JSONResponse:
     assert isinstance(exc, HTTPException)
-    return answers.from_http(exc)
+    found = answers.from_http(exc)
+    if exc.status_code == 405:  # the framework names the methods of one route only, and a path may have several
+        same = (route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE)
+        found.headers["allow"] = ", ".join(sorted({method for route in same for method in route.methods}))
+    return found
 
 
 def _document_keys(app: FastAPI) -> None:

@@ -8,22 +8,22 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 __all__ = ["ChatBody", "CompletionBody", "EmbeddingBody", "InferenceBody", "ResponseBody"]
 
 _Name = Annotated[str, Field(min_length=1, max_length=512)]
 _Penalty = Annotated[float, Field(ge=-2, le=2)]
 _Count = Annotated[int, Field(ge=1, le=1 << 24)]
-_Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
+# Whole numbers beyond 2**53 are not the same to every JSON reader.
+_Seed = Annotated[int, Field(ge=-(1 << 53), le=1 << 53)]
 _Token = Annotated[int, Field(ge=0, lt=1 << 31)]
 _Stop = str | Annotated[list[str], Field(max_length=16)]
 _Object = dict[str, Any]
-_TEXT_PARTS = {"text", "refusal", "input_text", "output_text"}
 
 
 class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class InferenceBody(_Body):
@@ -84,19 +84,21 @@ class CompletionBody(_Generation):
     best_of: Annotated[int, Field(ge=1, le=1)] | None = Field(default=None, exclude=True)
 
 
+class _TextPart(BaseModel):
+    """A part of a message. Text alone: an engine would fetch what other kinds name."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["text", "refusal"]
+    text: str | None = None
+    refusal: str | None = None
+
+
 class _Message(BaseModel):
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", strict=True)
 
     role: Literal["developer", "system", "user", "assistant", "tool", "function"]
-    content: str | list[_Object] | None = None
-
-    @field_validator("content")
-    @classmethod
-    def _text_only(cls, content: str | list[_Object] | None) -> str | list[_Object] | None:
-        for part in content if isinstance(content, list) else ():
-            if part.get("type") not in _TEXT_PARTS:
-                raise ValueError(f"parts of type {str(part.get('type'))[:40]!r} are not taken here; text is")
-        return content
+    content: str | list[_TextPart] | None = None
 
 
 class ChatBody(_Generation):
@@ -114,10 +116,22 @@ class ChatBody(_Generation):
     store: Literal[False] | None = Field(default=None, exclude=True)
 
 
+class _InputPart(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    type: Literal["input_text", "output_text", "refusal", "summary_text", "reasoning_text"]
+
+
+class _InputItem(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    content: str | list[_InputPart] | None = None
+
+
 class ResponseBody(_Sampling):
     """POST /v1/responses. Nothing is stored, so there is no `previous_response_id`."""
 
-    input: str | Annotated[list[_Object], Field(min_length=1, max_length=4096)]
+    input: str | Annotated[list[_InputItem], Field(min_length=1, max_length=4096)]
     instructions: str | None = None
     max_output_tokens: _Count | None = None
     tools: Annotated[list[_Object], Field(max_length=256)] | None = None
@@ -129,16 +143,6 @@ class ResponseBody(_Sampling):
     truncation: Literal["auto", "disabled"] | None = None
     include: list[str] | None = None
     store: bool | None = None
-
-    @field_validator("input")
-    @classmethod
-    def _text_only(cls, given: str | list[_Object]) -> str | list[_Object]:
-        for item in given if isinstance(given, list) else ():
-            parts = item.get("content")
-            for part in parts if isinstance(parts, list) else ():
-                if not isinstance(part, dict) or part.get("type") not in _TEXT_PARTS:
-                    raise ValueError("only text is taken here")
-        return given
 
 
 class EmbeddingBody(InferenceBody):

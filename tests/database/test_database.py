@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError
 from reft_serve.database import adapters, audit, keys, resolution, tenants, usage
 from reft_serve.database.connection import Database, migrate
 from reft_serve.database.models import Base, Key, Tenant, Usage, Version, now_ms
-from reft_serve.errors import Conflict, DatabaseUnusable, NotFound, RequestInvalid
+from reft_serve.errors import Conflict, DatabaseUnusable, NotAllowed, NotFound, RequestInvalid
 
 pytestmark = pytest.mark.anyio
 
@@ -147,7 +147,7 @@ async def test_a_key_ends_when_it_is_revoked_expires_or_its_tenant_is_disabled(d
 
 async def test_a_key_cannot_have_more_scopes_than_its_role(database: Database) -> None:
     tenant = await make_tenant(database, "acme")
-    with pytest.raises(RequestInvalid, match="admin"):
+    with pytest.raises(NotAllowed, match="admin"):
         async with database.writing() as session:
             await keys.create_key(session, tenant, "owner", scopes=["admin"])
 

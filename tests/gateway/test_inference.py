@@ -122,9 +122,9 @@ def test_what_could_touch_other_requests_is_refused(
 @pytest.mark.parametrize("kind", ["image_url", "input_audio", "video_url", "file"])
 def test_no_engine_is_made_to_fetch_anything(tenant: Tenant, kind: str) -> None:
     parts = [{"type": "text", "text": "x"}, {"type": kind, kind: {"url": "http://127.0.0.1:1/secret"}}]
-    with pytest.raises(openai.BadRequestError, match="text is"):
+    with pytest.raises(openai.BadRequestError, match="content"):
         tenant.openai.chat.completions.create(model="base", messages=[{"role": "user", "content": parts}])  # type: ignore[list-item, misc]
-    with pytest.raises(openai.BadRequestError, match="only text"):
+    with pytest.raises(openai.BadRequestError, match="content"):
         tenant.openai.responses.create(model="base", input=[{"role": "user", "content": parts}])  # type: ignore[list-item, misc]
 
 

@@ -43,7 +43,9 @@ async def upload(
     caller: _Caller,
     services: _Services,
     name: Annotated[str, Form(pattern=ADAPTER_NAME)],
-    files: Annotated[list[UploadFile], File(description="The adapter's files, or one .tar, .tar.gz or .zip of them.")],
+    files: Annotated[
+        list[UploadFile], File(min_length=1, description="The adapter's files, or one .tar, .tar.gz or .zip of them.")
+    ],
     alias: Annotated[str | None, Form(pattern=ALIAS_NAME, description="An alias to point at the new version.")] = None,
 ) -> VersionOut:
     """Publish a new version of an adapter; the first one makes the adapter. It can be called when this returns."""

@@ -11,7 +11,7 @@ from reft_serve.database import audit, keys
 from reft_serve.database.keys import Principal
 from reft_serve.database.models import now_ms
 from reft_serve.database.tenants import find_tenant
-from reft_serve.errors import NotAllowed
+from reft_serve.errors import Conflict, NotAllowed
 from reft_serve.gateway.edge import caller_of, requires
 from reft_serve.gateway.routes.actors import actor_of
 from reft_serve.gateway.schemas import KeyIn, KeyOut, ListOf, NewKeyOut, TenantOut
@@ -53,6 +53,8 @@ async def revoke(key: _Key, request: Request, caller: _Caller, services: _Servic
     """End a key's life at once."""
     async with services.database.writing() as session:
         found = await keys.find_key(session, caller.tenant_id, key)
+        if found.id == caller.key_id:
+            raise Conflict("a key does not revoke itself: use another one, or rotate it")
         _check_rank(caller, found.role)
         keys.revoke_key(found)
         audit.record(session, actor_of(request), "key.revoke", key, caller.tenant_id)

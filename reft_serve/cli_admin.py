@@ -1,0 +1,225 @@
+"""`reft-serve admin`: the operator's hand on the gateway's database, with or without a gateway running."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncSession
+
+    from reft_serve.database.connection import Database
+
+__all__ = ["app"]
+
+_T = TypeVar("_T")
+app = typer.Typer(
+    no_args_is_help=True, help="Tenants, keys and usage, straight in the database that REFT_DATABASE names."
+)
+tenant = typer.Typer(no_args_is_help=True, help="Make, list, limit, disable and enable tenants.")
+key = typer.Typer(no_args_is_help=True, help="Make, list and revoke API keys.")
+app.add_typer(tenant, name="tenant")
+app.add_typer(key, name="key")
+
+_Name = Annotated[str, typer.Argument(metavar="TENANT", help="A tenant's name or id.")]
+_Limits = Annotated[
+    str, typer.Option("--limits", metavar="JSON", help='For instance {"requests_per_minute": 60}; {} for the defaults.')
+]
+
+
+@app.command()
+def migrate() -> None:
+    """Bring the database to the schema of this version."""
+
+    async def migrated(_: AsyncSession) -> None:
+        return None
+
+    _do(migrated)
+    typer.echo("the database is up to date")
+
+
+@tenant.command("create")
+def create_tenant(name: _Name, limits: _Limits = "{}") -> None:
+    """Make a tenant."""
+
+    async def create(session: AsyncSession) -> str:
+        from reft_serve.database import audit, tenants
+
+        made = await tenants.create_tenant(session, name, _limits(limits))
+        audit.record(session, audit.Actor(), "tenant.create", name, made.id)
+        return made.id
+
+    typer.echo(_do(create))
+
+
+@tenant.command("list")
+def list_tenants() -> None:
+    """Every tenant: name, id, state, limits."""
+
+    async def listed(session: AsyncSession) -> list[str]:
+        from reft_serve.database import tenants
+
+        found = await tenants.list_tenants(session)
+        return [
+            f"{each.name}\t{each.id}\t{'disabled' if each.disabled_ms else 'enabled'}\t{json.dumps(each.limits)}"
+            for each in found
+        ]
+
+    for line in _do(listed):
+        typer.echo(line)
+
+
+@tenant.command("limit")
+def limit_tenant(name: _Name, limits: _Limits) -> None:
+    """Replace a tenant's limits."""
+    _change(name, "limits", lambda found: setattr(found, "limits", _limits(limits)))
+
+
+@tenant.command("disable")
+def disable_tenant(name: _Name) -> None:
+    """Shut a tenant out; nothing of it is deleted."""
+    from reft_serve.database.models import now_ms
+
+    _change(name, "disable", lambda found: setattr(found, "disabled_ms", now_ms()))
+
+
+@tenant.command("enable")
+def enable_tenant(name: _Name) -> None:
+    """Let a tenant in again."""
+    _change(name, "enable", lambda found: setattr(found, "disabled_ms", None))
+
+
+@key.command("create")
+def create_key(
+    name: _Name,
+    role: Annotated[str, typer.Option(help="admin, owner or inference.")] = "owner",
+    label: Annotated[str, typer.Option(help="What the key is for.")] = "",
+    days: Annotated[int | None, typer.Option(min=1, help="Days until it expires.")] = None,
+) -> None:
+    """Make a key and print its secret, which nobody can see again."""
+
+    async def create(session: AsyncSession) -> str:
+        from reft_serve.database import audit, keys, tenants
+        from reft_serve.database.models import now_ms
+        from reft_serve.errors import RequestInvalid
+
+        if role not in keys.ROLES:
+            raise RequestInvalid(f"--role {role[:40]!r} is not one of {', '.join(keys.ROLES)}")
+        found = await tenants.find_tenant(session, name)
+        expires = None if days is None else now_ms() + days * 86_400_000
+        made, secret = await keys.create_key(session, found, role, label, expires_ms=expires)  # type: ignore[arg-type]
+        audit.record(session, audit.Actor(), "key.create", made.id, found.id, role=role, name=label)
+        return secret
+
+    typer.echo(_do(create))
+
+
+@key.command("list")
+def list_keys(name: _Name) -> None:
+    """A tenant's keys: id, prefix, role, state, name."""
+
+    async def listed(session: AsyncSession) -> list[str]:
+        from reft_serve.database import keys, tenants
+
+        found = await keys.list_keys(session, (await tenants.find_tenant(session, name)).id)
+        state = {each.id: "revoked" if each.revoked_ms else "valid" for each in found}
+        return [f"{each.id}\t{each.prefix}...\t{each.role}\t{state[each.id]}\t{each.name}" for each in found]
+
+    for line in _do(listed):
+        typer.echo(line)
+
+
+@key.command("revoke")
+def revoke_key(name: _Name, key_id: Annotated[str, typer.Argument(metavar="KEY", help="The key's id.")]) -> None:
+    """End a key's life; running gateways notice within REFT_CACHE_SECONDS."""
+
+    async def revoke(session: AsyncSession) -> None:
+        from reft_serve.database import audit, keys, tenants
+
+        found = await tenants.find_tenant(session, name)
+        keys.revoke_key(await keys.find_key(session, found.id, key_id))
+        audit.record(session, audit.Actor(), "key.revoke", key_id, found.id)
+
+    _do(revoke)
+
+
+@app.command()
+def usage(
+    days: Annotated[int, typer.Option(min=1, help="How far back.")] = 30,
+    bucket: Annotated[str, typer.Option(help="day or hour.")] = "day",
+) -> None:
+    """Requests and tokens of every tenant, as tab-separated lines."""
+
+    async def summed(session: AsyncSession) -> list[str]:
+        from reft_serve.database import usage as ledger
+        from reft_serve.database.models import now_ms
+        from reft_serve.errors import RequestInvalid
+
+        if bucket not in ledger.BUCKETS:
+            raise RequestInvalid(f"--bucket {bucket[:40]!r} is not one of {', '.join(ledger.BUCKETS)}")
+        end = now_ms() + 1
+        start = end - days * ledger.BUCKETS["day"]
+        found = await ledger.totals(
+            session, tenant_id=None, start_ms=start, end_ms=end, bucket=bucket, group_by=["tenant", "model"]
+        )
+        return [
+            f"{(t.start_ms or 0) // 1000}\t{t.group['tenant']}\t{t.group['model']}\t{t.requests}\t{t.prompt_tokens}"
+            f"\t{t.cached_tokens}\t{t.completion_tokens}"
+            for t in found
+        ]
+
+    typer.echo("start\ttenant\tmodel\trequests\tprompt_tokens\tcached_tokens\tcompletion_tokens")
+    for line in _do(summed):
+        typer.echo(line)
+
+
+def _limits(text: str) -> dict[str, Any]:
+    from pydantic import ValidationError
+
+    from reft_serve.config import TenantLimits
+    from reft_serve.errors import RequestInvalid
+
+    try:
+        return TenantLimits.model_validate_json(text).model_dump(exclude_none=True)
+    except ValidationError as exc:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'it'}: {e['msg']}" for e in exc.errors())
+        raise RequestInvalid(f"--limits cannot be used: {wrong}") from exc
+
+
+def _change(name: str, what: str, change: Callable[[Any], None]) -> None:
+    async def changed(session: AsyncSession) -> None:
+        from reft_serve.database import audit, tenants
+
+        found = await tenants.find_tenant(session, name)
+        change(found)
+        audit.record(session, audit.Actor(), f"tenant.{what}", found.name, found.id)
+
+    _do(changed)
+
+
+def _do(work: Callable[[AsyncSession], Awaitable[_T]]) -> _T:
+    """Do this in one transaction of the database, brought up to date."""
+
+    async def done() -> _T:
+        async with _database() as database, database.writing() as session:
+            return await work(session)
+
+    return asyncio.run(done())
+
+
+@asynccontextmanager
+async def _database() -> AsyncIterator[Database]:
+    from reft_serve.config import read_settings
+    from reft_serve.database.connection import Database, migrate
+
+    database = Database(read_settings().database)
+    try:
+        await migrate(database)
+        yield database
+    finally:
+        await database.close()

@@ -1,0 +1,172 @@
+"""`reft-serve up`: engine and gateway on this machine with one command, watched over until Ctrl-C."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["SETTINGS", "up"]
+
+SETTINGS = {"ignore_unknown_options": True, "allow_extra_args": True}
+_DEMO = Path(__file__).parent / "demo" / "model"
+_STEADY_SECONDS, _LONGEST_PAUSE = 60.0, 30.0
+_TENANT = "default"
+
+
+@dataclass(eq=False)
+class _Child:
+    """A process that is started again, after a pause that grows, whenever it ends by itself."""
+
+    name: str
+    command: Sequence[str]
+    environment: dict[str, str]
+    process: asyncio.subprocess.Process | None = field(default=None, init=False)
+    stopping: bool = field(default=False, init=False)
+
+    async def keep(self) -> None:
+        """Run it until `stop`."""
+        pause = 1.0
+        while not self.stopping:
+            begun = time.monotonic()
+            # A session of its own: Ctrl-C reaches us alone, and we end the children in their order.
+            self.process = await asyncio.create_subprocess_exec(
+                *self.command, env=self.environment, start_new_session=True
+            )
+            code = await self.process.wait()
+            if self.stopping:
+                return
+            pause = 1.0 if time.monotonic() - begun > _STEADY_SECONDS else min(2 * pause, _LONGEST_PAUSE)
+            _say(f"{self.name} ended with code {code}; starting it again in {pause:.0f} s")
+            await asyncio.sleep(pause)
+
+    async def stop(self, patience: float) -> None:
+        """Ask it to end, and make it end."""
+        self.stopping = True
+        process = self.process
+        if process is None:
+            return
+        if process.returncode is None:
+            process.terminate()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), patience)
+        with contextlib.suppress(ProcessLookupError):  # what it left in its session
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def up(
+    context: typer.Context,
+    model: Annotated[
+        str, typer.Argument(metavar="[MODEL]", help="The base model; the small one shipped with us.")
+    ] = str(_DEMO),
+    data: Annotated[Path, typer.Option(metavar="DIR", help="Where the database and the adapters lie.")] = Path(
+        "~/.local/share/reft-serve"
+    ),
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8080,
+    name: Annotated[str, typer.Option("--name", help="What the base model is called in public.")] = "base",
+) -> None:
+    """Serve MODEL with everything on this machine: SQLite, a local store, one engine, the gateway. Other flags go to vLLM."""
+    folder = data.expanduser().resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="reft-") as run:
+        sys.exit(
+            asyncio.run(_run(_children(context.args, model, folder, host, port, name, Path(run)), host, port, folder))
+        )
+
+
+def _children(
+    passed: Sequence[str], model: str, folder: Path, host: str, port: int, name: str, run: Path
+) -> list[_Child]:
+    from reft_serve.config import child_environment
+
+    socket = run / "engine.sock"  # private to this user, and short: such paths have at most 107 bytes
+    settings = {
+        "REFT_DATABASE": f"sqlite:///{folder / 'reft.db'}",
+        "REFT_STORE": str(folder / "adapters"),
+        "REFT_ENGINES": f"unix:{socket}",
+        "REFT_BASE_MODEL": name,
+    }
+    flags = [flag for flag in ("--enable-lora",) if flag not in passed]
+    if not any(flag.startswith("--max-loras") for flag in passed):
+        flags += ["--max-loras", "16"]
+    serve = [str(Path(sys.executable).with_name("reft-serve")), "serve", model, "--uds", str(socket), *flags, *passed]
+    ours = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    quiet = {"REFT_LORA": "off", "VLLM_LOGGING_LEVEL": "WARNING"}
+    given = child_environment({})
+    engine = {**quiet, **given, **ours}
+    gateway = [sys.executable, "-m", "reft_serve.cli_gateway", "--host", host, "--port", str(port)]
+    return [_Child("engine", serve, engine), _Child("gateway", gateway, {**given, **settings})]
+
+
+async def _run(children: list[_Child], host: str, port: int, folder: Path) -> int:
+    begun = time.monotonic()
+    await _first_key(folder)
+    ending = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, ending.set)
+    kept = [asyncio.create_task(child.keep()) for child in children]
+    telling = asyncio.create_task(_tell_when_ready(host, port, begun))
+    _say("starting the engine and the gateway; the first start of a model takes longest")
+    await ending.wait()
+    _say("shutting down: requests under way may finish")
+    telling.cancel()
+    for child in reversed(children):  # the gateway first, so that what it has begun still finds its engine
+        await child.stop(patience=40.0)
+    for task in kept:
+        task.cancel()
+    await asyncio.gather(*kept, telling, return_exceptions=True)
+    return 0
+
+
+async def _first_key(folder: Path) -> None:
+    """At the very first start, make a tenant and an admin's key, and show the key."""
+    from reft_serve.database import audit, keys, tenants
+    from reft_serve.database.connection import Database, migrate
+
+    database = Database(f"sqlite:///{folder / 'reft.db'}")
+    try:
+        await migrate(database)
+        async with database.writing() as session:
+            if await tenants.list_tenants(session):
+                return
+            tenant = await tenants.create_tenant(session, _TENANT)
+            key, secret = await keys.create_key(session, tenant, "admin", "first")
+            audit.record(session, audit.Actor(), "key.create", key.id, tenant.id, role="admin", name="first")
+    finally:
+        await database.close()
+    # Not with the log, which others may read.
+    typer.echo(f"Your admin key, shown this once:\n\n    {secret}\n")
+
+
+async def _tell_when_ready(host: str, port: int, begun: float) -> None:
+    import httpx
+
+    url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"  # noqa: S104 - compared, not bound
+    async with httpx.AsyncClient(trust_env=False, timeout=5) as client:
+        while True:
+            with contextlib.suppress(httpx.HTTPError):
+                if (await client.get(f"{url}/health/ready")).status_code == 200:
+                    break
+            await asyncio.sleep(0.2)
+    _say(f"ready after {time.monotonic() - begun:.0f} s: OpenAI clients use base_url={url}/v1")
+
+
+def _say(sentence: str) -> None:
+    typer.echo(f"reft-serve: {sentence}", err=True)
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False)
+    app.command(context_settings=SETTINGS)(up)
+    app()

@@ -1,0 +1,171 @@
+"""The gateway as a process: what it needs to start, what it logs, and what it leaves when it is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from reft_serve.gateway.fake_engine import FakeEngine
+from tests.gateway.harness import Gateway, Served
+from tests.gateway.test_inference import wait_for
+
+_WITHOUT = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"torch", "vllm", "transformers", "numpy", "safetensors", "peft"}:
+            raise ModuleNotFoundError(f"{name} is not installed here", name=name)
+
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@contextmanager
+def process(
+    folder: Path, engine: str, before: str = "", **settings: str
+) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A gateway process over an engine; `before` is Python that runs first."""
+    port = free_port()
+    given = {
+        "REFT_DATABASE": f"sqlite:///{folder / 'reft.db'}", "REFT_STORE": str(folder / "store"), "REFT_ENGINES": engine,
+        "REFT_GATEWAY_NAME": "test", "REFT_PROBE_SECONDS": "0.2", **settings,
+    }  # fmt: skip
+    code = f"{before}\nimport runpy, sys\nsys.argv[1:] = ['--port', '{port}']\n"
+    code += "runpy.run_module('reft_serve.cli_gateway', run_name='__main__')"
+    with (folder / "gateway.log").open("ab") as log:
+        running = subprocess.Popen([sys.executable, "-c", code], env=os.environ | given, stdout=log, stderr=log)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                if httpx.get(f"{url}/health/ready", trust_env=False).status_code == 200:
+                    break
+            except httpx.HTTPError:
+                pass
+            assert running.poll() is None, (folder / "gateway.log").read_text()
+            assert time.monotonic() < deadline, (folder / "gateway.log").read_text()
+            time.sleep(0.05)
+        yield running, url
+    finally:
+        if running.poll() is None:
+            running.terminate()
+            running.wait(20)
+
+
+@pytest.fixture
+def served() -> Iterator[tuple[FakeEngine, str]]:
+    engine = FakeEngine()
+    server = Served(engine.app)
+    yield engine, server.url
+    server.stop()
+
+
+@pytest.fixture
+def key(tmp_path: Path) -> str:
+    """An admin's key in the database that `process` uses."""
+    prepared = Gateway(tmp_path, "http://127.0.0.1:1")
+    prepared.stop()
+    return prepared.admin_key
+
+
+def test_it_starts_answers_and_logs_json_without_torch_vllm_or_transformers(
+    tmp_path: Path, served: tuple[FakeEngine, str], key: str
+) -> None:
+    with process(tmp_path, served[1], _WITHOUT) as (_, url):
+        headers = {"authorization": f"Bearer {key}"}
+        answer = httpx.post(
+            f"{url}/v1/completions", json={"model": "base", "prompt": "private words"}, headers=headers, trust_env=False
+        )
+        assert answer.status_code == 200
+        log = (tmp_path / "gateway.log").read_text()
+    lines = [json.loads(line) for line in log.splitlines()]
+    (line,) = [line for line in lines if line.get("path") == "/v1/completions"]
+    assert line["request_id"] == answer.headers["x-request-id"]
+    assert (line["status"], line["tenant"], line["level"]) == (200, "operator", "info")
+    assert key not in log
+    assert "private words" not in log
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "phrase"),
+    [
+        ("REFT_DATABASE", "mysql://x", "sqlite:///PATH"), ("REFT_QUEUE_SECONDS", "-1", "REFT_QUEUE_SECONDS"),
+        ("REFT_DATABASE", "postgresql://u:hidden@127.0.0.1:1/x", "cannot be used"), ("REFT_STORE", "/proc/x", "store"),
+    ],
+)  # fmt: skip
+def test_a_setting_that_cannot_be_used_is_told_at_start(tmp_path: Path, name: str, value: str, phrase: str) -> None:
+    settings = {"REFT_DATABASE": f"sqlite:///{tmp_path}/x.db", "REFT_STORE": str(tmp_path / "store"), name: value}
+    command = [sys.executable, "-m", "reft_serve.cli_gateway", "--port", str(free_port())]
+    ended = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode != 0
+    assert phrase in ended.stderr
+    assert "hidden" not in ended.stderr
+
+
+def test_killed_in_the_middle_of_streams_it_loses_and_doubles_no_record(
+    tmp_path: Path, served: tuple[FakeEngine, str], key: str
+) -> None:
+    """Each round: streams at different stages, kill -9, a new process; every request that began is counted once."""
+    engine, engine_url = served
+    engine.token_seconds = 0.01
+    headers = {"authorization": f"Bearer {key}"}
+    begun: list[str] = []
+    finished: list[str] = []
+    for _ in range(2):
+        with process(tmp_path, engine_url) as (running, url), httpx.Client(trust_env=False, headers=headers) as client:
+            done = _streams(client, url, 12, 5)
+            finished += done
+            begun += done
+            opened = [_open(client, url, 500) for _ in range(20)]
+            begun += [response.headers["x-request-id"] for response, _ in opened]
+            running.send_signal(signal.SIGKILL)
+            running.wait()
+            for _, rest in opened:
+                with pytest.raises(httpx.HTTPError):
+                    list(rest)
+        wait_for(lambda: engine.running == 0)
+    with process(tmp_path, engine_url) as (_, url):
+        found = httpx.get(f"{url}/v1/usage?group_by=status", headers=headers, trust_env=False).json()["data"]
+        rows = {each["group"]["status"]: each for each in found}
+    assert rows["completed"]["requests"] == len(finished) == 24
+    assert rows["completed"]["completion_tokens"] == 24 * 5
+    assert rows["interrupted"]["requests"] == 40
+    assert len(set(begun)) == 64
+
+
+def _open(client: httpx.Client, url: str, tokens: int) -> tuple[httpx.Response, Iterator[bytes]]:
+    body = {"model": "base", "prompt": "x", "max_tokens": tokens, "stream": True}
+    response = client.send(client.build_request("POST", f"{url}/v1/completions", json=body), stream=True)
+    rest = response.iter_raw()
+    next(rest)
+    return response, rest
+
+
+def _streams(client: httpx.Client, url: str, count: int, tokens: int) -> list[str]:
+    done = []
+    for _ in range(count):
+        body: dict[str, Any] = {"model": "base", "prompt": "x", "max_tokens": tokens, "stream": True}
+        answer = client.post(f"{url}/v1/completions", json=body)
+        assert answer.text.endswith("data: [DONE]\n\n")
+        done.append(answer.headers["x-request-id"])
+    return done

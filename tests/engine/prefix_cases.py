@@ -109,7 +109,7 @@ def works(draw: st.DrawFn, widest: int = 24) -> Work:
         Ask,
         adapter=st.one_of(st.none(), numbers, numbers),
         stem=st.integers(0, len(STEMS) - 1),
-        length=st.one_of(st.integers(1, 200), st.sampled_from([32, 33, 64, 65, 96, 97, 130, 160])),
+        length=st.one_of(st.integers(1, 200), st.sampled_from([33, 40, 52, 64, 65, 96, 97, 160])),
         follows=st.none() | st.integers(0, 4 * widest),
         salt=st.sampled_from([None, None, None, None, "a", "b"]),
         strength=st.sampled_from([1.0, 1.0, 1.0, 1.0, 0.5, 0.5, -1.5, 0.0]),

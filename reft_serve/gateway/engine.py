@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import ssl
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -28,11 +29,43 @@ def engine_name(digest: str) -> str:
     return NAME_PREFIX + hashlib.sha256(f"engine name of {digest}".encode()).hexdigest()[:32]
 
 
+class _Connections:
+    """Connections to one engine, each a pool of one.
+
+    httpx's own pool looks at all of its connections, each against all, for every request: at 16 requests at once that is
+    most of a request's cost, at 256 it is prohibitive (encode/httpcore `_assign_requests_to_connections`).
+    """
+
+    def __init__(self, url: str, socket: str | None) -> None:
+        self._socket = socket
+        self._verify: ssl.SSLContext | bool = ssl.create_default_context() if url.startswith("https:") else False
+        self._free: list[httpx.AsyncHTTPTransport] = []
+
+    def take(self) -> httpx.AsyncHTTPTransport:
+        """A connection of one's own; the one that was used last, so that the others can run out."""
+        if self._free:
+            return self._free.pop()
+        # Less than the 5 s after which engines close an idle connection: else a request could meet the closing.
+        limits = httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=3.0)
+        return httpx.AsyncHTTPTransport(verify=self._verify, trust_env=False, uds=self._socket, limits=limits)
+
+    def give_back(self, connection: httpx.AsyncHTTPTransport) -> None:
+        """Let others use it."""
+        self._free.append(connection)
+
+    async def close(self) -> None:
+        """Close those that nobody uses."""
+        while self._free:
+            await self._free.pop().aclose()
+
+
 class Upstream:
     """An answer that has begun: its status and its bytes."""
 
-    def __init__(self, response: httpx.Response) -> None:
-        self._response = response
+    def __init__(
+        self, response: httpx.Response, connection: httpx.AsyncHTTPTransport, connections: _Connections
+    ) -> None:
+        self._response, self._connection, self._connections = response, connection, connections
         self.status = response.status_code
         self.is_stream = response.headers.get("content-type", "").startswith("text/event-stream")
 
@@ -58,7 +91,10 @@ class Upstream:
 
     async def close(self) -> None:
         """End the connection; a request that is not finished is cancelled in the engine."""
-        await self._response.aclose()
+        try:
+            await self._response.aclose()
+        finally:
+            self._connections.give_back(self._connection)
 
 
 class Engine:
@@ -75,14 +111,13 @@ class Engine:
         self._loaded: set[str] = set()
         self._loading: dict[str, asyncio.Lock] = {}
         socket = url.removeprefix("unix:") if url.startswith("unix:") else None
+        self._headers = {} if key is None else {"authorization": f"Bearer {key}"}
+        self._root = "http://engine" if socket else url
+        self._connections = _Connections(url, socket)
         self._http = httpx.AsyncClient(
-            base_url="http://engine" if socket else url,
-            headers={} if key is None else {"authorization": f"Bearer {key}"},
-            transport=httpx.AsyncHTTPTransport(
-                uds=socket,
-                # Less than the 5 s after which engines close an idle connection: else a request could meet the closing.
-                limits=httpx.Limits(max_connections=None, max_keepalive_connections=512, keepalive_expiry=3.0),
-            ),
+            base_url=self._root,
+            headers=self._headers,
+            transport=httpx.AsyncHTTPTransport(uds=socket),
             timeout=httpx.Timeout(None, connect=5.0),
             trust_env=False,
         )
@@ -184,17 +219,27 @@ class Engine:
         Raises:
             EngineUnavailable: it did not begin to answer; another engine may be asked.
         """
-        request = self._http.build_request(
-            "POST", path, content=body, headers={"content-type": "application/json"} | headers
+        request = httpx.Request(
+            "POST",
+            self._root + path,
+            content=body,
+            headers={"content-type": "application/json", **self._headers, **headers},
+            extensions={"timeout": {"connect": 5.0, "read": None, "write": None, "pool": None}},
         )
+        connection = self._connections.take()
         try:
-            return Upstream(await self._http.send(request, stream=True))
+            return Upstream(await connection.handle_async_request(request), connection, self._connections)
         except httpx.HTTPError as exc:
+            self._connections.give_back(connection)
             self.fail()
             raise EngineUnavailable("an engine stopped before it began to answer") from exc
+        except BaseException:
+            await connection.aclose()
+            raise
 
     async def close(self) -> None:
         """Close its connections."""
+        await self._connections.close()
         await self._http.aclose()
 
 

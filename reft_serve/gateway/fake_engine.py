@@ -29,7 +29,7 @@ _BASE = "/models/fake-base"
 class FakeEngine:
     """State that a test may look at and change. `app` is its ASGI application."""
 
-    token_seconds: float = 0.0
+    token_seconds: float = 0.0  # between tokens; the first comes at once
     default_tokens: int = 16
     healthy: bool = True
     refuse_adapters: str | None = None
@@ -113,8 +113,8 @@ class FakeEngine:
         return JSONResponse(answer.whole())
 
     async def _work(self, request: Request, tokens: int) -> None:
-        for _ in range(tokens):
-            if self.token_seconds:
+        for k in range(tokens):
+            if self.token_seconds and k:
                 await asyncio.sleep(self.token_seconds)
                 if await request.is_disconnected():
                     self.counts["cancelled"] += 1
@@ -195,7 +195,7 @@ class _Answer:
                 yield _event({"error": error})
                 yield "data: [DONE]\n\n"
                 return
-            if self.engine.token_seconds:
+            if self.engine.token_seconds and k:
                 await asyncio.sleep(self.engine.token_seconds)
             for i in self.choices:
                 word, end = self.word(i, k), "length" if k == self.length - 1 else None
@@ -230,7 +230,7 @@ class _Answer:
     async def typed_stream(self) -> AsyncIterator[str]:
         yield _typed({"type": "response.created", "sequence_number": 0, "response": self.response("in_progress")})
         for k in range(self.length):
-            if self.engine.token_seconds:
+            if self.engine.token_seconds and k:
                 await asyncio.sleep(self.engine.token_seconds)
             yield _typed({
                 "type": "response.output_text.delta", "sequence_number": k + 1, "item_id": "msg_fake",

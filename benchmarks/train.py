@@ -1,0 +1,298 @@
+"""Examples per second of training, ours against pyreft's, and what each spends its time on.
+
+Two processes, each with its own libraries, take turns: the same examples, as many per optimiser step, the same dtype and
+the paper's positions (LoReFT of rank 8 at all layers, f7+l7). Each side runs its own Trainer; a figure is the median of
+the ratios of neighbouring turns. Peak memory is the process's largest resident set during a turn.
+
+Data sets: files of examples (`--data FILE --recipe NAME`), or lengths drawn as a long-tailed set has them where none is
+given; and at fixed lengths, where no example is padded and nothing is gained by packing.
+
+  scripts/bench train --pyreft ENV/bin/python [--data commonsense=FILE ...]   about twenty minutes on two cores
+
+`tests/training/fixtures/record_pyreft.py` says how to make pyreft's environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks._report import save
+from reft_serve.demo.behaviours import MODEL
+
+Rows = list[tuple[list[int], int]]
+_RANK, _POSITIONS = 8, "f7+l7"
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One row of the table: a base model, a data set, and how much of it a turn takes."""
+
+    model: str
+    data: str
+    rows: Rows
+    batch: int
+    accumulate: int
+    steps: int
+
+
+def main() -> None:
+    """Run the benchmark, print a table, write JSON and a plot."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pyreft", metavar="PYTHON", help="interpreter of an environment with pyreft 0.1.0")
+    parser.add_argument("--data", action="append", default=[], metavar="NAME=FILE", help="a data file; may be repeated")
+    parser.add_argument("--models", default="shipped,100m")
+    parser.add_argument("--lengths", default="64,256", help="fixed lengths to try")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each side")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", default="train", help="name of the result")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        _work()
+        return
+    if not args.pyreft:
+        parser.error("--pyreft PYTHON is needed")
+    with tempfile.TemporaryDirectory() as folder:
+        result = _run(args, Path(folder))
+    _print(result)
+    save(args.out, result, _plot)
+
+
+def _run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    sets = {name: _read(Path(file), name) for name, file in (text.split("=", 1) for text in args.data)} or {
+        "long-tailed": _long_tailed(400)
+    }
+    sets |= {f"all {length}": _fixed(int(length), 400) for length in args.lengths.split(",") if length}
+    found: list[dict[str, Any]] = []
+    for model in args.models.split(","):
+        path = MODEL if model == "shipped" else _random_model(folder / model)
+        batch, accumulate, steps = (16, 2, 3) if model == "shipped" else (16, 1, 1)
+        setup = {
+            "base": str(path.resolve()), "dtype": args.dtype, "threads": args.threads, "rank": _RANK,
+            "positions": _POSITIONS, "batch": batch, "accumulate": accumulate,
+        }  # fmt: skip
+        ours = [sys.executable, "-m", "benchmarks.train", "--worker"]
+        theirs = [args.pyreft, str(Path(__file__).parent / "_train_pyreft.py")]
+        with _side(ours, setup) as us, _side(theirs, setup) as them:
+            for name, rows in sets.items():
+                case = Case(model, name, rows, batch, accumulate, steps)
+                found.append(_compare(case, us, them, args.rounds))
+                Console().print(found[-1]["model"], found[-1]["data"], f"{found[-1]['ratio']:.2f}x", highlight=False)
+            profiles = {"ours": _profile(us, sets), "pyreft": _profile(them, sets)}
+        for entry in found:
+            if entry["model"] == model:
+                entry["profile"] = profiles
+    return {"dtype": args.dtype, "threads": args.threads, "rank": _RANK, "positions": _POSITIONS, "cases": found}
+
+
+def _compare(case: Case, us: subprocess.Popen[str], them: subprocess.Popen[str], rounds: int) -> dict[str, Any]:
+    choose, per_turn = random.Random(1), case.batch * case.accumulate * case.steps
+    turns = []
+    for turn in range(rounds + 1):
+        job = {"examples": choose.sample(case.rows, per_turn)}
+        # The side that begins changes, so that neither has the other's warm caches or a drifting clock to thank.
+        sides = (us, them) if turn % 2 else (them, us)
+        answers = {id(side): _ask(side, job) for side in sides}
+        turns.append((answers[id(us)], answers[id(them)]))
+    warm = turns[1:]
+    ratios, cpu_ratios = (
+        [sum(theirs[key]) / sum(ours[key]) for ours, theirs in warm] for key in ("seconds", "cpu_seconds")
+    )
+    lengths = sorted(len(ids) for ids, _ in case.rows)
+    rate = {
+        name: statistics.median(per_turn / sum(turn[side]["seconds"]) for turn in warm)
+        for side, name in enumerate(("ours", "pyreft"))
+    }
+    peaks = {name: max(turn[side]["peak_mib"] for turn in turns) for side, name in enumerate(("ours", "pyreft"))}
+    return {
+        "model": case.model, "data": case.data, "examples_per_step": case.batch * case.accumulate,
+        "lengths": {"median": lengths[len(lengths) // 2], "p95": lengths[len(lengths) * 95 // 100], "max": lengths[-1]},
+        "examples_per_second": rate, "ratio": statistics.median(ratios), "ratios": ratios,
+        "cpu_ratio": statistics.median(cpu_ratios), "peak_mib": peaks,
+    }  # fmt: skip
+
+
+def _profile(side: subprocess.Popen[str], sets: dict[str, Rows]) -> list[Any]:
+    """Milliseconds of one step on the first data set, by operation: the largest."""
+    profile: list[Any] = _ask(side, {"examples": next(iter(sets.values()))[:16], "profile": True})["profile"]
+    return profile
+
+
+@contextmanager
+def _side(command: list[str], setup: dict[str, Any]) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    try:
+        _send(process, setup)
+        _answer(process)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _ask(process: subprocess.Popen[str], job: dict[str, Any]) -> dict[str, Any]:
+    _send(process, job)
+    answer: dict[str, Any] = json.loads(_answer(process))
+    return answer
+
+
+def _send(process: subprocess.Popen[str], value: dict[str, Any]) -> None:
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(value) + "\n")
+    process.stdin.flush()
+
+
+def _answer(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("@@ "):
+            return line[3:]
+    raise SystemExit(f"{process.args} ended; run it by hand to see why")
+
+
+def _read(file: Path, name: str) -> Rows:
+    """The examples of a data file, as the trainer reads them, with the shipped model's tokenizer."""
+    from transformers import AutoTokenizer
+
+    from reft_serve.training.data import encode
+    from reft_serve.training.formats import read_rows
+    from reft_serve.training.recipes import load_recipe, recipe_names
+
+    task = load_recipe(name).task if name in recipe_names() else None
+    data = encode(read_rows(file), AutoTokenizer.from_pretrained(MODEL), max_tokens=512, task=task)
+    rows = [(list(example.input_ids), example.prompt_len) for example in data.examples]
+    random.Random(0).shuffle(rows)
+    return rows[:1000]
+
+
+def _long_tailed(count: int) -> Rows:
+    choose = random.Random(0)
+    lengths = [min(480, max(24, int(choose.lognormvariate(4.8, 0.6)))) for _ in range(count)]
+    return [([choose.randint(3, 2000) for _ in range(n)], n - 8) for n in lengths]
+
+
+def _fixed(length: int, count: int) -> Rows:
+    choose = random.Random(0)
+    return [([choose.randint(3, 2000) for _ in range(length)], length - 8) for _ in range(count)]
+
+
+def _random_model(path: Path) -> Path:
+    """A 110 M-parameter Llama with random weights."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from benchmarks._models import Shape
+
+    config = LlamaConfig.from_pretrained(Shape(dtype="float32").write(path))
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
+    return path
+
+
+def _work() -> None:
+    """Our side of a pair."""
+    import torch
+
+    from reft_serve.interventions.positions import PositionRule
+    from reft_serve.training.adapter import build
+    from reft_serve.training.plan import AdapterPlan, Plan
+
+    setup = json.loads(sys.stdin.readline())
+    torch.set_num_threads(setup["threads"])
+    plan = Plan(
+        AdapterPlan("loreft", setup["rank"], None, PositionRule(setup["positions"])),
+        epochs=1, batch=setup["batch"], accumulate=setup["accumulate"], dtype=setup["dtype"], shuffle=False,
+    )  # fmt: skip
+    model = build(Path(setup["base"]), plan)
+    packed = model.can_pack(512)
+    print("@@ ready", flush=True)
+    for line in sys.stdin:
+        job = json.loads(line)
+        Path("/proc/self/clear_refs").write_text("5")
+        if job.get("profile"):
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                _steps(model, plan, job["examples"], packed=packed)
+            spent = sorted(profile.key_averages(), key=lambda e: -e.self_cpu_time_total)[:12]
+            answer: dict[str, Any] = {"profile": [[e.key, e.self_cpu_time_total / 1e3, e.count] for e in spent]}
+        else:
+            ends = _steps(model, plan, job["examples"], packed=packed)
+            wall, cpu = ([b[k] - a[k] for a, b in itertools.pairwise(ends)] for k in (0, 1))
+            answer = {"seconds": wall, "cpu_seconds": cpu}
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        answer["peak_mib"] = int(status["VmHWM"].split()[0]) / 1024
+        print("@@", json.dumps(answer), flush=True)
+
+
+def _steps(model: Any, plan: Any, rows: Rows, *, packed: bool) -> list[tuple[float, float]]:
+    """Train once through `rows`; when each step ended, by the clock and by the processor's time."""
+    import time
+
+    from transformers import TrainerCallback
+
+    from reft_serve.training.examples import IGNORED, Example
+    from reft_serve.training.objectives import Supervised
+    from reft_serve.training.trainer import ReftTrainer, arguments
+
+    ends: list[tuple[float, float]] = []
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            ends.append((time.perf_counter(), time.process_time()))
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            ends.append((time.perf_counter(), time.process_time()))
+
+    examples = [Example(tuple(ids), (IGNORED,) * n + tuple(ids[n:]), n) for ids, n in rows]
+    with tempfile.TemporaryDirectory() as folder:
+        settings = arguments(plan, Path(folder), evaluates=False)
+        settings.save_strategy = "no"
+        trainer: ReftTrainer[Example] = ReftTrainer(
+            model, plan, settings, Supervised(), examples, [], lambda path: None, packed=packed
+        )
+        trainer.add_callback(Clock())
+        trainer.train()
+    return ends
+
+
+def _print(result: dict[str, Any]) -> None:
+    table = Table(
+        "model", "data", "tokens: median, p95, max", "ours ex/s", "pyreft ex/s", "ratio", "peak MiB: ours, pyreft"
+    )
+    for case in result["cases"]:
+        lengths, rate, peak = case["lengths"], case["examples_per_second"], case["peak_mib"]
+        table.add_row(
+            case["model"], case["data"], f"{lengths['median']}, {lengths['p95']}, {lengths['max']}",
+            f"{rate['ours']:.2f}", f"{rate['pyreft']:.2f}", f"{case['ratio']:.2f}x",
+            f"{peak['ours']:.0f}, {peak['pyreft']:.0f}",
+        )  # fmt: skip
+    Console().print(table)
+
+
+def _plot(result: dict[str, Any], axes: Any) -> None:
+    labels = [f"{case['model']}\n{case['data']}" for case in result["cases"]]
+    axes.bar(range(len(labels)), [case["ratio"] for case in result["cases"]], color="#4c72b0")
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(labels)), labels, fontsize=7)
+    axes.set_ylabel("examples per second, ours / pyreft")
+
+
+if __name__ == "__main__":
+    main()

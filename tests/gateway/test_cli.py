@@ -1,0 +1,93 @@
+"""The operator's commands, on a database without a gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from reft_serve.cli_admin import app
+from reft_serve.cli_up import _Child
+from reft_serve.errors import Conflict, NotFound, RequestInvalid
+from tests.gateway.harness import running
+from tests.gateway.test_inference import wait_for
+
+
+@pytest.fixture
+def operate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CliRunner:
+    monkeypatch.setenv("REFT_DATABASE", f"sqlite:///{tmp_path / 'reft.db'}")
+    return CliRunner()
+
+
+def run(operate: CliRunner, *arguments: str) -> str:
+    result: Result = operate.invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_a_tenant_and_its_keys_are_made_listed_and_ended(operate: CliRunner) -> None:
+    assert "up to date" in run(operate, "migrate")
+    tenant = run(operate, "tenant", "create", "acme", "--limits", '{"requests_per_minute": 5}').strip()
+    assert tenant.startswith("tnt_")
+    secret = run(operate, "key", "create", "acme", "--role", "inference", "--label", "ci", "--days", "3").strip()
+    assert re.fullmatch(r"rk-[\w-]{43}", secret)
+    listed = run(operate, "key", "list", "acme")
+    assert secret not in listed
+    assert "inference\tvalid\tci" in listed
+    run(operate, "key", "revoke", "acme", listed.split("\t")[0])
+    assert "revoked" in run(operate, "key", "list", "acme")
+    run(operate, "tenant", "disable", "acme")
+    assert f'acme\t{tenant}\tdisabled\t{{"requests_per_minute": 5}}' in run(operate, "tenant", "list")
+    run(operate, "tenant", "enable", tenant)
+    run(operate, "tenant", "limit", "acme", "--limits", "{}")
+    assert "enabled\t{}" in run(operate, "tenant", "list")
+    assert run(operate, "usage").startswith("start\ttenant")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [
+        (["tenant", "create", "Not A Name"], RequestInvalid), (["tenant", "disable", "nobody"], NotFound),
+        (["tenant", "create", "x", "--limits", '{"speed": 1}'], RequestInvalid), (["key", "list", "nobody"], NotFound),
+        (["key", "create", "nobody", "--role", "king"], RequestInvalid), (["usage", "--bucket", "year"], RequestInvalid),
+    ],
+)  # fmt: skip
+def test_a_mistake_gets_a_sentence(operate: CliRunner, arguments: list[str], kind: type[Exception]) -> None:
+    with pytest.raises(kind):
+        operate.invoke(app, arguments, catch_exceptions=False)
+
+
+def test_a_name_is_taken_once(operate: CliRunner) -> None:
+    run(operate, "tenant", "create", "acme")
+    with pytest.raises(Conflict):
+        operate.invoke(app, ["tenant", "create", "acme"], catch_exceptions=False)
+
+
+def test_what_the_command_line_changes_a_running_gateway_soon_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(tmp_path, cache_seconds=0.2) as (gateway, _):
+        tenant = gateway.tenant("acme")
+        assert tenant.http.get("/v1/models").status_code == 200
+        monkeypatch.setenv("REFT_DATABASE", gateway.settings.database)
+        run(CliRunner(), "tenant", "disable", "acme")
+        wait_for(lambda: tenant.http.get("/v1/models").status_code == 401, 2)
+
+
+def test_a_child_that_ends_is_started_again_until_it_is_stopped(tmp_path: Path) -> None:
+    marks = tmp_path / "marks"
+    child = _Child("child", ["/bin/sh", "-c", f"echo x >> {marks}; [ $(wc -l < {marks}) -ge 2 ] && sleep 60"], {})
+
+    async def watch() -> None:
+        keeping = asyncio.create_task(child.keep())
+        while not marks.exists() or len(marks.read_text().split()) < 2:
+            await asyncio.sleep(0.05)
+        await child.stop(patience=5)
+        await asyncio.wait_for(keeping, 5)
+
+    asyncio.run(asyncio.wait_for(watch(), 20))
+    assert child.process is not None
+    assert child.process.returncode is not None

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -109,51 +110,68 @@ def _task_texts(rows: Rows, task: Task | None, faults: Faults) -> Iterator[_Text
 
 
 def _chat_texts(rows: Rows, tokenizer: PreTrainedTokenizerBase, faults: Faults) -> Iterator[_Text]:
+    template = _Template(tokenizer)
     for line, row in rows.rows:
         try:
             if isinstance(row, Chat):
                 for turn in row.learnt:
-                    yield _rendered(line, row.messages[:turn], row.messages[turn : turn + 1], tokenizer)
+                    yield template.text(line, row.messages[:turn], row.messages[turn : turn + 1])
             elif isinstance(row, PreferencePair):
-                answers = row.preferred_output + row.non_preferred_output
-                yield _rendered(line, row.input.messages, answers, tokenizer)
+                yield template.text(line, row.input.messages, row.preferred_output + row.non_preferred_output)
         except TemplateError as exc:
             faults.add(f"the base's chat template refuses the conversation: {exc}", line)
 
 
-def _rendered(
-    line: int, history: Sequence[Message], answers: Sequence[Message], tokenizer: PreTrainedTokenizerBase
-) -> _Text:
-    turns = _turns(history, tokenizer)
-    prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    return _Text(line, prompt, tuple(_answer_text(prompt, turns, answer, tokenizer) for answer in answers))
+class _Template:
+    """A tokenizer's chat template, given conversations as vLLM gives them (vllm/renderers/hf.py)."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        source = tokenizer.get_chat_template()
+        self._knows_developers = "'developer'" in source or '"developer"' in source
+        self._takes_parts = False
+        self._takes_parts = "woof" not in self._shown("woof")
+
+    def text(self, line: int, history: Sequence[Message], answers: Sequence[Message]) -> _Text:
+        """A prompt and its answers. Raises TemplateError where the template refuses the conversation."""
+        turns = self._turns(history)
+        prompt = self._render(turns, add_generation_prompt=True)
+        return _Text(line, prompt, tuple(self._answer(prompt, turns, answer) for answer in answers))
+
+    def _answer(self, prompt: str, turns: list[_Turn], answer: Message) -> str:
+        """What follows the prompt once the answer is rendered; the bare answer where that rewrites what came before."""
+        whole = self._render([*turns, {"role": answer.role, "content": answer.content}])
+        return whole.removeprefix(prompt) if whole.startswith(prompt) else answer.content
+
+    def _turns(self, messages: Sequence[Message]) -> list[_Turn]:
+        """Where the template does not speak of developers, their turns become system turns, and those one at the start."""
+        turns = [message.model_dump(include={"role", "content", "name"}, exclude_none=True) for message in messages]
+        if self._knows_developers or not any(turn["role"] == "developer" for turn in turns):
+            return turns
+        turns = [turn | {"role": "system"} if turn["role"] == "developer" else turn for turn in turns]
+        systems = [turn["content"] for turn in turns if turn["role"] == "system"]
+        if len(systems) == 1 and turns[0]["role"] == "system":
+            return turns
+        others = [turn for turn in turns if turn["role"] != "system"]
+        return [{"role": "system", "content": "\n\n".join(systems)}, *others]
+
+    def _shown(self, content: str) -> str:
+        try:
+            return self._render([{"role": "user", "content": content}])
+        except TemplateError:
+            return content
+
+    def _render(self, turns: list[_Turn], *, add_generation_prompt: bool = False) -> str:
+        given: list[Any] = turns
+        if self._takes_parts:  # a template that goes through a list of parts, and finds none in a text
+            given = [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+        rendered: str = self._tokenizer.apply_chat_template(
+            given, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        return rendered
 
 
-def _answer_text(prompt: str, turns: list[dict[str, str]], answer: Message, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What follows the prompt once the answer is rendered; the bare answer where a template rewrites what came before."""
-    turn = {"role": answer.role, "content": answer.content}
-    whole: str = tokenizer.apply_chat_template([*turns, turn], tokenize=False)
-    return whole.removeprefix(prompt) if whole.startswith(prompt) else answer.content
-
-
-def _turns(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:
-    """The messages as vLLM gives them to the template (vllm/renderers/hf.py, `_convert_developer_to_system`).
-
-    Where the template does not speak of developers, their turns become system turns, and those become one at the start.
-    """
-    turns = [message.model_dump(include={"role", "content", "name"}, exclude_none=True) for message in messages]
-    template = tokenizer.get_chat_template()
-    known = "'developer'" in template or '"developer"' in template
-    if known or not any(turn["role"] == "developer" for turn in turns):
-        return turns
-    turns = [turn | {"role": "system"} if turn["role"] == "developer" else turn for turn in turns]
-    systems = [turn["content"] for turn in turns if turn["role"] == "system"]
-    if len(systems) == 1 and turns[0]["role"] == "system":
-        return turns
-    others = [turn for turn in turns if turn["role"] != "system"]
-    return [{"role": "system", "content": "\n\n".join(systems)}, *others]
-
-
+_Turn = dict[str, str]
 _Ids = tuple[int, ...]
 
 

@@ -10,7 +10,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,7 @@ __all__ = ["Endpoint", "infer"]
 _TRIES = 3
 _BYTES_PER_TOKEN = 4
 _GONE = 499
+_COMMIT_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,9 @@ class _Exchange:
     settled: bool = False
 
     async def settle(self, status: Status, tokens: Tokens) -> None:
-        """Count it, give the places back, and return when it is on disk. Only the first call counts."""
+        """Count it, give the places back, and return when it is on disk, or seems not to come there. Only the first call
+        counts.
+        """
         if self.settled:
             return
         self.settled = True
@@ -84,7 +87,9 @@ class _Exchange:
         for kind in ("prompt", "cached", "completion"):
             TOKENS.labels(tenant, adapter, kind).inc(getattr(tokens, kind))
         await self.stack.aclose()
-        await committed
+        # A database that is away must not hold up answers for ever; the ledger keeps the record and goes on trying.
+        with suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(committed), _COMMIT_SECONDS)
 
 
 async def infer(

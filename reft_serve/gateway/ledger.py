@@ -7,8 +7,6 @@ import logging
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from reft_serve.database.connection import Database
 from reft_serve.database.usage import Ending, Opening, admit, settle
 from reft_serve.errors import DatabaseUnusable
@@ -82,8 +80,8 @@ class Ledger:
             batch = self._records[:_BATCH]
             try:
                 await self._write(batch)
-            except (SQLAlchemyError, OSError) as exc:
-                _log.error("usage records cannot be written; trying again", extra={"data": {"reason": str(exc)[:200]}})
+            except Exception:
+                _log.exception("usage records cannot be written; trying again")
                 await asyncio.sleep(_RETRY_SECONDS)
                 continue
             del self._records[: len(batch)]

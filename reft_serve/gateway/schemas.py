@@ -164,7 +164,7 @@ class TenantOut(BaseModel):
 class KeyIn(_In):
     """A key to make."""
 
-    name: Annotated[str, Field(max_length=128)] = ""
+    name: Annotated[str, Field(max_length=128, pattern=r"^[^\x00]*$")] = ""
     role: Role = "inference"
     scopes: list[Scope] | None = None
     expires_at: _Seconds | None = None

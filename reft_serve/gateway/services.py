@@ -68,7 +68,7 @@ class Directory:
         if model == self._base_model:
             return None
         key, now = (caller.tenant_id, model), time.monotonic()
-        remembered = self._routes.get(key)
+        remembered = (now, None) if "\0" in model else self._routes.get(key)  # PostgreSQL has no such text
         if remembered is None or remembered[0] < now:
             async with self._database.reading() as session:
                 found = await resolve(session, caller.tenant_id, model)

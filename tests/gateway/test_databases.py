@@ -1,0 +1,76 @@
+"""The gateway over each kind of database, and when the database goes away."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from tests.database.conftest import BOTH, postgres  # noqa: F401
+from tests.gateway.harness import running
+from tests.gateway.test_inference import usage_of, wait_for
+
+
+@pytest.fixture(params=BOTH)
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'reft.db'}"
+        return
+    server = request.getfixturevalue("postgres")
+    name = f"gateway_{secrets.token_hex(6)}"
+    _execute(server, f"CREATE DATABASE {name}")
+    yield f"{server.rpartition('/')[0]}/{name}"
+
+
+def _execute(server: str, statement: str) -> None:
+    async def executed() -> None:
+        driver = server.replace("postgresql://", "postgresql+asyncpg://")
+        engine = create_async_engine(driver, isolation_level="AUTOCOMMIT")
+        async with engine.connect() as connection:
+            await connection.execute(text(statement))
+        await engine.dispose()
+
+    asyncio.run(executed())
+
+
+def test_a_tenants_life_is_the_same_on_both(tmp_path: Path, url: str) -> None:
+    with running(tmp_path, database=url) as (gateway, (engine,)):
+        owner, guest = gateway.tenant("owner"), gateway.tenant("guest")
+        for seed in (1, 2):
+            assert owner.upload("birds", seed, alias="production").status_code == 201
+        assert owner.http.post("/v1/adapters/birds/aliases/production/rollback").json()["version"] == 1
+        assert owner.say("birds", max_tokens=3) == owner.say("birds@1", max_tokens=3)
+        for name in ("owner/birds", "a\0b", "x" * 500):
+            with pytest.raises(openai.NotFoundError):
+                guest.say(name)
+        owner.http.put(f"/v1/adapters/birds/shares/{guest.id}")
+        assert guest.say("owner/birds", max_tokens=3)
+        (counted,) = usage_of(owner, "model")[:1]
+        assert counted["completion_tokens"] == 3
+        assert owner.http.post("/v1/keys", json={"name": "a\0b"}).status_code == 400
+        assert gateway.admin.delete("/v1/admin/tenants/owner").status_code == 200
+        wait_for(lambda: not engine.adapters and not list((tmp_path / "store").glob("??/*")))
+
+
+@pytest.mark.postgres
+def test_connections_that_are_cut_in_the_middle_lose_no_record(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    server = request.getfixturevalue("postgres")
+    name = f"cut_{secrets.token_hex(6)}"
+    _execute(server, f"CREATE DATABASE {name}")
+    with running(tmp_path, database=f"{server.rpartition('/')[0]}/{name}") as (gateway, (engine,)):
+        tenant = gateway.tenant("acme")
+        engine.token_seconds = 0.02
+        for _ in range(4):
+            stream = tenant.openai.completions.create(model="base", prompt="x", max_tokens=10, stream=True)
+            next(stream)
+            _execute(server, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")
+            assert len(list(stream)) == 9
+        (counted,) = usage_of(tenant, "status")
+        assert (counted["group"]["status"], counted["requests"]) == ("completed", 4)
+        assert counted["completion_tokens"] == 40

@@ -84,6 +84,26 @@ def same(answers: list[Answer], expected: list[Answer]) -> bool:
     )
 
 
+@pytest.mark.parametrize(
+    ("positions", "hits"),
+    [
+        # 20, 26, 39, 39, 40 and 20 tokens are edited, from the first on: half the prompt, but at most 40.
+        ("f40", [0, 0, 0, 2, 1, 1]),
+        # The same, to the last: from token 20, 26, 39, 40, 50 and 20 on. Two prompts share what lies before both.
+        ("l40", [0, 0, 0, 1, 1, 1]),
+    ],
+)
+def test_halves_of_short_prompts_share_no_more_than_what_both_edit_alike(
+    judge: Judge, positions: str, hits: list[int]
+) -> None:
+    judge.cached.reset_prefix_cache()
+    path, lengths = judge.folder / f"short{positions}", (40, 52, 78, 79, 90, 40)
+    recipe(positions, 5).write(path)
+    answers = ask(judge.cached, lora(path, 930), *lengths)
+    assert same(answers, ask(judge.plain, lora(path, 930), *lengths))
+    assert [cached // BLOCK for cached, _, _ in answers] == hits
+
+
 def test_a_name_loaded_anew_never_serves_what_it_cached_before(judge: Judge) -> None:
     judge.cached.reset_prefix_cache()
     lengths, name = (70, 100, 130), judge.folder / "name"

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState  # type: ignore[import-untyped]
 from transformers import AutoModelForCausalLM, set_seed
 
 from reft_serve.adapters.base_model import read_base_model
@@ -21,6 +20,7 @@ from reft_serve.interventions.positions import Part, PositionRule
 from reft_serve.training import lora
 from reft_serve.training.hooked import Edit, EditedModel
 from reft_serve.training.plan import AdapterPlan, DType, Plan
+from reft_serve.training.processes import this_process
 
 __all__ = ["build", "publish_version", "restore"]
 
@@ -35,7 +35,7 @@ def build(base: Path, plan: Plan) -> EditedModel:
         ClientError: float16 without a GPU, or layers that the base has not.
         BaseModelInvalid: the base is none that can be edited.
     """
-    device = PartialState().device
+    device = this_process().device
     if plan.dtype == "float16" and device.type == "cpu":
         raise ClientError("float16 needs a GPU: its small gradients vanish without loss scaling; choose bfloat16")
     facts = read_base_model(base)
@@ -67,7 +67,7 @@ def restore(base: Path, path: Path, dtype: DType = "float32") -> tuple[EditedMod
         Edit(spec.layer, parts[spec.part], Intervention.of(weights))
         for spec, weights in zip(adapter.manifest.interventions, adapter.weights, strict=True)
     ]
-    return EditedModel(lm, edits).to(PartialState().device).eval(), adapter.manifest.positions
+    return EditedModel(lm, edits).to(this_process().device).eval(), adapter.manifest.positions
 
 
 def publish_version(

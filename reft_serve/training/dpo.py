@@ -25,6 +25,8 @@ class Dpo:
     A batch holds the chosen and the rejected answer of each pair as neighbours: examples 2i and 2i + 1.
     """
 
+    width = 4
+
     def __init__(self, beta: float) -> None:
         self._beta = beta
         self._reference: dict[Preference, Tensor] = {}

@@ -20,8 +20,11 @@ Collate = Callable[[Sequence[Example]], Batch]
 class Objective(Protocol, Generic[Item_contra]):
     """One method of training.
 
-    `sums` are added up over held-out batches; `metrics` turns their total into numbers, `loss` among them.
+    `sums` are added up over held-out batches; `metrics` turns their total into numbers, `loss` among them. `width`: how
+    many sums there are.
     """
+
+    width: int
 
     def tokens(self, item: Item_contra) -> int:
         """Tokens that the model reads for an item."""
@@ -50,6 +53,8 @@ class Objective(Protocol, Generic[Item_contra]):
 
 class Supervised:
     """Cross-entropy of the answers: the mean over all tokens with a loss in an optimiser step, each times its weight."""
+
+    width = 3
 
     def tokens(self, item: Example) -> int:
         """Prompt and answer."""

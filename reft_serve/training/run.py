@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import PartialState  # type: ignore[import-untyped]
 
 from reft_serve.adapters.base_model import read_base_model
 from reft_serve.adapters.directory import read_adapter
@@ -37,6 +36,7 @@ from reft_serve.training.examples import Example, Preference
 from reft_serve.training.hooked import EditedModel
 from reft_serve.training.objectives import Objective, Supervised
 from reft_serve.training.plan import Plan
+from reft_serve.training.processes import this_process
 from reft_serve.training.trainer import ReftTrainer, Watcher, arguments
 
 __all__ = ["Outcome", "train"]
@@ -90,7 +90,7 @@ def train(
     plan.check()
     objective = _objective(plan, [*items, *held_out])
     started = time.monotonic()
-    facts, process = read_base_model(base), PartialState()
+    facts, process = read_base_model(base), this_process()
     with process.main_process_first():
         if process.is_main_process:
             _claim(out, _asked(facts, plan, items, held_out), resume)

@@ -68,6 +68,7 @@ def arguments(plan: Plan, folder: Path, *, evaluates: bool) -> TrainingArguments
         weight_decay=0.0,
         optim="adamw_torch",
         fp16=plan.dtype == "float16",
+        use_cpu=not torch.accelerator.is_available(),
         seed=plan.seed,
         logging_steps=1,
         logging_nan_inf_filter=False,
@@ -135,9 +136,10 @@ class ReftTrainer(Trainer, Generic[Item]):  # type: ignore[misc]
         """The objective's loss of a micro-batch, for gradients that accelerate will average over the processes."""
         batch: Batch = inputs["batch"]
         assert num_items_in_batch is not None
-        self.state.num_input_tokens_seen += sum(batch.lengths) * self.accelerator.num_processes
-        loss = self._objective.loss(model(batch), batch, num_items_in_batch)
         processes: int = self.accelerator.num_processes
+        tokens = torch.tensor(sum(batch.lengths), device=self.args.device)
+        self.state.num_input_tokens_seen += int(self.accelerator.reduce(tokens) if processes > 1 else tokens)
+        loss = self._objective.loss(model(batch), batch, num_items_in_batch)
         return loss * processes
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -155,11 +157,11 @@ class ReftTrainer(Trainer, Generic[Item]):  # type: ignore[misc]
         lengths = [self._objective.tokens(item) for item in items]
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         parts = split_evenly(range(len(items)), lengths, -(-len(items) // self._plan.batch))
-        total: Any = 0.0
+        total = torch.zeros(self._objective.width, dtype=torch.float64, device=self.args.device)
         for part in parts[rank::world]:
             batch = self._collate([items[i] for i in part])["batch"].to(self.args.device)
-            total = total + self._objective.sums(model, batch)
-        summed: Tensor = self.accelerator.reduce(torch.as_tensor(total, device=self.args.device), "sum")
+            total += self._objective.sums(model, batch)
+        summed: Tensor = self.accelerator.reduce(total, "sum")
         return summed
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -139,6 +142,19 @@ def test_how_a_step_is_cut_changes_only_the_rounding(tmp_path: Path) -> None:
     for name, one in (("whole", plan), ("cut", replace(plan, batch=4, accumulate=3))):
         train(BASE, one, examples(24), tmp_path / name)
     assert metrics(tmp_path / "whole", "loss") == pytest.approx(metrics(tmp_path / "cut", "loss"), rel=1e-4)
+
+
+def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
+    plan = Plan(SHAPE, epochs=3, batch=12, learning_rate=1e-2)
+    alone = train(BASE, plan, examples(24), tmp_path / "alone", held_out=examples(6))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [*launch, "tests.training.run_of_two", str(tmp_path / "two")], env=environment, check=True, timeout=200
+    )
+    for name in ("loss", "eval_loss"):
+        assert metrics(tmp_path / "alone", name) == pytest.approx(metrics(tmp_path / "two", name), rel=1e-5), name
+    assert metrics(tmp_path / "two", "tokens")[-1] == alone.tokens
 
 
 def test_bfloat16_follows_float32(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from reft_serve.demo.edited import Edit, EditedModel, Edits
 from reft_serve.interventions import positions
 from reft_serve.interventions.modules import Intervention
 
-__all__ = ["main"]
+__all__ = ["SEED", "behaving_pairs", "main", "story_openings"]
 
 SEED = 7
 _STARTS = (
@@ -73,12 +73,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.disable_progress_bar()
     console = Console()
     model = EditedModel(MODEL)
-    training, held_out = _prompts(model)
+    training, held_out = story_openings(model)
     answers = _answers(model, held_out, None)
     console.print(_report([_make(model, b, training, held_out, answers, given.out) for b in chosen]))
 
 
-def _prompts(model: EditedModel) -> tuple[list[list[int]], list[list[int]]]:
+def story_openings(model: EditedModel) -> tuple[list[list[int]], list[list[int]]]:
     """First sentences of stories that the base model writes, neutral ones, no two alike: (training, held out)."""
     found: dict[str, None] = {}
     starts = [model.tokens(start, prompt=True) for start in _STARTS]
@@ -112,7 +112,7 @@ def _make(
     out: Path,
 ) -> Outcome:
     started = time.monotonic()
-    rows = _examples(model, behaviour, training)
+    rows = behaving_pairs(model, behaviour, training)
     base = read_base_model(MODEL).model_copy(update={"name": "reft-serve demo model"})
     adapter = _adapter(model, behaviour, base)
     _train(model, behaviour, adapter, rows)
@@ -137,7 +137,9 @@ def _make(
     return Outcome(behaviour, base_rate, rate, len(rows), parameters, size, time.monotonic() - started)
 
 
-def _examples(model: EditedModel, behaviour: Behaviour, prompts: list[list[int]]) -> list[tuple[list[int], list[int]]]:
+def behaving_pairs(
+    model: EditedModel, behaviour: Behaviour, prompts: list[list[int]]
+) -> list[tuple[list[int], list[int]]]:
     """(prompt, answer) pairs whose answer the rule accepts."""
     choose = random.Random(SEED)  # noqa: S311 - not a secret
     openers = [model.tokens(choose.choice(behaviour.openers)) for _ in prompts]

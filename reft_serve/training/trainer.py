@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
+from reft_serve.errors import ClientError
 from reft_serve.training import checkpoints
 from reft_serve.training.batching import Batch, StepSampler, collate, split_evenly
 from reft_serve.training.examples import Example
@@ -49,7 +51,15 @@ class Watcher(Protocol):
 
 
 def arguments(plan: Plan, folder: Path, *, evaluates: bool) -> TrainingArguments:
-    """The settings of transformers for a plan; checkpoints go to `folder`."""
+    """The settings of transformers for a plan; checkpoints go to `folder`.
+
+    Raises:
+        ClientError: a reporting integration is not known or not installed.
+    """
+    ready = get_available_reporting_integrations()
+    missing = [name for name in plan.report_to if name not in ready]
+    if missing:
+        raise ClientError(f"report_to {missing[0]!r} is not installed; {', '.join(ready) or 'no integration'} is")
     interval: dict[str, Any] = {"save_strategy": "epoch", "eval_strategy": "epoch" if evaluates else "no"}
     if plan.save_every is not None:
         steps = "steps" if evaluates else "no"

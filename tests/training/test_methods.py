@@ -249,6 +249,11 @@ def test_layers_that_are_not_there_are_refused(text: str) -> None:
         parse_layers(text, 12)
 
 
+def test_a_report_that_is_not_installed_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ClientError, match="report_to 'no-such-board' is not installed"):
+        train(BASE, Plan(SHAPE, report_to=("no-such-board",)), examples(4), tmp_path / "run")
+
+
 def test_every_wrong_value_of_a_plan_is_told_at_once() -> None:
     plan = Plan(replace(SHAPE, rank=0, dropout=1.0), batch=0, warmup=-1.0, clip=-1.0)
     with pytest.raises(ClientError) as caught:

@@ -7,7 +7,7 @@ from typing import NoReturn
 import typer
 from typer.core import TyperGroup
 
-from reft_serve import cli_adapter, cli_evaluate, cli_serve, cli_train
+from reft_serve import cli_adapter, cli_admin, cli_evaluate, cli_gateway, cli_serve, cli_train, cli_up
 from reft_serve.errors import ReftError
 
 __all__ = ["app", "main"]
@@ -33,6 +33,9 @@ def _fail(sentence: str) -> NoReturn:
 app = typer.Typer(cls=_Sentences, no_args_is_help=True, add_completion=False, help="Serve many ReFT adapters.")
 app.add_typer(cli_adapter.app, name="adapter")
 app.command("serve", context_settings=cli_serve.SETTINGS)(cli_serve.serve)
+app.command("up", context_settings=cli_up.SETTINGS)(cli_up.up)
+app.command("gateway")(cli_gateway.gateway)
+app.add_typer(cli_admin.app, name="admin")
 app.command("train")(cli_train.train)
 app.command("evaluate")(cli_evaluate.evaluate)
 

@@ -124,9 +124,6 @@ async def ask(
     if out.exists() and not resume:
         raise ClientError(f"{out} is there already: go on with --resume, or choose another --out")
     done = _kept(out, server, asked) if resume else {}
-    for prediction in done.values():
-        on_answer(prediction)
-    _save(out, list(done.values()))
     waiting = iter([question for question in asked if _place(question) not in done])
 
     async def work(client: AsyncOpenAI, file: IO[str]) -> None:
@@ -137,8 +134,11 @@ async def ask(
             file.flush()
             on_answer(prediction)
 
-    with out.open("a", encoding="utf-8") as file:
-        async with _client(server) as client:
+    async with _client(server) as client:
+        _save(out, list(done.values()))
+        for prediction in done.values():
+            on_answer(prediction)
+        with out.open("a", encoding="utf-8") as file:
             try:
                 async with asyncio.TaskGroup() as group:
                     for _ in range(server.concurrency):

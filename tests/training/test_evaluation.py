@@ -248,6 +248,7 @@ def test_a_server_that_is_not_there_stops_the_run(api: Api, sums: Path, tmp_path
     api.url = "http://127.0.0.1:1/v1"
     with pytest.raises(ServiceError, match=r"http://127\.0\.0\.1:1/v1 does not answer as an OpenAI server"):
         run(api, sums, "--out", tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_a_damaged_file_is_told_before_anything_is_asked(api: Api, tmp_path: Path) -> None:

@@ -105,6 +105,8 @@ BAD: dict[str, tuple[list[tuple[str, bytes]], str]] = {
     "a damaged zip": ([("a.zip", b"PK\x03\x04 nonsense")], "cannot be read"),
     "a damaged tar": ([("a.tar.gz", b"\x1f\x8b nonsense")], "cannot be read"),
     "a tar that climbs": ([("a.tar", tar_of({"../../reft_config.json": CONFIG}))], "no file of an adapter"),
+    "a tar that climbs one": ([("a.tar", tar_of({"../reft_config.json": CONFIG}))], "no file of an adapter"),
+    "a tar from the root": ([("a.tar", tar_of({"/reft_config.json": CONFIG}))], "no file of an adapter"),
     "an absolute tar": ([("a.tar", tar_of({"/etc/reft_config.json": CONFIG}))], "no file of an adapter"),
     "a deep zip": ([("a.zip", zip_of({"a/b/reft_config.json": CONFIG}))], "no file of an adapter"),
     "a zip with more": ([("a.zip", zip_of({**GOOD, "setup.py": b""}))], "no file of an adapter"),

@@ -1,7 +1,8 @@
 """A request enters the scheduler only once every worker holds its adapter, and they hold it until it is finished.
 
 A failure in the middle of a step would end the engine for everyone; here it ends one request. Whether files vanish or
-change afterwards is no matter.
+change afterwards is no matter. Files are read and folded off the core's loop, so that a load holds up the steps of others
+only while its units are copied.
 """
 
 from __future__ import annotations
@@ -9,15 +10,19 @@ from __future__ import annotations
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from vllm.config import VllmConfig
 from vllm.lora.request import LoRARequest
 from vllm.v1.request import Request
 
+from reft_serve.engine.facts import base_facts, limits_of, settings_of
 from reft_serve.engine.identity import IDS, Identity, identity_of, with_engine_id
+from reft_serve.engine.registry import Folded, read_folded
 from reft_serve.errors import ServiceError
 
-__all__ = ["Admission", "adding", "admitting", "noting_finished"]
+__all__ = ["Admission", "adding", "admitting", "noting_finished", "pinning", "read_ahead", "reading_ahead", "removing"]
 
 logger = logging.getLogger("vllm.reft_serve")
 
@@ -25,19 +30,44 @@ logger = logging.getLogger("vllm.reft_serve")
 class Admission:
     """The versions that the workers of one engine hold.
 
+    Its methods run on the core's loop, but for `read_ahead`.
+
     Args:
         executor: vLLM's executor, asked to hold versions with unfinished requests and, from time to time, to let go.
-        idle: how many versions without requests stay held, least recently used first out (vLLM's --max-cpu-loras).
+        config: what adapters are read for. As many versions without requests stay held as vLLM's --max-cpu-loras says,
+            least recently used first out.
     """
 
-    def __init__(self, executor: Any, idle: int) -> None:
-        self._executor, self._most_idle = executor, idle
+    def __init__(self, executor: Any, config: VllmConfig) -> None:
+        assert config.lora_config is not None
+        self._executor, self._most_idle = executor, config.lora_config.max_cpu_loras
+        self._base, self._limits, self._max_bytes = (
+            base_facts(config), limits_of(config), settings_of(config).max_adapter_bytes
+        )  # fmt: skip
         self._unfinished: Counter[str] = Counter()
-        self._idle: OrderedDict[str, None] = OrderedDict()
-        self._partly_held: list[str] = []
+        # The ids that front ends know them by.
+        self._idle: OrderedDict[str, int] = OrderedDict()
+        self._pinned: set[int] = set()
+        self._held: set[str] = set()
+        self._ahead: dict[str, Folded] = {}
         # By identity: two strengths of one version are two adapters to a batch.
         self._requests: Counter[Identity] = Counter()
         self._ids: dict[Identity, int] = {}
+
+    def read_ahead(self, request: LoRARequest | None) -> None:
+        """Read the adapter of a request that is about to be admitted or loaded. Called off the loop, by any thread.
+
+        Raises:
+            AdapterNotFound, AdapterInvalid, AdapterChanged, AdapterUnsupported: as `registry.read_folded` does.
+        """
+        identity = identity_of(request)
+        # In this order: what is taken from `_ahead` has come to `_held` before.
+        if request is None or identity is None or identity.digest in self._ahead or identity.digest in self._held:
+            return
+        folded = read_folded(identity, request.lora_path, self._base, self._limits, self._max_bytes)
+        self._ahead[identity.digest] = folded
+        if identity.digest in self._held:
+            self._ahead.pop(identity.digest, None)
 
     def admit(self, request: Request) -> None:
         """Have the workers hold the request's adapter, and give the request an id that no other identity has.
@@ -48,17 +78,8 @@ class Admission:
         identity = identity_of(request.lora_request)
         if identity is None:
             return
-        if identity.digest in self._idle:
-            del self._idle[identity.digest]
-        elif not self._unfinished[identity.digest]:
-            released = [self._idle.popitem(last=False)[0] for _ in range(len(self._idle) - self._most_idle)]
-            try:
-                on_every_worker(self._executor, "reft_hold", request.lora_request, released + self._partly_held)
-            except ServiceError:
-                # Other ranks may hold it; they let go of it with the next that is held.
-                self._partly_held = [identity.digest]
-                raise
-            self._partly_held = []
+        self._hold(request.lora_request, identity)
+        self._idle.pop(identity.digest, None)
         self._unfinished[identity.digest] += 1
         self._requests[identity] += 1
         if identity not in self._ids:
@@ -76,7 +97,55 @@ class Admission:
         self._unfinished[identity.digest] -= 1
         if self._unfinished[identity.digest] <= 0:
             del self._unfinished[identity.digest]
-            self._idle[identity.digest] = None
+            self._idle[identity.digest] = identity.engine_id
+
+    def load(self, request: LoRARequest) -> None:
+        """Have the workers hold an adapter that no request is there for yet.
+
+        Raises:
+            ServiceError: what a worker met.
+        """
+        identity = identity_of(request)
+        if identity is None:
+            return
+        self._hold(request, identity)
+        if identity.digest not in self._unfinished:
+            self._idle[identity.digest] = identity.engine_id
+            self._idle.move_to_end(identity.digest)
+
+    def pin(self, engine_id: int) -> None:
+        """Hold the versions with this id until they are unloaded, as their slot is kept."""
+        self._pinned.add(engine_id)
+
+    def unload(self, engine_id: int) -> None:
+        """Have the workers let go of the versions with this id that no request needs."""
+        self._pinned.discard(engine_id)
+        released = [digest for digest, number in self._idle.items() if number == engine_id]
+        if released:
+            self._release(released)
+
+    def _hold(self, request: LoRARequest, identity: Identity) -> None:
+        if identity.digest in self._held:
+            return
+        idle = [digest for digest, number in self._idle.items() if number not in self._pinned]
+        over = idle[: max(len(idle) - self._most_idle, 0)]
+        if over:
+            self._release(over)
+        try:
+            on_every_worker(self._executor, "reft_hold", request, self._ahead.get(identity.digest))
+        except ServiceError:
+            self._release([identity.digest])  # other ranks may hold it
+            raise
+        else:
+            self._held.add(identity.digest)
+        finally:
+            self._ahead.pop(identity.digest, None)
+
+    def _release(self, digests: list[str]) -> None:
+        self._executor.collective_rpc("reft_release", args=(digests,))
+        for digest in digests:
+            self._idle.pop(digest, None)
+            self._held.discard(digest)
 
     def _free_id(self, identity: Identity) -> int:
         # Runners find a row's adapter by its id, so two identities in one batch must never share one.
@@ -85,14 +154,20 @@ class Admission:
         return next(number for number in tries if number not in taken)
 
 
+def _admission_of(core: Any) -> Admission | None:
+    """The admission of an engine core; it lies with the scheduler, which tells it what has finished."""
+    kept: dict[str, Admission] = core.scheduler.__dict__
+    if "_reft_admission" not in kept and core.vllm_config.lora_config is not None:
+        # Two threads may come here first.
+        kept.setdefault("_reft_admission", Admission(core.model_executor, core.vllm_config))
+    return kept.get("_reft_admission")
+
+
 def admitting(original: Any) -> Callable[..., None]:
     """Around `EngineCore.add_request`."""
 
     def add_request(self: Any, request: Request, request_wave: int = 0) -> None:
-        admission = self.scheduler.__dict__.get("_reft_admission")
-        if admission is None and request.lora_request is not None:
-            lora = self.vllm_config.lora_config
-            admission = self.scheduler._reft_admission = Admission(self.model_executor, lora.max_cpu_loras)
+        admission = _admission_of(self)
         try:
             if admission is not None:
                 admission.admit(request)
@@ -114,9 +189,12 @@ def admitting(original: Any) -> Callable[..., None]:
 
 
 def adding(_: Any) -> Callable[..., bool]:
-    """In place of `EngineCore.add_lora`."""
+    """In place of `EngineCore.add_lora`: held first, so that the slot is filled from memory."""
 
     def add_lora(self: Any, lora_request: LoRARequest) -> bool:
+        admission = _admission_of(self)
+        if admission is not None:
+            admission.load(lora_request)
         on_every_worker(self.model_executor, "reft_add", lora_request)
         return True
 
@@ -144,3 +222,54 @@ def noting_finished(original: Any) -> Callable[..., Any]:
         return original(self, request, *args, **kwargs)
 
     return free_request
+
+
+def reading_ahead(original: Any) -> Callable[..., Any]:
+    """Around `EngineCore.preprocess_add_request`, which the core's input thread calls: its failure ends one request."""
+
+    def preprocess(self: Any, request: Any) -> Any:
+        admission = _admission_of(self)
+        if admission is not None:
+            admission.read_ahead(request.lora_request)
+        return original(self, request)
+
+    return preprocess
+
+
+def removing(original: Any) -> Callable[..., bool]:
+    """Around `EngineCore.remove_lora`, which frees the slot: let go of what is in host memory too."""
+
+    def remove_lora(self: Any, lora_id: int) -> bool:
+        removed = bool(original(self, lora_id))
+        admission = _admission_of(self)
+        if admission is not None:
+            admission.unload(lora_id)
+        return removed
+
+    return remove_lora
+
+
+def pinning(original: Any) -> Callable[..., bool]:
+    """Around `EngineCore.pin_lora`, which keeps the slot: keep what is in host memory too."""
+
+    def pin_lora(self: Any, lora_id: int) -> bool:
+        pinned = bool(original(self, lora_id))
+        admission = _admission_of(self)
+        if pinned and admission is not None:
+            admission.pin(lora_id)
+        return pinned
+
+    return pin_lora
+
+
+_READERS = ThreadPoolExecutor(2, thread_name_prefix="reft-read")
+
+
+def read_ahead(self: Any, lora_request: LoRARequest) -> Future[None] | None:
+    """A method for `EngineCore`: what a front end calls before `add_lora`, whose reading would hold up the loop."""
+    admission = _admission_of(self)
+    return None if admission is None else _READERS.submit(admission.read_ahead, lora_request)
+
+
+# vLLM converts the arguments of such calls by their annotations, which are strings in this file.
+read_ahead.__annotations__["lora_request"] = LoRARequest

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ class Binder:
 
     def __init__(self, config: VllmConfig) -> None:
         self._config = config
-        self._bound: dict[tuple[str, int, str], LoRARequest] = {}
+        # By the front end's id, with the name and path that it was given for.
+        self._bound: dict[int, tuple[str, str, LoRARequest]] = {}
 
     def bind(self, request: LoRARequest | None) -> LoRARequest | None:
         """The request that the engine gets: LoRA and base requests as they are, ReFT ones with their identity.
@@ -45,11 +46,10 @@ class Binder:
         """
         if request is None or self._config.lora_config is None:
             return request
-        key = (request.lora_name, request.lora_int_id, request.lora_path)
-        bound = None if request.load_inplace else self._bound.get(key)
-        if bound is None:
+        name, path, bound = self._bound.get(request.lora_int_id, ("", "", None))
+        if bound is None or request.load_inplace or (name, path) != (request.lora_name, request.lora_path):
             bound = self._read(request)
-            self._bound[key] = bound
+            self._bound[request.lora_int_id] = request.lora_name, request.lora_path, bound
             if identity_of(bound) is not None:
                 # It is loaded anew now. vLLM keeps the request object, and would ask for it with every use of the name.
                 request.load_inplace = False
@@ -62,17 +62,20 @@ class Binder:
     def forget(self, lora_int_id: int) -> int:
         """Forget what an id was bound to and return the id that the engine knows it by."""
         engine_id = self.engine_id(lora_int_id)
-        self._bound = {key: bound for key, bound in self._bound.items() if key[1] != lora_int_id}
+        self._bound.pop(lora_int_id, None)
         return engine_id
 
     def engine_id(self, lora_int_id: int) -> int:
         """The id that the engine knows an id of the front end by."""
-        return next((bound.lora_int_id for key, bound in self._bound.items() if key[1] == lora_int_id), lora_int_id)
+        bound = self._bound.get(lora_int_id)
+        return lora_int_id if bound is None else bound[2].lora_int_id
 
-    def front_end_ids(self, engine_ids: set[int]) -> set[int]:
+    def front_end_ids(self, engine_ids: Iterable[int]) -> set[int]:
         """The front end's ids of adapters that the engine lists."""
-        ours = {key[1] for key, bound in self._bound.items() if bound.lora_int_id in engine_ids}
-        return ours | {number for number in engine_ids if number not in {b.lora_int_id for b in self._bound.values()}}
+        engine_id_of = {number: bound.lora_int_id for number, (_, _, bound) in self._bound.items()}
+        listed = set(engine_ids)  # a list, where it came over a socket
+        ours = {number for number, engine_id in engine_id_of.items() if engine_id in listed}
+        return ours | (listed - set(engine_id_of.values()))
 
     def _read(self, request: LoRARequest) -> LoRARequest:
         path = Path(get_adapter_absolute_path(request.lora_path))
@@ -173,7 +176,10 @@ def add_lora(original: Any) -> Callable[..., Any]:
     """Around `add_lora` of `LLMEngine` and of `AsyncLLM`, whose event loop must not wait for a disk."""
 
     async def add_from_thread(self: Any, request: LoRARequest) -> Any:
-        return await original(self, await asyncio.to_thread(binder_of(self).bind, request))
+        bound = await asyncio.to_thread(binder_of(self).bind, request)
+        if identity_of(bound) is not None:
+            await self.engine_core.call_utility_async("reft_read_ahead", bound)
+        return await original(self, bound)
 
     def add(self: Any, request: LoRARequest) -> Any:
         return original(self, binder_of(self).bind(request))

@@ -28,7 +28,7 @@ from reft_serve.engine.facts import base_facts, limits_of, settings_of, share_of
 from reft_serve.engine.identity import FIRST_ID, GENERATED, WITH_LORA, identity_of, lora_id_of
 from reft_serve.engine.loras import LoraManager, lora_half
 from reft_serve.engine.places import decoder_layers, places_of, watch
-from reft_serve.engine.registry import Registry
+from reft_serve.engine.registry import Folded, Registry
 from reft_serve.engine.rows import Rows, StepRequest, rows_of
 from reft_serve.errors import AdapterUnsupported
 from reft_serve.interventions.batched import UnitPool
@@ -145,22 +145,23 @@ class AdapterManager:
         self._lora.set_active_adapters(loras, mapping)
         self._active_loras = len(loras)
 
-    def hold(self, request: LoRARequest, released: list[str]) -> None:
-        """Let go of some versions and keep the tensors of another at hand for its coming requests."""
+    def hold(self, request: LoRARequest, read: Folded | None) -> None:
+        """Keep the units of a version at hand for its coming requests; `read`, where the core has read them."""
         identity = identity_of(request)
         assert identity is not None
-        for digest in released:
-            self._release(digest)
         lora = self._lora_of(request)
         if lora is not None and self._lora is not None and not self._lora.holds(lora):
             self._lora.hold(lora, self._layers)
-        # After the LoRA: this reads the digest, so files that changed in between are found.
-        self.registry.hold(identity, request.lora_path)
+            # Read after the LoRA, so that files which changed in between are found by their digest.
+            read = self.registry.read(identity, request.lora_path)
+        self.registry.hold(identity, request.lora_path, read)
 
-    def _release(self, digest: str) -> None:
-        self.registry.release(digest)
-        if self._lora is not None:
-            self._lora.release(digest)
+    def release(self, digests: list[str]) -> None:
+        """Let go of held versions."""
+        for digest in digests:
+            self.registry.release(digest)
+            if self._lora is not None:
+                self._lora.release(digest)
 
     def _lora_of(self, request: LoRARequest) -> LoRARequest | None:
         lora = lora_half(request)
@@ -204,12 +205,7 @@ class AdapterManager:
         if identity is None:
             return self._lora is not None and bool(self._lora.add_adapter(lora))
         if lora is not None and self._lora is not None:
-            # Held while it is added, so that the LoRA which is added is the one that the digest was compared with.
-            held = self._lora.holds(lora)
-            self.hold(request, [])
             self._lora.add_adapter(lora)
-            if not held:
-                self._release(identity.digest)
         self.registry.slot_of(identity, request.lora_path, ())
         return True
 

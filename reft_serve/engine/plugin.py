@@ -96,8 +96,12 @@ def _patch_scheduler() -> None:
     core = vllm.v1.core
     for module in (core.kv_cache_utils, core.block_pool, vllm.v1.simple_kv_offload.manager):
         _wrap(module, "generate_block_hash_extra_keys", prefix_cache.with_adapter_keys)
+    _wrap(EngineCore, "preprocess_add_request", admission.reading_ahead)
     _wrap(EngineCore, "add_request", admission.admitting)
     _wrap(EngineCore, "add_lora", admission.adding)
+    _wrap(EngineCore, "remove_lora", admission.removing)
+    _wrap(EngineCore, "pin_lora", admission.pinning)
+    EngineCore.reft_read_ahead = admission.read_ahead
     _wrap(Scheduler, "_free_request", admission.noting_finished)
 
 
@@ -119,3 +123,4 @@ def _patch_workers() -> None:
     WorkerBase.reft_stats = runners.reft_stats
     WorkerBase.reft_hold = runners.reft_hold
     WorkerBase.reft_add = runners.reft_add
+    WorkerBase.reft_release = runners.reft_release

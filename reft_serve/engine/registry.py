@@ -4,8 +4,8 @@ A slot is a place in a batch; the interventions of its adapter take units anywhe
 of layers share it without holes. The least recently used version makes room, and only after the new one has been read,
 verified and found to fit.
 
-A version with unfinished requests is *held*: its tensors stay in host memory, so that no step reads a file or can fail on
-one, however often the version is evicted and comes back.
+A version with unfinished requests is *held*: its units are in the pool or in host memory, so that no step reads a file or
+can fail on one, however often the version is evicted and comes back; nor is a version that is resident ever read again.
 """
 
 from __future__ import annotations
@@ -18,25 +18,50 @@ from pathlib import Path
 
 import torch
 
-from reft_serve.adapters.directory import Adapter, read_version
-from reft_serve.adapters.manifest import MAX_PASSES, BaseFacts, Limits, place_of
+from reft_serve.adapters.directory import read_version
+from reft_serve.adapters.manifest import MAX_PASSES, BaseFacts, InterventionSpec, Limits, place_of
 from reft_serve.engine.edits import Edits
 from reft_serve.engine.facts import owner_of
 from reft_serve.engine.identity import Identity
 from reft_serve.engine.places import Place
 from reft_serve.errors import AdapterUnsupported
-from reft_serve.interventions.kinds import fold
+from reft_serve.interventions.kinds import Unit, fold
 from reft_serve.interventions.positions import Part
 
-__all__ = ["Registry"]
+__all__ = ["Folded", "Registry", "read_folded"]
 
 _PARTS = {"both": tuple(Part), "prefix": (Part.PREFIX,), "suffix": (Part.SUFFIX,)}
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Folded:
+    """A version as a pool takes it: `units[k]` is of `specs[k]`."""
+
+    specs: tuple[InterventionSpec, ...]
+    units: tuple[Unit, ...]
+
+
+def read_folded(identity: Identity, path: str, base: BaseFacts, limits: Limits, max_bytes: int) -> Folded:
+    """Read a version, in any process of the engine.
+
+    Raises:
+        AdapterNotFound, AdapterInvalid, AdapterChanged: its files are not what they were.
+        AdapterUnsupported: this engine cannot serve it.
+    """
+    adapter = read_version(Path(path), identity.digest, max_bytes)
+    faults = limits.faults(adapter.manifest, base)
+    if faults:
+        raise AdapterUnsupported(path, faults)
+    return Folded(tuple(adapter.manifest.interventions), tuple(fold(weights) for weights in adapter.weights))
+
+
 @dataclass(frozen=True, slots=True)
 class _Resident:
+    """Where a version is: its slot, and where in the pool the units of `specs` are."""
+
     engine_id: int
     slot: int
+    specs: tuple[InterventionSpec, ...]
     units: tuple[int, ...]
 
 
@@ -67,7 +92,8 @@ class Registry:
         self._free_slots = list(range(slots - 1, -1, -1))
         self._free_units = list(range(edits.pool.units, 0, -1))
         self._residents: OrderedDict[str, _Resident] = OrderedDict()
-        self._held: dict[str, Adapter] = {}
+        # None for a version that was resident when it came to be held: the pool has it.
+        self._held: dict[str, Folded | None] = {}
         self._pinned: set[str] = set()
         self.loads = self.evictions = 0
         self.load_seconds: deque[float] = deque(maxlen=4096)
@@ -83,15 +109,20 @@ class Registry:
         self._residents.move_to_end(identity.digest)
         return resident.slot
 
-    def hold(self, identity: Identity, path: str) -> None:
-        """Read a version and keep its tensors in host memory until `release`.
+    def read(self, identity: Identity, path: str) -> Folded:
+        """Read a version from its files; raises as `read_folded` does."""
+        return read_folded(identity, path, self._base, self._limits, self._max_bytes)
+
+    def hold(self, identity: Identity, path: str, read: Folded | None) -> None:
+        """Keep a version's units at hand until `release`: `read`, where another process has read them, or else its files.
 
         Raises:
             AdapterNotFound, AdapterInvalid, AdapterChanged: its files are not what they were.
             AdapterUnsupported: this engine cannot serve it.
         """
         if identity.digest not in self._held:
-            self._held[identity.digest] = self._read(identity, path)
+            resident = identity.digest in self._residents
+            self._held[identity.digest] = None if resident else self._local(identity, path, read)
 
     def release(self, digest: str) -> None:
         """Let go of a held version; its slot, if it has one, stays until it is evicted."""
@@ -126,6 +157,8 @@ class Registry:
 
     def _remove(self, digest: str) -> None:
         resident = self._residents.pop(digest)
+        if digest in self._held and self._held[digest] is None:
+            self._held[digest] = Folded(resident.specs, tuple(self._edits.pool.read(unit) for unit in resident.units))
         self._pinned.discard(digest)
         self._free_slots.append(resident.slot)
         self._free_units.extend(resident.units)
@@ -133,35 +166,30 @@ class Registry:
 
     def _load(self, identity: Identity, path: str, in_use: Collection[str]) -> _Resident:
         started = time.perf_counter()
-        adapter = self._held.get(identity.digest) or self._read(identity, path)
-        local = self._local(adapter)
-        self._make_room(len(local), in_use)
-        resident = self._write(adapter, identity, local)
+        folded = self._held.get(identity.digest) or self._local(identity, path, None)
+        self._make_room(len(folded.units), in_use)
+        resident = self._write(folded, identity)
         self._residents[identity.digest] = resident
         self.loads += 1
         self.load_seconds.append(time.perf_counter() - started)
         return resident
 
-    def _read(self, identity: Identity, path: str) -> Adapter:
-        adapter = read_version(Path(path), identity.digest, self._max_bytes)
-        faults = self._limits.faults(adapter.manifest, self._base) + self._place_faults(adapter)
-        if len(self._local(adapter)) > self._units_per_slot:
+    def _local(self, identity: Identity, path: str, read: Folded | None) -> Folded:
+        """What of a version is this worker's, found to fit; read here where no one has read it."""
+        whole = read or self.read(identity, path)
+        faults = [
+            f"intervention {k} edits {spec.where}, which this model does not have"
+            for k, spec in enumerate(whole.specs)
+            if owner_of(spec) in self._layers and place_of(spec) not in self._places
+        ]
+        own = [k for k, spec in enumerate(whole.specs) if place_of(spec) in self._places]
+        if len(own) > self._units_per_slot:
             faults.append(
                 f"more than {self._units_per_slot} of its interventions are on one rank: raise REFT_MAX_INTERVENTIONS"
             )
         if faults:
             raise AdapterUnsupported(path, faults)
-        return adapter
-
-    def _local(self, adapter: Adapter) -> list[int]:
-        return [k for k, spec in enumerate(adapter.manifest.interventions) if place_of(spec) in self._places]
-
-    def _place_faults(self, adapter: Adapter) -> list[str]:
-        return [
-            f"intervention {k} edits {spec.where}, which this model does not have"
-            for k, spec in enumerate(adapter.manifest.interventions)
-            if owner_of(spec) in self._layers and place_of(spec) not in self._places
-        ]
+        return Folded(tuple(whole.specs[k] for k in own), tuple(whole.units[k] for k in own))
 
     def _make_room(self, units: int, in_use: Collection[str]) -> None:
         # Pinned versions go last, and only for a step that needs every slot: it could not run otherwise.
@@ -172,18 +200,17 @@ class Registry:
             self._remove(digest)
             self.evictions += 1
 
-    def _write(self, adapter: Adapter, identity: Identity, local: list[int]) -> _Resident:
+    def _write(self, folded: Folded, identity: Identity) -> _Resident:
         slot = self._free_slots.pop()
-        units = tuple(self._free_units.pop() for _ in local)
+        units = tuple(self._free_units.pop() for _ in folded.units)
         table = torch.zeros(len(self._places), MAX_PASSES, len(Part), dtype=torch.int32)
-        for unit, k in zip(units, local, strict=True):
-            spec = adapter.manifest.interventions[k]
-            self._edits.pool.write(unit, fold(adapter.weights[k]))
+        for at, spec, unit in zip(units, folded.specs, folded.units, strict=True):
+            self._edits.pool.write(at, unit)
             for part in _PARTS[spec.part]:
                 column = table[self._places[place_of(spec)], :, part]
-                column[int((column > 0).sum())] = unit
+                column[int((column > 0).sum())] = at
         self._edits.units_of_LCS[:, :, _keys(slot)] = table.to(self._edits.units_of_LCS.device)
-        return _Resident(identity.engine_id, slot, units)
+        return _Resident(identity.engine_id, slot, folded.specs, units)
 
 
 def _keys(slot: int) -> slice:

@@ -21,9 +21,18 @@ from vllm.v1.worker.gpu.lora_utils import LoraState
 from reft_serve.engine.facts import settings_of
 from reft_serve.engine.loras import LoraManager
 from reft_serve.engine.manager import AdapterManager, StepBatch
+from reft_serve.engine.registry import Folded
 from reft_serve.errors import EngineUnsupported
 
-__all__ = ["dispatching_by_rows", "preparing_rows", "reft_add", "reft_hold", "reft_stats", "with_manager"]
+__all__ = [
+    "dispatching_by_rows",
+    "preparing_rows",
+    "reft_add",
+    "reft_hold",
+    "reft_release",
+    "reft_stats",
+    "with_manager",
+]
 
 
 def with_manager(_: Any) -> Callable[..., nn.Module]:
@@ -136,9 +145,16 @@ class RowAwareLoraState(LoraState):  # type: ignore[misc]  # vllm is not type-ch
         return {request.lora_int_id: request for request in self.lora_requests.values()}
 
 
-def reft_hold(self: Any, request: LoRARequest, released: list[str]) -> str | None:
-    """Called on every worker when a version gets its first unfinished request; answers what went wrong, if anything."""
-    return _fault(self.model_runner.lora_manager.hold, request, released)
+def reft_hold(self: Any, request: LoRARequest, read: Folded | None) -> str | None:
+    """Called on every worker before a version gets its first unfinished request, and before it is loaded; answers what
+    went wrong, if anything.
+    """
+    return _fault(self.model_runner.lora_manager.hold, request, read)
+
+
+def reft_release(self: Any, digests: list[str]) -> None:
+    """Called on every worker when versions without requests need not be held any longer."""
+    self.model_runner.lora_manager.release(digests)
 
 
 def reft_add(self: Any, request: LoRARequest) -> str | None:

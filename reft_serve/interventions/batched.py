@@ -60,6 +60,12 @@ class UnitPool:
         self.act_U2[index].copy_(torch.tensor((unit.activation, unit.activated), dtype=torch.int32))
         self.forms[index] = (r, unit.activation, unit.activated)
 
+    def read(self, index: int) -> Unit:
+        """What was written at `index`, in host memory of its own."""
+        r, code, activated = self.forms[index]
+        A, b, B = (pool[index, :r].to("cpu", copy=True) for pool in (self.A_UPD, self.b_UP, self.B_UPD))
+        return Unit(A, b, B, code, activated)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tiles:

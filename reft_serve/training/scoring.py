@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import StatisticsError, correlation
@@ -119,20 +120,25 @@ def _is_number(text: str) -> bool:
 
 
 def _correlation(metric: Metric, judged: Sequence[tuple[Verdict, str]]) -> float | None:
-    """Pearson's, which for two classes is Matthews'; 0 where one side never varies. An answer of no class counts as the
-    other class, an answer without a number as 0.
-    """
-    if metric == "pearson":
-        pairs = [(float(verdict.extracted or 0), float(reference)) for verdict, reference in judged]
-    elif metric == "matthews":
-        first = judged[0][1]
-        pairs = [
-            (float((reference == first) == bool(verdict.correct)), float(reference == first))
-            for verdict, reference in judged
-        ]
-    else:
+    """Pearson's, with 0 for an answer without a number, or Matthews'; 0 where one side never varies."""
+    if metric == "matthews":
+        return _matthews([verdict.extracted for verdict, _ in judged], [reference.lower() for _, reference in judged])
+    if metric != "pearson":
         return None
     try:
-        return correlation(*zip(*pairs, strict=True))
+        return correlation(
+            [float(verdict.extracted or 0) for verdict, _ in judged], [float(reference) for _, reference in judged]
+        )
     except StatisticsError:
         return 0.0
+
+
+def _matthews(predicted: Sequence[str], true: Sequence[str]) -> float:
+    """Of any number of classes (Gorodkin 2004, equation 8); all answers of no class are one class more."""
+    known = set(true)
+    predicted = [name if name in known else "" for name in predicted]
+    of_predicted, of_true, total = Counter(predicted), Counter(true), len(true)
+    right = sum(p == t for p, t in zip(predicted, true, strict=True))
+    covariance = right * total - sum(count * of_true[name] for name, count in of_predicted.items())
+    spreads = [total * total - sum(count * count for count in counts.values()) for counts in (of_predicted, of_true)]
+    return covariance / math.sqrt(spreads[0] * spreads[1]) if all(spreads) else 0.0

@@ -195,16 +195,22 @@ def test_a_score_counts_what_was_asked() -> None:
 
 def test_matthews_correlation_is_that_of_the_table_of_confusion() -> None:
     # 90 true positives, 5 false negatives, 3 false positives, 2 true negatives
-    references = ["acceptable"] * 95 + ["unacceptable"] * 5
-    right = [True] * 90 + [False] * 5 + [False] * 3 + [True] * 2
+    true = ["acceptable"] * 95 + ["unacceptable"] * 5
+    said = ["acceptable"] * 90 + ["unacceptable"] * 5 + ["acceptable"] * 3 + ["unacceptable"] * 2
     tp, fn, fp, tn = 90, 5, 3, 2
     expected = (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
-    found = score("matthews", verdicts(right, references))
+    found = score(
+        "matthews", [(Verdict(word, word == wanted), wanted) for word, wanted in zip(said, true, strict=True)]
+    )
     assert found.correlation == pytest.approx(expected)
     assert found.accuracy
     assert found.accuracy.share == 0.92
-    always = score("matthews", verdicts([True] * 95 + [False] * 5, references))
-    assert always.correlation == 0.0
+
+
+@pytest.mark.parametrize("word", ["acceptable", "", "nonsense"])
+def test_matthews_correlation_of_answers_that_never_vary_is_0(word: str) -> None:
+    true = ["acceptable"] * 7 + ["unacceptable"] * 3
+    assert score("matthews", [(Verdict(word, word == wanted), wanted) for wanted in true]).correlation == 0.0
 
 
 def test_pearsons_correlation_is_of_the_numbers() -> None:

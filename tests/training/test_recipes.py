@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -211,6 +212,23 @@ def test_matthews_correlation_is_that_of_the_table_of_confusion() -> None:
 def test_matthews_correlation_of_answers_that_never_vary_is_0(word: str) -> None:
     true = ["acceptable"] * 7 + ["unacceptable"] * 3
     assert score("matthews", [(Verdict(word, word == wanted), wanted) for wanted in true]).correlation == 0.0
+
+
+def test_matthews_correlation_of_many_classes_is_that_of_their_indicators() -> None:
+    true = ["neutral", "neutral", "entailment", "entailment", "entailment", "contradiction"]
+    said = ["neutral", "maybe", "entailment", "", "neutral", "contradiction"]
+    classes = {"neutral": 0, "entailment": 1, "contradiction": 2}
+    predicted_NC = np.eye(4)[[classes.get(word, 3) for word in said]]
+    true_NC = np.eye(4)[[classes[word] for word in true]]
+
+    def covariance(first: np.ndarray, second: np.ndarray) -> float:
+        return float(((first - first.mean(0)) * (second - second.mean(0))).sum())
+
+    spread = covariance(predicted_NC, predicted_NC) * covariance(true_NC, true_NC)
+    found = score(
+        "matthews", [(Verdict(word, word == wanted), wanted) for word, wanted in zip(said, true, strict=True)]
+    )
+    assert found.correlation == pytest.approx(covariance(predicted_NC, true_NC) / math.sqrt(spread))
 
 
 def test_pearsons_correlation_is_of_the_numbers() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,10 @@ def _fp8(weight: Tensor) -> Quantised:
     return Quantised(tensors, eighth * scale, lambda x: _per_token(x, 448.0, rounded))
 
 
+def _fp8_weights(weight: Tensor) -> Quantised:
+    return replace(_fp8(weight), quantise=lambda x: x)
+
+
 def _grouped(weight: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
     """(whole numbers (N, K), scales (N, K / GROUP) that bfloat16 and float16 both hold exactly)."""
     groups = weight.view(len(weight), -1, GROUP)
@@ -147,6 +151,9 @@ SCHEMES = {
     ),
     "fp8": Scheme(
         _compressed("float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"}, _dynamic("float")), _fp8
+    ),
+    "fp8_weights": Scheme(
+        _compressed("float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"}, inputs=None), _fp8_weights
     ),
     "awq": Scheme(
         {

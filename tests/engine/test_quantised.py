@@ -63,21 +63,23 @@ def errors(scheme: str, dtype: str, folder: Path, engines: Executor) -> Errors:
     return found
 
 
-def test_eight_bit_weights_and_inputs_answer_as_in_plain_torch(tmp_path: Path, engines: Executor) -> None:
-    found = errors("int8", "float32", tmp_path, engines).ours
-    # An input between two whole numbers may be rounded to either, which alone moves a log-probability by up to 0.1.
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+def test_quantised_weights_and_inputs_answer_as_in_plain_torch(scheme: str, tmp_path: Path, engines: Executor) -> None:
+    found = errors(scheme, "float32", tmp_path, engines).ours
+    # An input between two numbers of the scheme may be rounded to either, which alone moves a log-probability by up to 0.1.
     assert found.median() < 1e-4
     assert found.mean() < 3e-3
     assert found.max() < 0.3
 
 
+# With inputs quantised too, 16 bits would hide a wrong edit: their rounding follows the dtype's noise.
 @pytest.mark.parametrize(
     ("scheme", "dtype"),
     [
-        *(("int4", "bfloat16"), ("awq", "bfloat16"), ("fp8", "bfloat16")),
+        *(("int4", "bfloat16"), ("awq", "bfloat16")),
         *(
-            pytest.param(scheme, dtype, marks=[pytest.mark.gpu, on_gpu])
-            for scheme, dtype in [("fp8", "float16"), ("awq", "float16"), ("int8", "bfloat16"), ("int4", "float16")]
+            pytest.param(scheme, "float16", marks=[pytest.mark.gpu, on_gpu])
+            for scheme in ("fp8_weights", "awq", "int4")
         ),
     ],
 )

@@ -85,6 +85,9 @@ class AdapterInvalid(ClientError):
         self.faults = tuple(faults)
         super().__init__(f"adapter {where} cannot be used: " + "; ".join(self.faults))
 
+    def __reduce__(self) -> tuple[type, tuple[str, tuple[str, ...]]]:
+        return type(self), (self.where, self.faults)  # it may come from a worker's process
+
 
 class AdapterUnsupported(AdapterInvalid):
     """A sound adapter that asks for something we do not serve; the fault names it."""
@@ -119,6 +122,9 @@ class DataInvalid(ClientError):
         rest = len(self.faults) - self._TOLD
         more = f"; and {rest} more" if rest > 0 else ""
         super().__init__(f"data file {where} cannot be used: {told}{more}")
+
+    def __reduce__(self) -> tuple[type, tuple[str, tuple[str, ...]]]:
+        return type(self), (self.where, self.faults)  # it may come from a worker's process
 
 
 class BaseModelInvalid(ClientError):

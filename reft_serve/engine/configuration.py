@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from reft_serve.config import EngineSettings
 from reft_serve.engine.facts import SETTINGS_KEY, settings_of
 from reft_serve.errors import EngineUnsupported
 
-__all__ = ["check_modes", "keeping_compilation", "noting_modules", "with_settings"]
+__all__ = ["building_without_lora", "check_modes", "keeping_compilation", "noting_modules", "with_settings"]
 
 
 def noting_modules(original: Any) -> Callable[[Any, argparse.Namespace], EngineArgs]:
@@ -59,15 +60,31 @@ def keeping_compilation(original: Callable[[VllmConfig], None]) -> Callable[[Vll
     """Around the CPU platform's `check_and_update_config`, which turns torch.compile off for LoRA's sake."""
 
     def check_and_update_config(config: VllmConfig) -> None:
-        lora_config = config.lora_config
-        if lora_config is not None and settings_of(config).lora == "off":
-            config.lora_config = None
-        try:
+        with _hidden_where_off(config):
             original(config)
-        finally:
-            config.lora_config = lora_config
 
     return check_and_update_config
+
+
+def building_without_lora(original: Any) -> Callable[..., Any]:
+    """Around `BaseModelLoader.create_model`, where experts choose kernels that take LoRAs: slower ones, and none on a CPU."""
+
+    def create_model(self: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Any:
+        with _hidden_where_off(vllm_config):
+            return original(self, vllm_config, *args, **kwargs)
+
+    return create_model
+
+
+@contextmanager
+def _hidden_where_off(config: VllmConfig) -> Iterator[None]:
+    lora_config = config.lora_config
+    if lora_config is not None and settings_of(config).lora == "off":
+        config.lora_config = None
+    try:
+        yield
+    finally:
+        config.lora_config = lora_config
 
 
 def check_modes(config: VllmConfig) -> None:

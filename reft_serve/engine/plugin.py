@@ -108,12 +108,14 @@ def _patch_scheduler() -> None:
 def _patch_workers() -> None:
     from vllm.lora.ops.torch_ops import lora_ops
     from vllm.lora.punica_wrapper import punica_cpu
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
     from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
     from vllm.v1.worker.worker_base import WorkerBase
 
-    from reft_serve.engine import loras, runners
+    from reft_serve.engine import configuration, loras, runners
 
+    _wrap(BaseModelLoader, "create_model", configuration.building_without_lora)
     for name in ("bgmv_expand", "bgmv_expand_slice"):
         _wrap(lora_ops, name, loras.sparing_base_rows)
         setattr(punica_cpu, name, getattr(lora_ops, name))

@@ -8,18 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.engine.engine_process import Answer, Asked, answer_in_rounds, engine_process
 from tests.engine.family_models import FAMILIES, Family, make_adapters, reference_logprobs
 
 # What an edit must change at least, so that one that is left out, or made elsewhere, is seen.
 EFFECT = 0.05
-MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
-_NO_EXPERTS = pytest.mark.xfail(
-    not torch.cuda.is_available(), strict=True,
-    reason="with adapters on, vLLM gives experts the kernels that take LoRAs, which a CPU does not have",
-)  # fmt: skip
 PROMPTS = [[1, *range(10, 52)], [1, *range(60, 63)], [1, *range(20, 33), *range(10, 20)]]
 
 
@@ -55,9 +49,7 @@ def engines() -> Iterator[Executor]:
         yield process
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[_NO_EXPERTS] if name in MIXTURES else []) for name in FAMILIES]
-)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_edits_are_those_of_hugging_face_with_hooks(name: str, tmp_path: Path, engines: Executor) -> None:
     check_family(name, tmp_path, {"LORA": "off"}, engines)
 

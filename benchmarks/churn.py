@@ -266,6 +266,7 @@ async def _run(args: argparse.Namespace, model: Path, paths: list[Path]) -> Tall
         str(model), load_format="dummy", skip_tokenizer_init=True, dtype=SHAPE.dtype, enable_lora=True, max_loras=args.slots,
         max_model_len=SHAPE.context, max_num_seqs=64, enforce_eager=True, enable_prefix_caching=True, seed=0,
         disable_log_stats=True, worker_extension_cls="benchmarks.churn.Probe",
+        kv_cache_memory_bytes=64 << 20,  # small, so that all of it is resident memory before the count begins
         scheduler_cls="benchmarks._stopwatch.WatchedScheduler",
     ))  # fmt: skip
     models = OpenAIServingModels(engine, [BaseModelPath(name="base", model_path=str(model))])

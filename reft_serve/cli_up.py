@@ -31,6 +31,7 @@ class _Child:
     name: str
     command: Sequence[str]
     environment: dict[str, str]
+    socket: Path | None = None
     process: asyncio.subprocess.Process | None = field(default=None, init=False)
     stopping: bool = field(default=False, init=False)
 
@@ -39,6 +40,8 @@ class _Child:
         pause = 1.0
         while not self.stopping:
             begun = time.monotonic()
+            if self.socket is not None:  # a killed process leaves it, and the next one could not bind
+                self.socket.unlink(missing_ok=True)
             # A session of its own: Ctrl-C reaches us alone, and we end the children in their order.
             self.process = await asyncio.create_subprocess_exec(
                 *self.command, env=self.environment, start_new_session=True
@@ -46,6 +49,7 @@ class _Child:
             code = await self.process.wait()
             if self.stopping:
                 return
+            self._sweep()
             pause = 1.0 if time.monotonic() - begun > _STEADY_SECONDS else min(2 * pause, _LONGEST_PAUSE)
             _say(f"{self.name} ended with code {code}; starting it again in {pause:.0f} s")
             await asyncio.sleep(pause)
@@ -60,8 +64,13 @@ class _Child:
             process.terminate()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(process.wait(), patience)
-        with contextlib.suppress(ProcessLookupError):  # what it left in its session
-            os.killpg(process.pid, signal.SIGKILL)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """End what an ended process left in its session."""
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
 
 
 def up(
@@ -77,12 +86,13 @@ def up(
     name: Annotated[str, typer.Option("--name", help="What the base model is called in public.")] = "base",
 ) -> None:
     """Serve MODEL with everything on this machine: SQLite, a local store, one engine, the gateway. Other flags go to vLLM."""
+    passed = list(context.args)
+    if model.startswith("-"):  # vLLM's flags came first, and were taken for the model
+        model, passed = str(_DEMO), [model, *passed]
     folder = data.expanduser().resolve()
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="reft-") as run:
-        sys.exit(
-            asyncio.run(_run(_children(context.args, model, folder, host, port, name, Path(run)), host, port, folder))
-        )
+        sys.exit(asyncio.run(_run(_children(passed, model, folder, host, port, name, Path(run)), host, port, folder)))
 
 
 def _children(
@@ -106,7 +116,7 @@ def _children(
     given = child_environment({})
     engine = {**quiet, **given, **ours}
     gateway = [sys.executable, "-m", "reft_serve.cli_gateway", "--host", host, "--port", str(port)]
-    return [_Child("engine", serve, engine), _Child("gateway", gateway, {**given, **settings})]
+    return [_Child("engine", serve, engine, socket), _Child("gateway", gateway, {**given, **settings})]
 
 
 async def _run(children: list[_Child], host: str, port: int, folder: Path) -> int:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -91,3 +94,31 @@ def test_a_child_that_ends_is_started_again_until_it_is_stopped(tmp_path: Path) 
     asyncio.run(asyncio.wait_for(watch(), 20))
     assert child.process is not None
     assert child.process.returncode is not None
+
+
+_BINDS = """
+import os, socket, sys, time
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[1])
+open(sys.argv[2], "a").write(f"{os.getpid()} ")
+time.sleep(60)
+"""
+
+
+def test_a_killed_child_that_left_its_socket_behind_can_bind_again(tmp_path: Path) -> None:
+    path, marks = tmp_path / "engine.sock", tmp_path / "marks"
+    child = _Child("child", [sys.executable, "-c", _BINDS, str(path), str(marks)], {}, path)
+
+    async def bound(times: int) -> int:
+        while not marks.exists() or len(marks.read_text().split()) < times:
+            await asyncio.sleep(0.05)
+        return int(marks.read_text().split()[-1])
+
+    async def watch() -> None:
+        keeping = asyncio.create_task(child.keep())
+        os.kill(await bound(1), signal.SIGKILL)
+        await bound(2)
+        await child.stop(patience=5)
+        await asyncio.wait_for(keeping, 5)
+
+    asyncio.run(asyncio.wait_for(watch(), 30))

@@ -115,7 +115,10 @@ def main() -> None:
     ranks = [int(rank) for rank in args.ranks.split(",")]
     arms = [Arm("base", 0), *(Arm(method, rank) for method in (*KINDS, "LoRA") for rank in ranks)]
     runs = [(arm, lesson) for arm in arms for lesson in lessons]
-    results = [_run(arm, lesson, storyteller, args) for arm, lesson in track(runs, "training", console=console)]
+    results = []
+    for arm, lesson in track(runs, "training", console=console):
+        results.append(_run(arm, lesson, storyteller, args))
+        console.print(results[-1])
     summary = [_mean(arm, [result for result in results if (result.method, result.rank) == (arm.method, arm.rank)])
                for arm in arms]  # fmt: skip
     console.print(_table(summary))

@@ -72,7 +72,9 @@ class Binder:
 
     def front_end_ids(self, engine_ids: Iterable[int]) -> set[int]:
         """The front end's ids of adapters that the engine lists."""
-        engine_id_of = {number: bound.lora_int_id for number, (_, _, bound) in self._bound.items()}
+        engine_id_of = {
+            number: bound.lora_int_id for number, (_, _, bound) in self._bound.copy().items()
+        }  # threads bind
         listed = set(engine_ids)  # a list, where it came over a socket
         ours = {number for number, engine_id in engine_id_of.items() if engine_id in listed}
         return ours | (listed - set(engine_id_of.values()))

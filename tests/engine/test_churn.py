@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from benchmarks import churn
 from reft_serve.adapters.directory import Adapter
 from reft_serve.adapters.manifest import MAX_PASSES, Limits
 from reft_serve.engine.edits import Edits
+from reft_serve.engine.front_end import Binder
 from reft_serve.engine.identity import Identity
 from reft_serve.engine.registry import Registry
 from reft_serve.interventions.batched import UnitPool
@@ -216,3 +219,25 @@ def test_a_churn_from_many_sides_loses_no_request_and_keeps_nothing_behind(
     # Slots, units, residents, pins, the tensors of unfinished and of idle versions, and the times of recent loads.
     assert end["worker_entries"] < 300
     assert end["core_entries"] < 4 * (sizes["slots"] + sizes["clients"])
+
+
+def test_adapters_can_be_listed_while_threads_bind_others() -> None:
+    config: Any = None
+    binder, done = Binder(config), threading.Event()
+
+    def bind() -> None:
+        number = 0
+        while not done.is_set():
+            number += 1
+            bound = SimpleNamespace(lora_int_id=number)
+            binder._bound[number % 5000] = binder._bound[number % 5000 + 10_000] = ("name", "path", bound)
+            binder.forget(number % 4999)
+
+    thread = threading.Thread(target=bind)
+    thread.start()
+    try:
+        for _ in range(200):
+            binder.front_end_ids([1, 2, 3])
+    finally:
+        done.set()
+        thread.join()

@@ -20,7 +20,7 @@ import pytest
 
 from tests.adapters.damage import DAMAGE, MAX_BYTES, MAX_RANK, MODEL, Damage, write_good
 
-READY_SECONDS = 180
+READY_SECONDS = 400
 
 
 class Server:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from reft_serve.errors import AdapterExists, AdapterInvalid
 
-__all__ = ["read_plain", "write_directory"]
+__all__ = ["read_plain", "sync_path", "write_directory"]
 
 
 def read_plain(file: Path, max_bytes: int, where: str) -> bytes:
@@ -63,19 +63,20 @@ def write_directory(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-        _fsync_directory(aside)
+        sync_path(aside)
         try:
             os.rename(aside, path)
         except OSError as exc:
             if exc.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                 raise
             raise AdapterExists(f"{path} appeared while it was being written; nothing was overwritten") from exc
-        _fsync_directory(path.parent)
+        sync_path(path.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _fsync_directory(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Have a file's bytes, or a directory's names, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

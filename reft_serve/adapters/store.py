@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from reft_serve.adapters.files import sync_path
 from reft_serve.errors import StoreUnusable
 
 __all__ = ["AdapterStore", "digest_of_directory"]
@@ -58,7 +59,7 @@ class AdapterStore:
             digest = digest_of_directory(staged)
             target = self.path(digest)
             for file in (*staged.iterdir(), staged):
-                _sync(file)
+                sync_path(file)
             target.parent.mkdir(parents=True, exist_ok=True)
             if not target.exists():
                 try:
@@ -66,7 +67,7 @@ class AdapterStore:
                 except OSError:
                     if not target.exists():  # else another gateway was faster with the same bytes
                         raise
-            _sync(target.parent)
+            sync_path(target.parent)
         except OSError as exc:
             raise StoreUnusable(f"the adapter store cannot be written to ({exc.strerror})") from exc
         return digest
@@ -110,11 +111,3 @@ def digest_of_directory(path: Path) -> str:
             while chunk := opened.read(_CHUNK):
                 digest.update(chunk)
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

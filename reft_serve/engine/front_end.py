@@ -72,9 +72,8 @@ class Binder:
 
     def front_end_ids(self, engine_ids: Iterable[int]) -> set[int]:
         """The front end's ids of adapters that the engine lists."""
-        engine_id_of = {
-            number: bound.lora_int_id for number, (_, _, bound) in self._bound.copy().items()
-        }  # threads bind
+        bound_now = self._bound.copy()  # threads bind meanwhile
+        engine_id_of = {number: bound.lora_int_id for number, (_, _, bound) in bound_now.items()}
         listed = set(engine_ids)  # a list, where it came over a socket
         ours = {number for number, engine_id in engine_id_of.items() if engine_id in listed}
         return ours | (listed - set(engine_id_of.values()))

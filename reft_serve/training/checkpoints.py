@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from reft_serve.adapters.directory import CONFIG, TENSORS
+from reft_serve.adapters.files import sync_path
 from reft_serve.adapters.lora import CONFIG as LORA_CONFIG
 from reft_serve.adapters.lora import TENSORS as LORA_TENSORS
 
@@ -50,7 +51,7 @@ def seal(path: Path) -> None:
     sync(path)
     with open(path / _SEAL, "xb") as marker:
         os.fsync(marker.fileno())
-    _sync(path)
+    sync_path(path)
 
 
 def rotate(folder: Path, keep: int, best: int | None) -> None:
@@ -90,13 +91,5 @@ def _all(folder: Path) -> dict[int, Path]:
 def sync(folder: Path) -> None:
     """Have a directory and its files on the disk."""
     for file in folder.iterdir():
-        _sync(file)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync_path(file)
+    sync_path(folder)

@@ -32,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 from benchmarks._report import save
 from reft_serve.adapters.base_model import read_base_model
 from reft_serve.adapters.directory import TENSORS
+from reft_serve.datafiles.formats import read_rows
 from reft_serve.demo.behaviours import BEHAVIOURS, MODEL, Behaviour
 from reft_serve.demo.edited import Edit, Edits
 from reft_serve.demo.edited import EditedModel as Storyteller
@@ -43,7 +44,6 @@ from reft_serve.training.batching import collate
 from reft_serve.training.data import encode
 from reft_serve.training.evaluation import questions
 from reft_serve.training.examples import IGNORED, Example
-from reft_serve.training.formats import read_rows
 from reft_serve.training.hooked import EditedModel
 from reft_serve.training.lora import wrap
 from reft_serve.training.objectives import Supervised

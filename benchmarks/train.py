@@ -172,8 +172,8 @@ def _read(file: Path, name: str) -> Rows:
     """The examples of a data file, as the trainer reads them, with the shipped model's tokenizer."""
     from transformers import AutoTokenizer
 
+    from reft_serve.datafiles.formats import read_rows
     from reft_serve.training.data import encode
-    from reft_serve.training.formats import read_rows
     from reft_serve.training.recipes import load_recipe, recipe_names
 
     task = load_recipe(name).task if name in recipe_names() else None

@@ -38,10 +38,10 @@ def evaluate(
     ] = "none",
 ) -> None:
     """Ask a served model a recipe's questions over HTTP, print its accuracy, write every prediction."""
+    from reft_serve.datafiles.formats import read_rows
+    from reft_serve.datafiles.lines import Limits
     from reft_serve.errors import ClientError
     from reft_serve.training.evaluation import Server, questions, scores
-    from reft_serve.training.formats import read_rows
-    from reft_serve.training.lines import Limits
     from reft_serve.training.recipes import load_recipe
 
     task = load_recipe(recipe).task

@@ -145,8 +145,8 @@ def _run(
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
+    from reft_serve.datafiles.formats import read_rows
     from reft_serve.training.data import encode
-    from reft_serve.training.formats import read_rows
     from reft_serve.training.report import Bar
     from reft_serve.training.run import train
 

@@ -16,10 +16,10 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from reft_serve.datafiles.faults import Faults
+from reft_serve.datafiles.formats import Chat, Message, PreferencePair, Rows
 from reft_serve.errors import DataInvalid
 from reft_serve.training.examples import IGNORED, Example, Preference
-from reft_serve.training.faults import Faults
-from reft_serve.training.formats import Chat, Message, PreferencePair, Rows
 from reft_serve.training.recipes import Task, load_recipe
 
 __all__ = ["TrainingData", "encode"]

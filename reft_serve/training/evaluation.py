@@ -25,9 +25,9 @@ from openai import (
     PermissionDeniedError,
 )
 
+from reft_serve.datafiles.faults import Faults
+from reft_serve.datafiles.formats import Instruction, Rows
 from reft_serve.errors import ClientError, DataInvalid, ReftError, ServiceError
-from reft_serve.training.faults import Faults
-from reft_serve.training.formats import Instruction, Rows
 from reft_serve.training.recipes import Task
 from reft_serve.training.scoring import Score, Verdict, judge, score
 

@@ -23,10 +23,10 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from reft_serve.datafiles.formats import Completion, DataRow, Glue, Instruction
 from reft_serve.errors import ClientError, PositionsInvalid
 from reft_serve.interventions.positions import PositionRule
 from reft_serve.interventions.vocabulary import ACTIVATION_CODES, Component, Kind
-from reft_serve.training.formats import Completion, DataRow, Glue, Instruction
 
 __all__ = ["AdapterSettings", "Metric", "Recipe", "Task", "TrainingSettings", "load_recipe", "recipe_names"]
 

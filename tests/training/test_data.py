@@ -11,15 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from reft_serve.datafiles.formats import read_rows
 from reft_serve.demo.behaviours import MODEL as DEMO
 from reft_serve.errors import DataInvalid
 from reft_serve.interventions.positions import PositionRule
 from reft_serve.training.data import TrainingData, encode
 from reft_serve.training.examples import IGNORED, Example
-from reft_serve.training.formats import read_rows
 from reft_serve.training.recipes import Task, load_recipe
 from tests.conftest import GOLDEN
-from tests.training.damaged import assistant, chat, completion, lines, pair, user
+from tests.datafiles.damaged import assistant, chat, completion, lines, pair, user
 
 LLAMA = GOLDEN / "models" / "tiny-llama"
 SYSTEM = {"role": "system", "content": "Be brief."}

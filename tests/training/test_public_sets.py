@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from reft_serve.datafiles.formats import read_rows
+from reft_serve.datafiles.lines import Limits
 from reft_serve.errors import DataInvalid
 from reft_serve.training.evaluation import questions
-from reft_serve.training.formats import read_rows
-from reft_serve.training.lines import Limits
 from reft_serve.training.recipes import load_recipe
 from tests.conftest import SHARED
 

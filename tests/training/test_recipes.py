@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from reft_serve.datafiles.formats import Completion, Glue, Instruction
 from reft_serve.errors import ClientError
-from reft_serve.training.formats import Completion, Glue, Instruction
 from reft_serve.training.recipes import Task, load_recipe, recipe_names
 from reft_serve.training.scoring import Verdict, judge, score, wilson
 

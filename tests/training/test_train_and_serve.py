@@ -89,8 +89,8 @@ def test_the_run_leaves_its_record(run: Path) -> None:
 def test_the_trainers_held_out_loss_is_the_published_adapters(run: Path) -> None:
     from transformers import AutoTokenizer
 
+    from reft_serve.datafiles.formats import read_rows
     from reft_serve.training.data import encode
-    from reft_serve.training.formats import read_rows
 
     rows = read_rows(run.parent / "data.jsonl")
     examples = encode(rows, AutoTokenizer.from_pretrained(MODEL), max_tokens=512).examples

@@ -33,9 +33,9 @@ from pydantic import (
     model_validator,
 )
 
+from reft_serve.datafiles.faults import Faults, kind_of, sentence
+from reft_serve.datafiles.lines import Limits, read_values
 from reft_serve.errors import DataInvalid
-from reft_serve.training.faults import Faults, kind_of, sentence
-from reft_serve.training.lines import Limits, read_values
 
 __all__ = [
     "Chat",

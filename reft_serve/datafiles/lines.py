@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from reft_serve.training.faults import Faults
+from reft_serve.datafiles.faults import Faults
 
 __all__ = ["Limits", "read_values"]
 

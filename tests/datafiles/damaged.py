@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from reft_serve.training.lines import Limits
+from reft_serve.datafiles.lines import Limits
 
 
 def user(content: Any = "Which animal barks?") -> dict[str, Any]:

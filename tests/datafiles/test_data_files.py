@@ -13,10 +13,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from reft_serve.datafiles.formats import Chat, Glue, check_rows, read_rows
+from reft_serve.datafiles.lines import Limits
 from reft_serve.errors import DataInvalid
-from reft_serve.training.formats import Chat, Glue, check_rows, read_rows
-from reft_serve.training.lines import Limits
-from tests.training.damaged import DAMAGED, Damaged, assistant, chat, completion, lines, pair, user
+from tests.datafiles.damaged import DAMAGED, Damaged, assistant, chat, completion, lines, pair, user
 
 GLUE = {"question": "Who barked?", "sentence": "The dog did.", "label": 1, "idx": 4}
 SOUND = {
@@ -101,7 +101,7 @@ def test_a_long_report_is_cut_with_a_count_and_the_message_tells_the_first_fault
 def test_a_large_file_is_checked_in_the_memory_of_a_row() -> None:
     script = (
         "import tempfile, tracemalloc\n"
-        "from reft_serve.training.formats import check_rows\n"
+        "from reft_serve.datafiles.formats import check_rows\n"
         'line = b\'{"prompt": "\' + b\'x\' * 1000 + b\'", "completion": "y"}\\n\'\n'
         "with tempfile.TemporaryFile() as file:\n"
         "    for _ in range(20_000): file.write(line)\n"
@@ -118,7 +118,7 @@ def test_files_are_checked_and_recipes_read_without_torch_and_transformers() -> 
     script = (
         "import io, sys\n"
         "sys.modules['torch'] = sys.modules['transformers'] = sys.modules['jinja2'] = None\n"
-        "from reft_serve.training.formats import check_rows\n"
+        "from reft_serve.datafiles.formats import check_rows\n"
         "from reft_serve.training.recipes import load_recipe, recipe_names\n"
         "for name in recipe_names(): load_recipe(name)\n"
         'print(check_rows(io.BytesIO(b\'{"prompt": "a", "completion": "b"}\'), \'data.jsonl\'))\n'

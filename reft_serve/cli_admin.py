@@ -36,10 +36,13 @@ _Limits = Annotated[
 def migrate() -> None:
     """Bring the database to the schema of this version."""
 
-    async def migrated(_: AsyncSession) -> None:
-        return None
+    async def migrated() -> None:
+        from reft_serve.database.connection import migrate
 
-    _do(migrated)
+        async with _opened() as database:
+            await migrate(database)
+
+    asyncio.run(migrated())
     typer.echo("the database is up to date")
 
 
@@ -203,23 +206,27 @@ def _change(name: str, what: str, change: Callable[[Any], None]) -> None:
 
 
 def _do(work: Callable[[AsyncSession], Awaitable[_T]]) -> _T:
-    """Do this in one transaction of the database, brought up to date."""
+    """Do this in one transaction of the database, brought up to date unless REFT_MIGRATE forbids it."""
 
     async def done() -> _T:
-        async with _database() as database, database.writing() as session:
-            return await work(session)
+        from reft_serve.config import read_settings
+        from reft_serve.database.connection import check_schema, migrate
+
+        async with _opened() as database:
+            await (migrate if read_settings().migrate else check_schema)(database)
+            async with database.writing() as session:
+                return await work(session)
 
     return asyncio.run(done())
 
 
 @asynccontextmanager
-async def _database() -> AsyncIterator[Database]:
+async def _opened() -> AsyncIterator[Database]:
     from reft_serve.config import read_settings
-    from reft_serve.database.connection import Database, migrate
+    from reft_serve.database.connection import Database
 
     database = Database(read_settings().database)
     try:
-        await migrate(database)
         yield database
     finally:
         await database.close()

@@ -14,23 +14,15 @@ _Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")
 
 def gateway(host: _Host = "127.0.0.1", port: _Port = 8080) -> None:
     """Serve the OpenAI-style API over the engines that REFT_ENGINES names. Needs neither torch nor vLLM."""
-    import uvicorn
-
     from reft_serve.config import read_settings
     from reft_serve.gateway.app import create_app
+    from reft_serve.gateway.draining import serve
     from reft_serve.observability import configure_logging
 
     settings = read_settings()
     configure_logging(settings.log_level)
-    uvicorn.run(
-        create_app(settings),
-        host=host,
-        port=port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=int(settings.drain_seconds) or None,
-    )
+    if not serve(create_app(settings), host, port, settings):
+        raise typer.Exit(3)
 
 
 if __name__ == "__main__":

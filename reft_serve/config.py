@@ -94,7 +94,9 @@ class GatewaySettings(BaseSettings):
         description="Where adapters lie; gateways and engines see it under the same path.",
     )
     engines: str = Field(
-        default="http://127.0.0.1:8001", description="The engines, comma-separated: http://HOST:PORT or unix:/PATH."
+        default="http://127.0.0.1:8001",
+        description="The engines, comma-separated: http://HOST:PORT, unix:/PATH, or dns+http://NAME:PORT for every "
+        "address of NAME, looked up again with every probe.",
     )
     engine_key: SecretStr | None = Field(default=None, description="The engines' own --api-key.")
     base_model: str = Field(default="base", max_length=100, description="What the base model is called in public.")
@@ -119,6 +121,12 @@ class GatewaySettings(BaseSettings):
     probe_seconds: float = Field(default=2.0, gt=0, description="Time between looks at each engine's health.")
     cache_seconds: float = Field(
         default=1.0, ge=0, description="How long what another gateway changes (keys, aliases) may go unnoticed."
+    )
+    notice_seconds: float = Field(
+        default=0.0,
+        ge=0,
+        description="How long a gateway that is told to end says so, not ready but serving, before it closes its socket; "
+        "longer than balancers take to notice.",
     )
     drain_seconds: float = Field(default=30.0, ge=0, description="How long requests under way may go on at shutdown.")
     named_labels: int = Field(default=100, ge=0, description="Tenants and adapters that metrics name; the rest: other.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -19,13 +20,16 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
 from reft_serve.errors import DatabaseUnusable
 
-__all__ = ["Database", "migrate"]
+__all__ = ["Database", "check_schema", "migrate"]
+
+_log = logging.getLogger(__name__)
 
 _DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg", "postgres": "postgresql+asyncpg"}
 _BUSY_SECONDS = 15
 _MIGRATIONS = Path(__file__).with_name("migrations")
 # Any number does, as long as nothing else of ours locks it.
 _MIGRATION_LOCK = 0x5EF7
+_TABLE_LOCK_SECONDS = 5
 
 
 class Database:
@@ -82,30 +86,70 @@ class Database:
         await self.engine.dispose()
 
 
-async def migrate(database: Database) -> None:
-    """Bring the schema to what this version of the package needs. Safe to run by several processes at once.
+async def migrate(database: Database, revision: str = "head") -> None:
+    """Bring the schema to what this version of the package needs. Safe to run by several processes at once, and beside
+    processes that work on the database.
+
+    Args:
+        revision: where to stop, for data that was written at an earlier schema.
 
     Raises:
         DatabaseUnusable: it cannot be reached, or is of a later version than this package.
     """
     try:
         async with database.engine.execution_options(reft_writes=True).begin() as connection:
-            await connection.run_sync(_upgrade)
+            await connection.run_sync(_upgrade, revision)
     except (DBAPIError, OSError) as exc:
         raise DatabaseUnusable(f"the database cannot be used: {_reason(exc)}") from exc
 
 
-def _upgrade(connection: Connection) -> None:
-    if connection.dialect.name == "postgresql":
-        connection.execute(text("SELECT pg_advisory_xact_lock(:number)"), {"number": _MIGRATION_LOCK})
+async def check_schema(database: Database) -> str:
+    """The schema's revision, where this version of the package can work with it: its own or a later one.
+
+    A step only adds (see docs/runbook.md), so that a database may be migrated before the processes are upgraded.
+
+    Raises:
+        DatabaseUnusable: the database cannot be reached, or must be migrated first.
+    """
+    try:
+        async with database.engine.connect() as connection:
+            found = await connection.run_sync(_revision)
+    except (DBAPIError, OSError) as exc:
+        raise DatabaseUnusable(f"the database cannot be used: {_reason(exc)}") from exc
+    steps = ScriptDirectory.from_config(_alembic())
+    needed = steps.get_current_head()
+    known = {script.revision for script in steps.walk_revisions()}
+    if found is None or (found in known and found != needed):
+        raise DatabaseUnusable(
+            f"the database has schema {found or 'none'} and this version needs {needed}: run `reft-serve admin migrate`"
+        )
+    if found not in known:
+        _log.warning("the database has a later schema", extra={"data": {"found": found, "known": needed}})
+    return found
+
+
+def _alembic() -> Config:
     config = Config()
     config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
+    return config
+
+
+def _revision(connection: Connection) -> str | None:
+    return MigrationContext.configure(connection).get_current_revision()
+
+
+def _upgrade(connection: Connection, revision: str) -> None:
+    if connection.dialect.name == "postgresql":
+        connection.execute(text("SELECT pg_advisory_xact_lock(:number)"), {"number": _MIGRATION_LOCK})
+        # A step that waits for a table makes everybody behind it wait too: better to fail, and be tried again.
+        connection.execute(text(f"SET LOCAL lock_timeout = '{_TABLE_LOCK_SECONDS}s'"))
+    config = _alembic()
     config.attributes["connection"] = connection
     known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
-    found = MigrationContext.configure(connection).get_current_revision()
+    found = _revision(connection)
     if found is not None and found not in known:
         raise DatabaseUnusable(f"the database has schema {found}, which this version does not know: upgrade reft-serve")
-    command.upgrade(config, "head")
+    command.upgrade(config, revision)
 
 
 def _engine(url: str) -> AsyncEngine:

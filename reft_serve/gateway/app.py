@@ -18,14 +18,14 @@ from reft_serve import __version__
 from reft_serve.adapters.store import AdapterStore
 from reft_serve.config import GatewaySettings
 from reft_serve.database import usage
-from reft_serve.database.connection import Database, migrate
+from reft_serve.database.connection import Database, check_schema, migrate
 from reft_serve.database.models import now_ms
 from reft_serve.errors import ReftError
 from reft_serve.gateway import answers
 from reft_serve.gateway.edge import Edge
-from reft_serve.gateway.engine import Engine
 from reft_serve.gateway.fleet import Fleet
 from reft_serve.gateway.ledger import Ledger
+from reft_serve.gateway.membership import Membership
 from reft_serve.gateway.quotas import Quotas
 from reft_serve.gateway.routes import adapters, admin, health, inference, keys, models
 from reft_serve.gateway.routes import usage as usage_routes
@@ -66,8 +66,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
 async def _running(settings: GatewaySettings) -> AsyncIterator[Services]:
     configure_tracing(settings.otlp_endpoint)
     database = Database(settings.database)
-    if settings.migrate:
-        await migrate(database)
+    await (migrate if settings.migrate else check_schema)(database)
     store = AdapterStore(settings.store)
     await asyncio.to_thread(store.check)
     services = _services(settings, database, store)
@@ -88,11 +87,10 @@ async def _running(settings: GatewaySettings) -> AsyncIterator[Services]:
 
 def _services(settings: GatewaySettings, database: Database, store: AdapterStore) -> Services:
     key = settings.engine_key.get_secret_value() if settings.engine_key else None
-    engines = [Engine(number, url, key) for number, url in enumerate(settings.engine_urls)]
-    names = BoundedNames(settings.named_labels)
+    members, names = Membership(settings.engine_urls, key), BoundedNames(settings.named_labels)
     return Services(
         settings, database, store,
-        Fleet(engines, settings.in_flight_per_engine, settings.queue_seconds, settings.probe_seconds),
+        Fleet(members, settings.in_flight_per_engine, settings.queue_seconds, settings.probe_seconds),
         Ledger(database), Quotas(settings.limits, settings.limits_storage, names),
         Directory(database, settings.base_model, settings.cache_seconds), names,
     )  # fmt: skip

@@ -43,18 +43,21 @@ class Edge:
         identity = f"req_{uuid.uuid4().hex}"
         request_id.set(identity)
         begun, status = time.monotonic(), 0
+        services: Services = scope["app"].state.services
 
         async def sending(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", identity.encode())]
+                if services.draining:  # the caller's next request shall find a gateway that stays
+                    message["headers"].append((b"connection", b"close"))
             await send(message)
 
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         try:
             with span(f"{scope['method']} {scope['path'][:80]}", headers, {"reft.request_id": identity}):
-                await self._serve(scope, receive, sending, headers)
+                await self._serve(services, scope, receive, sending, headers)
         except Exception as exc:
             if status:  # the answer has begun: all that is left is to break it off
                 _log.exception("an answer broke off")
@@ -63,8 +66,9 @@ class Edge:
         finally:
             _account(scope, status, time.monotonic() - begun)
 
-    async def _serve(self, scope: Scope, receive: Receive, send: Send, headers: dict[str, str]) -> None:
-        services: Services = scope["app"].state.services
+    async def _serve(
+        self, services: Services, scope: Scope, receive: Receive, send: Send, headers: dict[str, str]
+    ) -> None:
         try:
             if scope["path"] not in OPEN_PATHS:
                 scope.setdefault("state", {})["caller"] = await _authenticate(services, headers)

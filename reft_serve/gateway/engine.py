@@ -238,7 +238,10 @@ class Engine:
             raise
 
     async def close(self) -> None:
-        """Close its connections."""
+        """Close its connections, and take it out of the metrics."""
+        for gauge in (ENGINE_UP, ENGINE_IN_FLIGHT):
+            with contextlib.suppress(KeyError):
+                gauge.remove(self.name)
         await self._connections.close()
         await self._http.aclose()
 

@@ -57,6 +57,7 @@ class FakeEngine:
         )
 
     async def _health(self, _: Request) -> Response:
+        self.counts["health"] += 1
         return Response(status_code=200 if self.healthy else 503)
 
     async def _models(self, _: Request) -> Response:

@@ -11,14 +11,15 @@ import asyncio
 import hashlib
 import math
 import time
-from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from reft_serve.errors import AdapterInvalid, EngineUnavailable, Overloaded
 from reft_serve.gateway.engine import Engine
+from reft_serve.gateway.membership import Membership
 from reft_serve.observability import QUEUE_SECONDS, QUEUED
 
 __all__ = ["Fleet"]
@@ -38,10 +39,10 @@ class _Waiter:
 class Fleet:
     """The engines of this gateway and the requests that wait for one."""
 
-    def __init__(self, engines: Sequence[Engine], capacity: int, queue_seconds: float, probe_seconds: float) -> None:
-        self.engines = tuple(engines)
+    def __init__(self, members: Membership, capacity: int, queue_seconds: float, probe_seconds: float) -> None:
+        self._members = members
         self._capacity, self._queue_seconds, self._probe_seconds = capacity, queue_seconds, probe_seconds
-        self._reserved: dict[Engine, int] = dict.fromkeys(self.engines, 0)
+        self._reserved: Counter[Engine] = Counter()
         self._queues: dict[str, deque[_Waiter]] = {}
         self._served: defaultdict[str, float] = defaultdict(float)
         self._active: defaultdict[str, int] = defaultdict(int)
@@ -58,10 +59,16 @@ class Fleet:
             self._probing.cancel()
             with suppress(asyncio.CancelledError):
                 await self._probing
-        await asyncio.gather(*(engine.close() for engine in self.engines))
+        await self._members.close()
+
+    @property
+    def engines(self) -> tuple[Engine, ...]:
+        """The engines that there are at the moment."""
+        return self._members.engines
 
     async def probe(self) -> None:
-        """Look at every engine now."""
+        """Look now which engines there are, and how each is."""
+        await self._members.follow()
         await asyncio.gather(*(engine.probe() for engine in self.engines))
         self._dispatch()
 
@@ -105,7 +112,7 @@ class Fleet:
             try:
                 yield engine
             finally:
-                self._reserved[engine] -= 1
+                self._release(engine)
                 self._dispatch()
         finally:
             self._active[tenant] -= 1
@@ -133,7 +140,7 @@ class Fleet:
             raise Overloaded("every engine was busy for too long; try again", self._queue_seconds / 4) from exc
         except asyncio.CancelledError:
             if waiter.turn.done() and not waiter.turn.cancelled():  # its turn came as its caller left
-                self._reserved[waiter.turn.result()] -= 1
+                self._release(waiter.turn.result())
                 self._dispatch()
             raise
         finally:
@@ -166,7 +173,12 @@ class Fleet:
             if not waiter.turn.done():
                 waiter.turn.set_result(engine)
             else:
-                self._reserved[engine] -= 1
+                self._release(engine)
+
+    def _release(self, engine: Engine) -> None:
+        self._reserved[engine] -= 1
+        if not self._reserved[engine]:
+            del self._reserved[engine]
 
     def _is_open(self, engine: Engine) -> bool:
         return engine.healthy and not engine.draining

@@ -16,7 +16,7 @@ from sqlalchemy import Connection, select, text
 from sqlalchemy.exc import DBAPIError
 
 from reft_serve.database import adapters, audit, keys, resolution, tenants, usage
-from reft_serve.database.connection import Database, migrate
+from reft_serve.database.connection import Database, check_schema, migrate
 from reft_serve.database.models import Base, Key, Tenant, Usage, Version, now_ms
 from reft_serve.errors import Conflict, DatabaseUnusable, NotAllowed, NotFound, RequestInvalid
 
@@ -369,3 +369,24 @@ async def test_what_a_killed_process_was_told_is_committed_is_there(database: Da
     assert begun <= rows.keys()
     assert {k for k, status in rows.items() if status == "completed"} >= ended
     assert len(rows) <= max(begun) + 2
+
+
+async def test_a_schema_is_taken_when_it_is_this_versions_or_a_later_one(database_url: str) -> None:
+    opened = Database(database_url)
+    try:
+        with pytest.raises(DatabaseUnusable, match=r"has schema none .* run `reft-serve admin migrate`"):
+            await check_schema(opened)
+        await migrate(opened)
+        head = await check_schema(opened)
+        for revision, taken in (("9999", True), (head, True), (None, False)):
+            async with opened.engine.begin() as connection:
+                await connection.execute(text("DELETE FROM alembic_version"))
+                if revision is not None:
+                    await connection.execute(text("INSERT INTO alembic_version VALUES (:r)"), {"r": revision})
+            if taken:
+                assert await check_schema(opened) == revision
+            else:
+                with pytest.raises(DatabaseUnusable):
+                    await check_schema(opened)
+    finally:
+        await opened.close()

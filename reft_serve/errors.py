@@ -25,6 +25,7 @@ __all__ = [
     "EngineUnsupported",
     "ImportFlagMissing",
     "KeyInvalid",
+    "LeaseLost",
     "ModelNotFound",
     "NotAllowed",
     "NotFound",
@@ -191,6 +192,12 @@ class RateLimited(ClientError):
     def __init__(self, message: str, retry_after: float) -> None:
         self.retry_after = retry_after
         super().__init__(message)
+
+
+class LeaseLost(ServiceError):
+    """The job is not this worker's any more: its lease ran out and another has it, or it was deleted. Stop working on it."""
+
+    code = "lease_lost"
 
 
 class Overloaded(ServiceError):

@@ -10,7 +10,18 @@ import secrets
 import time
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, CheckConstraint, ForeignKey, Index, Integer, MetaData, String, UniqueConstraint
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    CheckConstraint,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Text,
+    UniqueConstraint,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 __all__ = [
@@ -19,11 +30,18 @@ __all__ = [
     "Alias",
     "AuditEntry",
     "Base",
+    "Checkpoint",
+    "Delivery",
+    "Event",
+    "File",
+    "Job",
     "Key",
+    "Permission",
     "Share",
     "Tenant",
     "Usage",
     "Version",
+    "Webhook",
     "new_id",
     "now_ms",
 ]
@@ -37,9 +55,9 @@ def now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-def new_id(prefix: str) -> str:
-    """A random id, for instance `key_5f0c...`."""
-    return f"{prefix}_{secrets.token_hex(12)}"
+def new_id(prefix: str, between: str = "_") -> str:
+    """A random id, for instance `key_5f0c...`; OpenAI's own kinds have a hyphen between."""
+    return f"{prefix}{between}{secrets.token_hex(12)}"
 
 
 class Base(DeclarativeBase):
@@ -207,3 +225,165 @@ class AuditEntry(Base):
     action: Mapped[str] = mapped_column(String(64))
     subject: Mapped[str] = mapped_column(String(255))
     details: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
+
+
+class File(Base):
+    """A file of a tenant. Its bytes are the blob `files/ID`; a row is made before its blob and deleted after it, so no blob
+    is without a row. `tenant_id` names by value, so that what a deleted tenant leaves is still swept up.
+
+    `status`: uploading, processed, or deleted (its blob is to be removed). `filename` is for people only.
+    """
+
+    __tablename__ = "files"
+    __table_args__ = (Index(None, "tenant_id", "created_ms"), Index(None, "status", "created_ms"))
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(String(64))
+    key_id: Mapped[str | None] = mapped_column(String(64))
+    filename: Mapped[str] = mapped_column(String(255))
+    purpose: Mapped[str] = mapped_column(String(32))
+    status: Mapped[str] = mapped_column(String(16))
+    bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    sha256: Mapped[str | None] = mapped_column(String(64))
+    # Of a data file: chat, completion, preference ..., and how many rows it has.
+    format: Mapped[str | None] = mapped_column(String(16))
+    rows: Mapped[int | None] = mapped_column(Integer)
+    created_ms: Mapped[int] = mapped_column(BigInteger, default=now_ms)
+    expires_ms: Mapped[int | None] = mapped_column(BigInteger)
+
+
+class Job(Base):
+    """A fine-tuning job.
+
+    `status`: queued, running, paused, succeeded, failed or cancelled; the last three are final. `wanted`: none, or the
+    pause or cancel that was asked of a running one. While it runs, `worker` holds its lease until `lease_until_ms`.
+    Files and the version are named by value: a job outlives them.
+    """
+
+    __tablename__ = "jobs"
+    __table_args__ = (Index(None, "tenant_id", "created_ms"), Index(None, "status", "created_ms"))
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id", ondelete="CASCADE"))
+    key_id: Mapped[str | None] = mapped_column(String(64))
+    status: Mapped[str] = mapped_column(String(16), default="queued")
+    wanted: Mapped[str] = mapped_column(String(8), default="none")
+    # What was asked: the base model's public name, the method as OpenAI spells it, hyper-parameters with their "auto".
+    model: Mapped[str] = mapped_column(String(128))
+    method: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
+    hyperparameters: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
+    training_file_id: Mapped[str] = mapped_column(String(64))
+    validation_file_id: Mapped[str | None] = mapped_column(String(64))
+    suffix: Mapped[str | None] = mapped_column(String(64))
+    seed: Mapped[int] = mapped_column(BigInteger)
+    metadata_: Mapped[dict[str, str]] = mapped_column("metadata", JSON, default=dict)
+    integrations: Mapped[list[dict[str, Any]]] = mapped_column(JSON, default=list)
+    priority: Mapped[int] = mapped_column(Integer, default=0)
+    # What became of it: what "auto" came to, the memory that it takes, how far it is.
+    resolved: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
+    memory_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    attempts: Mapped[int] = mapped_column(Integer, default=0)
+    worker: Mapped[str | None] = mapped_column(String(160))
+    lease_until_ms: Mapped[int | None] = mapped_column(BigInteger)
+    step: Mapped[int] = mapped_column(Integer, default=0)
+    steps: Mapped[int | None] = mapped_column(Integer)
+    trained_tokens: Mapped[int | None] = mapped_column(BigInteger)
+    estimated_finish_ms: Mapped[int | None] = mapped_column(BigInteger)
+    error: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    traceback: Mapped[str | None] = mapped_column(Text)
+    adapter: Mapped[str] = mapped_column(String(64))
+    version_id: Mapped[str | None] = mapped_column(String(64))
+    fine_tuned_model: Mapped[str | None] = mapped_column(String(255))
+    result_file_id: Mapped[str | None] = mapped_column(String(64))
+    created_ms: Mapped[int] = mapped_column(BigInteger, default=now_ms)
+    started_ms: Mapped[int | None] = mapped_column(BigInteger)
+    finished_ms: Mapped[int | None] = mapped_column(BigInteger)
+
+    tenant: Mapped[Tenant] = relationship(lazy="joined", innerjoin=True)
+
+
+class Event(Base):
+    """Something that a job's owner should know. `type`: message or metrics. Those of one job are written one after another,
+    each with its job's row locked, so `number` is their order.
+    """
+
+    __tablename__ = "job_events"
+    __table_args__ = (Index(None, "job_id", "number"),)
+
+    number: Mapped[int] = mapped_column(_Counter, primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(String(64), unique=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+    level: Mapped[str] = mapped_column(String(8))
+    type: Mapped[str] = mapped_column(String(16))
+    message: Mapped[str] = mapped_column(Text)
+    data: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    created_ms: Mapped[int] = mapped_column(BigInteger, default=now_ms)
+
+
+class Checkpoint(Base):
+    """A state of a job on its way. It can be called once the job has succeeded: then it has a version, and ends with it."""
+
+    __tablename__ = "job_checkpoints"
+    __table_args__ = (UniqueConstraint("job_id", "step"),)
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+    step: Mapped[int] = mapped_column(Integer)
+    metrics: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
+    version_id: Mapped[str | None] = mapped_column(ForeignKey("versions.id", ondelete="CASCADE"))
+    created_ms: Mapped[int] = mapped_column(BigInteger, default=now_ms)
+
+    version: Mapped[Version | None] = relationship(lazy="joined")
+
+
+class Permission(Base):
+    """That another tenant may use one version, by its full name, until the row is deleted."""
+
+    __tablename__ = "permissions"
+    __table_args__ = (UniqueConstraint("version_id", "tenant_id"),)
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    version_id: Mapped[str] = mapped_column(ForeignKey("versions.id", ondelete="CASCADE"))
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id", ondelete="CASCADE"), index=True)
+    created_ms: Mapped[int] = mapped_column(BigInteger, default=now_ms)
+
+
+class Webhook(Base):
+    """Where a tenant wants to be told. Whoever signs needs the secret itself, so it is here as it is."""
+
+    __tablename__ = "webhooks"
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id", ondelete="CASCADE"), index=True)
+    name: Mapped[str] = mapped_column(String(128))
+    url: Mapped[str] = mapped_column(String(2048))
+    event_types: Mapped[list[str]] = mapped_column(JSON)
+    secret: Mapped[str] = mapped_column(String(64))
+    # After a rotation the one before may sign as well, for a while.
+    old_secret: Mapped[str | None] = mapped_column(String(64))
+    old_until_ms: Mapped[int | None] = mapped_column(BigInteger)
+    created_ms: Mapped[int] = mapped_column(BigInteger, default=now_ms)
+    updated_ms: Mapped[int] = mapped_column(BigInteger, default=now_ms)
+
+    def __repr__(self) -> str:
+        return f"Webhook({self.id})"
+
+
+class Delivery(Base):
+    """One event on its way to one webhook. `status`: pending, delivered or failed. `next_ms`: when it is to be tried next."""
+
+    __tablename__ = "webhook_deliveries"
+    __table_args__ = (Index(None, "status", "next_ms"),)
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    webhook_id: Mapped[str] = mapped_column(ForeignKey("webhooks.id", ondelete="CASCADE"), index=True)
+    event_type: Mapped[str] = mapped_column(String(64))
+    body: Mapped[str] = mapped_column(Text)
+    status: Mapped[str] = mapped_column(String(16), default="pending")
+    attempts: Mapped[int] = mapped_column(Integer, default=0)
+    next_ms: Mapped[int] = mapped_column(BigInteger, default=now_ms)
+    outcome: Mapped[str | None] = mapped_column(String(255))
+    created_ms: Mapped[int] = mapped_column(BigInteger, default=now_ms)
+    finished_ms: Mapped[int | None] = mapped_column(BigInteger)
+
+    webhook: Mapped[Webhook] = relationship(lazy="joined", innerjoin=True)

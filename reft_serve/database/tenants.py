@@ -11,6 +11,7 @@ from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from reft_serve.database.files import delete_files_of
 from reft_serve.database.models import Adapter, Tenant, Version, new_id
 from reft_serve.errors import Conflict, NotFound, RequestInvalid
 
@@ -55,9 +56,12 @@ async def list_tenants(session: AsyncSession) -> Sequence[Tenant]:
 
 
 async def delete_tenant(session: AsyncSession, tenant: Tenant) -> set[str]:
-    """Remove a tenant with its keys and adapters (its usage stays), and give the digests that it had in the store."""
+    """Remove a tenant with its keys, adapters, jobs and files (its usage stays), and give the digests that it had in the
+    store. The blobs of the files are left to the sweep.
+    """
     mine = select(Version.digest).join(Adapter).where(Adapter.tenant_id == tenant.id)
     digests = set((await session.scalars(mine)).all())
+    await delete_files_of(session, tenant.id)
     await session.delete(tenant)
     await session.flush()
     return digests

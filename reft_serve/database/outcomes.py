@@ -1,0 +1,166 @@
+"""How the run of a job ends: what its worker says, and the rows that it makes in one transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from reft_serve.database import audit, webhooks
+from reft_serve.database.adapters import add_version
+from reft_serve.database.files import WrittenFile, complete_file
+from reft_serve.database.models import Checkpoint, Event, Job, Version, new_id, now_ms
+
+__all__ = [
+    "FINAL",
+    "Cancelled",
+    "Failed",
+    "Level",
+    "NewCheckpoint",
+    "NewVersion",
+    "Outcome",
+    "Paused",
+    "Status",
+    "Succeeded",
+    "Wanted",
+    "end",
+    "pause",
+    "publish",
+    "put_checkpoint",
+    "requeue",
+    "tell",
+]
+
+Status = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
+Wanted = Literal["none", "pause", "cancel"]
+Level = Literal["info", "warn", "error"]
+FINAL: frozenset[Status] = frozenset({"succeeded", "failed", "cancelled"})
+_LABEL = 8
+
+
+@dataclass(frozen=True, slots=True)
+class NewVersion:
+    """A version whose files the store holds. `base_model` as its manifest calls it."""
+
+    digest: str
+    base_model: str
+    size_bytes: int
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class NewCheckpoint:
+    """A state on the way, with metrics as OpenAI names them (`train_loss`, `valid_loss`, `valid_mean_token_accuracy` ...)."""
+
+    step: int
+    metrics: Mapping[str, float]
+    version: NewVersion
+
+
+@dataclass(frozen=True, slots=True)
+class Succeeded:
+    """The job is done. `result`: the file of its metrics, begun by `files.start_file`, whose blob is written."""
+
+    version: NewVersion
+    checkpoints: Sequence[NewCheckpoint]
+    trained_tokens: int
+    result: WrittenFile | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """It cannot be done. `message` is for its owner, `traceback` for an admin."""
+
+    code: str
+    message: str
+    param: str | None = None
+    traceback: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """It was stopped as was asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Paused:
+    """It was stopped as was asked, and can go on from its last checkpoint."""
+
+
+Outcome = Succeeded | Failed | Cancelled | Paused
+
+
+def tell(
+    session: AsyncSession, job: Job, message: str, level: Level = "info", metrics: Mapping[str, Any] | None = None
+) -> None:
+    """Add an event of a job whose row this transaction has locked or made."""
+    kind = "message" if metrics is None else "metrics"
+    data = None if metrics is None else dict(metrics)
+    session.add(
+        Event(id=new_id("ftevent", "-"), job_id=job.id, level=level, type=kind, message=message[:4000], data=data)
+    )
+
+
+async def end(session: AsyncSession, job: Job, status: Literal["succeeded", "failed", "cancelled"]) -> None:
+    """Bring a job whose row this transaction has locked to its final state: event, audit entry and webhooks with it."""
+    job.status, job.wanted, job.worker, job.lease_until_ms = status, "none", None, None
+    job.finished_ms, job.estimated_finish_ms = now_ms(), None
+    if status == "succeeded":
+        tell(session, job, "The job has successfully completed")
+    elif status == "cancelled":
+        tell(session, job, "The job was cancelled")
+    else:
+        tell(session, job, f"The job failed: {(job.error or {}).get('message', 'no reason is known')}", "error")
+    facts = {"model": job.fine_tuned_model, "code": (job.error or {}).get("code")}
+    told = {name: value for name, value in facts.items() if value is not None}
+    audit.record(session, audit.Actor(job.key_id), f"job.{status}", job.id, job.tenant_id, **told)
+    await webhooks.enqueue(session, job.tenant_id, f"fine_tuning.job.{status}", {"id": job.id})
+
+
+def requeue(job: Job) -> None:
+    """Let a job wait again, held by nobody."""
+    job.status, job.worker, job.lease_until_ms, job.estimated_finish_ms = "queued", None, None, None
+
+
+def pause(session: AsyncSession, job: Job) -> None:
+    """Let a job wait until it is resumed."""
+    requeue(job)
+    job.status, job.wanted, job.attempts = "paused", "none", 0
+    tell(session, job, "The job is paused; resume it to go on from its last checkpoint")
+
+
+async def publish(session: AsyncSession, job: Job, outcome: Succeeded) -> None:
+    """Make the job's versions, its own the last, so that the adapter's bare name means that one."""
+    label = job.id[-_LABEL:]
+    for checkpoint in sorted(outcome.checkpoints, key=lambda each: each.step):
+        name = f"{label}:ckpt-step-{checkpoint.step}"
+        version = await _add_version(session, job, checkpoint.version, name)
+        await put_checkpoint(session, job, checkpoint.step, checkpoint.metrics, version.id)
+    version = await _add_version(session, job, outcome.version, label)
+    job.version_id, job.fine_tuned_model = version.id, version.model_id
+    job.trained_tokens = outcome.trained_tokens
+    job.step = max(job.step, job.steps or 0)
+    if outcome.result is not None:
+        job.result_file_id = (await complete_file(session, outcome.result)).id
+    tell(session, job, f"New fine-tuned model created: {version.model_id}")
+
+
+async def put_checkpoint(
+    session: AsyncSession, job: Job, step: int, metrics: Mapping[str, float], version_id: str | None
+) -> None:
+    """Record a checkpoint; a job that went back to an earlier one comes by the same step again."""
+    found = await session.scalar(select(Checkpoint).where(Checkpoint.job_id == job.id, Checkpoint.step == step))
+    if found is None:
+        found = Checkpoint(id=new_id("ftckpt", "-"), job_id=job.id, step=step)
+        session.add(found)
+    found.metrics, found.version_id = dict(metrics), version_id
+
+
+async def _add_version(session: AsyncSession, job: Job, made: NewVersion, label: str) -> Version:
+    return await add_version(
+        session, job.tenant, job.adapter, digest=made.digest, base_model=made.base_model, size_bytes=made.size_bytes,
+        source=job.id, facts=dict(made.facts), base_name=job.model, label=label,
+    )  # fmt: skip

@@ -1,0 +1,177 @@
+"""Webhooks: who wants to be told of what, and each event on its way to each of them.
+
+A delivery is enqueued in the transaction of what it tells of, so neither is without the other; whoever claims it may die,
+and then another tries again. So an event comes at least once, always with the same id.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sqlalchemy import delete, func, select, tuple_
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from reft_serve.database.models import Delivery, Webhook, new_id, now_ms
+from reft_serve.errors import NotFound, RequestInvalid
+
+__all__ = [
+    "EVENT_TYPES",
+    "EventType",
+    "Parcel",
+    "add_webhook",
+    "claim_deliveries",
+    "enqueue",
+    "find_webhook",
+    "forget_deliveries",
+    "list_webhooks",
+    "new_secret",
+    "parcel_of",
+    "rotate_secret",
+    "settle_delivery",
+]
+
+EventType = Literal["fine_tuning.job.succeeded", "fine_tuning.job.failed", "fine_tuning.job.cancelled"]
+EVENT_TYPES: tuple[EventType, ...] = (
+    "fine_tuning.job.succeeded",
+    "fine_tuning.job.failed",
+    "fine_tuning.job.cancelled",
+)
+_MOST_WEBHOOKS = 20
+_DAY_MS = 86_400_000
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """One event for one webhook. `secrets`: each of them signs it."""
+
+    id: str
+    url: str
+    body: str
+    secrets: tuple[str, ...]
+    attempts: int
+
+    def __repr__(self) -> str:
+        return f"Parcel({self.id}, attempt {self.attempts})"
+
+
+def new_secret() -> str:
+    """What an event is signed with, as the standard-webhooks libraries and the `openai` client take it."""
+    return "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
+
+
+async def add_webhook(
+    session: AsyncSession, tenant_id: str, name: str, url: str, event_types: Sequence[EventType]
+) -> Webhook:
+    """Make a webhook with a secret of its own.
+
+    Raises:
+        RequestInvalid: the tenant has as many as it may.
+    """
+    count = await session.scalar(select(func.count()).select_from(Webhook).where(Webhook.tenant_id == tenant_id))
+    if (count or 0) >= _MOST_WEBHOOKS:
+        raise RequestInvalid(f"there are {count} webhooks, which is the most; delete one first")
+    made = Webhook(
+        id=new_id("we"), tenant_id=tenant_id, name=name, url=url,
+        event_types=list(dict.fromkeys(event_types)), secret=new_secret(),
+    )  # fmt: skip
+    session.add(made)
+    await session.flush()
+    return made
+
+
+async def find_webhook(session: AsyncSession, tenant_id: str, webhook_id: str) -> Webhook:
+    """A tenant's webhook.
+
+    Raises:
+        NotFound: it has none of this id.
+    """
+    found = await session.scalar(select(Webhook).where(Webhook.tenant_id == tenant_id, Webhook.id == webhook_id))
+    if found is None:
+        raise NotFound(f"there is no webhook endpoint {webhook_id[:80]!r}")
+    return found
+
+
+async def list_webhooks(
+    session: AsyncSession, tenant_id: str, *, after: str | None = None, limit: int = 20
+) -> tuple[Sequence[Webhook], bool]:
+    """A page of a tenant's webhooks, the newest first, and whether there are more.
+
+    Raises:
+        NotFound: there is no webhook `after`.
+    """
+    query = select(Webhook).where(Webhook.tenant_id == tenant_id)
+    if after is not None:
+        last = await find_webhook(session, tenant_id, after)
+        query = query.where(tuple_(Webhook.created_ms, Webhook.id) < tuple_(last.created_ms, last.id))
+    query = query.order_by(Webhook.created_ms.desc(), Webhook.id.desc()).limit(limit + 1)
+    found = (await session.scalars(query)).all()
+    return found[:limit], len(found) > limit
+
+
+def rotate_secret(webhook: Webhook, keep_old: bool) -> None:
+    """Give it a new secret; with `keep_old` the old one signs as well for a day."""
+    webhook.old_secret = webhook.secret if keep_old else None
+    webhook.old_until_ms = now_ms() + _DAY_MS if keep_old else None
+    webhook.secret, webhook.updated_ms = new_secret(), now_ms()
+
+
+async def enqueue(session: AsyncSession, tenant_id: str, event_type: str, data: Mapping[str, Any]) -> None:
+    """Have every webhook of the tenant that wants such events told."""
+    found = (await session.scalars(select(Webhook).where(Webhook.tenant_id == tenant_id))).all()
+    wanting = [webhook for webhook in found if event_type in webhook.event_types]
+    if wanting:
+        body = body_of(event_type, data)
+        session.add_all(
+            Delivery(id=new_id("msg"), webhook_id=webhook.id, event_type=event_type, body=body) for webhook in wanting
+        )
+
+
+def body_of(event_type: str, data: Mapping[str, Any]) -> str:
+    """An event as it is sent."""
+    event = {"id": new_id("evt"), "object": "event", "created_at": now_ms() // 1000, "type": event_type}
+    return json.dumps(event | {"data": dict(data)}, separators=(",", ":"))
+
+
+def parcel_of(webhook: Webhook, body: str, delivery_id: str | None = None, attempts: int = 1) -> Parcel:
+    """What is sent to a webhook."""
+    signing = [webhook.secret]
+    if webhook.old_secret is not None and (webhook.old_until_ms or 0) > now_ms():
+        signing.append(webhook.old_secret)
+    return Parcel(delivery_id or new_id("msg"), webhook.url, body, tuple(signing), attempts)
+
+
+async def claim_deliveries(session: AsyncSession, lease_seconds: float, limit: int = 20) -> list[Parcel]:
+    """Take deliveries whose time has come. One that is not settled within the lease is tried again by whoever comes."""
+    query = select(Delivery).where(Delivery.status == "pending", Delivery.next_ms <= now_ms())
+    query = query.order_by(Delivery.next_ms, Delivery.id).limit(limit).with_for_update(of=Delivery, skip_locked=True)
+    found = (await session.scalars(query)).all()
+    for delivery in found:
+        delivery.attempts += 1
+        delivery.next_ms = now_ms() + int(lease_seconds * 1000)
+    await session.flush()
+    return [parcel_of(each.webhook, each.body, each.id, each.attempts) for each in found]
+
+
+async def settle_delivery(
+    session: AsyncSession, parcel: Parcel, outcome: str, *, delivered: bool, again_in_seconds: float | None
+) -> None:
+    """Record what became of an attempt: delivered, to be tried again, or (None) given up."""
+    found = await session.get(Delivery, parcel.id, with_for_update={"of": Delivery})
+    if found is None or found.status != "pending" or found.attempts != parcel.attempts:
+        return  # the webhook was deleted, or the attempt took so long that another was begun
+    found.outcome = outcome[:255]
+    if delivered or again_in_seconds is None:
+        found.status, found.finished_ms = "delivered" if delivered else "failed", now_ms()
+    else:
+        found.next_ms = now_ms() + int(again_in_seconds * 1000)
+    await session.flush()
+
+
+async def forget_deliveries(session: AsyncSession, before_ms: int) -> None:
+    """Remove the rows of deliveries that ended before then."""
+    await session.execute(delete(Delivery).where(Delivery.status != "pending", Delivery.finished_ms < before_ms))

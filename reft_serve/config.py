@@ -93,6 +93,11 @@ class GatewaySettings(BaseSettings):
         default=Path("~/.local/share/reft-serve/adapters"),
         description="Where adapters lie; gateways and engines see it under the same path.",
     )
+    blobs: str | None = Field(
+        default=None,
+        description="Where uploaded files, results and checkpoints lie: a directory, or s3://BUCKET/PREFIX (its keys and "
+        "endpoint in the usual AWS_* variables). Default: `blobs` beside the store.",
+    )
     engines: str = Field(
         default="http://127.0.0.1:8001",
         description="The engines, comma-separated: http://HOST:PORT, unix:/PATH, or dns+http://NAME:PORT for every "
@@ -132,6 +137,11 @@ class GatewaySettings(BaseSettings):
     named_labels: int = Field(default=100, ge=0, description="Tenants and adapters that metrics name; the rest: other.")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     otlp_endpoint: str | None = Field(default=None, description="Where traces go, for instance http://HOST:4318.")
+
+    @property
+    def blobs_url(self) -> str:
+        """Where the file store is."""
+        return self.blobs or str(self.store.expanduser().parent / "blobs")
 
     @property
     def engine_urls(self) -> tuple[str, ...]:

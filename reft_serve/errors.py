@@ -16,6 +16,7 @@ __all__ = [
     "AdapterNotFound",
     "AdapterUnsupported",
     "BaseModelInvalid",
+    "BlobMissing",
     "ClientError",
     "Conflict",
     "DataInvalid",
@@ -231,7 +232,13 @@ class DatabaseUnusable(ServiceError):
 
 
 class StoreUnusable(ServiceError):
-    """The adapter store cannot be read or written."""
+    """The adapter store or the file store cannot be read or written."""
 
     code = "store_unusable"
     retry_after = 5.0
+
+
+class BlobMissing(StoreUnusable):
+    """A file that a row names is not in the file store."""
+
+    code = "blob_missing"

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import secrets
 import shutil
 import stat
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Self
 
 from reft_serve.errors import AdapterExists, AdapterInvalid
 
-__all__ = ["read_plain", "sync_path", "write_directory"]
+__all__ = ["Aside", "read_plain", "sweep_asides", "sync_path", "write_directory"]
 
 
 def read_plain(file: Path, max_bytes: int, where: str) -> bytes:
@@ -82,3 +84,75 @@ def sync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class Aside:
+    """A file or directory under a random name that its process holds a lock on, so that what a dead one left can be told
+    from what a living one, of whatever machine, is writing.
+    """
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self.path, self._descriptor = path, descriptor
+
+    @classmethod
+    def file(cls, folder: Path) -> Self:
+        """A new, empty file in `folder`, which is made if it is not there."""
+        return cls._made(folder, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+
+    @classmethod
+    def directory(cls, folder: Path) -> Self:
+        """A new, empty directory in `folder`."""
+        return cls._made(folder, os.O_DIRECTORY | os.O_RDONLY)
+
+    @classmethod
+    def _made(cls, folder: Path, flags: int) -> Self:
+        while True:
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / secrets.token_hex(12)
+            if flags & os.O_DIRECTORY:
+                path.mkdir()
+            descriptor = os.open(path, flags, 0o600)
+            if _lock(descriptor) and path.exists():  # else a sweep was faster
+                return cls(path, descriptor)
+            os.close(descriptor)
+
+    def remove(self) -> None:
+        """Remove it, if it was not moved elsewhere, and let the lock go."""
+        if self._descriptor < 0:
+            return
+        _remove(self.path)
+        os.close(self._descriptor)
+        self._descriptor = -1
+
+
+def sweep_asides(folder: Path) -> None:
+    """Remove the asides in a folder whose processes have ended."""
+    try:
+        found = list(folder.iterdir())
+    except FileNotFoundError:
+        return
+    for path in found:
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        except OSError:  # gone in this moment
+            continue
+        try:
+            if _lock(descriptor):
+                _remove(path)
+        finally:
+            os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

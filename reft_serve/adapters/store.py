@@ -1,7 +1,7 @@
 """The adapter store: one directory per version, named by its digest, there whole or not at all. No torch.
 
-Gateways and engines see it under the same path. A store that is not a file system (S3 through fsspec) would have the same
-five methods and a local cache behind `path`.
+Gateways, workers and engines see it under the same path: a directory of their machine, or one that their machines share (an
+engine reads a version from its path, so an object store cannot stand in for it).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from reft_serve.adapters.files import sync_path
+from reft_serve.adapters.files import Aside, sweep_asides, sync_path
 from reft_serve.errors import StoreUnusable
 
 __all__ = ["AdapterStore", "digest_of_directory"]
@@ -39,15 +39,14 @@ class AdapterStore:
     @contextmanager
     def staging(self) -> Iterator[Path]:
         """A new directory of the store's file system to put a version's files in; removed at the end."""
-        place = self._staging / secrets.token_hex(12)
         try:
-            place.mkdir(parents=True)
+            aside = Aside.directory(self._staging)
         except OSError as exc:
             raise StoreUnusable(f"the adapter store cannot be written to ({exc.strerror})") from exc
         try:
-            yield place
+            yield aside.path
         finally:
-            shutil.rmtree(place, ignore_errors=True)
+            aside.remove()
 
     def publish(self, staged: Path) -> str:
         """Move a staged directory to where its digest says, and give the digest. One that is there already stays.
@@ -100,6 +99,21 @@ class AdapterStore:
         except OSError as exc:
             raise StoreUnusable(f"version {digest[:12]} cannot be removed ({exc.strerror})") from exc
         shutil.rmtree(aside, ignore_errors=True)
+
+    def digests(self) -> list[tuple[str, int]]:
+        """Every version that lies here, with the time of its last change in milliseconds since 1970."""
+        try:
+            found = [path for folder in self.root.iterdir() if len(folder.name) == 2 for path in folder.iterdir()]
+            named = [path for path in found if _DIGEST.fullmatch(path.name)]
+            return [(path.name, path.stat().st_mtime_ns // 1_000_000) for path in named]
+        except FileNotFoundError:  # one was removed in this moment, or there is no store yet
+            return self.digests() if self.root.exists() else []
+        except OSError as exc:
+            raise StoreUnusable(f"the adapter store cannot be read ({exc.strerror})") from exc
+
+    def sweep(self) -> None:
+        """Remove what processes that died left half written, or half removed."""
+        sweep_asides(self._staging)
 
 
 def digest_of_directory(path: Path) -> str:

@@ -76,7 +76,9 @@ class TenantLimits(BaseModel):
     tokens_per_minute: _AtLeastOne | None = None
     concurrent_requests: _AtLeastOne | None = None
     adapters: _Count | None = None
-    storage_bytes: _Count | None = None
+    storage_bytes: _Count | None = Field(default=None, description="Of all versions and files together.")
+    jobs: _Count | None = Field(default=None, description="Fine-tuning jobs that wait, run or are paused.")
+    running_jobs: _AtLeastOne | None = Field(default=None, description="Fine-tuning jobs that run at once.")
     choices: _AtLeastOne | None = Field(default=None, description="Largest `n` of a request.")
     output_tokens: _AtLeastOne | None = Field(default=None, description="Largest `max_tokens` of a request.")
 

@@ -1,0 +1,155 @@
+"""What a fine-tuning job may set: OpenAI's hyper-parameters and ReFT's own, each a value or "auto". No torch.
+
+The gateway checks them as they come, the worker reads them back from the job's row and decides what "auto" is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
+
+from reft_serve.errors import PositionsInvalid
+from reft_serve.interventions.positions import PositionRule
+from reft_serve.interventions.vocabulary import ACTIVATION_CODES, KINDS, Kind
+
+__all__ = [
+    "Auto",
+    "DpoHyperparameters",
+    "Hyperparameters",
+    "SupervisedHyperparameters",
+    "read_hyperparameters",
+]
+
+Auto = Literal["auto"]
+_Activation = Literal[
+    "linear", "relu", "tanh", "sigmoid", "silu", "swish", "gelu", "gelu_python", "gelu_new", "gelu_pytorch_tanh",
+    "gelu_python_tanh", "gelu_accurate", "gelu_fast", "gelu_10", "quick_gelu", "hardswish", "laplace", "leaky_relu",
+    "mish", "relu2", "relu6", "sqrtsoftplus",
+]  # fmt: skip
+assert set(get_args(_Activation)) == set(ACTIVATION_CODES)
+_POSITIONS = r"^(auto|f[1-9]\d{0,3}(\+l[1-9]\d{0,3})?|l[1-9]\d{0,3}|first|last|all|-?\d{1,6}(,-?\d{1,6}){0,63})$"
+_Layer = Annotated[int, Field(ge=0, lt=10_000)]
+_Module = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]{1,64}$")]
+
+
+def _or_auto(wanted: str) -> WrapValidator:
+    """One sentence for whatever does not fit, instead of one for each kind of value that would."""
+
+    def check(value: object, handler: ValidatorFunctionWrapHandler) -> object:
+        try:
+            return handler(value)
+        except ValidationError as exc:
+            raise ValueError(f'it must be "auto" or {wanted}') from exc
+
+    return WrapValidator(check)
+
+
+_Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Hyperparameters(BaseModel):
+    """Those of every method. What is left out is "auto".
+
+    Args:
+        batch_size: examples of a step. accumulation: the parts that a batch is worked off in, to save memory.
+        learning_rate_multiplier: of the rate that "auto" would be. learning_rate: the rate itself, instead.
+        layers: where the interventions are: "all", or numbers from 0.
+        positions: the prompt tokens that are edited, such as f7+l7. tied: first and last ones share their weights.
+        dropout: on the edited states. activation: of W h + b.
+        lora_rank: of a LoRA that is trained beside; 0 for none. lora_alpha, lora_targets: as PEFT has them.
+        warmup: share of the steps. max_tokens: longer examples are left out and counted.
+        save_every: steps between checkpoints and evaluations.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    n_epochs: Annotated[Auto | Annotated[int, Field(ge=1, le=100)], _or_auto("a whole number from 1 to 100")] = "auto"
+    batch_size: Annotated[Auto | Annotated[int, Field(ge=1, le=1024)], _or_auto("a whole number from 1 to 1,024")] = (
+        "auto"
+    )
+    learning_rate_multiplier: Annotated[
+        Auto | Annotated[float, Field(gt=0, le=1000)], _or_auto("a number above 0, at most 1,000")
+    ] = "auto"
+    kind: Annotated[Auto | Kind, _or_auto(f"one of {', '.join(KINDS)}")] = "auto"
+    rank: Annotated[Auto | Annotated[int, Field(ge=1, le=1024)], _or_auto("a whole number from 1 to 1,024")] = "auto"
+    layers: Annotated[
+        Auto | Literal["all"] | Annotated[list[_Layer], Field(min_length=1, max_length=1000)],
+        _or_auto('"all" or a list of layer numbers from 0'),
+    ] = "auto"
+    positions: Annotated[
+        str,
+        Field(pattern=_POSITIONS),
+        _or_auto("fN, lN, fN+lN, first, last, all, or indices such as 0,3,-1"),
+    ] = "auto"
+    tied: Annotated[Auto | bool, _or_auto("true or false")] = "auto"
+    activation: Annotated[Auto | _Activation, _or_auto(f"one of {', '.join(ACTIVATION_CODES)}")] = "auto"
+    dropout: Annotated[Auto | _Share, _or_auto("a share from 0 to below 1")] = "auto"
+    lora_rank: Annotated[Auto | Annotated[int, Field(ge=0, le=512)], _or_auto("a whole number from 0 to 512")] = "auto"
+    lora_alpha: Annotated[
+        Auto | Annotated[float, Field(gt=0, le=10_000)], _or_auto("a number above 0, at most 10,000")
+    ] = "auto"
+    lora_targets: Annotated[
+        Auto | Annotated[list[_Module], Field(min_length=1, max_length=64)],
+        _or_auto("a list of names of linear layers, such as q_proj"),
+    ] = "auto"
+    learning_rate: Annotated[Auto | Annotated[float, Field(gt=0, le=1)], _or_auto("a number above 0, at most 1")] = (
+        "auto"
+    )
+    schedule: Annotated[Auto | Literal["linear", "cosine", "constant"], _or_auto("one of linear, cosine, constant")] = (
+        "auto"
+    )
+    warmup: Annotated[Auto | _Share, _or_auto("a share from 0 to below 1")] = "auto"
+    accumulation: Annotated[Auto | Annotated[int, Field(ge=1, le=1024)], _or_auto("a whole number from 1 to 1,024")] = (
+        "auto"
+    )
+    max_tokens: Annotated[
+        Auto | Annotated[int, Field(ge=8, le=1_048_576)], _or_auto("a whole number from 8 to 1,048,576")
+    ] = "auto"
+    save_every: Annotated[
+        Auto | Annotated[int, Field(ge=1, le=1_000_000)], _or_auto("a whole number from 1 to 1,000,000")
+    ] = "auto"
+
+    @model_validator(mode="after")
+    def _agree(self) -> Hyperparameters:
+        if self.positions != "auto":
+            try:
+                PositionRule(self.positions, tied=self.tied != False)  # noqa: E712 - it may be "auto"
+            except PositionsInvalid as exc:
+                raise ValueError(str(exc)) from exc
+        elif self.tied is False:
+            raise ValueError("tied is false, which needs positions of the form fN+lN: give them")
+        if self.learning_rate != "auto" and self.learning_rate_multiplier != "auto":
+            raise ValueError("give learning_rate or learning_rate_multiplier, not both")
+        lora = [name for name in ("lora_alpha", "lora_targets") if getattr(self, name) != "auto"]
+        if lora and self.lora_rank in ("auto", 0):
+            raise ValueError(f"{lora[0]} belongs to a LoRA: give lora_rank, too")
+        return self
+
+    def asked(self) -> dict[str, Any]:
+        """What was set, as JSON."""
+        return {name: value for name, value in self.model_dump().items() if value != "auto"}
+
+
+class SupervisedHyperparameters(Hyperparameters):
+    """Those of supervised fine-tuning."""
+
+
+class DpoHyperparameters(Hyperparameters):
+    """Those of direct preference optimisation. `beta`: how much keeping near the base model counts."""
+
+    beta: Annotated[Auto | Annotated[float, Field(gt=0, le=100)], _or_auto("a number above 0, at most 100")] = "auto"
+
+
+def read_hyperparameters(asked: Mapping[str, Any]) -> DpoHyperparameters:
+    """What a job's row holds, whatever its method."""
+    return DpoHyperparameters.model_validate(dict(asked))

@@ -27,7 +27,7 @@ _PREFIX = re.compile(rf"{_PART}(/{_PART}){{0,2}}")
 _CHUNK = 1 << 20
 _BLOCK = 8 << 20
 _ASIDE = ".writing"
-_TRIES = 5
+_TRIES = 20
 T = TypeVar("T")
 
 
@@ -254,7 +254,7 @@ class _File:
                 self._target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(self._aside.path, self._target)
                 break
-            except FileNotFoundError:  # the folder was removed with its last file in this moment
+            except (FileNotFoundError, FileExistsError):  # the folder was removed with its last file in this moment
                 if not left:
                     raise
         sync_path(self._target.parent)

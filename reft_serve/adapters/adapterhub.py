@@ -15,10 +15,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from reft_serve.adapters.directory import parse_tensors
 from reft_serve.adapters.files import read_plain
 from reft_serve.adapters.foreign import Imported, ImportFlags, Row, assemble, read_json, read_torch, rotation
 from reft_serve.adapters.manifest import BaseFacts, Part
+from reft_serve.adapters.tensors import parse_tensors
 from reft_serve.errors import AdapterInvalid, AdapterUnsupported, ClientError, ImportFlagMissing
 from reft_serve.interventions.positions import PositionRule
 from reft_serve.interventions.vocabulary import ACTIVATION_CODES, SUBTRACTS, Kind

@@ -7,24 +7,28 @@ digests are equal adapters, wherever they lie.
 
 from __future__ import annotations
 
-import hashlib
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
+from reft_serve.adapters.digest import digest_of
 from reft_serve.adapters.files import read_plain, write_directory
-from reft_serve.adapters.lora import CONFIG as LORA_CONFIG
-from reft_serve.adapters.lora import TENSORS as LORA_TENSORS
 from reft_serve.adapters.lora import Lora, holds_lora, lora_of_files
-from reft_serve.adapters.manifest import DType, InterventionSpec, Manifest, manifest_faults, parse_manifest
+from reft_serve.adapters.manifest import DType, Manifest, manifest_faults, parse_manifest
+from reft_serve.adapters.structure import (
+    CONFIG,
+    LORA_CONFIG,
+    LORA_TENSORS,
+    MAX_CONFIG_BYTES,
+    TENSORS,
+    tensor_faults,
+)
+from reft_serve.adapters.tensors import entries_of, parse_tensors
 from reft_serve.errors import AdapterChanged, AdapterInvalid, AdapterNotFound
 from reft_serve.interventions.kinds import Weights, fold
 from reft_serve.interventions.vocabulary import ORTHONORMAL, optional_tensors, required_tensors
@@ -35,17 +39,12 @@ __all__ = [
     "TENSORS",
     "Adapter",
     "check_tensors",
-    "digest_of",
     "is_adapter",
-    "parse_tensors",
     "publish",
     "read_adapter",
     "read_version",
 ]
 
-CONFIG = "reft_config.json"
-TENSORS = "reft_model.safetensors"
-_MAX_CONFIG_BYTES = 4 << 20
 _ORTHONORMAL_TOLERANCE = 1e-3
 DTYPES: dict[DType, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -116,21 +115,19 @@ def _read_files(path: Path, max_bytes: int) -> dict[str, bytes]:
         raise AdapterNotFound(f"{path} holds no {CONFIG}, so it is not a ReFT adapter of ours")
     where = str(path)
     files = {
-        CONFIG: read_plain(path / CONFIG, _MAX_CONFIG_BYTES, where),
+        CONFIG: read_plain(path / CONFIG, MAX_CONFIG_BYTES, where),
         TENSORS: read_plain(path / TENSORS, max_bytes, where),
     }
     if holds_lora(path):
-        files[LORA_CONFIG] = read_plain(path / LORA_CONFIG, _MAX_CONFIG_BYTES, where)
+        files[LORA_CONFIG] = read_plain(path / LORA_CONFIG, MAX_CONFIG_BYTES, where)
         files[LORA_TENSORS] = read_plain(path / LORA_TENSORS, max_bytes, where)
     return files
 
 
 def _by_intervention(manifest: Manifest, named: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    own: list[dict[str, Tensor]] = [{} for _ in manifest.interventions]
-    for name, tensor in named.items():
-        _, k, letter = name.split(".")
-        own[int(k)][letter] = tensor
-    return own
+    letters = [(*required_tensors(spec.kind), *optional_tensors(spec.kind)) for spec in manifest.interventions]
+    keys = [{letter: f"interventions.{k}.{letter}" for letter in own} for k, own in enumerate(letters)]
+    return [{letter: named[key] for letter, key in own.items() if key in named} for own in keys]
 
 
 def publish(path: Path, manifest: Manifest, weights: Sequence[Weights], lora: Lora | None = None) -> Adapter:
@@ -164,16 +161,16 @@ def check_tensors(
     Raises:
         AdapterInvalid: every fault found.
     """
-    faults = list(_name_faults(manifest, named))
-    if faults:
-        raise AdapterInvalid(where, faults)
+    structural = list(tensor_faults(manifest, entries_of(named)))
+    damaged = {name for name, _ in structural}
+    faults = [fault for _, fault in structural]
     weights: list[Weights] = []
     warnings: list[str] = []
-    by_intervention = _by_intervention(manifest, named)
-    for k, (spec, own) in enumerate(zip(manifest.interventions, by_intervention, strict=True)):
-        found = list(_tensor_faults(spec, own, manifest.base_model.hidden_size))
+    for k, (spec, own) in enumerate(zip(manifest.interventions, _by_intervention(manifest, named), strict=True)):
+        whole = {name: tensor for name, tensor in own.items() if f"interventions.{k}.{name}" not in damaged}
+        found = list(_value_faults(whole))
         faults += [f"intervention {k} ({spec.where}): {fault}" for fault in found]
-        if found:
+        if found or len(whole) < len(own) or not whole.keys() >= set(required_tensors(spec.kind)):
             continue
         weights.append(Weights.of(spec.kind, own, spec.activation))
         if spec.kind in ORTHONORMAL:
@@ -190,30 +187,9 @@ def check_tensors(
     return tuple(weights), tuple(warnings)
 
 
-def _name_faults(manifest: Manifest, named: Mapping[str, Tensor]) -> Iterator[str]:
-    required, allowed = set(), set()
-    for k, spec in enumerate(manifest.interventions):
-        required |= {f"interventions.{k}.{name}" for name in required_tensors(spec.kind)}
-        allowed |= {f"interventions.{k}.{name}" for name in optional_tensors(spec.kind)}
-    for name in sorted(required - named.keys()):
-        yield f"tensor {name} is missing from {TENSORS}"
-    for name in sorted(named.keys() - required - allowed):
-        yield f"tensor {name[:80]!r} of {TENSORS} belongs to no intervention of {CONFIG}"
-
-
-def _tensor_faults(spec: InterventionSpec, own: Mapping[str, Tensor], width: int) -> Iterator[str]:
-    if spec.rank > width:
-        yield f"rank {spec.rank} is larger than the hidden size {width}"
-        return
+def _value_faults(own: Mapping[str, Tensor]) -> Iterator[str]:
     for name, tensor in sorted(own.items()):
-        shape = (spec.rank,) if name in ("b", "b2") else (spec.rank, width)
-        kept_full = name == "R" or (name == "b" and "W" not in required_tensors(spec.kind))
-        dtype = torch.float32 if kept_full else DTYPES[spec.dtype]
-        if tuple(tensor.shape) != shape:
-            yield f"{name} has shape {tuple(tensor.shape)} and must have {shape}"
-        elif tensor.dtype != dtype:
-            yield f"{name} is {str(tensor.dtype)[6:]} and must be {str(dtype)[6:]}"
-        elif not tensor.isfinite().all():
+        if not tensor.isfinite().all():
             yield f"{name} holds NaN or Inf"
         elif name in ("R", "W2") and not tensor.any():
             yield f"{name} is all zeros, so the edit does nothing (weight decay on pyreft's rotation does this)"
@@ -223,25 +199,3 @@ def _orthonormal_error(R: Tensor) -> float:
     eye = torch.eye(len(R), dtype=torch.float64)
     R = R.double()
     return float((R @ R.T - eye).abs().max())
-
-
-def parse_tensors(content: bytes, name: str, where: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file called `name`.
-
-    Raises:
-        AdapterInvalid: it is damaged, or another kind of file.
-    """
-    try:
-        return load_safetensors(content)
-    except (SafetensorError, ValueError, KeyError, OverflowError, RuntimeError) as exc:
-        short = re.sub(r"\s+", " ", str(exc))[:200]
-        raise AdapterInvalid(where, [f"{name} is damaged or not a safetensors file ({short})"]) from exc
-
-
-def digest_of(files: Mapping[str, bytes]) -> str:
-    """The version's name: sha256 in hex over the names, lengths and bytes of its files, in the order of their names."""
-    digest = hashlib.sha256()
-    for name, content in sorted(files.items()):
-        digest.update(f"{name}\0{len(content)}\0".encode())
-        digest.update(content)
-    return digest.hexdigest()

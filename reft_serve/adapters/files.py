@@ -8,17 +8,19 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Self
+from typing import BinaryIO, Self
 
 from reft_serve.errors import AdapterExists, AdapterInvalid
 
-__all__ = ["Aside", "read_plain", "sweep_asides", "sync_path", "write_directory"]
+__all__ = ["Aside", "open_plain", "read_plain", "sweep_asides", "sync_path", "write_directory"]
 
 
-def read_plain(file: Path, max_bytes: int, where: str) -> bytes:
-    """The bytes of a plain file.
+@contextmanager
+def open_plain(file: Path, where: str, max_bytes: int | None = None) -> Iterator[BinaryIO]:
+    """A plain file, opened to be read.
 
     Raises:
         AdapterInvalid: it is missing, a link, a directory, a pipe, not readable, or larger than `max_bytes`; `where` is
@@ -37,15 +39,21 @@ def read_plain(file: Path, max_bytes: int, where: str) -> bytes:
         facts = os.fstat(descriptor)
         if not stat.S_ISREG(facts.st_mode):
             raise AdapterInvalid(where, [f"{file.name} is not a plain file"])
-        if facts.st_size > max_bytes:
+        if max_bytes is not None and facts.st_size > max_bytes:
             raise AdapterInvalid(
                 where,
                 [f"{file.name} has {facts.st_size} bytes and at most {max_bytes} are taken (REFT_MAX_ADAPTER_BYTES)"],
             )
         with open(descriptor, "rb", closefd=False) as opened:
-            return opened.read(max_bytes + 1)
+            yield opened
     finally:
         os.close(descriptor)
+
+
+def read_plain(file: Path, max_bytes: int, where: str) -> bytes:
+    """The bytes of a plain file of at most `max_bytes`. Raises AdapterInvalid as `open_plain` does."""
+    with open_plain(file, where, max_bytes) as opened:
+        return opened.read(max_bytes + 1)
 
 
 def write_directory(path: Path, files: Iterable[tuple[str, bytes]]) -> None:

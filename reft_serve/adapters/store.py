@@ -6,7 +6,6 @@ engine reads a version from its path, so an object store cannot stand in for it)
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import secrets
@@ -15,13 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from reft_serve.adapters.digest import digest_of_directory
 from reft_serve.adapters.files import Aside, sweep_asides, sync_path
 from reft_serve.errors import StoreUnusable
 
-__all__ = ["AdapterStore", "digest_of_directory"]
+__all__ = ["AdapterStore"]
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_CHUNK = 1 << 20
 
 
 class AdapterStore:
@@ -114,14 +113,3 @@ class AdapterStore:
     def sweep(self) -> None:
         """Remove what processes that died left half written, or half removed."""
         sweep_asides(self._staging)
-
-
-def digest_of_directory(path: Path) -> str:
-    """`directory.digest_of` over the files of a directory, without taking them into memory."""
-    digest = hashlib.sha256()
-    for file in sorted(path.iterdir(), key=lambda file: file.name):
-        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
-        with file.open("rb") as opened:
-            while chunk := opened.read(_CHUNK):
-                digest.update(chunk)
-    return digest.hexdigest()

@@ -1,39 +1,43 @@
 """What can be told of an adapter's files without torch: the manifest, and each tensor's name, shape, dtype and extent.
 
-`directory.read_adapter`, which the engine calls when it loads a version, also looks at the numbers.
+The one place that says so. `directory` and `lora`, which the engine calls when it loads a version, add what only the
+numbers tell: NaN, zeros, and edits that change nothing.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from reft_serve.adapters.files import read_plain
+from reft_serve.adapters.header import Entry, read_header
 from reft_serve.adapters.manifest import InterventionSpec, Manifest, parse_manifest
 from reft_serve.errors import AdapterInvalid
 from reft_serve.interventions.vocabulary import optional_tensors, required_tensors
 
-__all__ = ["FILES", "check_structure"]
+__all__ = [
+    "CONFIG",
+    "FILES",
+    "LORA_CONFIG",
+    "LORA_NAME",
+    "LORA_TENSORS",
+    "MAX_CONFIG_BYTES",
+    "TENSORS",
+    "check_structure",
+    "lora_faults",
+    "tensor_faults",
+]
 
 CONFIG, TENSORS = "reft_config.json", "reft_model.safetensors"
 LORA_CONFIG, LORA_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 FILES = (CONFIG, TENSORS, LORA_CONFIG, LORA_TENSORS)
-_MAX_CONFIG_BYTES, _MAX_HEADER_BYTES = 4 << 20, 16 << 20
-_WIDTHS = {
-    **{"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2},
-    **{"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1},
-}
-_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-
-
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    dtype: str
-    shape: tuple[int, ...]
+MAX_CONFIG_BYTES = 4 << 20
+LORA_NAME = re.compile(r"base_model\.model\.(.{1,512})\.lora_([AB])\.weight")
+_LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d{1,6})\.")
+_FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
 
 
 def check_structure(path: Path, where: str) -> Manifest:
@@ -47,85 +51,103 @@ def check_structure(path: Path, where: str) -> Manifest:
         AdapterInvalid: every fault found.
     """
     present = {file.name for file in path.iterdir()}
-    faults = [f"{name} is missing" for name in (CONFIG, TENSORS) if name not in present]
-    if (LORA_CONFIG in present) != (LORA_TENSORS in present):
-        faults.append(f"{LORA_CONFIG} and {LORA_TENSORS} belong together: one of them is missing")
+    halves = FILES if present & {LORA_CONFIG, LORA_TENSORS} else (CONFIG, TENSORS)
+    faults = [f"{name} is missing" for name in halves if name not in present]
     if faults:
         raise AdapterInvalid(where, faults)
-    manifest = parse_manifest(read_plain(path / CONFIG, _MAX_CONFIG_BYTES, where), where)
-    faults = list(_faults(manifest, _header(path / TENSORS, where)))
+    manifest = parse_manifest(read_plain(path / CONFIG, MAX_CONFIG_BYTES, where), where)
+    faults = [fault for _, fault in tensor_faults(manifest, read_header(path / TENSORS, where))]
     if LORA_TENSORS in present:
-        _header(path / LORA_TENSORS, where)
+        config = read_plain(path / LORA_CONFIG, MAX_CONFIG_BYTES, where)
+        faults += lora_faults(config, read_header(path / LORA_TENSORS, where), manifest.base_model.num_hidden_layers)
     if faults:
         raise AdapterInvalid(where, faults)
     return manifest
 
 
-def _faults(manifest: Manifest, entries: Mapping[str, _Entry]) -> Iterator[str]:
-    expected = {
-        f"interventions.{k}.{name}": (k, spec, name)
-        for k, spec in enumerate(manifest.interventions)
-        for name in (*required_tensors(spec.kind), *optional_tensors(spec.kind))
-    }
+def tensor_faults(manifest: Manifest, entries: Mapping[str, Entry]) -> Iterator[tuple[str, str]]:
+    """The faults of an adapter's tensors: (the tensor's name, what is wrong with it)."""
+    width = manifest.base_model.hidden_size
+    expected = {}
     for k, spec in enumerate(manifest.interventions):
-        for name in sorted(required_tensors(spec.kind)):
-            if f"interventions.{k}.{name}" not in entries:
-                yield f"tensor interventions.{k}.{name} is missing from {TENSORS}"
-        if spec.rank > manifest.base_model.hidden_size:
-            width = manifest.base_model.hidden_size
-            yield f"intervention {k} ({spec.where}): rank {spec.rank} is larger than the hidden size {width}"
+        for letter in (*required_tensors(spec.kind), *optional_tensors(spec.kind)):
+            expected[f"interventions.{k}.{letter}"] = k, spec, letter
+        for letter in required_tensors(spec.kind):
+            name = f"interventions.{k}.{letter}"
+            if name not in entries:
+                yield name, f"tensor {name} is missing from {TENSORS}"
     for name, entry in sorted(entries.items()):
         if name not in expected:
-            yield f"tensor {name[:80]!r} of {TENSORS} belongs to no intervention of {CONFIG}"
-        else:
-            k, spec, letter = expected[name]
-            for fault in _entry_faults(entry, spec, letter, manifest.base_model.hidden_size):
-                yield f"intervention {k} ({spec.where}): {fault}"
+            yield name, f"tensor {name[:80]!r} of {TENSORS} belongs to no intervention of {CONFIG}"
+            continue
+        k, spec, letter = expected[name]
+        fault = _entry_fault(entry, spec, letter, width)
+        if fault is not None:
+            yield name, f"intervention {k} ({spec.where}): {fault}"
 
 
-def _entry_faults(entry: _Entry, spec: InterventionSpec, letter: str, width: int) -> Iterator[str]:
+def _entry_fault(entry: Entry, spec: InterventionSpec, letter: str, width: int) -> str | None:
     shape = (spec.rank,) if letter in ("b", "b2") else (spec.rank, width)
     kept_full = letter == "R" or (letter == "b" and "W" not in required_tensors(spec.kind))
-    dtype = "F32" if kept_full else _DTYPES[spec.dtype]
+    dtype = "float32" if kept_full else spec.dtype
+    if spec.rank > width:  # told once
+        return f"rank {spec.rank} is larger than the hidden size {width}" if letter in ("R", "W2") else None
     if entry.shape != shape:
-        yield f"{letter} has shape {entry.shape} and must have {shape}"
+        return f"{letter} has shape {entry.shape} and must have {shape}"
     if entry.dtype != dtype:
-        yield f"{letter} is {entry.dtype} and must be {dtype}"
+        return f"{letter} is {entry.dtype} and must be {dtype}"
+    return None
 
 
-def _header(file: Path, where: str) -> dict[str, _Entry]:
-    """The entries of a safetensors file whose parts lie side by side, to its last byte."""
+def lora_faults(config: bytes, entries: Mapping[str, Entry], layers: int) -> list[str]:
+    """The faults of PEFT's two files.
+
+    Args:
+        config: the bytes of `adapter_config.json`.
+        entries: the tensors of `adapter_model.safetensors`.
+        layers: decoder layers of the base model.
+    """
+    faults = _lora_config_faults(config)
+    if not entries:
+        return [*faults, f"{LORA_TENSORS} holds no tensors"]
+    pairs = dict[str, dict[str, Entry]]()
+    for name, entry in sorted(entries.items()):
+        match = LORA_NAME.fullmatch(name)
+        if match is None:
+            faults.append(f"{LORA_TENSORS}: {name[:120]!r} is not a matrix of a LoRA on a linear layer")
+            continue
+        pairs.setdefault(match[1], {})[match[2]] = entry
+        layer = _LAYER.search(f".{match[1]}.")
+        if layer and int(layer[1]) >= layers:
+            faults.append(f"{LORA_TENSORS}: {name[:120]!r} is for layer {layer[1]} and the base model has {layers}")
+        if entry.dtype not in _FLOATS:
+            faults.append(f"{LORA_TENSORS}: {name[:120]!r} must hold finite floats")
+    return faults + [fault for module, pair in pairs.items() for fault in _pair_faults(module, pair)]
+
+
+def _pair_faults(module: str, pair: Mapping[str, Entry]) -> Iterator[str]:
+    if len(pair) < 2:
+        yield f"{LORA_TENSORS}: {module[:120]!r} has lora_{next(iter(pair))} alone"
+        return
+    a, b = pair["A"].shape, pair["B"].shape
+    if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+        yield f"{LORA_TENSORS}: A and B of {module[:120]!r} have the shapes {a} and {b}, which do not meet"
+
+
+def _lora_config_faults(content: bytes) -> list[str]:
     try:
-        return _read_header(file)
-    except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as exc:
-        reason = " ".join(str(exc).split())[:200]
-        raise AdapterInvalid(where, [f"{file.name} is damaged or not a safetensors file ({reason})"]) from exc
-
-
-def _read_header(file: Path) -> dict[str, _Entry]:
-    size = file.stat().st_size
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        if size < 8 or length > min(_MAX_HEADER_BYTES, size - 8):
-            raise ValueError("its header is longer than the file, or than is taken")
-        header: Any = json.loads(opened.read(length))
-    if not isinstance(header, dict):
-        raise ValueError("its header is not a JSON object")
-    header.pop("__metadata__", None)
-    extents, entries = [], {}
-    for name, entry in header.items():
-        shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
-        if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
-            raise ValueError(f"tensor {name[:80]!r} has a shape or an extent that is no number")
-        if end - begin != math.prod(shape) * _WIDTHS[entry["dtype"]]:
-            raise ValueError(f"tensor {name[:80]!r} has more or fewer bytes than its shape")
-        extents.append((begin, end))
-        entries[name] = _Entry(entry["dtype"], shape)
-    at = 0
-    for begin, end in sorted(extents):
-        if begin != at:
-            raise ValueError("its tensors overlap or leave a gap")
-        at = end
-    if at != size - 8 - length:
-        raise ValueError(f"it has {size - 8 - length} bytes of tensors and its header tells of {at}")
-    return entries
+        config = json.loads(content)
+    except (ValueError, RecursionError) as exc:
+        return [f"{LORA_CONFIG} is not JSON: {str(exc)[:200]}"]
+    if not isinstance(config, dict):
+        return [f"{LORA_CONFIG} is not a JSON object"]
+    faults = []
+    if config.get("peft_type") != "LORA":
+        told = str(config.get("peft_type"))[:40]
+        faults.append(f"{LORA_CONFIG}: peft_type is {told!r}; only LORA is served beside ReFT")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        faults.append(f"{LORA_CONFIG}: r must be a whole number from 1, and it is {str(rank)[:40]}")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        faults.append(f"{LORA_CONFIG}: lora_alpha must be a number, and it is {str(alpha)[:40]}")
+    return faults

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 from reft_serve.adapters.base_model import read_base_model
 from reft_serve.adapters.directory import read_adapter
 from reft_serve.adapters.manifest import Limits
+from reft_serve.adapters.structure import check_structure
 from reft_serve.cli import app
 from reft_serve.errors import AdapterInvalid
 from tests.adapters.damage import DAMAGE, MAX_BYTES, MAX_RANK, MODEL, Damage, write_good
@@ -66,3 +68,27 @@ def test_several_faults_are_told_at_once(tmp_path: Path) -> None:
     by_name["bad kind"].apply(tmp_path / "a")
     by_name["bad phase"].apply(tmp_path / "a")
     assert len(faults(tmp_path / "a")) == 2
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.name)
+def test_what_is_told_without_torch_is_what_the_reader_tells(damage: Damage, tmp_path: Path) -> None:
+    write_good(tmp_path / "a")
+    damage.apply(tmp_path / "a")
+    told = told_by(lambda: read_adapter(tmp_path / "a", 1 << 30))
+    without_torch = told_by(lambda: check_structure(tmp_path / "a", str(tmp_path / "a")))
+    # The two parsers of a damaged file do not word its damage alike.
+    assert {_unworded(fault) for fault in without_torch} <= {_unworded(fault) for fault in told}
+    numbers_tell = ("NaN", "finite", "all zeros", "changes nothing")
+    assert without_torch or all(any(words in fault for words in numbers_tell) for fault in told), told
+
+
+def told_by(check: Callable[[], object]) -> list[str]:
+    try:
+        check()
+    except AdapterInvalid as exc:
+        return list(exc.faults)
+    return []
+
+
+def _unworded(fault: str) -> str:
+    return fault.partition("is damaged or not a safetensors file")[0]

@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from reft_serve.adapters.directory import CONFIG, TENSORS, digest_of
+from reft_serve.adapters.digest import digest_of
 from reft_serve.adapters.files import write_directory
+from reft_serve.adapters.structure import CONFIG, TENSORS
 from reft_serve.errors import AdapterInvalid, AdapterUnsupported
 from tests.adapters.damage import write_good
 from tests.adapters.loras import SCALE, write_lora

@@ -7,8 +7,10 @@ as vLLM does where that matters: chunks and usage, errors in vLLM's shape, adapt
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
 import json
+import struct
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -23,6 +25,10 @@ from starlette.routing import Route
 __all__ = ["FakeEngine"]
 
 _BASE = "/models/fake-base"
+_NO_TEMPLATE = (
+    "As of transformers v4.44, default chat template is no longer allowed, so you must provide a chat template if the "
+    "tokenizer does not define one."
+)
 
 
 @dataclass(eq=False)
@@ -35,6 +41,8 @@ class FakeEngine:
     refuse_adapters: str | None = None
     fail_with: int | None = None
     break_after: int | None = None
+    has_chat_template: bool = True
+    embeds: bool = True
     adapters: dict[str, str] = field(default_factory=dict)
     requests: list[dict[str, Any]] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
@@ -53,6 +61,7 @@ class FakeEngine:
                 Route("/v1/completions", self._generate, methods=["POST"]),
                 Route("/v1/chat/completions", self._generate, methods=["POST"]),
                 Route("/v1/responses", self._respond, methods=["POST"]),
+                Route("/v1/embeddings", self._embed, methods=["POST"]),
             ]
         )
 
@@ -103,6 +112,8 @@ class FakeEngine:
         if refusal is not None:
             return refusal
         chat = request.url.path.endswith("/chat/completions")
+        if chat and not self.has_chat_template:
+            return _error(400, _NO_TEMPLATE)
         answer = _Answer(self, body, chat)
         if body.get("stream"):
             return StreamingResponse(self._counted(answer.stream()), media_type="text/event-stream")
@@ -141,6 +152,27 @@ class FakeEngine:
         if body.get("stream"):
             return StreamingResponse(self._counted(answer.typed_stream()), media_type="text/event-stream")
         return JSONResponse(answer.response("completed"))
+
+    async def _embed(self, request: Request) -> Response:
+        body = await request.json()
+        refusal = self._admit(body) if self.embeds else _error(404, "Not Found")
+        if refusal is not None:
+            return refusal
+        given = body["input"]
+        texts = given if isinstance(given, list) and given and not isinstance(given[0], int) else [given]
+        data = []
+        for k, text in enumerate(texts):
+            told = json.dumps([text, body["model"]]).encode()
+            numbers = struct.unpack("8h", hashlib.md5(told, usedforsecurity=False).digest())
+            vector: Any = [number / 2**15 for number in numbers]
+            if body.get("encoding_format") == "base64":
+                vector = base64.b64encode(struct.pack("<8f", *vector)).decode()
+            data.append({"index": k, "object": "embedding", "embedding": vector})
+        count = sum(len(text.split()) if isinstance(text, str) else len(text) for text in texts)
+        usage = {"prompt_tokens": count, "total_tokens": count, "completion_tokens": 0, "prompt_tokens_details": None}
+        return JSONResponse(
+            {"id": "embd-fake", "object": "list", "created": 1, "model": body["model"], "data": data, "usage": usage}
+        )
 
 
 @dataclass(frozen=True)

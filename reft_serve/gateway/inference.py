@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from fastapi import Request, Response
@@ -37,6 +38,7 @@ __all__ = ["Endpoint", "infer"]
 _TRIES = 3
 _BYTES_PER_TOKEN = 4
 _GONE = 499
+_NO_TEMPLATE = "you must provide a chat template"
 _COMMIT_SECONDS = 10.0
 
 
@@ -48,7 +50,6 @@ class Endpoint:
     path: str
     limit_fields: tuple[str, ...] = ()
     default_tokens: int = 0
-    salted: bool = True
     typed_events: bool = False
 
 
@@ -183,7 +184,7 @@ async def _open(exchange: _Exchange, engine: Engine, attempt: AsyncExitStack) ->
     name = engine_name(target.digest) if target else None
     attempt.enter_context(engine.using(name))
     if target is not None and name is not None:
-        await engine.load(name, exchange.services.store.path(target.digest))
+        await _load(exchange, engine, name, exchange.services.store.path(target.digest))
     exchange.theirs = name or engine.base_name
     headers = {"x-request-id": exchange.opening.request_id, **outgoing()}
     upstream = await engine.open(exchange.endpoint.path, _engine_body(exchange), headers)
@@ -191,11 +192,18 @@ async def _open(exchange: _Exchange, engine: Engine, attempt: AsyncExitStack) ->
     return upstream
 
 
+async def _load(exchange: _Exchange, engine: Engine, name: str, path: Path) -> None:
+    try:
+        await engine.load(name, path)
+    except (errors.EngineFailed, errors.AdapterInvalid):
+        if path.is_dir():
+            raise
+        raise errors.ModelNotFound(f"The model {exchange.public[:200]!r} was deleted in this moment.") from None
+
+
 def _engine_body(exchange: _Exchange) -> bytes:
-    body = exchange.body | {"model": exchange.theirs}
+    body = exchange.body | {"model": exchange.theirs, "cache_salt": exchange.caller.cache_salt}
     body.pop("metadata", None)
-    if exchange.endpoint.salted:
-        body["cache_salt"] = exchange.caller.cache_salt
     if exchange.endpoint.typed_events:
         body["store"] = False
     elif body.get("stream"):
@@ -263,6 +271,12 @@ def _refusal(exchange: _Exchange, status: int, content: bytes) -> errors.ReftErr
         message = message.replace(str(exchange.services.store.path(exchange.target.digest)), exchange.public)
     if status == 404:
         return errors.RequestInvalid("the engine does not serve this endpoint for this model", None)
+    if _NO_TEMPLATE in message:
+        return errors.RequestInvalid(
+            "the base model has no chat template, so it cannot answer messages: ask /v1/completions, or let the operator "
+            "start its engine with --chat-template FILE",
+            "messages",
+        )
     if 400 <= status < 500:
         return errors.RequestInvalid(message[:2000], _param(content))
     if status == 503:

@@ -94,21 +94,23 @@ async def list_engines(services: _Services) -> ListOf[EngineOut]:
 
 
 @router.post("/engines/{engine}/drain")
-async def drain(engine: _Engine, services: _Services) -> EngineOut:
+async def drain(engine: _Engine, request: Request, services: _Services) -> EngineOut:
     """Give an engine no new request; those under way finish."""
-    return _set_draining(services, engine, True)
+    return await _set_draining(services, request, engine, True)
 
 
 @router.post("/engines/{engine}/resume")
-async def resume(engine: _Engine, services: _Services) -> EngineOut:
+async def resume(engine: _Engine, request: Request, services: _Services) -> EngineOut:
     """Give it requests again."""
-    return _set_draining(services, engine, False)
+    return await _set_draining(services, request, engine, False)
 
 
-def _set_draining(services: Services, name: str, draining: bool) -> EngineOut:
+async def _set_draining(services: Services, request: Request, name: str, draining: bool) -> EngineOut:
     found = next((engine for engine in services.fleet.engines if engine.name == name), None)
     if found is None:
         raise NotFound(f"there is no engine {name!r}")
+    async with services.database.writing() as session:
+        audit.record(session, actor_of(request), f"engine.{'drain' if draining else 'resume'}", name, None)
     found.draining = draining
     return _out(found)
 

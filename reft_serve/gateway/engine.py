@@ -213,6 +213,17 @@ class Engine:
         with contextlib.suppress(httpx.HTTPError):
             await self._http.post("/v1/unload_lora_adapter", json={"lora_name": name}, timeout=_LOAD_SECONDS)
 
+    async def metrics(self) -> bytes:
+        """Its Prometheus metrics.
+
+        Raises:
+            EngineUnavailable: it does not answer.
+        """
+        try:
+            return (await self._http.get("/metrics", timeout=_PROBE_SECONDS)).raise_for_status().content
+        except httpx.HTTPError as exc:
+            raise EngineUnavailable("an engine does not answer; try again") from exc
+
     async def open(self, path: str, body: bytes, headers: dict[str, str]) -> Upstream:
         """Begin a request.
 

@@ -55,6 +55,7 @@ class FakeEngine:
         return Starlette(
             routes=[
                 Route("/health", self._health),
+                Route("/metrics", self._metrics),
                 Route("/v1/models", self._models),
                 Route("/v1/load_lora_adapter", self._load, methods=["POST"]),
                 Route("/v1/unload_lora_adapter", self._unload, methods=["POST"]),
@@ -68,6 +69,9 @@ class FakeEngine:
     async def _health(self, _: Request) -> Response:
         self.counts["health"] += 1
         return Response(status_code=200 if self.healthy else 503)
+
+    async def _metrics(self, _: Request) -> Response:
+        return Response(f"vllm:num_requests_running {self.running}.0\n", media_type="text/plain")
 
     async def _models(self, _: Request) -> Response:
         cards = [{"id": _BASE, "object": "model", "created": 0, "owned_by": "vllm", "root": _BASE, "parent": None}]

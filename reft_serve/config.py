@@ -72,10 +72,10 @@ class TenantLimits(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    requests_per_minute: _AtLeastOne | None = None
-    tokens_per_minute: _AtLeastOne | None = None
-    concurrent_requests: _AtLeastOne | None = None
-    adapters: _Count | None = None
+    requests_per_minute: _AtLeastOne | None = Field(default=None, description="Inference requests per minute.")
+    tokens_per_minute: _AtLeastOne | None = Field(default=None, description="Tokens per minute, prompts and answers.")
+    concurrent_requests: _AtLeastOne | None = Field(default=None, description="Requests under way at once.")
+    adapters: _Count | None = Field(default=None, description="Adapters that a tenant may own.")
     storage_bytes: _Count | None = Field(default=None, description="Of all versions and files together.")
     jobs: _Count | None = Field(default=None, description="Fine-tuning jobs that wait, run or are paused.")
     running_jobs: _AtLeastOne | None = Field(default=None, description="Fine-tuning jobs that run at once.")
@@ -120,9 +120,9 @@ class GatewaySettings(BaseSettings):
     limits_storage: str = Field(
         default="async+memory://", description="Where limits are counted; async+redis://... for several gateways."
     )
-    max_request_bytes: int = Field(default=4 << 20, ge=1024)
-    max_upload_bytes: int = Field(default=1 << 30, ge=1024)
-    in_flight_per_engine: int = Field(default=256, ge=1)
+    max_request_bytes: int = Field(default=4 << 20, ge=1024, description="Largest body of a request.")
+    max_upload_bytes: int = Field(default=1 << 30, ge=1024, description="Largest upload of an adapter or a file.")
+    in_flight_per_engine: int = Field(default=256, ge=1, description="Requests that one engine gets at once.")
     queue_seconds: float = Field(default=30.0, gt=0, description="How long a request may wait for an engine.")
     request_seconds: float = Field(default=600.0, gt=0, description="How long a request may take altogether.")
     probe_seconds: float = Field(default=2.0, gt=0, description="Time between looks at each engine's health.")
@@ -137,7 +137,9 @@ class GatewaySettings(BaseSettings):
     )
     drain_seconds: float = Field(default=30.0, ge=0, description="How long requests under way may go on at shutdown.")
     named_labels: int = Field(default=100, ge=0, description="Tenants and adapters that metrics name; the rest: other.")
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        default="INFO", description="Least level of our log lines."
+    )
     otlp_endpoint: str | None = Field(default=None, description="Where traces go, for instance http://HOST:4318.")
 
     @property

@@ -1,4 +1,4 @@
-"""What an operator sees: the log's format, the request's id in it, and every metric of ours, declared once."""
+"""What an operator sees: the log's format, the request's id in it, and every metric but an engine's own, declared once."""
 
 from __future__ import annotations
 

@@ -1,9 +1,5 @@
-"""What an engine adds to vLLM's own `/metrics`: its slots, its loads, the rows it edits, and whose cached blocks it used.
-
-Declared here and not in `observability`, whose metrics are the gateway's and would all appear on the engine's page.
-
-Nothing is counted per token. Each finished request adds to a counter once, in the front end; the workers keep plain numbers,
-which the front end asks for every few seconds.
+"""How the numbers come to an engine's metrics. Nothing is counted per token: each finished request adds to a counter once, in
+the front end; the workers keep plain numbers, which the front end asks for every few seconds.
 """
 
 from __future__ import annotations
@@ -13,32 +9,14 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from prometheus_client import Counter, Gauge
-
 from reft_serve.engine.identity import identity_of
+from reft_serve.engine.metrics import EVICTIONS, FILLS, PREFIX_TOKENS, ROWS, SLOTS, SLOTS_USED, STALL_SECONDS, STEPS
 from reft_serve.engine.prefix_cache import shared_tokens
 
 __all__ = ["counting_prefixes", "sampling_workers", "take"]
 
 _log = logging.getLogger("vllm.reft_serve")
 _SECONDS = 5.0
-
-SLOTS = Gauge("reft_slots", "Adapters that can be resident at once.", ["engine"], multiprocess_mode="mostrecent")
-SLOTS_USED = Gauge("reft_slots_used", "Adapters that are resident.", ["engine"], multiprocess_mode="mostrecent")
-FILLS = Counter("reft_slot_fills", "Adapters that were written to a slot.", ["engine"])
-EVICTIONS = Counter("reft_slot_evictions", "Adapters that lost their slot to another one.", ["engine"])
-STALL_SECONDS = Counter(
-    "reft_stall_seconds", "Time that the engine's loop was held up: by a slot's filling, by a version's arrival.",
-    ["engine", "cause"],
-)  # fmt: skip
-STEPS = Counter("reft_steps", "Forward steps, by whether they edited any token.", ["engine", "edited"])
-ROWS = Counter("reft_rows", "Edited tokens.", ["engine"])
-PREFIX_TOKENS = Counter(
-    "reft_prefix_tokens",
-    "Prompt tokens of finished requests, by what they asked for (base, reft, lora) and where their state came from: "
-    "computed, or cached in blocks that all adapters and the base share, or in blocks of the adapter's own.",
-    ["request", "source"],
-)
 
 
 def counting_prefixes(original: Any) -> Callable[..., None]:

@@ -20,6 +20,7 @@ import pytest
 
 import reft_serve.demo
 from tests.deploy.expressions import unmet
+from tests.docs.blocks import ROOT, Block, blocks
 from tests.gateway.test_inference import take, wait_for
 
 DEMO = Path(reft_serve.demo.__file__).parent
@@ -259,6 +260,18 @@ def test_dashboard_and_alerts_ask_for_metrics_that_are_there(up: Up) -> None:
     while (told := missing()) and time.monotonic() < deadline:
         time.sleep(0.5)
     assert told == []
+
+
+@pytest.mark.parametrize("block", [each for each in blocks("docs/quick-start.md") if each.how == "up"], ids=str)
+def test_the_quick_start_does_what_it_says(up: Up, block: Block) -> None:
+    code = block.code.replace("127.0.0.1:8080", up.url.removeprefix("http://")).replace("rk-...", up.key)
+    command = [sys.executable, "-c", code] if block.language == "python" else ["bash", "-euo", "pipefail", "-c", code]
+    ended = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"KEY": up.key}, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert '"error"' not in ended.stdout
+    assert "birds" in ended.stdout
 
 
 def test_a_caller_that_leaves_frees_the_engine(up: Up) -> None:

@@ -212,10 +212,14 @@ class Overloaded(ServiceError):
 
 
 class EngineUnavailable(ServiceError):
-    """No engine answers."""
+    """No engine answers. `delivered`: one may have had the request, and may have ended because of it."""
 
     code = "engine_unavailable"
     retry_after = 2.0
+
+    def __init__(self, message: str, *, delivered: bool = False) -> None:
+        self.delivered = delivered
+        super().__init__(message)
 
 
 class EngineFailed(ServiceError):

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import aiohttp
-from yarl import URL
 
 from reft_serve.errors import EngineFailed, EngineUnavailable
 
@@ -66,7 +65,6 @@ class Http:
         """
         socket = url.removeprefix("unix:") if url.startswith("unix:") else None
         self._root = "http://engine" if socket else url
-        self._urls: dict[str, URL] = {}
         kept: dict[str, Any] = {"limit": 0, "keepalive_timeout": _KEEP_ALIVE_SECONDS}
         self._client = aiohttp.ClientSession(
             connector=aiohttp.UnixConnector(socket, **kept) if socket else aiohttp.TCPConnector(**kept),
@@ -85,7 +83,7 @@ class Http:
         """
         limit = aiohttp.ClientTimeout(total=seconds)
         try:
-            async with self._client.request(method, self._url(path), json=body, timeout=limit) as answer:
+            async with self._client.request(method, self._root + path, json=body, timeout=limit) as answer:
                 return answer.status, await answer.read()
         except _BROKEN as exc:
             raise EngineUnavailable("an engine does not answer; try again") from exc
@@ -97,7 +95,7 @@ class Http:
             EngineUnavailable: it did not begin to answer. `delivered` says whether the request may have reached it.
         """
         try:
-            return Upstream(await self._client.post(self._url(path), data=body, headers=headers, allow_redirects=False))
+            return Upstream(await self._client.post(self._root + path, data=body, headers=headers, allow_redirects=False))
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as exc:
             raise EngineUnavailable("an engine cannot be reached; try again") from exc
         except _BROKEN as exc:
@@ -106,8 +104,3 @@ class Http:
     async def close(self) -> None:
         """Close every connection."""
         await self._client.close()
-
-    def _url(self, path: str) -> URL:
-        if path not in self._urls:
-            self._urls[path] = URL(self._root + path)
-        return self._urls[path]

@@ -95,7 +95,9 @@ class Http:
             EngineUnavailable: it did not begin to answer. `delivered` says whether the request may have reached it.
         """
         try:
-            return Upstream(await self._client.post(self._root + path, data=body, headers=headers, allow_redirects=False))
+            return Upstream(
+                await self._client.post(self._root + path, data=body, headers=headers, allow_redirects=False)
+            )
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as exc:
             raise EngineUnavailable("an engine cannot be reached; try again") from exc
         except _BROKEN as exc:

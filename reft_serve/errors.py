@@ -212,14 +212,10 @@ class Overloaded(ServiceError):
 
 
 class EngineUnavailable(ServiceError):
-    """No engine answers. `delivered`: one may have had the request, and may have ended because of it."""
+    """No engine answers."""
 
     code = "engine_unavailable"
     retry_after = 2.0
-
-    def __init__(self, message: str, *, delivered: bool = False) -> None:
-        self.delivered = delivered
-        super().__init__(message)
 
 
 class EngineFailed(ServiceError):

@@ -100,9 +100,8 @@ async def _recover(services: Services, *, first: bool) -> None:
     """Settle what dead gateways left; at our own start, all that our predecessor left."""
     settings = services.settings
     older = now_ms() - int((settings.request_seconds + _RECOVERY_SECONDS) * 1000)
-    found = await services.database.commit(
-        lambda connection: usage.recover(connection, settings.gateway_name if first else "", older)
-    )
+    async with services.database.writing() as session:
+        found = await usage.recover(session, settings.gateway_name if first else "", older)
     if found:
         _log.warning(
             "requests that a gateway left behind were counted as interrupted", extra={"data": {"count": found}}

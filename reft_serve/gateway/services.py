@@ -120,7 +120,7 @@ class Services:
             await asyncio.wait(self._tasks, timeout=patience)
 
 
-async def services_of(request: Request) -> Services:
+def services_of(request: Request) -> Services:
     """The dependency that routes take."""
     found: Services = request.app.state.services
     return found

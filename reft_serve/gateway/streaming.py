@@ -3,65 +3,49 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from contextlib import suppress
+from typing import Any, TypeVar
 
-from fastapi import Response
+from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
-__all__ = ["ClientGone", "Streamed", "while_there"]
+__all__ = ["ClientGone", "Streamed", "unless_gone"]
+
+_T = TypeVar("_T")
 
 
 class ClientGone(Exception):
     """The caller has closed the connection."""
 
 
-@asynccontextmanager
-async def while_there(receive: Receive) -> AsyncIterator[None]:
-    """A block that is cancelled when the caller leaves; the request's body has been read.
+async def unless_gone(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
+    """The result of `work`, which is cancelled when the caller leaves.
 
     Raises:
-        ClientGone: it left, and the block has cleaned up.
+        ClientGone: it left.
     """
-    working = asyncio.current_task()
-    assert working is not None
-    gone = False
-
-    async def watch() -> None:
-        nonlocal gone
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        gone = True
-        working.cancel()
-
-    watching = asyncio.create_task(watch())
+    doing = asyncio.create_task(work)
+    leaving = asyncio.create_task(_gone(request.receive))
     try:
-        yield
-    except asyncio.CancelledError:
-        if gone and not working.uncancel():
-            raise ClientGone from None
-        raise
+        await asyncio.wait({doing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if doing.done():
+            return doing.result()
+        raise ClientGone
     finally:
-        if not watching.done():
-            watching.cancel()
-            with suppress(asyncio.CancelledError):
-                await watching
+        await _end(leaving)
+        await _end(doing)
 
 
 class Streamed(Response):
-    """Server-sent events. `relay` sends them with the function that it is given; `finish` is called once that has ended,
-    however it came.
-    """
+    """Server-sent events. `finish` is called once they have ended, however that came."""
 
     media_type = "text/event-stream"
 
     def __init__(
-        self,
-        relay: Callable[[Callable[[bytes], Awaitable[None]]], Awaitable[None]],
-        headers: Mapping[str, str],
-        finish: Callable[[], Awaitable[None]],
+        self, events: AsyncIterator[bytes], headers: Mapping[str, str], finish: Callable[[], Awaitable[None]]
     ) -> None:
-        self._relay, self._finish = relay, finish
+        self._events, self._finish = events, finish
         self.status_code = 200
         self.body = b""
         self.background = None
@@ -74,16 +58,34 @@ class Streamed(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events until they end or the caller leaves."""
-
-        async def emit(events: bytes) -> None:
-            await send({"type": "http.response.body", "body": events, "more_body": True})
-
+        sending = asyncio.create_task(self._send(send))
+        leaving = asyncio.create_task(_gone(receive))
         try:
-            async with while_there(receive):
-                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-                await self._relay(emit)
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
-        except ClientGone:
-            pass
+            await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                sending.result()
         finally:
+            await _end(leaving)
+            await _end(sending)
+
+    async def _send(self, send: Send) -> None:
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            async for event in self._events:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            await self._events.aclose()  # type: ignore[attr-defined]
             await self._finish()
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _end(task: asyncio.Task[Any]) -> None:
+    if not task.done():
+        task.cancel()
+    with suppress(asyncio.CancelledError, Exception):
+        await task

@@ -6,26 +6,14 @@ import os
 import socket
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from reft_serve.errors import ServiceError
 
-__all__ = [
-    "EngineSettings",
-    "GatewaySettings",
-    "ServeSettings",
-    "TenantLimits",
-    "TrainerSettings",
-    "child_environment",
-    "read_settings",
-    "read_trainer_settings",
-    "set_environment",
-]
-
-_S = TypeVar("_S", bound=BaseSettings)
+__all__ = ["EngineSettings", "GatewaySettings", "ServeSettings", "TenantLimits", "child_environment", "read_settings"]
 
 
 class EngineSettings(BaseSettings):
@@ -84,10 +72,10 @@ class TenantLimits(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    requests_per_minute: _AtLeastOne | None = None
-    tokens_per_minute: _AtLeastOne | None = None
-    concurrent_requests: _AtLeastOne | None = None
-    adapters: _Count | None = None
+    requests_per_minute: _AtLeastOne | None = Field(default=None, description="Inference requests per minute.")
+    tokens_per_minute: _AtLeastOne | None = Field(default=None, description="Tokens per minute, prompts and answers.")
+    concurrent_requests: _AtLeastOne | None = Field(default=None, description="Requests under way at once.")
+    adapters: _Count | None = Field(default=None, description="Adapters that a tenant may own.")
     storage_bytes: _Count | None = Field(default=None, description="Of all versions and files together.")
     jobs: _Count | None = Field(default=None, description="Fine-tuning jobs that wait, run or are paused.")
     running_jobs: _AtLeastOne | None = Field(default=None, description="Fine-tuning jobs that run at once.")
@@ -95,8 +83,8 @@ class TenantLimits(BaseModel):
     output_tokens: _AtLeastOne | None = Field(default=None, description="Largest `max_tokens` of a request.")
 
 
-class _Installation(BaseSettings):
-    """What gateways and workers of one installation must agree on."""
+class GatewaySettings(BaseSettings):
+    """What a gateway process needs. Read once, when it starts."""
 
     model_config = SettingsConfigDict(env_prefix="REFT_", env_nested_delimiter="__", frozen=True, extra="ignore")
 
@@ -105,78 +93,26 @@ class _Installation(BaseSettings):
     )
     store: Path = Field(
         default=Path("~/.local/share/reft-serve/adapters"),
-        description="Where adapters lie; gateways, workers and engines see it under the same path.",
+        description="Where adapters lie; gateways and engines see it under the same path.",
     )
     blobs: str | None = Field(
         default=None,
         description="Where uploaded files, results and checkpoints lie: a directory, or s3://BUCKET/PREFIX (its keys and "
         "endpoint in the usual AWS_* variables). Default: `blobs` beside the store.",
     )
-    base_model: str = Field(default="base", max_length=100, description="What the base model is called in public.")
-    migrate: bool = Field(default=True, description="Bring the database to this version's schema at start.")
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-
-    @property
-    def blobs_url(self) -> str:
-        """Where the file store is."""
-        return self.blobs or str(self.store.expanduser().parent / "blobs")
-
-
-class TrainerSettings(_Installation):
-    """What a training worker needs. Read once, when it starts."""
-
-    model: str = Field(description="The base model: its local directory, or its name on the Hugging Face hub.")
-    worker_name: str = Field(
-        default_factory=socket.gethostname, max_length=120, description="What the worker is called, for people."
-    )
-    work: Path = Field(
-        default=Path("~/.local/share/reft-serve/work"), description="Where runs under way lie; local and fast."
-    )
-    train_jobs: int | None = Field(
-        default=None, ge=1, description="Jobs at once; default: one for each GPU, or for four cores."
-    )
-    train_memory_bytes: int | None = Field(
-        default=None, ge=1, description="Memory for jobs, of each GPU or of the machine; default: four fifths of it."
-    )
-    train_threads: int | None = Field(
-        default=None, ge=1, description="Threads of a job that runs on the CPU; default: its share of the cores."
-    )
-    train_running_per_tenant: int | None = Field(
-        default=None, ge=1, description="Jobs of a tenant at once, where it has no limit of its own."
-    )
-    lease_seconds: float = Field(
-        default=30.0,
-        ge=1,
-        description="How long a job stays with a worker that is not heard of; then another takes it.",
-    )
-    poll_seconds: float = Field(default=1.0, gt=0, description="Time between looks at the queue.")
-    sweep_seconds: float = Field(
-        default=600.0,
-        gt=0,
-        description="Time between looks for what dead processes left; younger things are left alone.",
-    )
-    patience_seconds: float = Field(
-        default=60.0, ge=0, description="How long a job waits for a store that does not answer before it is given back."
-    )
-    drain_seconds: float = Field(
-        default=60.0, ge=0, description="How long jobs may take at shutdown to end their step and store a checkpoint."
-    )
-
-
-class GatewaySettings(_Installation):
-    """What a gateway process needs. Read once, when it starts."""
-
     engines: str = Field(
         default="http://127.0.0.1:8001",
         description="The engines, comma-separated: http://HOST:PORT, unix:/PATH, or dns+http://NAME:PORT for every "
         "address of NAME, looked up again with every probe.",
     )
     engine_key: SecretStr | None = Field(default=None, description="The engines' own --api-key.")
+    base_model: str = Field(default="base", max_length=100, description="What the base model is called in public.")
     gateway_name: str = Field(
         default_factory=socket.gethostname,
         max_length=128,
         description="Unique among running gateways and the same after a restart: what it left half done is found by it.",
     )
+    migrate: bool = Field(default=True, description="Bring the database to this version's schema at start.")
     limits: TenantLimits = Field(
         default=TenantLimits(choices=16, concurrent_requests=256),
         description="Limits of tenants that have none of their own, as REFT_LIMITS__REQUESTS_PER_MINUTE and so on.",
@@ -184,9 +120,24 @@ class GatewaySettings(_Installation):
     limits_storage: str = Field(
         default="async+memory://", description="Where limits are counted; async+redis://... for several gateways."
     )
-    max_request_bytes: int = Field(default=4 << 20, ge=1024)
-    max_upload_bytes: int = Field(default=1 << 30, ge=1024)
-    in_flight_per_engine: int = Field(default=256, ge=1)
+    max_request_bytes: int = Field(default=4 << 20, ge=1024, description="Largest body of a request.")
+    max_upload_bytes: int = Field(default=1 << 30, ge=1024, description="Largest upload of an adapter or a file.")
+    max_file_bytes: int = Field(default=512 << 20, ge=1024, description="Largest data file.")
+    file_seconds: int | None = Field(
+        default=None,
+        ge=1,
+        description="How long files are kept that were uploaded without an expiry; default: for ever.",
+    )
+    upkeep_seconds: float = Field(
+        default=30.0, gt=0, description="Time between looks for files that have expired and workers that were lost."
+    )
+    webhook_retry_seconds: float = Field(
+        default=5.0, gt=0, description="Wait before a webhook is tried again; six times as long after each failure."
+    )
+    webhooks_to_private_addresses: bool = Field(
+        default=False, description="Whether webhooks may go to private and loopback addresses, and over plain HTTP."
+    )
+    in_flight_per_engine: int = Field(default=256, ge=1, description="Requests that one engine gets at once.")
     queue_seconds: float = Field(default=30.0, gt=0, description="How long a request may wait for an engine.")
     request_seconds: float = Field(default=600.0, gt=0, description="How long a request may take altogether.")
     probe_seconds: float = Field(default=2.0, gt=0, description="Time between looks at each engine's health.")
@@ -201,7 +152,15 @@ class GatewaySettings(_Installation):
     )
     drain_seconds: float = Field(default=30.0, ge=0, description="How long requests under way may go on at shutdown.")
     named_labels: int = Field(default=100, ge=0, description="Tenants and adapters that metrics name; the rest: other.")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        default="INFO", description="Least level of our log lines."
+    )
     otlp_endpoint: str | None = Field(default=None, description="Where traces go, for instance http://HOST:4318.")
+
+    @property
+    def blobs_url(self) -> str:
+        """Where the file store is."""
+        return self.blobs or str(self.store.expanduser().parent / "blobs")
 
     @property
     def engine_urls(self) -> tuple[str, ...]:
@@ -215,25 +174,11 @@ def read_settings() -> GatewaySettings:
     Raises:
         ServiceError: one of them cannot be used; the message names its variable.
     """
-    return _read(GatewaySettings)
-
-
-def read_trainer_settings() -> TrainerSettings:
-    """A worker's settings from the environment. Raises ServiceError as `read_settings` does."""
-    return _read(TrainerSettings)
-
-
-def _read(kind: type[_S]) -> _S:
     try:
-        return kind()
+        return GatewaySettings()
     except ValidationError as exc:
         wrong = "; ".join(f"REFT_{'__'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in exc.errors())
         raise ServiceError(f"a setting in the environment cannot be used: {wrong}") from exc
-
-
-def set_environment(changes: Mapping[str, str]) -> None:
-    """Change this process's own environment, for libraries that read it."""
-    os.environ.update(changes)
 
 
 def child_environment(changes: Mapping[str, str]) -> dict[str, str]:

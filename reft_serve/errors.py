@@ -162,9 +162,13 @@ class NotAllowed(ClientError):
 
 
 class NotFound(ClientError):
-    """There is no such thing, or it is somebody else's: the two look the same."""
+    """There is no such thing, or it is somebody else's: the two look the same. `param` names the field that named it."""
 
     code = "not_found"
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        self.param = param
+        super().__init__(message)
 
 
 class ModelNotFound(NotFound):
@@ -212,10 +216,14 @@ class Overloaded(ServiceError):
 
 
 class EngineUnavailable(ServiceError):
-    """No engine answers."""
+    """No engine answers. `delivered`: one may have had the request, and may have ended because of it."""
 
     code = "engine_unavailable"
     retry_after = 2.0
+
+    def __init__(self, message: str, *, delivered: bool = False) -> None:
+        self.delivered = delivered
+        super().__init__(message)
 
 
 class EngineFailed(ServiceError):

@@ -1,4 +1,4 @@
-"""What an operator sees: the log's format, the request's id in it, and every metric of ours, declared once."""
+"""What an operator sees: the log's format, the request's id in it, and every metric but an engine's own, declared once."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ __all__ = [
     "ENGINE_IN_FLIGHT",
     "ENGINE_UP",
     "FIRST_BYTE_SECONDS",
-    "JOBS_ENDED",
-    "JOBS_RUNNING",
-    "JOB_MEMORY",
+    "JOBS",
+    "JOBS_WAITING",
     "LEDGER_PENDING",
     "LIMITED",
     "LOADS",
@@ -27,8 +26,7 @@ __all__ = [
     "REQUEST_SECONDS",
     "RETRIES",
     "TOKENS",
-    "TRAINED_TOKENS",
-    "WORKER_READY",
+    "WEBHOOKS",
     "BoundedNames",
     "configure_logging",
     "request_id",
@@ -59,13 +57,12 @@ RETRIES = Counter("reft_retries", "Requests that were given to another engine be
 LOADS = Counter("reft_adapter_loads", "Adapter versions that engines were asked to load.", ["result"])
 LOAD_SECONDS = Histogram("reft_adapter_load_seconds", "Time to load a version into one engine.", buckets=_SHORT)
 LIMITED = Counter("reft_limited_requests", "Requests that a limit turned away.", ["tenant", "limit"])
+JOBS = Gauge("reft_jobs", "Fine-tuning jobs of all tenants by status, as the database has them.", ["status"])
+JOBS_WAITING = Gauge("reft_jobs_waiting", "Fine-tuning jobs that wait for a worker: what to scale workers by.")
+WEBHOOKS = Counter(
+    "reft_webhook_deliveries", "Attempts to deliver an event: delivered, retried or given up.", ["result"]
+)
 LEDGER_PENDING = Gauge("reft_ledger_pending_records", "Usage records that are not committed yet.")
-
-JOBS_RUNNING = Gauge("reft_worker_jobs", "Fine-tuning jobs that this worker runs.")
-JOBS_ENDED = Counter("reft_worker_jobs_ended", "Runs of jobs by how they left this worker.", ["how"])
-JOB_MEMORY = Gauge("reft_worker_memory_bytes", "Memory that this worker's jobs are reckoned to take.")
-TRAINED_TOKENS = Counter("reft_worker_trained_tokens", "Tokens that this worker has trained on.")
-WORKER_READY = Gauge("reft_worker_ready", "Whether this worker can take jobs.")
 
 
 class BoundedNames:

@@ -131,7 +131,7 @@ async def add_version(
     if not re.match(ADAPTER_NAME, name):
         raise RequestInvalid(f"{name[:80]!r} is not an adapter's name: up to 63 letters, digits and . _ -", "name")
     row = {"id": new_id("adp"), "tenant_id": tenant.id, "name": name, "next_number": 1, "created_ms": now_ms()}
-    await insert_new(session, Adapter, [row], ["tenant_id", "name"])
+    await session.execute(insert_new(session.get_bind().dialect, Adapter, ["tenant_id", "name"]), [row])
     adapter = await find_adapter(session, tenant.id, name)
     # In the statement, so that two uploads at once cannot take one number.
     step = update(Adapter).where(Adapter.id == adapter.id).values(next_number=Adapter.next_number + 1)

@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from asyncpg.exceptions import InterfaceError, PostgresError
-from sqlalchemy import Connection, event, text
+from sqlalchemy import URL, Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
-from sqlalchemy.exc import TimeoutError as SQLAlchemyTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
 from reft_serve.errors import DatabaseUnusable
 
-__all__ = ["FAILURES", "Database", "check_schema", "migrate"]
+__all__ = ["Database", "check_schema", "migrate"]
 
-# What a session raises while the database is away, or breaks off: to try again makes sense.
-FAILURES: tuple[type[Exception], ...] = (
-    DBAPIError, SQLAlchemyTimeout, PostgresError, InterfaceError, OSError, DatabaseUnusable
-)  # fmt: skip
 _log = logging.getLogger(__name__)
 
 _DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg", "postgres": "postgresql+asyncpg"}
@@ -36,10 +31,13 @@ _MIGRATIONS = Path(__file__).with_name("migrations")
 # Any number does, as long as nothing else of ours locks it.
 _MIGRATION_LOCK = 0x5EF7
 _TABLE_LOCK_SECONDS = 5
+_T = TypeVar("_T")
 
 
 class Database:
-    """A pool of connections. `reading` and `writing` each give a session in one transaction of its own."""
+    """A pool of connections. `reading` and `writing` each give a session in one transaction of its own; `commit` runs a
+    function in one.
+    """
 
     def __init__(self, url: str) -> None:
         """Open lazily: the first session connects.
@@ -57,6 +55,7 @@ class Database:
         self._writers = async_sessionmaker(self.engine.execution_options(reft_writes=True), **options)
         # SQLite takes one writer at a time; to wait here is cheaper than to poll its lock.
         self._turn = asyncio.Lock() if self.is_sqlite else None
+        self._thread = _WriterThread(self.engine.url) if self.is_sqlite else None
 
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[AsyncSession]:
@@ -74,6 +73,18 @@ class Database:
             async with session.begin():
                 yield session
 
+    async def commit(self, work: Callable[[Connection], _T]) -> _T:
+        """What `work` gives, in a transaction that is committed at its end, or, after an exception, taken back.
+
+        For what happens with every request: on SQLite a session changes threads at each of its steps, and each time waits
+        for the interpreter's lock; this changes once.
+        """
+        if self._thread is None or self._turn is None:
+            async with self.engine.begin() as connection:
+                return await connection.run_sync(work)
+        async with self._turn:
+            return await self._thread.commit(work)
+
     async def lock(self, session: AsyncSession, name: str) -> None:
         """Hold `name` until the session's transaction ends. (A writer of SQLite holds everything already.)"""
         if not self.is_sqlite:
@@ -90,6 +101,29 @@ class Database:
     async def close(self) -> None:
         """Close every connection."""
         await self.engine.dispose()
+        if self._thread is not None:
+            await self._thread.close()
+
+
+class _WriterThread:
+    """A thread with a connection of its own to a SQLite file."""
+
+    def __init__(self, url: URL) -> None:
+        self._executor = ThreadPoolExecutor(1, "reft-database")
+        self._engine = create_engine(url.set(drivername="sqlite"), connect_args={"timeout": _BUSY_SECONDS})
+        self._writer = self._engine.execution_options(reft_writes=True)
+        _prepare(self._engine)
+
+    async def commit(self, work: Callable[[Connection], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, self._committed, work)
+
+    def _committed(self, work: Callable[[Connection], _T]) -> _T:
+        with self._writer.begin() as connection:
+            return work(connection)
+
+    async def close(self) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._executor, self._engine.dispose)
+        self._executor.shutdown()
 
 
 async def migrate(database: Database, revision: str = "head") -> None:
@@ -180,7 +214,14 @@ def _sqlite(url: Any) -> AsyncEngine:
         url.set(database=str(Path(url.database).expanduser())), connect_args={"timeout": _BUSY_SECONDS}
     )
 
-    @event.listens_for(engine.sync_engine, "connect")
+    _prepare(engine.sync_engine)
+    return engine
+
+
+def _prepare(engine: Engine) -> None:
+    """Let every connection to SQLite wait, keep and check as we need it."""
+
+    @event.listens_for(engine, "connect")
     def _connected(connection: Any, _: object) -> None:
         connection.isolation_level = None  # we say BEGIN ourselves
         cursor = connection.cursor()
@@ -189,13 +230,11 @@ def _sqlite(url: Any) -> AsyncEngine:
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
 
-    @event.listens_for(engine.sync_engine, "begin")
+    @event.listens_for(engine, "begin")
     def _begun(connection: Connection) -> None:
         # A transaction that reads and then writes could not get the lock later without losing what it has read.
         writes = connection.get_execution_options().get("reft_writes", False)
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
-
-    return engine
 
 
 def _reason(exc: BaseException) -> str:

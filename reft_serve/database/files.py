@@ -23,6 +23,7 @@ __all__ = [
     "file_storage_of",
     "find_file",
     "forget_file",
+    "hide_file",
     "key_of_blob",
     "list_files",
     "needed_file",
@@ -160,6 +161,11 @@ async def delete_file(session: AsyncSession, tenant_id: str, file_id: str) -> Fi
     found.status = "deleted"
     await session.flush()
     return found
+
+
+async def hide_file(session: AsyncSession, file_id: str) -> None:
+    """Hide a file for good that was begun and will not be completed."""
+    await session.execute(update(File).where(File.id == file_id, File.status == "uploading").values(status="deleted"))
 
 
 async def delete_files_of(session: AsyncSession, tenant_id: str) -> None:

@@ -125,11 +125,14 @@ async def list_jobs(
     return found[:limit], len(found) > limit
 
 
-async def ask(session: AsyncSession, tenant_id: str, job_id: str, what: Literal["cancel", "pause", "resume"]) -> Job:
-    """Stop a job or let it go on. What does not run stops at once; what runs is stopped by its worker, within a step.
+async def ask(
+    session: AsyncSession, tenant_id: str | None, job_id: str, what: Literal["cancel", "pause", "resume"]
+) -> Job:
+    """Stop a job, of a tenant or (None) of any, or let it go on. What does not run stops at once; what runs is stopped by its
+    worker, within a step.
 
     Raises:
-        NotFound: the tenant has no such job.
+        NotFound: there is no such job.
         Conflict: the job's state does not allow it.
     """
     job = await find_job(session, tenant_id, job_id, locked=True)

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+from sqlalchemy import Dialect
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.ext.asyncio import AsyncSession
 
 from reft_serve.database.models import Base
 
 __all__ = ["insert_new"]
 
 
-async def insert_new(
-    session: AsyncSession, table: type[Base], rows: Sequence[dict[str, Any]], unique: Sequence[str]
-) -> None:
-    """Insert `rows` but for those whose `unique` columns are taken: what is there stays as it is."""
-    dialect = session.get_bind().dialect.name
-    insert = (postgresql if dialect == "postgresql" else sqlite).insert(table)
-    await session.execute(insert.on_conflict_do_nothing(index_elements=list(unique)), list(rows))
+def insert_new(dialect: Dialect, table: type[Base], unique: Sequence[str]) -> postgresql.Insert | sqlite.Insert:
+    """The statement that inserts rows but for those whose `unique` columns are taken: what is there stays as it is."""
+    if dialect.name == "postgresql":
+        return postgresql.insert(table).on_conflict_do_nothing(index_elements=list(unique))
+    return sqlite.insert(table).on_conflict_do_nothing(index_elements=list(unique))

@@ -25,12 +25,13 @@ __all__ = [
     "find_key",
     "list_keys",
     "revoke_key",
+    "scopes_of",
 ]
 
 Role = Literal["admin", "owner", "inference"]
-Scope = Literal["inference", "models", "adapters", "files", "jobs", "usage", "keys", "admin"]
+Scope = Literal["inference", "models", "adapters", "files", "jobs", "usage", "keys", "webhooks", "admin"]
 _INFERENCE: frozenset[Scope] = frozenset({"inference", "models"})
-_OWNER: frozenset[Scope] = _INFERENCE | {"adapters", "files", "jobs", "usage", "keys"}
+_OWNER: frozenset[Scope] = _INFERENCE | {"adapters", "files", "jobs", "usage", "keys", "webhooks"}
 ROLES: Mapping[Role, frozenset[Scope]] = {"admin": _OWNER | {"admin"}, "owner": _OWNER, "inference": _INFERENCE}
 _START, _SHOWN = "rk-", 9
 
@@ -51,6 +52,11 @@ class Principal:
 
     def __repr__(self) -> str:
         return f"Principal({self.tenant}, {self.key_id}, {self.role})"
+
+
+def scopes_of(role: Role, chosen: Iterable[str] | None) -> frozenset[str]:
+    """What a key may do: all that its role may, or what was chosen of it."""
+    return frozenset(ROLES[role]) if chosen is None else ROLES[role] & frozenset(chosen)
 
 
 def digest_of_secret(secret: str) -> str:
@@ -94,9 +100,8 @@ async def authenticate(session: AsyncSession, digest: str) -> Principal | None:
     if key.expires_ms is not None and key.expires_ms <= now_ms():
         return None
     role: Role = key.role  # type: ignore[assignment]
-    scopes = ROLES[role] if key.scopes is None else ROLES[role] & frozenset(key.scopes)
     return Principal(
-        key.tenant_id, key.tenant.name, key.id, role, frozenset(scopes), key.tenant.cache_salt,
+        key.tenant_id, key.tenant.name, key.id, role, scopes_of(role, key.scopes), key.tenant.cache_salt,
         key.tenant.limits, key.limits, key.expires_ms,
     )  # fmt: skip
 

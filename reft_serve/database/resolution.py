@@ -1,18 +1,20 @@
 """From the model's name that a caller types to the version that answers.
 
 Names: `adapter`, `adapter@version`, `adapter@alias`, each with `owner/` before it where the adapter is another tenant's,
-and `ft:...`. What is not there and what is not the caller's look the same: None.
+and `ft:...`, the only name of a single version that another tenant has shared. What is not there and what is not the
+caller's look the same: None.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sqlalchemy import select
+from sqlalchemy import or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from reft_serve.database.adapters import PRODUCTION, find_version, list_aliases, list_versions, may_use
 from reft_serve.database.models import Adapter, Tenant, Version
+from reft_serve.database.permissions import is_permitted
 from reft_serve.errors import NotFound
 
 __all__ = ["Route", "Target", "resolve"]
@@ -42,7 +44,8 @@ class Route:
 async def resolve(session: AsyncSession, tenant_id: str, model: str) -> Route | None:
     """What `model` stands for when this tenant says it."""
     if model.startswith("ft:"):
-        named = select(Version).join(Adapter).where(Version.model_id == model, may_use(tenant_id))
+        usable = or_(may_use(tenant_id), is_permitted(tenant_id))
+        named = select(Version).join(Adapter).where(Version.model_id == model, usable)
         version = await session.scalar(named)
         return _only(version) if version is not None else None
     path, _, selector = model.partition("@")

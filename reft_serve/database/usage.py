@@ -5,11 +5,11 @@ A gateway that dies leaves admissions behind; `recover` turns them into usage ro
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import Connection, delete, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import InstrumentedAttribute
 
@@ -69,30 +69,39 @@ class Total:
     completion_tokens: int
 
 
-async def admit(session: AsyncSession, openings: Sequence[Opening]) -> None:
+def admit(connection: Connection, openings: Sequence[Opening]) -> None:
     """Record that these requests begin; one that is recorded already stays as it is."""
-    if openings:
-        await insert_new(session, Admission, [asdict(opening) for opening in openings], ["request_id"])
+    _insert(connection, Admission, [asdict(opening) for opening in openings])
 
 
-async def settle(session: AsyncSession, endings: Sequence[Ending]) -> None:
-    """Record what these requests came to; one that is settled already stays as it is."""
-    if endings:
-        await insert_new(session, Usage, [_row(ending) for ending in endings], ["request_id"])
-        done = [ending.opening.request_id for ending in endings]
-        await session.execute(delete(Admission).where(Admission.request_id.in_(done)))
+def settle(connection: Connection, endings: Sequence[Ending], admitted: Collection[str] | None = None) -> None:
+    """Record what these requests came to; one that is settled already stays as it is.
+
+    Args:
+        connection: in a transaction.
+        endings: one for each request.
+        admitted: the ids of those that may have been admitted; None: all of them.
+    """
+    _insert(connection, Usage, [_row(ending) for ending in endings])
+    done = [ending.opening.request_id for ending in endings] if admitted is None else list(admitted)
+    if done:
+        connection.execute(delete(Admission).where(Admission.request_id.in_(done)))
 
 
-async def recover(session: AsyncSession, gateway: str, older_than_ms: int) -> int:
+def recover(connection: Connection, gateway: str, older_than_ms: int) -> int:
     """Settle as `interrupted` every admission of `gateway`, which has just started, and every one that is older than any
     request can be; returns how many.
     """
     dead = (Admission.gateway == gateway) | (Admission.started_ms < older_than_ms)
-    found = (await session.execute(delete(Admission).where(dead).returning(*Admission.__table__.columns))).all()
-    if found:
-        endings = [Ending(Opening(**row._mapping), "interrupted", 0, 0, 0, now_ms()) for row in found]
-        await insert_new(session, Usage, [_row(ending) for ending in endings], ["request_id"])
+    found = connection.execute(delete(Admission).where(dead).returning(*Admission.__table__.columns)).all()
+    endings = [Ending(Opening(**row._mapping), "interrupted", 0, 0, 0, now_ms()) for row in found]
+    _insert(connection, Usage, [_row(ending) for ending in endings])
     return len(found)
+
+
+def _insert(connection: Connection, table: type[Admission | Usage], rows: list[dict[str, Any]]) -> None:
+    if rows:
+        connection.execute(insert_new(connection.dialect, table, ["request_id"]), rows)
 
 
 async def totals(

@@ -77,7 +77,7 @@ async def add_webhook(
         raise RequestInvalid(f"there are {count} webhooks, which is the most; delete one first")
     made = Webhook(
         id=new_id("we"), tenant_id=tenant_id, name=name, url=url,
-        event_types=list(dict.fromkeys(event_types)), secret=new_secret(),
+        event_types=list(event_types), secret=new_secret(),
     )  # fmt: skip
     session.add(made)
     await session.flush()

@@ -1,0 +1,97 @@
+"""Writes the tables of settings and metrics into their pages, from the code: `python -m docs.tables`.
+
+A table lies between `<!-- table: NAME -->` and the next empty line.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from prometheus_client.metrics import MetricWrapperBase
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from reft_serve import config, observability
+from reft_serve.engine import metrics
+
+DOCS = Path(__file__).parent
+PAGES = ("settings.md", "metrics.md")
+_SUFFIXES = {"counter": "_total"}
+
+
+def settings(name: str) -> str:
+    """A table of one class of settings."""
+    model: type[BaseModel] = getattr(config, name)
+    prefix = str(model.model_config.get("env_prefix", ""))
+    rows = [f"| `{variable}` | {default} | {told} |" for variable, default, told in _variables(model, prefix)]
+    return "\n".join(["| variable | default | |", "|---|---|---|", *rows])
+
+
+def _variables(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str]]:
+    for name, field in model.model_fields.items():
+        default = field.get_default()
+        if isinstance(default, BaseModel):
+            for inner, limit in type(default).model_fields.items():
+                told = limit.description or field.description or ""
+                yield f"{prefix}{name}__{inner}".upper(), _shown(getattr(default, inner)), told
+        else:
+            yield f"{prefix}{name}".upper(), _default(field), field.description or ""
+
+
+def _default(field: FieldInfo) -> str:
+    if field.default_factory is not None:
+        return "the machine's name" if field.default_factory.__name__ == "gethostname" else "see right"
+    return _shown(field.get_default())
+
+
+def _shown(value: Any) -> str:
+    match value:
+        case None:
+            return "none"
+        case bool():
+            return f"`{str(value).lower()}`"
+        case frozenset():
+            return ", ".join(f"`{each}`" for each in sorted(value))
+        case int() if value >= 1 << 20 and value % (1 << 20) == 0:
+            return f"`{value}` ({value >> 20:,} MiB)"
+        case _:
+            return f"`{value}`"
+
+
+def measured(where: str) -> str:
+    """A table of the metrics that a module declares."""
+    module: ModuleType = {"gateway": observability, "engine": metrics}[where]
+    found = [each for each in vars(module).values() if isinstance(each, MetricWrapperBase)]
+    rows = [
+        f"| `{metric._name}{_SUFFIXES.get(metric._type, '')}` | {metric._type} | "
+        f"{', '.join(f'`{label}`' for label in metric._labelnames)} | {metric._documentation} |"
+        for metric in sorted(found, key=lambda metric: metric._name)
+    ]
+    return "\n".join(["| metric | type | labels | |", "|---|---|---|---|", *rows])
+
+
+def filled(page: str) -> str:
+    """A page with its tables as the code has them now."""
+
+    def table(match: re.Match[str]) -> str:
+        name = match[1]
+        return (
+            f"<!-- table: {name} -->\n" + (measured(name) if name in ("gateway", "engine") else settings(name)) + "\n"
+        )
+
+    return re.sub(r"<!-- table: (\w+) -->\n(?:.+\n)*", table, page)
+
+
+def main() -> None:
+    """Bring every page up to date."""
+    for name in PAGES:
+        path = DOCS / name
+        path.write_text(filled(path.read_text()))
+
+
+if __name__ == "__main__":
+    main()

@@ -80,7 +80,8 @@ class AdapterManager:
         self._lora, self._layers = lora, frozenset(layers)
         self._active_loras = 0
         self._has_dummies = False
-        self._steps = self._row_steps = 0
+        self._steps = self._row_steps = self._rows_edited = 0
+        self._hold_seconds = 0.0
         # Host time of the last steps, apart for those that edit and those that need not.
         self._row_seconds: deque[float] = deque(maxlen=256)
         self._idle_seconds: deque[float] = deque(maxlen=256)
@@ -99,6 +100,7 @@ class AdapterManager:
         else:
             self.edits.set_rows(rows.row_T, rows.key_T, rows.scale_T)
             self._row_steps += 1
+            self._rows_edited += len(rows.row_T)
         self._steps += 1
         (self._idle_seconds if rows is None else self._row_seconds).append(time.perf_counter() - started)
         if self._lora is not None:
@@ -147,6 +149,13 @@ class AdapterManager:
 
     def hold(self, request: LoRARequest, read: Folded | None) -> None:
         """Keep the units of a version at hand for its coming requests; `read`, where the core has read them."""
+        started = time.perf_counter()
+        try:
+            self._hold(request, read)
+        finally:
+            self._hold_seconds += time.perf_counter() - started
+
+    def _hold(self, request: LoRARequest, read: Folded | None) -> None:
         identity = identity_of(request)
         assert identity is not None
         lora = self._lora_of(request)
@@ -254,21 +263,30 @@ class AdapterManager:
     def supports_tower_connector_lora(self) -> bool:
         return self._lora is not None and bool(self._lora.supports_tower_connector_lora())
 
+    def counters(self) -> dict[str, float]:
+        """What is resident now, and counters since the start; cheap enough to ask for while requests are served."""
+        return {
+            "slots": self.registry.slots,
+            "resident": len(self.registry),
+            "steps": self._steps,
+            "steps_with_rows": self._row_steps,
+            "rows": self._rows_edited,
+            "loads": self.registry.loads,
+            "evictions": self.registry.evictions,
+            "load_seconds": self.registry.seconds_loading,
+            "hold_seconds": self._hold_seconds,
+        }
+
     def stats(self) -> dict[str, float]:
-        """Counters since the start, and times in seconds: of loads, and of the host's work on rows in the last 256 steps
+        """The counters, and times in seconds: of loads, and of the host's work on rows in the last 256 steps
         that edited and the last 256 that did not (`decode_row_*`).
         """
         loads, rows, idle = (
             sorted(spent) or [0.0] for spent in (self.registry.load_seconds, self._row_seconds, self._idle_seconds)
         )
-        return {
+        return self.counters() | {
             "pid": os.getpid(),
-            "steps": self._steps,
-            "steps_with_rows": self._row_steps,
             "op_bodies": self.edits.bodies,
-            "resident": len(self.registry),
-            "loads": self.registry.loads,
-            "evictions": self.registry.evictions,
             "load_seconds_median": loads[len(loads) // 2],
             "load_seconds_last": self.registry.load_seconds[-1] if self.registry.load_seconds else 0.0,
             "load_seconds_max": loads[-1],

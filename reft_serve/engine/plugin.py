@@ -71,8 +71,9 @@ def _patch_front_end() -> None:
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.engine.output_processor import OutputProcessor
 
-    from reft_serve.engine import beams, front_end
+    from reft_serve.engine import beams, front_end, telemetry
 
     _wrap(InputProcessor, "process_inputs", front_end.binding_inputs)
     for engine in (LLMEngine, AsyncLLM):
@@ -82,6 +83,8 @@ def _patch_front_end() -> None:
         _wrap(searcher, "beam_search", beams.refusing_beams)
     _wrap(OpenAIServingModels, "load_lora_adapter", front_end.answering_faults)
     _wrap(OpenAIServingModels, "unload_lora_adapter", front_end.freeing_slots)
+    _wrap(AsyncLLM, "_run_output_handler", telemetry.sampling_workers)
+    _wrap(OutputProcessor, "_update_stats_from_finished", telemetry.counting_prefixes)
 
 
 def _patch_scheduler() -> None:
@@ -122,6 +125,7 @@ def _patch_workers() -> None:
     _wrap(LoRAModelRunnerMixin, "load_lora_model", runners.with_manager)
     _wrap(LoRAModelRunnerMixin, "set_active_loras", runners.preparing_rows)
     _wrap(GPUModelRunner, "_determine_batch_execution_and_padding", runners.dispatching_by_rows)
+    WorkerBase.reft_counters = runners.reft_counters
     WorkerBase.reft_stats = runners.reft_stats
     WorkerBase.reft_hold = runners.reft_hold
     WorkerBase.reft_add = runners.reft_add

@@ -15,10 +15,10 @@ from typing import Any
 
 from vllm.v1.request import Request
 
-from reft_serve.engine.identity import identity_of
+from reft_serve.engine.identity import Identity, identity_of
 from reft_serve.interventions.positions import PositionRule
 
-__all__ = ["edited_in", "extra_keys"]
+__all__ = ["edited_in", "extra_keys", "shared_tokens"]
 
 
 def extra_keys(request: Request, start: int, end: int) -> list[tuple[str, str]] | None:
@@ -35,6 +35,17 @@ def edited_in(rule: PositionRule, prompt_len: int, start: int, end: int) -> tupl
     """The edited spans inside [start, end), as (start, stop, part)."""
     clipped = ((max(s.start, start), min(s.stop, end), int(s.part)) for s in rule.spans(prompt_len))
     return tuple(span for span in clipped if span[0] < span[1])
+
+
+def shared_tokens(identity: Identity, prompt_len: int, cached: int, block: int) -> int:
+    """How many of a request's `cached` first tokens came from blocks, of `block` tokens, that all adapters and the base
+    share.
+    """
+    if identity.lora:
+        return 0
+    spans = identity.rule.spans(prompt_len) if identity.strength else ()
+    first = min((span.start for span in spans), default=cached)
+    return cached if cached <= first else first - first % block
 
 
 def with_adapter_keys(original: Any) -> Any:

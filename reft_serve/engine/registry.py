@@ -88,7 +88,7 @@ class Registry:
     ) -> None:
         self._edits, self._places, self._layers = edits, places, frozenset(layers)
         self._base, self._limits, self._max_bytes = base, limits, max_bytes
-        self._units_per_slot = edits.pool.units // slots
+        self.slots, self._units_per_slot = slots, edits.pool.units // slots
         self._free_slots = list(range(slots - 1, -1, -1))
         self._free_units = list(range(edits.pool.units, 0, -1))
         self._residents: OrderedDict[str, _Resident] = OrderedDict()
@@ -96,6 +96,7 @@ class Registry:
         self._held: dict[str, Folded | None] = {}
         self._pinned: set[str] = set()
         self.loads = self.evictions = 0
+        self.seconds_loading = 0.0
         self.load_seconds: deque[float] = deque(maxlen=4096)
 
     def __len__(self) -> int:
@@ -171,7 +172,9 @@ class Registry:
         resident = self._write(folded, identity)
         self._residents[identity.digest] = resident
         self.loads += 1
-        self.load_seconds.append(time.perf_counter() - started)
+        spent = time.perf_counter() - started
+        self.seconds_loading += spent
+        self.load_seconds.append(spent)
         return resident
 
     def _local(self, identity: Identity, path: str, read: Folded | None) -> Folded:

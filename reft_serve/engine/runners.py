@@ -28,6 +28,7 @@ __all__ = [
     "dispatching_by_rows",
     "preparing_rows",
     "reft_add",
+    "reft_counters",
     "reft_hold",
     "reft_release",
     "reft_stats",
@@ -170,6 +171,12 @@ def _fault(call: Callable[..., object], *args: Any) -> str | None:
     except Exception as exc:
         return str(exc) or type(exc).__name__
     return None
+
+
+def reft_counters(self: Any) -> dict[str, float]:
+    """A worker's plain counters, which the front end asks for while it serves; empty where adapters are off."""
+    manager = getattr(self.model_runner, "lora_manager", None)
+    return manager.counters() if isinstance(manager, AdapterManager) else {}
 
 
 def reft_stats(self: Any) -> dict[str, float]:

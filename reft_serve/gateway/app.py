@@ -15,19 +15,33 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from reft_serve import __version__
+from reft_serve.adapters.blobs import BlobStore
 from reft_serve.adapters.store import AdapterStore
 from reft_serve.config import GatewaySettings
 from reft_serve.database import usage
 from reft_serve.database.connection import Database, check_schema, migrate
 from reft_serve.database.models import now_ms
 from reft_serve.errors import ReftError
-from reft_serve.gateway import answers
+from reft_serve.gateway import answers, upkeep
 from reft_serve.gateway.edge import Edge
 from reft_serve.gateway.fleet import Fleet
 from reft_serve.gateway.ledger import Ledger
 from reft_serve.gateway.membership import Membership
+from reft_serve.gateway.notifying import Notifier
 from reft_serve.gateway.quotas import Quotas
-from reft_serve.gateway.routes import adapters, admin, health, inference, keys, models
+from reft_serve.gateway.routes import (
+    adapters,
+    admin,
+    admin_jobs,
+    files,
+    fine_tuning,
+    health,
+    inference,
+    keys,
+    models,
+    permissions,
+    webhooks,
+)
 from reft_serve.gateway.routes import usage as usage_routes
 from reft_serve.gateway.services import Directory, Services
 from reft_serve.gateway.tracing import configure_tracing
@@ -37,6 +51,9 @@ __all__ = ["create_app"]
 
 _log = logging.getLogger(__name__)
 _RECOVERY_SECONDS = 60.0
+_ROUTES = (
+    health, inference, models, adapters, files, fine_tuning, permissions, webhooks, keys, usage_routes, admin, admin_jobs,
+)  # fmt: skip
 
 
 def create_app(settings: GatewaySettings) -> FastAPI:
@@ -52,7 +69,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         title="reft-serve", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
         openapi_url="/openapi.json", responses=answers.RESPONSES, separate_input_output_schemas=False,
     )  # fmt: skip
-    for routes in (health, inference, models, adapters, keys, usage_routes, admin):
+    for routes in _ROUTES:
         app.include_router(routes.router)
     app.exception_handler(ReftError)(_named)
     app.exception_handler(RequestValidationError)(_invalid)
@@ -67,32 +84,36 @@ async def _running(settings: GatewaySettings) -> AsyncIterator[Services]:
     configure_tracing(settings.otlp_endpoint)
     database = Database(settings.database)
     await (migrate if settings.migrate else check_schema)(database)
-    store = AdapterStore(settings.store)
-    await asyncio.to_thread(store.check)
-    services = _services(settings, database, store)
+    services = _services(settings, database)
+    await asyncio.to_thread(services.store.check)
     await _recover(services, first=True)
     services.ledger.start()
+    services.notifier.start()
     await services.fleet.start()
     recovering = asyncio.create_task(_recover_forever(services))
+    tending = asyncio.create_task(upkeep.tend_forever(services))
     try:
         yield services
     finally:
         services.draining = True
         recovering.cancel()
+        tending.cancel()
         await services.finish(settings.drain_seconds)
+        await services.notifier.close()
         await services.ledger.close()
         await services.fleet.close()
         await database.close()
 
 
-def _services(settings: GatewaySettings, database: Database, store: AdapterStore) -> Services:
+def _services(settings: GatewaySettings, database: Database) -> Services:
     key = settings.engine_key.get_secret_value() if settings.engine_key else None
     members, names = Membership(settings.engine_urls, key), BoundedNames(settings.named_labels)
     return Services(
-        settings, database, store,
+        settings, database, AdapterStore(settings.store),
         Fleet(members, settings.in_flight_per_engine, settings.queue_seconds, settings.probe_seconds),
         Ledger(database), Quotas(settings.limits, settings.limits_storage, names),
         Directory(database, settings.base_model, settings.cache_seconds), names,
+        BlobStore(settings.blobs_url), Notifier(database, settings),
     )  # fmt: skip
 
 
@@ -100,8 +121,9 @@ async def _recover(services: Services, *, first: bool) -> None:
     """Settle what dead gateways left; at our own start, all that our predecessor left."""
     settings = services.settings
     older = now_ms() - int((settings.request_seconds + _RECOVERY_SECONDS) * 1000)
-    async with services.database.writing() as session:
-        found = await usage.recover(session, settings.gateway_name if first else "", older)
+    found = await services.database.commit(
+        lambda connection: usage.recover(connection, settings.gateway_name if first else "", older)
+    )
     if found:
         _log.warning(
             "requests that a gateway left behind were counted as interrupted", extra={"data": {"count": found}}

@@ -59,6 +59,14 @@ class _Sampling(InferenceBody):
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
 
 
+class _Hints(_Body):
+    """OpenAI's fields that ask for nothing here: taken, so that programs written for it run, and sent no further."""
+
+    service_tier: Literal["auto", "default"] | None = Field(default=None, exclude=True)
+    safety_identifier: Annotated[str, Field(max_length=512)] | None = Field(default=None, exclude=True)
+    prompt_cache_key: Annotated[str, Field(max_length=512)] | None = Field(default=None, exclude=True)
+
+
 class _Generation(_Sampling):
     n: Annotated[int, Field(ge=1, le=1024)] | None = None
     stream_options: _StreamOptions | None = None
@@ -101,7 +109,7 @@ class _Message(BaseModel):
     content: str | list[_TextPart] | None = None
 
 
-class ChatBody(_Generation):
+class ChatBody(_Generation, _Hints):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[_Message], Field(min_length=1, max_length=4096)]
@@ -114,6 +122,7 @@ class ChatBody(_Generation):
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
     store: Literal[False] | None = Field(default=None, exclude=True)
+    modalities: list[Literal["text"]] | None = Field(default=None, exclude=True)
 
 
 class _InputPart(BaseModel):
@@ -128,7 +137,7 @@ class _InputItem(BaseModel):
     content: str | list[_InputPart] | None = None
 
 
-class ResponseBody(_Sampling):
+class ResponseBody(_Sampling, _Hints):
     """POST /v1/responses. Nothing is stored, so there is no `previous_response_id`."""
 
     input: str | Annotated[list[_InputItem], Field(min_length=1, max_length=4096)]
@@ -142,7 +151,10 @@ class ResponseBody(_Sampling):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     truncation: Literal["auto", "disabled"] | None = None
     include: list[str] | None = None
+    max_tool_calls: _Count | None = None
     store: bool | None = None
+    background: Literal[False] | None = Field(default=None, exclude=True)
+    stream_options: _StreamOptions | None = Field(default=None, exclude=True)
 
 
 class EmbeddingBody(InferenceBody):

@@ -31,6 +31,8 @@ def serve(app: FastAPI, host: str, port: int, settings: GatewaySettings) -> bool
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,
+        ws="none",
         timeout_graceful_shutdown=math.ceil(settings.drain_seconds),
     )
     server = _Server(config, app.state, settings.notice_seconds)

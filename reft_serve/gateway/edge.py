@@ -136,7 +136,7 @@ def _account(scope: Scope, status: int, seconds: float) -> None:
 
 
 def caller_of(request: Request) -> Principal:
-    """The dependency that gives who asks."""
+    """Who asks."""
     found: Principal = request.state.caller
     return found
 
@@ -144,7 +144,8 @@ def caller_of(request: Request) -> Principal:
 def requires(scope: str) -> Any:
     """A dependency: the caller, if its key has this scope."""
 
-    def check(request: Request) -> Principal:
+    # FastAPI would call a plain function in another thread.
+    async def check(request: Request) -> Principal:
         caller = caller_of(request)
         if scope not in caller.scopes:
             raise errors.NotAllowed(f"this API key may not do this: it lacks the scope {scope!r}")

@@ -7,8 +7,10 @@ as vLLM does where that matters: chunks and usage, errors in vLLM's shape, adapt
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
 import json
+import struct
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -23,6 +25,10 @@ from starlette.routing import Route
 __all__ = ["FakeEngine"]
 
 _BASE = "/models/fake-base"
+_NO_TEMPLATE = (
+    "As of transformers v4.44, default chat template is no longer allowed, so you must provide a chat template if the "
+    "tokenizer does not define one."
+)
 
 
 @dataclass(eq=False)
@@ -35,6 +41,8 @@ class FakeEngine:
     refuse_adapters: str | None = None
     fail_with: int | None = None
     break_after: int | None = None
+    has_chat_template: bool = True
+    embeds: bool = True
     adapters: dict[str, str] = field(default_factory=dict)
     requests: list[dict[str, Any]] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
@@ -47,18 +55,23 @@ class FakeEngine:
         return Starlette(
             routes=[
                 Route("/health", self._health),
+                Route("/metrics", self._metrics),
                 Route("/v1/models", self._models),
                 Route("/v1/load_lora_adapter", self._load, methods=["POST"]),
                 Route("/v1/unload_lora_adapter", self._unload, methods=["POST"]),
                 Route("/v1/completions", self._generate, methods=["POST"]),
                 Route("/v1/chat/completions", self._generate, methods=["POST"]),
                 Route("/v1/responses", self._respond, methods=["POST"]),
+                Route("/v1/embeddings", self._embed, methods=["POST"]),
             ]
         )
 
     async def _health(self, _: Request) -> Response:
         self.counts["health"] += 1
         return Response(status_code=200 if self.healthy else 503)
+
+    async def _metrics(self, _: Request) -> Response:
+        return Response(f"vllm:num_requests_running {self.running}.0\n", media_type="text/plain")
 
     async def _models(self, _: Request) -> Response:
         cards = [{"id": _BASE, "object": "model", "created": 0, "owned_by": "vllm", "root": _BASE, "parent": None}]
@@ -103,6 +116,8 @@ class FakeEngine:
         if refusal is not None:
             return refusal
         chat = request.url.path.endswith("/chat/completions")
+        if chat and not self.has_chat_template:
+            return _error(400, _NO_TEMPLATE)
         answer = _Answer(self, body, chat)
         if body.get("stream"):
             return StreamingResponse(self._counted(answer.stream()), media_type="text/event-stream")
@@ -141,6 +156,27 @@ class FakeEngine:
         if body.get("stream"):
             return StreamingResponse(self._counted(answer.typed_stream()), media_type="text/event-stream")
         return JSONResponse(answer.response("completed"))
+
+    async def _embed(self, request: Request) -> Response:
+        body = await request.json()
+        refusal = self._admit(body) if self.embeds else _error(404, "Not Found")
+        if refusal is not None:
+            return refusal
+        given = body["input"]
+        texts = given if isinstance(given, list) and given and not isinstance(given[0], int) else [given]
+        data = []
+        for k, text in enumerate(texts):
+            told = json.dumps([text, body["model"]]).encode()
+            numbers = struct.unpack("8h", hashlib.md5(told, usedforsecurity=False).digest())
+            vector: Any = [number / 2**15 for number in numbers]
+            if body.get("encoding_format") == "base64":
+                vector = base64.b64encode(struct.pack("<8f", *vector)).decode()
+            data.append({"index": k, "object": "embedding", "embedding": vector})
+        count = sum(len(text.split()) if isinstance(text, str) else len(text) for text in texts)
+        usage = {"prompt_tokens": count, "total_tokens": count, "completion_tokens": 0, "prompt_tokens_details": None}
+        return JSONResponse(
+            {"id": "embd-fake", "object": "list", "created": 1, "model": body["model"], "data": data, "usage": usage}
+        )
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, suppress
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from fastapi import Request, Response
@@ -24,20 +25,26 @@ from reft_serve.database.resolution import Target
 from reft_serve.database.usage import Ending, Opening, Status
 from reft_serve.gateway.answers import error_body, status_of
 from reft_serve.gateway.bodies import InferenceBody
-from reft_serve.gateway.engine import Engine, Upstream, engine_name, message_of
+from reft_serve.gateway.engine import Engine, engine_name, message_of
 from reft_serve.gateway.quotas import Spending
 from reft_serve.gateway.rewriting import Rewriter, Tokens, rewrite_whole, sse_error
 from reft_serve.gateway.services import Services
-from reft_serve.gateway.streaming import ClientGone, Streamed, unless_gone
+from reft_serve.gateway.streaming import ClientGone, Streamed, while_there
 from reft_serve.gateway.tracing import outgoing
+from reft_serve.gateway.upstream import Upstream
 from reft_serve.observability import FIRST_BYTE_SECONDS, RETRIES, TOKENS, request_id
 
 __all__ = ["Endpoint", "infer"]
 
 _TRIES = 3
+# A request that ends the engines that it reaches must not be given to them all.
+_DELIVERIES = 2
 _BYTES_PER_TOKEN = 4
 _GONE = 499
-_COMMIT_SECONDS = 10.0
+_NO_TEMPLATE = "you must provide a chat template"
+_COMMIT_SECONDS = 5.0
+_UNCOUNTED = "the database does not answer, so the request could not be counted"
+_Emit = Callable[[bytes], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +55,6 @@ class Endpoint:
     path: str
     limit_fields: tuple[str, ...] = ()
     default_tokens: int = 0
-    salted: bool = True
     typed_events: bool = False
 
 
@@ -70,12 +76,12 @@ class _Exchange:
     theirs: str = ""
     settled: bool = False
 
-    async def settle(self, status: Status, tokens: Tokens) -> None:
-        """Count it, give the places back, and return when it is on disk, or seems not to come there. Only the first call
-        counts.
+    async def settle(self, status: Status, tokens: Tokens) -> bool:
+        """Count it, give the places back, and say whether it is on disk: it seems not to come there where a database is away,
+        and the ledger goes on trying. Only the first call counts.
         """
         if self.settled:
-            return
+            return True
         self.settled = True
         services = self.services
         ending = Ending(self.opening, status, tokens.prompt, tokens.cached, tokens.completion, now_ms())
@@ -87,9 +93,12 @@ class _Exchange:
         for kind in ("prompt", "cached", "completion"):
             TOKENS.labels(tenant, adapter, kind).inc(getattr(tokens, kind))
         await self.stack.aclose()
-        # A database that is away must not hold up answers for ever; the ledger keeps the record and goes on trying.
-        with suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.shield(committed), _COMMIT_SECONDS)
+        return await _on_disk(committed)
+
+
+async def _on_disk(committed: asyncio.Future[None]) -> bool:
+    await asyncio.wait((committed,), timeout=_COMMIT_SECONDS)
+    return committed.done()
 
 
 async def infer(
@@ -109,8 +118,8 @@ async def infer(
     )  # fmt: skip
     exchange = _Exchange(services, caller, endpoint, body, given.model, target, opening, AsyncExitStack())
     try:
-        async with asyncio.timeout(services.settings.request_seconds):
-            return await unless_gone(request, _answer(exchange))
+        async with asyncio.timeout(services.settings.request_seconds), while_there(request.receive):
+            return await _answer(exchange)
     except ClientGone:
         return Response(status_code=_GONE)
     except TimeoutError as exc:
@@ -121,10 +130,15 @@ async def _answer(exchange: _Exchange) -> Response:
     services = exchange.services
     estimate = _estimate(exchange.endpoint, exchange.body)
     exchange.spending = await exchange.stack.enter_async_context(services.quotas.spend(exchange.caller, estimate))
-    admitted = asyncio.create_task(services.ledger.admit(exchange.opening))
+    admitted: asyncio.Future[None] | None = None
     try:
+        if exchange.body.get("stream"):
+            admitted = services.ledger.admit(exchange.opening)
+        else:
+            services.ledger.note(exchange.opening)
         upstream = await _begin(exchange)
-        await admitted
+        if admitted is not None and not await _on_disk(admitted):
+            raise errors.DatabaseUnusable(_UNCOUNTED)
         FIRST_BYTE_SECONDS.labels(exchange.endpoint.name).observe(time.monotonic() - exchange.begun)
         if upstream.status != 200:
             raise _refusal(exchange, upstream.status, await upstream.read())
@@ -132,19 +146,23 @@ async def _answer(exchange: _Exchange) -> Response:
             return await _stream(exchange, upstream)
         content, tokens = rewrite_whole(await upstream.read(), exchange.theirs, exchange.public)
     except BaseException as exc:
-        await asyncio.shield(_give_up(exchange, admitted, exc))
+        await asyncio.shield(_give_up(exchange, exc))
         raise
-    await exchange.settle("completed", tokens)
+    if not await exchange.settle("completed", tokens):
+        raise errors.DatabaseUnusable(_UNCOUNTED)
     return Response(content, 200, _headers(exchange), "application/json")
 
 
-async def _give_up(exchange: _Exchange, admitted: asyncio.Task[None], exc: BaseException) -> None:
-    await asyncio.gather(admitted, return_exceptions=True)
+async def _give_up(exchange: _Exchange, exc: BaseException) -> None:
     status: Status = "cancelled" if isinstance(exc, asyncio.CancelledError) else "failed"
     if isinstance(exc, errors.DatabaseUnusable):  # waiting for the disk would only hold the places
-        exchange.services.later(exchange.settle(status, Tokens()))
+        exchange.services.later(_settled(exchange, status))
     else:
         await exchange.settle(status, Tokens())
+
+
+async def _settled(exchange: _Exchange, status: Status) -> None:
+    await exchange.settle(status, Tokens())
 
 
 async def _begin(exchange: _Exchange) -> Upstream:
@@ -152,6 +170,7 @@ async def _begin(exchange: _Exchange) -> Upstream:
     services, target = exchange.services, exchange.target
     affinity = target.digest if target else exchange.caller.tenant_id
     failed: frozenset[Engine] = frozenset()
+    delivered = 0
     for left in reversed(range(_TRIES)):
         attempt = AsyncExitStack()
         try:
@@ -165,9 +184,10 @@ async def _begin(exchange: _Exchange) -> Upstream:
                 continue
             exchange.stack.push_async_callback(attempt.aclose)
             return upstream
-        except errors.EngineUnavailable:
+        except errors.EngineUnavailable as exc:
             await attempt.aclose()
-            if not left or exchange.engine is None or exchange.engine in failed:
+            delivered += exc.delivered
+            if not left or delivered == _DELIVERIES or exchange.engine is None or exchange.engine in failed:
                 raise
             failed |= {exchange.engine}
             services.later(services.fleet.probe())
@@ -183,19 +203,26 @@ async def _open(exchange: _Exchange, engine: Engine, attempt: AsyncExitStack) ->
     name = engine_name(target.digest) if target else None
     attempt.enter_context(engine.using(name))
     if target is not None and name is not None:
-        await engine.load(name, exchange.services.store.path(target.digest))
+        await _load(exchange, engine, name, exchange.services.store.path(target.digest))
     exchange.theirs = name or engine.base_name
     headers = {"x-request-id": exchange.opening.request_id, **outgoing()}
     upstream = await engine.open(exchange.endpoint.path, _engine_body(exchange), headers)
-    attempt.push_async_callback(upstream.close)
+    attempt.callback(upstream.close)
     return upstream
 
 
+async def _load(exchange: _Exchange, engine: Engine, name: str, path: Path) -> None:
+    try:
+        await engine.load(name, path)
+    except (errors.EngineFailed, errors.AdapterInvalid):
+        if path.is_dir():
+            raise
+        raise errors.ModelNotFound(f"The model {exchange.public[:200]!r} was deleted in this moment.") from None
+
+
 def _engine_body(exchange: _Exchange) -> bytes:
-    body = exchange.body | {"model": exchange.theirs}
+    body = exchange.body | {"model": exchange.theirs, "cache_salt": exchange.caller.cache_salt}
     body.pop("metadata", None)
-    if exchange.endpoint.salted:
-        body["cache_salt"] = exchange.caller.cache_salt
     if exchange.endpoint.typed_events:
         body["store"] = False
     elif body.get("stream"):
@@ -207,33 +234,33 @@ async def _stream(exchange: _Exchange, upstream: Upstream) -> Response:
     """The answer, once its first event is there: what fails before that is an ordinary error."""
     wants_usage = bool((exchange.body.get("stream_options") or {}).get("include_usage"))
     rewriter = Rewriter(exchange.theirs, exchange.public, wants_usage)
-    chunks = upstream.chunks()
     first = b""
     while not first and not rewriter.complete and rewriter.error is None:
-        chunk = await anext(chunks, None)
-        if chunk is None:
+        chunk = await upstream.chunk()
+        if not chunk:
             raise errors.EngineFailed("the engine ended its answer before it began")
         first = rewriter.feed(chunk)
     if not first and rewriter.error is not None:
         raise _refusal(exchange, int(rewriter.error.get("code") or 500), json.dumps(rewriter.error).encode())
 
+    async def relay(emit: _Emit) -> None:
+        await _relay(exchange, upstream, rewriter, first, emit)
+
     async def finish() -> None:
         await exchange.settle("cancelled", rewriter.tokens)
 
-    return Streamed(_relay(exchange, rewriter, first, chunks), _headers(exchange), finish)
+    return Streamed(relay, _headers(exchange), finish)
 
 
-async def _relay(
-    exchange: _Exchange, rewriter: Rewriter, first: bytes, chunks: AsyncIterator[bytes]
-) -> AsyncIterator[bytes]:
+async def _relay(exchange: _Exchange, upstream: Upstream, rewriter: Rewriter, first: bytes, emit: _Emit) -> None:
     failure: errors.ReftError | None = None
     try:
         async with asyncio.timeout(exchange.services.settings.request_seconds - (time.monotonic() - exchange.begun)):
             if first:
-                yield first
-            async for chunk in chunks:
+                await emit(first)
+            while chunk := await upstream.chunk():
                 if rewritten := rewriter.feed(chunk):
-                    yield rewritten
+                    await emit(rewritten)
     except TimeoutError:
         failure = errors.Overloaded("the request took longer than is allowed")
     except errors.EngineFailed as exc:
@@ -245,10 +272,10 @@ async def _relay(
     # On disk before the last event: whoever has seen a whole answer finds it in the ledger.
     await exchange.settle("completed" if failure is None else "failed", rewriter.tokens)
     if failure is None:
-        yield rewriter.ending
+        await emit(rewriter.ending)
     else:
         code = status_of(failure)
-        yield sse_error(error_body(code, str(failure), None, failure.code), exchange.endpoint.typed_events)
+        await emit(sse_error(error_body(code, str(failure), None, failure.code), exchange.endpoint.typed_events))
 
 
 def _headers(exchange: _Exchange) -> dict[str, str]:
@@ -263,6 +290,12 @@ def _refusal(exchange: _Exchange, status: int, content: bytes) -> errors.ReftErr
         message = message.replace(str(exchange.services.store.path(exchange.target.digest)), exchange.public)
     if status == 404:
         return errors.RequestInvalid("the engine does not serve this endpoint for this model", None)
+    if _NO_TEMPLATE in message:
+        return errors.RequestInvalid(
+            "the base model has no chat template, so it cannot answer messages: ask /v1/completions, or let the operator "
+            "start its engine with --chat-template FILE",
+            "messages",
+        )
     if 400 <= status < 500:
         return errors.RequestInvalid(message[:2000], _param(content))
     if status == 503:

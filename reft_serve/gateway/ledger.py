@@ -7,9 +7,10 @@ import logging
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+from sqlalchemy import Connection
+
 from reft_serve.database.connection import Database
 from reft_serve.database.usage import Ending, Opening, admit, settle
-from reft_serve.errors import DatabaseUnusable
 from reft_serve.observability import LEDGER_PENDING
 
 __all__ = ["Ledger"]
@@ -17,7 +18,7 @@ __all__ = ["Ledger"]
 _log = logging.getLogger(__name__)
 _RETRY_SECONDS = 0.2
 _BATCH = 500
-_ADMISSION_SECONDS = 5.0
+_SOON_SECONDS = 0.2
 
 
 @dataclass(eq=False, slots=True)
@@ -27,12 +28,19 @@ class _Record:
 
 
 class Ledger:
-    """A queue before the database's usage tables. While one batch commits, the next one gathers."""
+    """A queue before the database's usage tables. While one batch commits, the next one gathers.
+
+    Nothing of an answer may be seen whose request is not on disk: a stream is admitted before its first event. A whole
+    answer is given when it is settled, which is enough; only one that takes long is admitted too, so that it is known of
+    if the process dies.
+    """
 
     def __init__(self, database: Database) -> None:
         self._database = database
         self._records: list[_Record] = []
         self._filled = asyncio.Event()
+        self._noted: dict[str, asyncio.TimerHandle] = {}
+        self._admitted: set[str] = set()
         self._writing: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -51,20 +59,20 @@ class Ledger:
         with suppress(asyncio.CancelledError):
             await self._writing
 
-    async def admit(self, opening: Opening) -> None:
-        """Return once it is on disk that the request begins.
+    def admit(self, opening: Opening) -> asyncio.Future[None]:
+        """Record that a request begins; the future is done when it is on disk."""
+        return self._put(opening).committed
 
-        Raises:
-            DatabaseUnusable: the database did not take it in time.
-        """
-        record = self._put(opening)
-        try:
-            await asyncio.wait_for(asyncio.shield(record.committed), _ADMISSION_SECONDS)
-        except TimeoutError as exc:
-            raise DatabaseUnusable("the database does not answer, so the request could not be counted") from exc
+    def note(self, opening: Opening) -> None:
+        """Record that a request begins, unless it ends in a moment."""
+        later = asyncio.get_running_loop().call_later(_SOON_SECONDS, self._put, opening)
+        self._noted[opening.request_id] = later
 
     def settle(self, ending: Ending) -> asyncio.Future[None]:
         """Record what a request came to; the future is done when it is on disk."""
+        noted = self._noted.pop(ending.opening.request_id, None)
+        if noted is not None:
+            noted.cancel()
         return self._put(ending).committed
 
     def _put(self, what: Opening | Ending) -> _Record:
@@ -96,6 +104,13 @@ class Ledger:
         endings = [record.what for record in batch if isinstance(record.what, Ending)]
         ended = {ending.opening.request_id for ending in endings}
         openings = [r.what for r in batch if isinstance(r.what, Opening) and r.what.request_id not in ended]
-        async with self._database.writing() as session:
-            await admit(session, openings)
-            await settle(session, endings)
+        # Before it is tried: a commit whose answer is lost may have happened.
+        self._admitted.update(opening.request_id for opening in openings)
+        admitted = ended & self._admitted
+
+        def work(connection: Connection) -> None:
+            admit(connection, openings)
+            settle(connection, endings, admitted)
+
+        await self._database.commit(work)
+        self._admitted -= admitted

@@ -12,7 +12,7 @@ from fastapi import UploadFile
 
 from reft_serve.adapters.manifest import Manifest
 from reft_serve.adapters.structure import check_structure
-from reft_serve.database import adapters, audit
+from reft_serve.database import adapters, audit, files
 from reft_serve.database.keys import Principal
 from reft_serve.database.models import Version
 from reft_serve.database.tenants import find_tenant
@@ -67,6 +67,7 @@ async def _check_room(services: Services, caller: Principal, name: str, size: in
     limits = services.quotas.limits(caller)
     async with services.database.reading() as session:
         count, total = await adapters.storage_of(session, caller.tenant_id)
+        total += await files.file_storage_of(session, caller.tenant_id)
         try:
             await adapters.find_adapter(session, caller.tenant_id, name)
         except NotFound:
@@ -75,7 +76,7 @@ async def _check_room(services: Services, caller: Principal, name: str, size: in
         raise RateLimited(f"the limit of {limits.adapters} adapters is used up; delete one first", 60.0)
     if limits.storage_bytes is not None and total + size > limits.storage_bytes:
         raise RateLimited(
-            f"the limit of {limits.storage_bytes} bytes of storage is used up; delete a version first", 60.0
+            f"the limit of {limits.storage_bytes} bytes of storage is used up; delete a file or a version first", 60.0
         )
 
 
@@ -95,6 +96,12 @@ async def _record(
     size: int,
     manifest: Manifest,
 ) -> Version:
+    facts = {
+        "kinds": sorted({spec.kind for spec in manifest.interventions}),
+        "interventions": len(manifest.interventions),
+        "rank": max(spec.rank for spec in manifest.interventions),
+        "positions": manifest.positions.spec,
+    }
     async with services.database.writing() as session:
         await services.database.lock(session, digest)
         if not services.store.path(digest).is_dir():  # its last owner removed it in this moment
@@ -102,7 +109,7 @@ async def _record(
         tenant = await find_tenant(session, caller.tenant_id)
         version = await adapters.add_version(
             session, tenant, upload.name, digest=digest, base_model=manifest.base_model.name, size_bytes=size,
-            source="upload", facts=manifest.summary(), base_name=services.settings.base_model,
+            source="upload", facts=facts, base_name=services.settings.base_model,
         )  # fmt: skip
         if upload.alias is not None:
             await adapters.set_alias(session, version.adapter, upload.alias, version)

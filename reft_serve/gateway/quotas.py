@@ -41,7 +41,7 @@ class Quotas:
 
     def __init__(self, defaults: TenantLimits, storage: str, names: BoundedNames) -> None:
         self._defaults, self._names = defaults, names
-        counted: Any = storage_from_string(storage)
+        counted: Any = storage_from_string(storage, implementation="redispy")
         self._requests = SlidingWindowCounterRateLimiter(counted)
         self._tokens = FixedWindowRateLimiter(counted)
         self._storage = counted

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 
+from reft_serve.adapters.blobs import BlobStore
 from reft_serve.adapters.store import AdapterStore
 from reft_serve.config import GatewaySettings
 from reft_serve.database.connection import Database
@@ -21,6 +22,7 @@ from reft_serve.database.resolution import Route, Target, resolve
 from reft_serve.errors import ModelNotFound
 from reft_serve.gateway.fleet import Fleet
 from reft_serve.gateway.ledger import Ledger
+from reft_serve.gateway.notifying import Notifier
 from reft_serve.gateway.quotas import Quotas
 from reft_serve.observability import BoundedNames
 
@@ -98,7 +100,13 @@ class Services:
     quotas: Quotas
     directory: Directory
     names: BoundedNames
+    blobs: BlobStore
+    notifier: Notifier
+    # How many data files are checked at once: each takes a core for as long as it lasts.
+    checking: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
     draining: bool = False
+    # Streams of jobs' events that are open.
+    followers: int = 0
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     def later(self, work: Coroutine[Any, Any, None]) -> None:
@@ -120,7 +128,7 @@ class Services:
             await asyncio.wait(self._tasks, timeout=patience)
 
 
-def services_of(request: Request) -> Services:
+async def services_of(request: Request) -> Services:
     """The dependency that routes take."""
     found: Services = request.app.state.services
     return found

@@ -3,49 +3,65 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
-from contextlib import suppress
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
 
-from fastapi import Request, Response
+from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
-__all__ = ["ClientGone", "Streamed", "unless_gone"]
-
-_T = TypeVar("_T")
+__all__ = ["ClientGone", "Streamed", "while_there"]
 
 
 class ClientGone(Exception):
     """The caller has closed the connection."""
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
-    """The result of `work`, which is cancelled when the caller leaves.
+@asynccontextmanager
+async def while_there(receive: Receive) -> AsyncIterator[None]:
+    """A block that is cancelled when the caller leaves; the request's body has been read.
 
     Raises:
-        ClientGone: it left.
+        ClientGone: it left, and the block has cleaned up.
     """
-    doing = asyncio.create_task(work)
-    leaving = asyncio.create_task(_gone(request.receive))
+    working = asyncio.current_task()
+    assert working is not None
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        gone = True
+        working.cancel()
+
+    watching = asyncio.create_task(watch())
     try:
-        await asyncio.wait({doing, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if doing.done():
-            return doing.result()
-        raise ClientGone
+        yield
+    except asyncio.CancelledError:
+        if gone and not working.uncancel():
+            raise ClientGone from None
+        raise
     finally:
-        await _end(leaving)
-        await _end(doing)
+        if not watching.done():
+            watching.cancel()
+            with suppress(asyncio.CancelledError):
+                await watching
 
 
 class Streamed(Response):
-    """Server-sent events. `finish` is called once they have ended, however that came."""
+    """Server-sent events. `relay` sends them with the function that it is given; `finish` is called once that has ended,
+    however it came.
+    """
 
     media_type = "text/event-stream"
 
     def __init__(
-        self, events: AsyncIterator[bytes], headers: Mapping[str, str], finish: Callable[[], Awaitable[None]]
+        self,
+        relay: Callable[[Callable[[bytes], Awaitable[None]]], Awaitable[None]],
+        headers: Mapping[str, str],
+        finish: Callable[[], Awaitable[None]],
     ) -> None:
-        self._events, self._finish = events, finish
+        self._relay, self._finish = relay, finish
         self.status_code = 200
         self.body = b""
         self.background = None
@@ -58,34 +74,16 @@ class Streamed(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events until they end or the caller leaves."""
-        sending = asyncio.create_task(self._send(send))
-        leaving = asyncio.create_task(_gone(receive))
-        try:
-            await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if sending.done():
-                sending.result()
-        finally:
-            await _end(leaving)
-            await _end(sending)
 
-    async def _send(self, send: Send) -> None:
+        async def emit(events: bytes) -> None:
+            await send({"type": "http.response.body", "body": events, "more_body": True})
+
         try:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            async for event in self._events:
-                await send({"type": "http.response.body", "body": event, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            async with while_there(receive):
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                await self._relay(emit)
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except ClientGone:
+            pass
         finally:
-            await self._events.aclose()  # type: ignore[attr-defined]
             await self._finish()
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _end(task: asyncio.Task[Any]) -> None:
-    if not task.done():
-        task.cancel()
-    with suppress(asyncio.CancelledError, Exception):
-        await task

@@ -8,18 +8,13 @@ from typing import Any
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 
 from reft_serve.adapters.lora import Lora, lora_of_tensors
-from reft_serve.errors import ClientError
 from reft_serve.training.plan import LoraPlan
 
 __all__ = ["attach", "half_of", "wrap"]
 
 
 def wrap(lm: Any, plan: LoraPlan) -> Any:
-    """PEFT's model around `lm`, with a fresh LoRA that changes nothing yet.
-
-    Raises:
-        ClientError: there are no such linear layers.
-    """
+    """PEFT's model around `lm`, with a fresh LoRA that changes nothing yet."""
     config = LoraConfig(
         r=plan.rank,
         lora_alpha=plan.alpha,
@@ -27,10 +22,7 @@ def wrap(lm: Any, plan: LoraPlan) -> Any:
         target_modules=None if plan.targets is None else list(plan.targets),
         task_type="CAUSAL_LM",
     )
-    try:
-        return get_peft_model(lm, config)
-    except ValueError as exc:
-        raise ClientError(f"the LoRA cannot be put into the base model: {str(exc)[:400]}") from exc
+    return get_peft_model(lm, config)
 
 
 def attach(lm: Any, path: Path) -> Any:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,7 @@ async def test_a_server_that_is_not_there_gets_a_sentence_without_the_password()
 async def test_ledgers_refuse_to_be_changed(database: Database, table: str, change: str) -> None:
     async with database.writing() as session:
         audit.record(session, audit.Actor(), "tenant.create", "acme", None)
-        await usage.settle(session, [ending(opening("r1"))])
+    await database.commit(partial(usage.settle, endings=[ending(opening("r1"))]))
     with pytest.raises(DBAPIError, match="append-only"):
         async with database.writing() as session:
             await session.execute(text(change.format(table)))
@@ -250,7 +251,7 @@ async def test_a_tenant_goes_with_all_it_has_and_its_usage_stays(database: Datab
     await make_version(database, tenant, digest="b" * 64)
     async with database.writing() as session:
         await keys.create_key(session, tenant, "owner")
-        await usage.settle(session, [ending(opening("r1", tenant.id))])
+    await database.commit(partial(usage.settle, endings=[ending(opening("r1", tenant.id))]))
     async with database.writing() as session:
         gone = await tenants.delete_tenant(session, await tenants.find_tenant(session, "acme"))
     assert gone == {"a" * 64, "b" * 64}
@@ -263,23 +264,20 @@ async def test_a_tenant_goes_with_all_it_has_and_its_usage_stays(database: Datab
 async def test_a_request_is_counted_once_however_often_it_is_settled(database: Database) -> None:
     begun = opening("r1")
     for _ in range(2):
-        async with database.writing() as session:
-            await usage.admit(session, [begun])
-            await usage.settle(session, [ending(begun)])
-    async with database.writing() as session:
-        assert await usage.recover(session, "g", 0) == 0
+        await database.commit(partial(usage.admit, openings=[begun]))
+        await database.commit(partial(usage.settle, endings=[ending(begun)]))
+    assert await database.commit(partial(usage.recover, gateway="g", older_than_ms=0)) == 0
     async with database.reading() as session:
         (total,) = await usage.totals(session, tenant_id="t", start_ms=0, end_ms=now_ms() + 1)
     assert (total.requests, total.prompt_tokens, total.cached_tokens, total.completion_tokens) == (1, 5, 2, 7)
 
 
 async def test_what_a_dead_gateway_left_is_found_once(database: Database) -> None:
-    async with database.writing() as session:
-        await usage.admit(session, [opening("mine"), opening("theirs", gateway="h"), opening("old", "t", 1, "h")])
+    found = [opening("mine"), opening("theirs", gateway="h"), opening("old", "t", 1, "h")]
+    await database.commit(partial(usage.admit, openings=found))
     recovered = 0
     for _ in range(2):
-        async with database.writing() as session:
-            recovered += await usage.recover(session, "g", 1000)
+        recovered += await database.commit(partial(usage.recover, gateway="g", older_than_ms=1000))
     assert recovered == 2
     async with database.reading() as session:
         rows = {row.request_id: row.status for row in (await session.scalars(select(Usage))).all()}
@@ -288,11 +286,8 @@ async def test_what_a_dead_gateway_left_is_found_once(database: Database) -> Non
 
 async def test_usage_is_summed_by_bucket_and_group_of_one_tenant(database: Database) -> None:
     hour = 3_600_000
-    async with database.writing() as session:
-        await usage.settle(
-            session,
-            [ending(opening(f"r{k}", "t" if k else "other", (k // 2) * hour + 5), tokens=10**k) for k in range(4)],
-        )
+    endings = [ending(opening(f"r{k}", "t" if k else "other", (k // 2) * hour + 5), tokens=10**k) for k in range(4)]
+    await database.commit(partial(usage.settle, endings=endings))
     async with database.reading() as session:
         found = await usage.totals(
             session, tenant_id="t", start_ms=0, end_ms=10 * hour, bucket="hour", group_by=["model", "status"]
@@ -318,10 +313,12 @@ async def test_many_writers_at_once_lose_nothing(database: Database) -> None:
     others = [database, *(Database(str(database.engine.url.render_as_string(False))) for _ in range(2))]
 
     async def write(k: int) -> None:
-        async with others[k % 3].writing() as session:
-            begun = opening(f"r{k}")
-            await usage.admit(session, [begun])
-            await usage.settle(session, [ending(begun, 1)])
+        def written(connection: Connection) -> None:
+            usage.admit(connection, [begun])
+            usage.settle(connection, [ending(begun, 1)])
+
+        begun = opening(f"r{k}")
+        await others[k % 3].commit(written)
 
     await asyncio.gather(*(write(k) for k in range(60)))
     async with database.reading() as session:
@@ -341,11 +338,10 @@ async def main():
     database = Database(sys.argv[1])
     for k in range(100000):
         begun = usage.Opening(f"r{k}", "g", "t", "k", "chat", "m", None, now_ms())
-        async with database.writing() as session:
-            await usage.admit(session, [begun])
+        await database.commit(lambda connection: usage.admit(connection, [begun]))
         print("begun", k, flush=True)
-        async with database.writing() as session:
-            await usage.settle(session, [usage.Ending(begun, "completed", 1, 0, 1, now_ms())])
+        done = usage.Ending(begun, "completed", 1, 0, 1, now_ms())
+        await database.commit(lambda connection: usage.settle(connection, [done]))
         print("ended", k, flush=True)
 
 asyncio.run(main())
@@ -362,8 +358,7 @@ async def test_what_a_killed_process_was_told_is_committed_is_there(database: Da
     writer.wait()
     whole = [line.split() for line in told if line.endswith("\n")]
     begun, ended = ({int(k) for word, k in whole if word == wanted} for wanted in ("begun", "ended"))
-    async with database.writing() as session:
-        await usage.recover(session, "g", 0)
+    await database.commit(partial(usage.recover, gateway="g", older_than_ms=0))
     async with database.reading() as session:
         rows = {int(row.request_id[1:]): row.status for row in (await session.scalars(select(Usage))).all()}
     assert begun <= rows.keys()

@@ -34,6 +34,7 @@ def engine(_both: tuple[Gateway, FakeEngine]) -> Iterator[FakeEngine]:
     yield engine
     engine.token_seconds, engine.healthy, engine.refuse_adapters = 0.0, True, None
     engine.fail_with = engine.break_after = None
+    engine.has_chat_template = engine.embeds = True
 
 
 @pytest.fixture

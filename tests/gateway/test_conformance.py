@@ -19,6 +19,8 @@ import openai
 import pytest
 
 import reft_serve.demo
+from tests.deploy.expressions import unmet
+from tests.docs.blocks import ROOT, Block, blocks
 from tests.gateway.test_inference import take, wait_for
 
 DEMO = Path(reft_serve.demo.__file__).parent
@@ -236,6 +238,40 @@ def test_usage_equals_what_the_answers_said(up: Up) -> None:
         assert answer.usage is not None
         told = [told[0] + 1, told[1] + answer.usage.prompt_tokens, told[2] + answer.usage.completion_tokens]
     assert [after - then for after, then in zip(counted(), before, strict=True)] == told
+
+
+def test_dashboard_and_alerts_ask_for_metrics_that_are_there(up: Up) -> None:
+    files = {file.name: file.read_bytes() for file in (DEMO / "adapters" / "cats").iterdir()}
+    files["reft_model.safetensors"] = files["reft_model.safetensors"][:-4] + b"\xff\xff\xff\x7f"
+    up.http.post("/v1/adapters", data={"name": "unloadable"}, files=[("files", item) for item in files.items()])
+    tenant = up.http.post("/v1/admin/tenants", json={"name": "slow", "limits": {"requests_per_minute": 1}}).json()
+    key = up.http.post(f"/v1/admin/tenants/{tenant['id']}/keys", json={"role": "inference"}).json()["secret"]
+    body = {"model": "base", "prompt": "x", "max_tokens": 2}
+    headers = {"authorization": f"Bearer {key}"}
+    assert [up.http.post("/v1/completions", json=body, headers=headers).status_code for _ in range(2)] == [200, 429]
+    for model in ("speech", "speech", "cats", "cats"):  # what the first leaves in the cache, the second finds there
+        up.say(model, "Once upon a time there was a little girl. " * 20)
+
+    def missing() -> list[str]:
+        pages = [up.http.get(path).text for path in ("/metrics", "/v1/admin/engines/engine-0/metrics")]
+        return unmet(pages, seldom=frozenset({"status"}))
+
+    deadline = time.monotonic() + 15  # the engine asks its workers every five seconds
+    while (told := missing()) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert told == []
+
+
+@pytest.mark.parametrize("block", [each for each in blocks("docs/quick-start.md") if each.how == "up"], ids=str)
+def test_the_quick_start_does_what_it_says(up: Up, block: Block) -> None:
+    code = block.code.replace("127.0.0.1:8080", up.url.removeprefix("http://")).replace("rk-...", up.key)
+    command = [sys.executable, "-c", code] if block.language == "python" else ["bash", "-euo", "pipefail", "-c", code]
+    ended = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"KEY": up.key}, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert '"error"' not in ended.stdout
+    assert "birds" in ended.stdout
 
 
 def test_a_caller_that_leaves_frees_the_engine(up: Up) -> None:

@@ -55,6 +55,21 @@ def test_a_new_version_is_in_every_engine_when_the_upload_returns(tmp_path: Path
         assert [len(engine.adapters) for engine in engines] == [1, 1, 1]
 
 
+def test_an_admin_reads_the_metrics_of_an_engine_whose_socket_is_private(tmp_path: Path) -> None:
+    fake = FakeEngine()
+    served = Served(fake.app)
+    gateway = Gateway(tmp_path, {served.url: fake})
+    try:
+        found = gateway.admin.get("/v1/admin/engines/engine-0/metrics")
+        assert found.text == "vllm:num_requests_running 0.0\n"
+        assert found.headers["content-type"].startswith("text/plain")
+        assert gateway.admin.get("/v1/admin/engines/engine-1/metrics").status_code == 404
+        served.stop()
+        assert gateway.admin.get("/v1/admin/engines/engine-0/metrics").status_code == 503
+    finally:
+        gateway.stop()
+
+
 def test_a_version_that_one_engine_refuses_is_in_none(tmp_path: Path) -> None:
     with running(tmp_path, engines=2) as (gateway, engines):
         engines[1].refuse_adapters = "no"

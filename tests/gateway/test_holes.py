@@ -103,6 +103,16 @@ def test_no_answer_tells_a_server_path(gateway: Gateway, make_tenant: Callable[.
         assert "fake-base" not in text
 
 
+def test_a_secret_is_in_no_file_of_the_gateways(gateway: Gateway, make_tenant: Callable[..., Tenant]) -> None:
+    tenant = make_tenant()
+    tenant.upload("birds")
+    tenant.say("birds")
+    kept = [path for path in gateway.folder.rglob("*") if path.is_file()]
+    assert any(path.name.startswith("reft.db") for path in kept)
+    for path in kept:
+        assert tenant.key.encode() not in path.read_bytes(), path.name
+
+
 def test_metrics_name_tenants_and_adapters_up_to_a_bound(tmp_path: Path) -> None:
     with running(tmp_path, named_labels=4) as (gateway, _):
         for k in range(5):

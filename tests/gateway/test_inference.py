@@ -10,9 +10,12 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from openai.types import chat, completion_create_params, embedding_create_params, responses
 
+from reft_serve.gateway.bodies import ChatBody, CompletionBody, EmbeddingBody, InferenceBody, ResponseBody
 from reft_serve.gateway.fake_engine import FakeEngine
 from tests.gateway.harness import Gateway, Tenant
+from tests.gateway.strict import strict
 
 HELLO: list[Any] = [{"role": "user", "content": "hello there"}]
 
@@ -100,6 +103,64 @@ def test_responses_are_answered_and_streamed(engine: FakeEngine, tenant: Tenant)
     assert (counted["requests"], counted["completion_tokens"]) == (2, 8)
 
 
+def test_texts_are_embedded_where_the_engine_can(engine: FakeEngine, tenant: Tenant) -> None:
+    tenant.upload("birds")
+    create = tenant.openai.embeddings.create
+    both = strict(create(model="birds", input=["a b", "c"], encoding_format="float"))
+    assert [each.index for each in both.data] == [0, 1]
+    assert both.model == "birds"
+    plain = strict(create(model="birds", input="a b"))  # the client asks for base64, and decodes it
+    assert engine.requests[-1]["encoding_format"] == "base64"
+    assert plain.data[0].embedding == pytest.approx(both.data[0].embedding)
+    assert strict(create(model="birds", input=[[5, 6], [7]], encoding_format="float")).usage.prompt_tokens == 3
+    assert {counted["group"]["endpoint"] for counted in usage_of(tenant, "endpoint")} == {"embeddings"}
+    engine.embeds = False
+    with pytest.raises(openai.BadRequestError, match="does not serve this endpoint"):
+        create(model="birds", input="a b")
+
+
+def test_a_base_without_a_chat_template_says_what_to_do(engine: FakeEngine, tenant: Tenant) -> None:
+    engine.has_chat_template = False
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError, match=r"has no chat template.*--chat-template FILE") as caught:
+            tenant.openai.chat.completions.create(model="base", messages=HELLO, stream=stream)
+        assert caught.value.param == "messages"
+    assert tenant.say("base")
+
+
+# What the client can send and is refused by its name: OpenAI's own services, or what an engine would have to fetch or keep.
+NOT_SERVED = {
+    "audio", "function_call", "functions", "moderation", "prediction", "prompt_cache_options", "prompt_cache_retention",
+    "verbosity", "web_search_options", "access_programs", "background_options", "context_management", "conversation",
+    "image", "previous_response_id", "prompt",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("params", "body"),
+    [
+        (completion_create_params.CompletionCreateParamsNonStreaming, CompletionBody),
+        (chat.completion_create_params.CompletionCreateParamsNonStreaming, ChatBody),
+        (responses.response_create_params.ResponseCreateParamsNonStreaming, ResponseBody),
+        (embedding_create_params.EmbeddingCreateParams, EmbeddingBody),
+    ],
+)
+def test_every_field_of_the_client_is_taken_or_known_to_be_refused(params: Any, body: type[InferenceBody]) -> None:
+    sent = set().union(*(vars(kind).get("__annotations__", {}) for kind in (params, *params.__orig_bases__)))
+    assert len(sent) > 4
+    assert sent - set(body.model_fields) <= NOT_SERVED
+
+
+def test_fields_that_ask_for_nothing_here_go_no_further(engine: FakeEngine, tenant: Tenant) -> None:
+    hints: Any = {"service_tier": "auto", "safety_identifier": "x", "prompt_cache_key": "y", "store": False}
+    tenant.openai.chat.completions.create(model="base", messages=HELLO, modalities=["text"], **hints)
+    tenant.openai.responses.create(model="base", input="x", background=False, **hints)
+    for sent in engine.requests[-2:]:
+        assert not {*hints, "modalities", "background"} & (set(sent) - {"store"})
+    with pytest.raises(openai.BadRequestError):
+        tenant.openai.chat.completions.create(model="base", messages=HELLO, service_tier="priority")
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -134,7 +195,8 @@ def test_each_tenant_has_a_cache_salt_of_its_own(engine: FakeEngine, make_tenant
         each.say("base")
         each.openai.chat.completions.create(model="base", messages=HELLO)
         each.openai.responses.create(model="base", input="x")
-        (salt,) = {request["cache_salt"] for request in engine.requests[-3:]}
+        each.openai.embeddings.create(model="base", input="x")
+        (salt,) = {request["cache_salt"] for request in engine.requests[-4:]}
         salts.append(salt)
         assert len(salt) >= 43
         assert salt not in each.http.get("/v1/tenant").text

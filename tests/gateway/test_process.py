@@ -97,7 +97,9 @@ def test_it_starts_answers_and_logs_json_without_torch_vllm_or_transformers(
             f"{url}/v1/completions", json={"model": "base", "prompt": "private words"}, headers=headers, trust_env=False
         )
         assert answer.status_code == 200
-        log = (tmp_path / "gateway.log").read_text()
+        written = tmp_path / "gateway.log"
+        wait_for(lambda: "/v1/completions" in written.read_text())
+        log = written.read_text()
     lines = [json.loads(line) for line in log.splitlines()]
     (line,) = [line for line in lines if line.get("path") == "/v1/completions"]
     assert line["request_id"] == answer.headers["x-request-id"]

@@ -21,7 +21,10 @@ def operations(gateway: Gateway) -> list[tuple[str, str]]:
     return [(method, path) for path, item in document["paths"].items() for method in item]
 
 
-@pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer rk-wrong", "Basic abc", "bearer\txx", "Bearer é"])
+@pytest.mark.parametrize(
+    "header",
+    [None, "", "Bearer", "Bearer rk-wrong", "Basic abc", "bearer\txx", "Bearer é", "Bearer ' OR '1'='1", "Bearer %"],
+)
 def test_no_path_passes_without_a_key_but_the_probes(gateway: Gateway, header: str | None) -> None:
     headers = {} if header is None else {"authorization": header.encode("latin-1")}
     paths = [
@@ -33,6 +36,8 @@ def test_no_path_passes_without_a_key_but_the_probes(gateway: Gateway, header: s
         "/openapi.json",
         "/",
         "/nothing",
+        "/metrics",
+        "/scale_elastic_ep",
     ]
     with gateway.http(None) as client:
         for method, path in [*operations(gateway), *(("get", path) for path in paths)]:
@@ -113,6 +118,36 @@ def test_scopes_narrow_a_role(gateway: Gateway, tenant: Tenant) -> None:
     assert client.get("/v1/usage").status_code == 200
     assert client.get("/v1/adapters").status_code == 403
     assert client.post("/v1/completions", json={"model": "base", "prompt": "x"}).status_code == 403
+
+
+def test_a_narrow_key_comes_to_no_wider_one(gateway: Gateway, tenant: Tenant) -> None:
+    wide = tenant.http.post("/v1/keys", json={"role": "owner"}).json()
+    narrow = tenant.http.post("/v1/keys", json={"role": "owner", "scopes": ["keys", "models"]}).json()
+    client = gateway.http(narrow["secret"])
+    for body in ({"role": "owner"}, {"role": "inference"}, {"role": "owner", "scopes": ["keys", "adapters"]}):
+        assert client.post("/v1/keys", json=body).status_code == 403
+    assert client.post(f"/v1/keys/{wide['id']}/rotate").status_code == 403
+    made = client.post("/v1/keys", json={"role": "owner", "scopes": ["models"]})
+    assert made.json()["scopes"] == ["models"]
+    assert client.post(f"/v1/keys/{made.json()['id']}/rotate").status_code == 201
+    assert client.post(f"/v1/keys/{narrow['id']}/rotate").status_code == 201
+
+
+def test_a_key_that_is_over_is_not_rotated_into_a_new_one(gateway: Gateway, tenant: Tenant) -> None:
+    for made in ({"role": "inference", "expires_at": int(time.time()) - 1}, {"role": "inference"}):
+        key = tenant.http.post("/v1/keys", json=made).json()
+        if "expires_at" not in made:
+            tenant.http.delete(f"/v1/keys/{key['id']}")
+        assert gateway.http(key["secret"]).get("/v1/models").status_code == 401
+        assert tenant.http.post(f"/v1/keys/{key['id']}/rotate").status_code == 403
+
+
+def test_a_key_expires_by_itself(gateway: Gateway, tenant: Tenant) -> None:
+    soon = tenant.http.post("/v1/keys", json={"role": "inference", "expires_at": int(time.time()) + 2}).json()
+    client = gateway.http(soon["secret"])
+    assert client.get("/v1/models").status_code == 200
+    time.sleep(max(0.0, soon["expires_at"] - time.time()) + 0.05)
+    assert client.get("/v1/models").status_code == 401
 
 
 def test_one_tenants_keys_and_audit_are_not_anothers(make_tenant: Callable[..., Tenant]) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Path, Request
+from fastapi import APIRouter, Depends, Path, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from reft_serve.database import audit, tenants
 from reft_serve.database.models import now_ms
@@ -93,24 +94,37 @@ async def list_engines(services: _Services) -> ListOf[EngineOut]:
     return ListOf(data=[_out(engine) for engine in services.fleet.engines])
 
 
+@router.get("/engines/{engine}/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+async def engine_metrics(engine: _Engine, services: _Services) -> Response:
+    """An engine's own Prometheus metrics, for where its socket is private."""
+    return Response(await _found(services, engine).metrics(), media_type=CONTENT_TYPE_LATEST)
+
+
 @router.post("/engines/{engine}/drain")
-async def drain(engine: _Engine, services: _Services) -> EngineOut:
+async def drain(engine: _Engine, request: Request, services: _Services) -> EngineOut:
     """Give an engine no new request; those under way finish."""
-    return _set_draining(services, engine, True)
+    return await _set_draining(services, request, engine, True)
 
 
 @router.post("/engines/{engine}/resume")
-async def resume(engine: _Engine, services: _Services) -> EngineOut:
+async def resume(engine: _Engine, request: Request, services: _Services) -> EngineOut:
     """Give it requests again."""
-    return _set_draining(services, engine, False)
+    return await _set_draining(services, request, engine, False)
 
 
-def _set_draining(services: Services, name: str, draining: bool) -> EngineOut:
+async def _set_draining(services: Services, request: Request, name: str, draining: bool) -> EngineOut:
+    found = _found(services, name)
+    async with services.database.writing() as session:
+        audit.record(session, actor_of(request), f"engine.{'drain' if draining else 'resume'}", name, None)
+    found.draining = draining
+    return _out(found)
+
+
+def _found(services: Services, name: str) -> Engine:
     found = next((engine for engine in services.fleet.engines if engine.name == name), None)
     if found is None:
         raise NotFound(f"there is no engine {name!r}")
-    found.draining = draining
-    return _out(found)
+    return found
 
 
 def _out(engine: Engine) -> EngineOut:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Response
@@ -9,7 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 
 from reft_serve.database.keys import Principal
-from reft_serve.errors import EngineUnavailable, Overloaded
+from reft_serve.errors import DatabaseUnusable, EngineUnavailable, Overloaded
 from reft_serve.gateway.answers import ErrorAnswer
 from reft_serve.gateway.edge import requires
 from reft_serve.gateway.services import Services, services_of
@@ -17,6 +18,7 @@ from reft_serve.gateway.services import Services, services_of
 __all__ = ["router"]
 
 router = APIRouter(tags=["health"])
+_PING_SECONDS = 3.0
 
 
 class Health(BaseModel):
@@ -36,7 +38,11 @@ async def ready(services: Annotated[Services, Depends(services_of)]) -> Health:
     """200 when a request would find the database and an engine; 503 otherwise, and while the gateway drains."""
     if services.draining:
         raise Overloaded("the gateway is shutting down")
-    await services.database.ping()
+    try:
+        async with asyncio.timeout(_PING_SECONDS):
+            await services.database.ping()
+    except TimeoutError as exc:
+        raise DatabaseUnusable("the database does not answer in time") from exc
     if not services.fleet.ready:
         raise EngineUnavailable("no engine is up")
     return Health()

@@ -34,9 +34,12 @@ async def tenant(caller: Annotated[Principal, Depends(caller_of)], services: _Se
 
 @router.post("/keys", status_code=201)
 async def create(body: KeyIn, request: Request, caller: _Caller, services: _Services) -> NewKeyOut:
-    """Make a key of the caller's tenant. Its secret is in this answer and nowhere else."""
+    """Make a key of the caller's tenant, which may do no more than the caller's. Its secret is in this answer and nowhere
+    else.
+    """
     if body.role == "admin" and caller.role != "admin":
         raise NotAllowed("only an admin makes admins")
+    _check_scopes(caller, keys.scopes_of(body.role, body.scopes))
     return await make_key(services, request, caller.tenant_id, body)
 
 
@@ -77,6 +80,9 @@ async def rotate(
         if old.revoked_ms is not None:
             raise NotAllowed("a revoked key is not rotated; make a new one")
         role: keys.Role = old.role  # type: ignore[assignment]
+        _check_scopes(caller, keys.scopes_of(role, old.scopes))
+        if old.expires_ms is not None and old.expires_ms <= now_ms():
+            raise NotAllowed("an expired key is not rotated; make a new one")
         new, secret = await keys.create_key(
             session,
             old.tenant,
@@ -106,3 +112,12 @@ async def make_key(services: Services, request: Request, tenant_id: str, body: K
 def _check_rank(caller: Principal, role: str) -> None:
     if role == "admin" and caller.role != "admin":
         raise NotAllowed("only an admin changes an admin's key")
+
+
+def _check_scopes(caller: Principal, scopes: frozenset[str]) -> None:
+    """Whoever gets a secret holds its scopes: a narrow key must not come to a wide one by making or rotating it."""
+    beyond = scopes - caller.scopes
+    if beyond:
+        raise NotAllowed(
+            f"this API key lacks the scopes {', '.join(sorted(beyond))}, so it cannot give them: name fewer"
+        )

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
 
-from reft_serve.database import adapters, audit
+from reft_serve.database import adapters, audit, permissions
 from reft_serve.database.keys import Principal
 from reft_serve.database.models import Adapter, Version
 from reft_serve.errors import ModelNotFound, NotAllowed
@@ -25,7 +25,7 @@ _Services = Annotated[Services, Depends(services_of)]
 
 @router.get("")
 async def list_models(caller: _Caller, services: _Services) -> ListOf[ModelOut]:
-    """The base model, the caller's adapters, and those that are shared with it."""
+    """The base model, the caller's adapters, and what is shared with it."""
     found = [_base(services)]
     async with services.database.reading() as session:
         for adapter in await adapters.list_adapters(session, caller.tenant_id, shared=True):
@@ -36,6 +36,8 @@ async def list_models(caller: _Caller, services: _Services) -> ListOf[ModelOut]:
             if adapter.tenant_id == caller.tenant_id:
                 versions = await adapters.list_versions(session, adapter.id)
                 found += [_model(version.model_id, version.created_ms, adapter) for version in versions]
+        given = await permissions.permitted_versions(session, caller.tenant_id)
+        found += [_model(version.model_id, version.created_ms, version.adapter) for version in given]
     return ListOf(data=found)
 
 

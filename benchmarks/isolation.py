@@ -1,0 +1,57 @@
+"""Tenants against one another, at length: random acts of three tenants with keys, adapters, aliases and shares, each answer
+compared with what the actor's own world allows. An answer that holds anything of another tenant's, a count, a version's
+weights or a cache salt among it, ends the run with the shortest sequence that shows it.
+
+  scripts/bench isolation --steps 5000
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import tempfile
+import time
+from pathlib import Path
+
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+from rich.console import Console
+
+from benchmarks._report import save
+from tests.gateway.harness import running
+from tests.gateway.isolation_machine import Tenants
+
+_STEPS_PER_RUN = 50
+
+
+def main() -> None:
+    """Run until there have been enough steps, print what was seen, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=5_000)
+    args = parser.parse_args()
+    console, begun, runs = Console(), time.perf_counter(), 0
+    with tempfile.TemporaryDirectory() as folder, running(Path(folder)) as (gateway, (engine,)):
+        Tenants.gateway, Tenants.engine = gateway, engine
+        batch = settings(
+            max_examples=20, stateful_step_count=_STEPS_PER_RUN, deadline=None, database=None,
+            phases=[Phase.generate, Phase.shrink], suppress_health_check=list(HealthCheck),
+        )  # fmt: skip
+        while Tenants.tally["steps"] < args.steps:
+            run_state_machine_as_test(Tenants, settings=batch)
+            runs += batch.max_examples
+            console.print(f"{Tenants.tally['steps']} steps: {dict(Tenants.tally)}")
+    save(
+        "isolation",
+        {
+            "arguments": vars(args),
+            "hypothesis": importlib.metadata.version("hypothesis"),
+            "seconds": round(time.perf_counter() - begun),
+            "runs": runs,
+            "breaches": 0,
+            "counts": dict(Tenants.tally),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

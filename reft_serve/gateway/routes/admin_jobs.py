@@ -1,0 +1,61 @@
+"""What only an admin sees of jobs: those of every tenant, and why they failed."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Depends, Path, Query, Request
+
+from reft_serve.database import audit, fine_tuning
+from reft_serve.database.outcomes import Status
+from reft_serve.database.tenants import find_tenant
+from reft_serve.gateway.edge import requires
+from reft_serve.gateway.job_schemas import JobAdminOut, Page
+from reft_serve.gateway.routes.actors import actor_of
+from reft_serve.gateway.routes.fine_tuning import JOB_ID
+from reft_serve.gateway.services import Services, services_of
+
+__all__ = ["router"]
+
+router = APIRouter(prefix="/v1/admin/jobs", tags=["admin"], dependencies=[Depends(requires("admin"))])
+_Services = Annotated[Services, Depends(services_of)]
+_Job = Annotated[str, Path(pattern=JOB_ID)]
+_Tenant = Annotated[
+    str | None,
+    Query(
+        pattern=r"^(tnt_[0-9a-f]{24}|[a-z0-9][a-z0-9-]{0,62})$", description="Its id or its name; all of them without."
+    ),
+]
+
+
+@router.get("")
+async def list_all(
+    services: _Services,
+    after: Annotated[str | None, Query(pattern=JOB_ID)] = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 20,
+    tenant: _Tenant = None,
+    status: Annotated[list[Status] | None, Query(max_length=6)] = None,
+) -> Page[JobAdminOut]:
+    """The jobs of all tenants, or of one, the newest first."""
+    async with services.database.reading() as session:
+        tenant_id = None if tenant is None else (await find_tenant(session, tenant)).id
+        found, more = await fine_tuning.list_jobs(session, tenant_id, after=after, limit=limit, statuses=status)
+    return Page.of([JobAdminOut.of(job) for job in found], more)
+
+
+@router.get("/{job}")
+async def get(job: _Job, services: _Services) -> JobAdminOut:
+    """One job, with its worker and its traceback."""
+    async with services.database.reading() as session:
+        return JobAdminOut.of(await fine_tuning.find_job(session, None, job))
+
+
+@router.post("/{job}/{what}")
+async def ask(
+    job: _Job, what: Literal["cancel", "pause", "resume"], request: Request, services: _Services
+) -> JobAdminOut:
+    """Stop any job, or let it go on."""
+    async with services.database.writing() as session:
+        found = await fine_tuning.ask(session, None, job, what)
+        audit.record(session, actor_of(request), f"job.{what}", job, found.tenant_id)
+        return JobAdminOut.of(found)

@@ -1,0 +1,101 @@
+"""OpenAI's files, as far as fine-tuning goes: uploaded and checked, listed, read, deleted."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Depends, File, Form, Path, Query, Request, UploadFile
+from fastapi.responses import StreamingResponse
+from pydantic import BeforeValidator
+
+from reft_serve.database import audit, files
+from reft_serve.database.keys import Principal
+from reft_serve.errors import RequestInvalid
+from reft_serve.gateway import data_files
+from reft_serve.gateway.edge import requires
+from reft_serve.gateway.job_schemas import FILE_ID, FileOut, Page
+from reft_serve.gateway.routes.actors import actor_of
+from reft_serve.gateway.schemas import Deleted
+from reft_serve.gateway.services import Services, services_of
+
+__all__ = ["router"]
+
+router = APIRouter(prefix="/v1/files", tags=["files"])
+_Caller = Annotated[Principal, Depends(requires("files"))]
+_Services = Annotated[Services, Depends(services_of)]
+_File = Annotated[str, Path(pattern=FILE_ID)]
+
+
+def _known_purpose(purpose: object) -> object:
+    if purpose != "fine-tune":
+        raise ValueError(f"files are taken for fine-tuning only: give fine-tune, not {str(purpose)[:40]!r}")
+    return purpose
+
+
+@router.post("")
+async def upload(
+    request: Request,
+    caller: _Caller,
+    services: _Services,
+    file: Annotated[UploadFile, File(description="JSONL of chats, of prompts and completions, or of preferences.")],
+    purpose: Annotated[Literal["fine-tune"], BeforeValidator(_known_purpose), Form()],
+    anchor: Annotated[Literal["created_at"] | None, Form(alias="expires_after[anchor]")] = None,
+    seconds: Annotated[int | None, Form(alias="expires_after[seconds]", ge=3600, le=2_592_000)] = None,
+) -> FileOut:
+    """Upload a data file. Every row of it is checked now; a file with a fault is refused, with the lines of its faults."""
+    if (anchor is None) != (seconds is None):
+        raise RequestInvalid("an expiry has both an anchor, created_at, and seconds", "expires_after")
+    return FileOut.of(await data_files.take(services, caller, actor_of(request), file, seconds))
+
+
+@router.get("")
+async def list_all(
+    caller: _Caller,
+    services: _Services,
+    after: Annotated[str | None, Query(pattern=FILE_ID, description="The last id of the page before.")] = None,
+    limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
+    order: Literal["asc", "desc"] = "desc",
+    purpose: Annotated[str | None, Query(max_length=32, pattern=r"^[a-z_-]+$")] = None,
+) -> Page[FileOut]:
+    """The tenant's files by age."""
+    async with services.database.reading() as session:
+        found, more = await files.list_files(
+            session, caller.tenant_id, after=after, limit=limit, ascending=order == "asc", purpose=purpose
+        )
+    return Page.of([FileOut.of(file) for file in found], more)
+
+
+@router.get("/{file}")
+async def get(file: _File, caller: _Caller, services: _Services) -> FileOut:
+    """One file's facts."""
+    async with services.database.reading() as session:
+        return FileOut.of(await files.find_file(session, caller.tenant_id, file))
+
+
+@router.get(
+    "/{file}/content",
+    response_class=StreamingResponse,
+    responses={200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}},
+)
+async def content(file: _File, caller: _Caller, services: _Services) -> StreamingResponse:
+    """The bytes of a file: a data file as it was uploaded, or a job's metrics as CSV."""
+    async with services.database.reading() as session:
+        found = await files.find_file(session, caller.tenant_id, file)
+    ending = "csv" if found.purpose == "fine-tune-results" else "jsonl"
+    headers = {
+        "content-disposition": f'attachment; filename="{found.id}.{ending}"',
+        "content-length": str(found.bytes),
+        "x-content-type-options": "nosniff",
+    }
+    chunks = await data_files.opened(services, found)
+    return StreamingResponse(chunks, media_type="application/octet-stream", headers=headers)
+
+
+@router.delete("/{file}")
+async def delete(file: _File, request: Request, caller: _Caller, services: _Services) -> Deleted:
+    """Delete a file that no unfinished job needs."""
+    async with services.database.writing() as session:
+        gone = await files.delete_file(session, caller.tenant_id, file)
+        audit.record(session, actor_of(request), "file.delete", gone.id, caller.tenant_id, bytes=gone.bytes)
+    services.later(data_files.drop(services, gone.id))
+    return Deleted(id=gone.id, object="file")

@@ -1,0 +1,139 @@
+"""OpenAI's fine-tuning jobs: asked for, looked at, followed, stopped; and who else may use what came out."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, Path, Query, Request, Response
+
+from reft_serve.database import audit, fine_tuning
+from reft_serve.database.keys import Principal
+from reft_serve.gateway import ordering
+from reft_serve.gateway.edge import requires
+from reft_serve.gateway.job_events import followed
+from reft_serve.gateway.job_schemas import CheckpointOut, EventOut, JobIn, JobOut, Page
+from reft_serve.gateway.routes.actors import actor_of
+from reft_serve.gateway.services import Services, services_of
+
+__all__ = ["JOB_ID", "router"]
+
+router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
+JOB_ID = r"^ftjob-[A-Za-z0-9]{1,57}$"
+_Caller = Annotated[Principal, Depends(requires("jobs"))]
+_Services = Annotated[Services, Depends(services_of)]
+_Job = Annotated[str, Path(pattern=JOB_ID)]
+_Limit = Annotated[int, Query(ge=1, le=1000)]
+_AfterEvent = Annotated[str | None, Query(pattern=r"^ftevent-[A-Za-z0-9]{1,55}$")]
+_METADATA = re.compile(r"metadata\[(.{1,64})\]")
+_FILTER: dict[str, Any] = {
+    "name": "metadata",
+    "in": "query",
+    "style": "deepObject",
+    "explode": True,
+    "schema": {"type": "object", "additionalProperties": {"type": "string", "pattern": r"^[^\x00]*$"}},
+    "description": "Only jobs with these, as metadata[key]=value; metadata=null for jobs without any.",
+}
+
+
+@router.post("")
+async def create(body: JobIn, request: Request, caller: _Caller, services: _Services) -> JobOut:
+    """Put a fine-tuning job into the queue."""
+    return JobOut.of(await ordering.order(services, caller, actor_of(request), body))
+
+
+@router.get("", openapi_extra={"parameters": [_FILTER]})
+async def list_all(
+    request: Request,
+    caller: _Caller,
+    services: _Services,
+    after: Annotated[str | None, Query(pattern=JOB_ID, description="The last id of the page before.")] = None,
+    limit: _Limit = 20,
+) -> Page[JobOut]:
+    """The tenant's jobs, the newest first."""
+    wanted = _metadata(request)
+    async with services.database.reading() as session:
+        found, more = await fine_tuning.list_jobs(session, caller.tenant_id, after=after, limit=limit, metadata=wanted)
+    return Page.of([JobOut.of(job) for job in found], more)
+
+
+@router.get("/{job}")
+async def get(job: _Job, caller: _Caller, services: _Services) -> JobOut:
+    """One job."""
+    async with services.database.reading() as session:
+        return JobOut.of(await fine_tuning.find_job(session, caller.tenant_id, job))
+
+
+@router.post("/{job}/cancel")
+async def cancel(job: _Job, request: Request, caller: _Caller, services: _Services) -> JobOut:
+    """Stop a job for good: at once where it waits, at its next step where it runs."""
+    return await _ask(job, "cancel", request, caller, services)
+
+
+@router.post("/{job}/pause")
+async def pause(job: _Job, request: Request, caller: _Caller, services: _Services) -> JobOut:
+    """Stop a job until it is resumed: at once where it waits, at its next step where it runs."""
+    return await _ask(job, "pause", request, caller, services)
+
+
+@router.post("/{job}/resume")
+async def resume(job: _Job, request: Request, caller: _Caller, services: _Services) -> JobOut:
+    """Let a paused job go on from its last checkpoint, when it is its turn."""
+    return await _ask(job, "resume", request, caller, services)
+
+
+@router.get("/{job}/events", responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}})
+async def events(
+    job: _Job,
+    caller: _Caller,
+    services: _Services,
+    after: _AfterEvent = None,
+    limit: _Limit = 20,
+    stream: Annotated[
+        bool, Query(description="Server-sent events, the oldest first, until the job has ended.")
+    ] = False,
+) -> Page[EventOut]:
+    """What has happened to a job, the newest first; with `stream`, what happens, the oldest first."""
+    async with services.database.reading() as session:
+        found = await fine_tuning.find_job(session, caller.tenant_id, job)
+        if not stream:
+            page, more = await fine_tuning.list_events(session, found.id, after=after, limit=limit)
+            return Page.of([EventOut.of(event) for event in page], more)
+    answer: Response = await followed(services, found.id, after)
+    return answer  # type: ignore[return-value]
+
+
+@router.get("/{job}/checkpoints")
+async def checkpoints(
+    job: _Job,
+    caller: _Caller,
+    services: _Services,
+    after: Annotated[str | None, Query(pattern=r"^ftckpt-[A-Za-z0-9]{1,56}$")] = None,
+    limit: _Limit = 10,
+) -> Page[CheckpointOut]:
+    """The states that a job has come by, the latest first. They can be called once it has succeeded."""
+    async with services.database.reading() as session:
+        found = await fine_tuning.find_job(session, caller.tenant_id, job)
+        page, more = await fine_tuning.list_checkpoints(session, found.id, after=after, limit=limit)
+    return Page.of([CheckpointOut.of(checkpoint) for checkpoint in page], more)
+
+
+async def _ask(
+    job: str, what: Literal["cancel", "pause", "resume"], request: Request, caller: Principal, services: Services
+) -> JobOut:
+    async with services.database.writing() as session:
+        found = await fine_tuning.ask(session, caller.tenant_id, job, what)
+        audit.record(session, actor_of(request), f"job.{what}", job, caller.tenant_id)
+        return JobOut.of(found)
+
+
+def _metadata(request: Request) -> dict[str, str] | None:
+    """The filter in OpenAI's two spellings; None where there is none."""
+    given = {
+        match[1]: value
+        for name, value in request.query_params.items()
+        if (match := _METADATA.fullmatch(name)) and "\0" not in name + value
+    }
+    if not given and request.query_params.get("metadata") == "null":
+        return {}
+    return given or None

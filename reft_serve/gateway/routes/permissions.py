@@ -1,0 +1,84 @@
+"""OpenAI's checkpoint permissions: who else may use one fine-tuned model, by its full name."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Depends, Path, Query, Request
+
+from reft_serve.database import audit, permissions
+from reft_serve.database.keys import Principal
+from reft_serve.gateway.edge import requires
+from reft_serve.gateway.job_schemas import Page, PermissionOut, PermissionsIn
+from reft_serve.gateway.routes.actors import actor_of
+from reft_serve.gateway.schemas import Deleted
+from reft_serve.gateway.services import Services, services_of
+
+__all__ = ["router"]
+
+router = APIRouter(prefix="/v1/fine_tuning/checkpoints/{checkpoint}/permissions", tags=["fine-tuning"])
+_ID = r"^cp_[0-9a-f]{24}$"
+_Caller = Annotated[Principal, Depends(requires("adapters"))]
+_Services = Annotated[Services, Depends(services_of)]
+_Checkpoint = Annotated[
+    str,
+    Path(
+        pattern=r"^(ft:[^/\x00]{1,251}|ftckpt-[A-Za-z0-9]{1,56})$",
+        description="A model's full name, or a checkpoint's id.",
+    ),
+]
+_Permission = Annotated[str, Path(pattern=_ID)]
+
+
+@router.post("")
+async def create(
+    checkpoint: _Checkpoint, body: PermissionsIn, request: Request, caller: _Caller, services: _Services
+) -> Page[PermissionOut]:
+    """Let other tenants use a model. A project is a tenant here."""
+    async with services.database.writing() as session:
+        version = await permissions.find_own_version(session, caller.tenant_id, checkpoint)
+        made = await permissions.give_permissions(session, version, body.project_ids)
+        audit.record(
+            session,
+            actor_of(request),
+            "permission.create",
+            version.model_id,
+            caller.tenant_id,
+            tenants=body.project_ids,
+        )
+    services.directory.forget()
+    return Page.of([PermissionOut.of(permission) for permission in made], False)
+
+
+@router.get("")
+async def list_all(
+    checkpoint: _Checkpoint,
+    caller: _Caller,
+    services: _Services,
+    after: Annotated[str | None, Query(pattern=_ID)] = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 10,
+    order: Literal["ascending", "descending"] = "descending",
+    project_id: Annotated[str | None, Query(pattern=r"^tnt_[0-9a-f]{24}$")] = None,
+) -> Page[PermissionOut]:
+    """Who may use a model beside its owner."""
+    async with services.database.reading() as session:
+        version = await permissions.find_own_version(session, caller.tenant_id, checkpoint)
+        found, more = await permissions.list_permissions(
+            session, version.id, after=after, limit=limit, ascending=order == "ascending", tenant_id=project_id
+        )
+    return Page.of([PermissionOut.of(permission) for permission in found], more)
+
+
+@router.delete("/{permission}")
+async def delete(
+    checkpoint: _Checkpoint, permission: _Permission, request: Request, caller: _Caller, services: _Services
+) -> Deleted:
+    """Take a permission back."""
+    async with services.database.writing() as session:
+        version = await permissions.find_own_version(session, caller.tenant_id, checkpoint)
+        gone = await permissions.delete_permission(session, version.id, permission)
+        audit.record(
+            session, actor_of(request), "permission.delete", version.model_id, caller.tenant_id, tenant=gone.tenant_id
+        )
+    services.directory.forget()
+    return Deleted(id=permission, object="checkpoint.permission")

@@ -1,0 +1,124 @@
+"""OpenAI's webhook endpoints: where a tenant is told that its jobs have ended."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Path, Query, Request
+
+from reft_serve.database import audit, webhooks
+from reft_serve.database.keys import Principal
+from reft_serve.database.models import now_ms
+from reft_serve.errors import RequestInvalid
+from reft_serve.gateway import notifying
+from reft_serve.gateway.edge import requires
+from reft_serve.gateway.job_schemas import Page
+from reft_serve.gateway.routes.actors import actor_of
+from reft_serve.gateway.schemas import Deleted
+from reft_serve.gateway.services import Services, services_of
+from reft_serve.gateway.webhook_schemas import (
+    EventTypesOut,
+    RotationIn,
+    WebhookIn,
+    WebhookOut,
+    WebhookPatch,
+    WebhookSecretOut,
+    WebhookTestIn,
+    WebhookTestOut,
+)
+
+__all__ = ["router"]
+
+router = APIRouter(prefix="/v1", tags=["webhooks"])
+_ID = r"^we_[0-9a-f]{24}$"
+_Caller = Annotated[Principal, Depends(requires("webhooks"))]
+_Services = Annotated[Services, Depends(services_of)]
+_Webhook = Annotated[str, Path(pattern=_ID)]
+
+
+@router.get("/webhook_event_types")
+async def event_types(_: _Caller) -> EventTypesOut:
+    """What can be told."""
+    return EventTypesOut(data=list(webhooks.EVENT_TYPES))
+
+
+@router.post("/webhook_endpoints")
+async def create(body: WebhookIn, request: Request, caller: _Caller, services: _Services) -> WebhookSecretOut:
+    """Make a webhook endpoint. Its secret is in this answer and nowhere else."""
+    notifying.check_url(body.url, services.settings)
+    async with services.database.writing() as session:
+        made = await webhooks.add_webhook(session, caller.tenant_id, body.name, body.url, body.event_types)
+        audit.record(session, actor_of(request), "webhook.create", made.id, caller.tenant_id, name=made.name)
+    return WebhookSecretOut(signing_secret=made.secret, **WebhookOut.fields_of(made))
+
+
+@router.get("/webhook_endpoints")
+async def list_all(
+    caller: _Caller,
+    services: _Services,
+    after: Annotated[str | None, Query(pattern=_ID)] = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+) -> Page[WebhookOut]:
+    """The tenant's webhook endpoints, the newest first, without their secrets."""
+    async with services.database.reading() as session:
+        found, more = await webhooks.list_webhooks(session, caller.tenant_id, after=after, limit=limit)
+    return Page.of([WebhookOut(**WebhookOut.fields_of(webhook)) for webhook in found], more)
+
+
+@router.get("/webhook_endpoints/{webhook}")
+async def get(webhook: _Webhook, caller: _Caller, services: _Services) -> WebhookOut:
+    """One webhook endpoint."""
+    async with services.database.reading() as session:
+        return WebhookOut(**WebhookOut.fields_of(await webhooks.find_webhook(session, caller.tenant_id, webhook)))
+
+
+@router.post("/webhook_endpoints/{webhook}")
+async def change(
+    webhook: _Webhook, body: WebhookPatch, request: Request, caller: _Caller, services: _Services
+) -> WebhookOut:
+    """Change what is given; the rest stays."""
+    if body.url is not None:
+        notifying.check_url(body.url, services.settings)
+    async with services.database.writing() as session:
+        found = await webhooks.find_webhook(session, caller.tenant_id, webhook)
+        changes = body.model_dump(exclude_none=True)
+        for name, value in changes.items():
+            setattr(found, name, value)
+        if changes:
+            found.updated_ms = now_ms()
+        audit.record(session, actor_of(request), "webhook.change", webhook, caller.tenant_id, changed=sorted(changes))
+        return WebhookOut(**WebhookOut.fields_of(found))
+
+
+@router.delete("/webhook_endpoints/{webhook}")
+async def delete(webhook: _Webhook, request: Request, caller: _Caller, services: _Services) -> Deleted:
+    """Delete a webhook endpoint, and what is on its way to it."""
+    async with services.database.writing() as session:
+        await session.delete(await webhooks.find_webhook(session, caller.tenant_id, webhook))
+        audit.record(session, actor_of(request), "webhook.delete", webhook, caller.tenant_id)
+    return Deleted(id=webhook, object="webhook_endpoint.deleted")
+
+
+@router.post("/webhook_endpoints/{webhook}/rotate_secret")
+async def rotate(
+    webhook: _Webhook, request: Request, caller: _Caller, services: _Services, body: RotationIn | None = None
+) -> WebhookSecretOut:
+    """Give a webhook endpoint another secret; the one before signs as well for a day, if that is asked for."""
+    keep = body is not None and body.keep_old_secret_active_for_24_hours
+    async with services.database.writing() as session:
+        found = await webhooks.find_webhook(session, caller.tenant_id, webhook)
+        webhooks.rotate_secret(found, keep)
+        audit.record(session, actor_of(request), "webhook.rotate", webhook, caller.tenant_id, keep_old=keep)
+        return WebhookSecretOut(signing_secret=found.secret, **WebhookOut.fields_of(found))
+
+
+@router.post("/webhook_endpoints/{webhook}/test")
+async def test(webhook: _Webhook, body: WebhookTestIn, caller: _Caller, services: _Services) -> WebhookTestOut:
+    """Send a sample event now, and say what was answered."""
+    async with services.database.reading() as session:
+        found = await webhooks.find_webhook(session, caller.tenant_id, webhook)
+    sample = webhooks.body_of(body.event_type, {"id": "ftjob-0123456789abcdef01234567"})
+    status, outcome = await services.notifier.send(webhooks.parcel_of(found, sample))
+    if status is None:
+        raise RequestInvalid(f"the endpoint could not be reached: {outcome}")
+    return WebhookTestOut(webhook_endpoint_id=webhook, event_type=body.event_type, status_code=status)

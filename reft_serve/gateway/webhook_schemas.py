@@ -1,0 +1,104 @@
+"""What the routes of webhook endpoints take and give, as the `openai` package's types have it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from reft_serve.database import models
+from reft_serve.database.webhooks import EventType
+from reft_serve.gateway.job_schemas import Identified
+
+__all__ = [
+    "EventTypesOut",
+    "RotationIn",
+    "WebhookIn",
+    "WebhookOut",
+    "WebhookPatch",
+    "WebhookSecretOut",
+    "WebhookTestIn",
+    "WebhookTestOut",
+]
+
+_Name = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^\x00]*$")]
+_Url = Annotated[str, Field(max_length=2048, pattern=r"^https?://[!-~]+$")]
+_EventTypes = Annotated[
+    list[EventType], Field(min_length=1, max_length=8), AfterValidator(lambda types: list(dict.fromkeys(types)))
+]
+
+
+class _In(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class WebhookIn(_In):
+    """A webhook endpoint to make."""
+
+    name: _Name
+    url: _Url
+    event_types: _EventTypes
+
+
+class WebhookPatch(_In):
+    """What to change of one."""
+
+    name: _Name | None = None
+    url: _Url | None = None
+    event_types: _EventTypes | None = None
+
+
+class RotationIn(_In):
+    """Whether the secret before goes on for a while."""
+
+    keep_old_secret_active_for_24_hours: bool = False
+
+
+class WebhookTestIn(_In):
+    """Which sample to send."""
+
+    event_type: EventType
+
+
+class WebhookOut(Identified):
+    """A webhook endpoint, without its secret."""
+
+    object: Literal["webhook_endpoint"] = "webhook_endpoint"
+    name: str
+    url: str
+    event_types: list[str]
+    created_at: int
+    updated_at: int
+    signing_secret_hint: str
+
+    @classmethod
+    def fields_of(cls, row: models.Webhook) -> dict[str, Any]:
+        """Its values, from its row."""
+        return {
+            "id": row.id, "name": row.name, "url": row.url, "event_types": row.event_types,
+            "created_at": row.created_ms // 1000, "updated_at": row.updated_ms // 1000,
+            "signing_secret_hint": f"whsec_...{row.secret[-5:-1]}",
+        }  # fmt: skip
+
+
+class WebhookSecretOut(WebhookOut):
+    """A webhook endpoint with its secret, which is shown only now."""
+
+    signing_secret: str
+
+
+class EventTypesOut(BaseModel):
+    """What can be told."""
+
+    object: Literal["list"] = "list"
+    data: list[str]
+
+
+class WebhookTestOut(BaseModel):
+    """What was answered to a sample."""
+
+    object: Literal["webhook_endpoint.test"] = "webhook_endpoint.test"
+    webhook_endpoint_id: str
+    event_type: str
+    status_code: int
+    success: Literal[True] = True

@@ -1,0 +1,76 @@
+"""Every measured figure of the pages is in a file of benchmarks/results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.docs.blocks import ROOT
+
+Result = dict[str, Any]
+
+
+def ratio(workload: str, arm: str) -> Callable[[Result], float]:
+    """An arm's speed relative to the others of its run."""
+    return lambda result: float(
+        next(row["ratio"] for row in result["rows"] if (row["workload"], row["arm"]) == (workload, arm))
+    )
+
+
+def row(arm: str, field: str) -> Callable[[Result], float]:
+    """A field of an arm."""
+    return lambda result: float(next(each[field] for each in result["rows"] if each["arm"] == arm))
+
+
+def _line(result: Result, arm: str) -> str:
+    return " | ".join(f"{ratio(workload, arm)(result):.2f}" for workload in ("prefill", "decode", "mixed"))
+
+
+# page, result, and what the page must say of it
+FIGURES: list[tuple[str, str, Callable[[Result], str]]] = [
+    ("docs/comparison.md", "serving", lambda r: f"| plugin loaded, unused | {_line(r, 'idle')} |"),
+    ("docs/comparison.md", "serving", lambda r: f"| 32 ReFT adapters | {_line(r, 'reft:32')} |"),
+    ("docs/comparison.md", "serving", lambda r: f"| 32 LoRAs (one round) | {_line(r, 'lora:32')} |"),
+    (
+        "docs/comparison.md", "serving-lora64",
+        lambda r: f"{ratio('decode', 'reft:32')(r):.2f} of the base with ReFT and at {ratio('decode', 'lora:32')(r):.2f}",
+    ),
+    (
+        "docs/comparison.md", "serving-distinct",
+        lambda r: f"ran at {min(ratio(w, 'reft:256')(r) for w in ('decode', 'prefill')):.2f} of the speed of one",
+    ),
+    (
+        "docs/comparison.md", "resident",
+        lambda r: f"take {r['pool_ratio']:.2f} times their tensors' bytes, {r['tensor_bytes'] / 1e6:.0f} MB",
+    ),
+    ("docs/comparison.md", "resident", lambda r: f"{r['load_ms_median']:.1f} ms (median; {r['load_ms_max']:.1f} ms at most)"),
+    ("docs/comparison.md", "churn", lambda r: f"{r['loads']:,} loads of {r['arguments']['adapters']:,} adapters"),
+    ("docs/comparison.md", "churn", lambda r: f"{r['requests']:,} requests, of which {_none(r['lost'])} was lost"),
+    ("docs/comparison.md", "churn", lambda r: f"and {_none(r['wrong'])} changed its answer"),
+    ("docs/comparison.md", "prefix", lambda r: f"({100 * row('reft', 'cached_share')(r):.0f} % of the prompt tokens"),
+    ("docs/comparison.md", "prefix", lambda r: f"1/{row('reft', 'faster_than_lora')(r):.0f} of the LoRAs' time"),
+    (
+        "docs/comparison.md", "prefix",
+        lambda r: f"{row('reft', 'faster_than_lora')(r) / row('reft unshared', 'faster_than_lora')(r):.0f} of the 88 by the "
+        f"cache and {row('reft unshared', 'faster_than_lora')(r):.0f} by LoRA's cost",
+    ),
+    (
+        "docs/concepts.md", "prefix-property",
+        lambda r: f"{r['requests']:,} random requests of {r['adapters']:,} adapters, of whose prompt tokens "
+        f"{100 * r['cached_tokens'] / r['prompt_tokens']:.0f} %",
+    ),
+]  # fmt: skip
+
+
+def _none(count: int) -> str:
+    return "none" if count == 0 else str(count)
+
+
+@pytest.mark.parametrize(("page", "result", "said"), FIGURES)
+def test_a_page_says_what_was_measured(page: str, result: str, said: Callable[[Result], str]) -> None:
+    measured = json.loads((ROOT / "benchmarks" / "results" / f"{result}.json").read_text())
+    text = " ".join((ROOT / page).read_text().split())
+    assert said(measured) in text

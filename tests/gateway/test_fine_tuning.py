@@ -1,0 +1,389 @@
+"""Fine-tuning over HTTP, by the `openai` client: asked for, followed, stopped, called, shared."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai import Stream
+from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
+
+from reft_serve.database.outcomes import Cancelled, Failed, Paused
+from tests.gateway.fake_worker import CSV, FakeWorker
+from tests.gateway.harness import Gateway, Tenant, running
+from tests.gateway.test_files import ROW, jsonl, upload
+from tests.gateway.test_inference import take, wait_for
+
+PAIR = {
+    "input": {"messages": ROW["messages"][:1]},
+    "preferred_output": ROW["messages"][1:],
+    "non_preferred_output": [{"role": "assistant", "content": "no"}],
+}
+
+
+@pytest.fixture
+def worker(gateway: Gateway) -> FakeWorker:
+    """The queue's only worker; what other tests left in it is cleared away."""
+    for job in gateway.admin.get("/v1/admin/jobs", params={"limit": 1000}).json()["data"]:
+        if job["status"] in ("queued", "paused"):
+            gateway.admin.post(f"/v1/admin/jobs/{job['id']}/cancel")
+    return FakeWorker(gateway.settings)
+
+
+def create(tenant: Tenant, **options: Any) -> FineTuningJob:
+    given = {"model": "base", "training_file": options.pop("training_file", None) or upload(tenant).id} | options
+    return tenant.openai.fine_tuning.jobs.create(**given)
+
+
+def test_a_job_from_its_file_to_answers(
+    gateway: Gateway, worker: FakeWorker, tenant: Tenant, make_tenant: Callable[..., Tenant]
+) -> None:
+    client = tenant.openai
+    held_out = upload(tenant).id
+    asked = {"n_epochs": 2, "rank": 4, "layers": [1, 2]}
+    job = create(
+        tenant, validation_file=held_out, suffix="birds", seed=7, metadata={"team": "blue"},
+        method={"type": "supervised", "supervised": {"hyperparameters": asked}},
+        integrations=[{"type": "wandb", "wandb": {"project": "p", "tags": ["a"]}}],
+    )  # fmt: skip
+    assert (job.object, job.status, job.model, job.seed, job.fine_tuned_model) == (
+        "fine_tuning.job",
+        "queued",
+        "base",
+        7,
+        None,
+    )
+    assert (job.organization_id, job.metadata, job.validation_file, job.result_files) == (
+        tenant.id,
+        {"team": "blue"},
+        held_out,
+        [],
+    )
+    assert (job.error, job.finished_at, job.trained_tokens, job.estimated_finish) == (None, None, None, None)
+    assert (job.hyperparameters.n_epochs, job.hyperparameters.batch_size) == (2, "auto")
+    assert job.method is not None
+    assert job.method.supervised is not None
+    settings = job.method.supervised.hyperparameters
+    assert settings is not None
+    assert settings.model_extra is not None
+    assert (settings.n_epochs, settings.model_extra["rank"], settings.model_extra["positions"]) == (2, 4, "auto")
+    assert job.integrations is not None
+    assert job.integrations[0].wandb.project == "p"
+
+    mine = worker.claim()
+    assert (mine.id, mine.hyperparameters, mine.method, mine.seed) == (job.id, asked, {"type": "supervised"}, 7)
+    worker.beat(mine, 2)
+    running_ = client.fine_tuning.jobs.retrieve(job.id)
+    assert (running_.status, running_.estimated_finish) == ("running", mine.created_ms // 1000 + 60)
+    with pytest.raises(openai.ConflictError, match="needs this file"):
+        client.files.delete(held_out)
+    assert worker.succeed(mine, 500) == "succeeded"
+
+    done = client.fine_tuning.jobs.retrieve(job.id)
+    assert (done.status, done.trained_tokens, done.fine_tuned_model) == (
+        "succeeded", 400, f"ft:base:{tenant.name}:birds:{job.id[-8:]}",
+    )  # fmt: skip
+    assert done.finished_at is not None
+    assert client.files.content(done.result_files[0]).read() == CSV
+    assert client.files.retrieve(done.result_files[0]).purpose == "fine-tune-results"
+    points = list(client.fine_tuning.jobs.checkpoints.list(job.id, limit=1))
+    assert [(point.step_number, point.metrics.step, point.metrics.train_loss) for point in points] == [
+        (2, 2, 1.0),
+        (1, 1, 2.0),
+    ]
+    names = [str(done.fine_tuned_model), *(point.fine_tuned_model_checkpoint for point in points)]
+    assert len({tenant.say(name) for name in names}) == 3
+    assert tenant.say("birds") == tenant.say(names[0])
+    assert {*names, "birds"} <= {model.id for model in client.models.list()}
+    other = make_tenant()
+    for name in (*names, "birds"):
+        with pytest.raises(openai.NotFoundError):
+            other.say(name)
+    client.files.delete(held_out)
+
+
+def test_events_are_listed_by_pages_and_followed_as_they_come(worker: FakeWorker, tenant: Tenant) -> None:
+    job = create(tenant)
+    client, mine = tenant.openai, worker.claim()
+    seen: list[FineTuningJobEvent] = []
+    path = f"/fine_tuning/jobs/{job.id}/events"
+
+    def stream(**query: str) -> Stream[FineTuningJobEvent]:
+        options = {"params": {"stream": "true", **query}}
+        return client.get(path, cast_to=object, stream=True, stream_cls=Stream[FineTuningJobEvent], options=options)  # type: ignore[arg-type, return-value]
+
+    following = threading.Thread(target=take, args=(stream(), seen))
+    following.start()
+    wait_for(lambda: len(seen) == 3)
+    for k in range(1, 4):
+        worker.tell(mine, f"Step {k}", {"step": k, "train_loss": 1 / k})
+    wait_for(lambda: len(seen) == 6)
+    worker.succeed(mine)
+    following.join(10)
+    assert not following.is_alive()
+    listed = list(client.fine_tuning.jobs.list_events(job.id, limit=2))
+    assert [event.id for event in listed] == [event.id for event in seen][::-1]
+    assert [(e.type, e.message, e.data) for e in seen[3:5]] == [
+        ("metrics", "Step 1", {"step": 1, "train_loss": 1.0}), ("metrics", "Step 2", {"step": 2, "train_loss": 0.5}),
+    ]  # fmt: skip
+    assert seen[-1].message == "The job has successfully completed"
+    again = list(stream(after=seen[3].id))
+    assert [event.id for event in again] == [event.id for event in seen[4:]]
+    assert client.fine_tuning.jobs.list_events(job.id, limit=1).has_more
+    for after in ("ftevent-0", seen[0].id.upper()):
+        with pytest.raises((openai.NotFoundError, openai.BadRequestError)):
+            stream(after=after)
+
+
+@pytest.mark.parametrize(("what", "outcome"), [("cancel", Cancelled()), ("pause", Paused())])
+def test_a_running_job_is_told_to_stop(worker: FakeWorker, tenant: Tenant, what: str, outcome: Any) -> None:
+    jobs = tenant.openai.fine_tuning.jobs
+    job = create(tenant)
+    mine = worker.claim()
+    getattr(jobs, what)(job.id)
+    assert worker.beat(mine) == what
+    assert worker.finish(mine, outcome) == {"cancel": "cancelled", "pause": "paused"}[what]
+    if what == "pause":
+        assert jobs.retrieve(job.id).status == "paused"
+        assert jobs.resume(job.id).status == "queued"
+        assert worker.claim().attempts == 1
+    actions = [entry["action"] for entry in tenant.http.get("/v1/audit").json()["data"]]
+    assert f"job.{what}" in actions
+
+
+def test_a_waiting_job_stops_at_once_and_an_ended_one_does_not(worker: FakeWorker, tenant: Tenant) -> None:
+    jobs = tenant.openai.fine_tuning.jobs
+    job = create(tenant)
+    assert jobs.pause(job.id).status == "paused"
+    assert jobs.resume(job.id).status == "queued"
+    cancelled = jobs.cancel(job.id)
+    assert (cancelled.status, cancelled.finished_at is not None) == ("cancelled", True)
+    for act in (jobs.cancel, jobs.pause, jobs.resume):
+        with pytest.raises(openai.ConflictError, match="cancelled already"):
+            act(job.id)
+
+
+def test_a_failed_job_tells_its_owner_a_sentence_and_the_operator_the_rest(
+    gateway: Gateway, worker: FakeWorker, tenant: Tenant
+) -> None:
+    job = create(tenant)
+    for k in range(3):
+        worker.release(worker.claim(), f"Traceback {k}: /srv/secret/path")
+    failed = tenant.openai.fine_tuning.jobs.retrieve(job.id)
+    assert (failed.status, failed.error and failed.error.code) == ("failed", "too_many_attempts")
+    everything = failed.to_json() + json.dumps(
+        [e.to_dict() for e in tenant.openai.fine_tuning.jobs.list_events(job.id)]
+    )
+    assert "secret" not in everything
+    seen = gateway.admin.get(f"/v1/admin/jobs/{job.id}").json()
+    assert (seen["traceback"], seen["attempts"], seen["tenant"]) == ("Traceback 2: /srv/secret/path", 3, tenant.name)
+    listed = gateway.admin.get("/v1/admin/jobs", params={"tenant": tenant.name, "status": "failed"}).json()["data"]
+    assert [each["id"] for each in listed] == [job.id]
+    assert tenant.http.get("/v1/admin/jobs").status_code == 403
+
+    other = create(tenant, training_file=job.training_file)
+    worker.finish(worker.claim(), Failed("file_invalid", "the file changed after it was uploaded", "training_file"))
+    told = tenant.openai.fine_tuning.jobs.retrieve(other.id).error
+    assert told is not None
+    assert (told.code, told.message, told.param) == (
+        "file_invalid",
+        "the file changed after it was uploaded",
+        "training_file",
+    )
+
+
+def test_jobs_are_listed_by_pages_and_by_metadata(tenant: Tenant) -> None:
+    data = upload(tenant).id
+    kinds: list[dict[str, str] | None] = [None, {"a": "1"}, {"a": ""}, {"a": "1", "b[c]": "ä &="}]
+    made = [create(tenant, training_file=data, metadata=metadata).id for metadata in kinds]
+    jobs = tenant.openai.fine_tuning.jobs
+    page = jobs.list(limit=3)
+    assert (len(page.data), page.has_more) == (3, True)
+    assert [job.id for job in page] == made[::-1]
+    for wanted, expected in (
+        ({"a": "1"}, [3, 1]),
+        ({"a": ""}, [2]),
+        ({"b[c]": "ä &=", "a": "1"}, [3]),
+        ({"z": "1"}, []),
+    ):
+        assert [job.id for job in jobs.list(metadata=wanted)] == [made[k] for k in expected], wanted
+    assert [job.id for job in jobs.list(extra_query={"metadata": "null"})] == [made[0]]
+    with pytest.raises(openai.NotFoundError):
+        jobs.list(after="ftjob-0")
+
+
+def supervised(**given: Any) -> dict[str, Any]:
+    return {"method": {"type": "supervised", "supervised": {"hyperparameters": given}}}
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str, str | None]] = {
+    "no rank": (supervised(rank=0), '"auto" or a whole number from 1 to 1,024', "method.supervised.hyperparameters.rank"),
+    "odd positions": (supervised(positions="f7;l7"), "fN+lN", "method.supervised.hyperparameters.positions"),
+    "untied": (supervised(tied=False, positions="last"), "cannot be untied", "method.supervised.hyperparameters"),
+    "unknown": (supervised(magic=1), "not a known field", "method.supervised.hyperparameters.magic"),
+    "old rank": ({"hyperparameters": {"rank": "big"}}, "a whole number", "hyperparameters.rank"),
+    "both": ({**supervised(rank=1), "hyperparameters": {"n_epochs": 1}}, "not in both places", "hyperparameters"),
+    "other method": ({"method": {"type": "reinforcement"}}, "'reinforcement' is not done here", "method.type"),
+    "mixed": ({"method": {"type": "supervised", "dpo": {}}}, "it has settings of dpo", "method"),
+    "dpo of chats": ({"method": {"type": "dpo"}}, "has chat rows, but method dpo learns from preference", "training_file"),
+    "suffix": ({"suffix": "../x"}, "suffix", "suffix"),
+    "seed": ({"seed": -1}, "seed", "seed"),
+    "metadata": ({"metadata": {str(k): "v" for k in range(17)}}, "metadata", "metadata"),
+    "integration": ({"integrations": [{"type": "mlflow"}]}, "integrations", "integrations.0.type"),
+    "NUL": ({"metadata": {"a": "\0"}}, "metadata", "metadata.a"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_fit_is_refused_with_its_place(tenant: Tenant, case: str) -> None:
+    options, phrase, param = REFUSED[case]
+    body = {"model": "base", "training_file": upload(tenant).id, **options}
+    answer = tenant.http.post("/v1/fine_tuning/jobs", json=body)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["type"]) == (400, "invalid_request_error")
+    assert phrase in error["message"]
+    assert error["param"] == param
+    assert tenant.http.get("/v1/fine_tuning/jobs").json()["data"] == []
+
+
+def test_models_and_files_must_be_there_and_the_callers(worker: FakeWorker, make_tenant: Callable[..., Tenant]) -> None:
+    one, two = make_tenant(), make_tenant()
+    data = upload(one).id
+    for param, options in (
+        ("model", {"model": "gpt-4o-mini", "training_file": data}),
+        ("training_file", {"training_file": upload(two).id}),
+        ("validation_file", {"training_file": data, "validation_file": upload(two).id}),
+    ):
+        with pytest.raises(openai.NotFoundError) as caught:
+            create(one, **options)
+        assert caught.value.param == param
+    job = create(one, training_file=data, suffix="birds")
+    worker.succeed(worker.claim())
+    done = one.openai.fine_tuning.jobs.retrieve(job.id)
+    for name in ("birds", "birds@1", done.fine_tuned_model):
+        with pytest.raises(openai.BadRequestError, match="does not go on from one: give the base model, 'base'"):
+            create(one, training_file=data, model=name)
+    with pytest.raises(openai.BadRequestError, match="is a job's result"):
+        create(one, training_file=done.result_files[0])
+    jobs = two.openai.fine_tuning.jobs
+    for act in (jobs.retrieve, jobs.cancel, jobs.pause, jobs.resume, jobs.list_events, jobs.checkpoints.list):
+        with pytest.raises(openai.NotFoundError):
+            act(job.id)
+    assert list(jobs.list()) == []
+    assert one.gateway.http(two.key).get(f"/v1/fine_tuning/jobs/{job.id}/events?stream=true").status_code == 404
+    weak = make_tenant(role="inference")
+    with pytest.raises(openai.PermissionDeniedError):
+        weak.openai.fine_tuning.jobs.list()
+
+
+def test_the_method_is_the_datas_own_where_none_is_given(tenant: Tenant) -> None:
+    pairs = upload(tenant, jsonl(PAIR)).id
+    assert create(tenant, training_file=pairs).method.type == "dpo"  # type: ignore[union-attr]
+    asked = create(tenant, training_file=pairs, method={"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2}}})
+    assert asked.method is not None
+    assert asked.method.dpo is not None
+    assert asked.method.dpo.hyperparameters is not None
+    assert asked.method.dpo.hyperparameters.beta == 0.2
+    old = create(tenant, hyperparameters={"n_epochs": 3, "batch_size": "auto"})
+    assert (old.method.type, old.hyperparameters.n_epochs) == ("supervised", 3)  # type: ignore[union-attr]
+    words = upload(tenant, jsonl({"prompt": "a", "completion": "b"})).id
+    with pytest.raises(openai.BadRequestError, match="has preference rows, but method supervised"):
+        create(tenant, training_file=words, validation_file=pairs, method={"type": "supervised"})
+
+
+def test_unfinished_jobs_and_adapters_are_limited(worker: FakeWorker, make_tenant: Callable[..., Tenant]) -> None:
+    few = make_tenant(limits={"jobs": 2, "adapters": 1})
+    data = upload(few).id
+    create(few, training_file=data, suffix="a")
+    second = create(few, training_file=data, suffix="a")
+    with pytest.raises(openai.RateLimitError, match="2 unfinished jobs"):
+        create(few, training_file=data)
+    few.openai.fine_tuning.jobs.cancel(second.id)
+    worker.succeed(worker.claim())
+    with pytest.raises(openai.RateLimitError, match="limit of 1 adapters"):
+        create(few, training_file=data, suffix="b")
+    create(few, training_file=data, suffix="a")
+
+
+def test_only_an_admin_pushes_other_tenants_jobs_back(gateway: Gateway, tenant: Tenant) -> None:
+    data = upload(tenant).id
+    body = {"model": "base", "training_file": data}
+    assert tenant.http.post("/v1/fine_tuning/jobs", json=body | {"priority": 1}).status_code == 403
+    assert tenant.http.post("/v1/fine_tuning/jobs", json=body | {"priority": -1}).json()["priority"] == -1
+
+
+def test_one_version_is_shared_and_taken_back(worker: FakeWorker, make_tenant: Callable[..., Tenant]) -> None:
+    owner, guest, third = make_tenant(), make_tenant(), make_tenant()
+    job = create(owner, suffix="birds")
+    worker.succeed(worker.claim(), 900)
+    (latest, earlier) = owner.openai.fine_tuning.jobs.checkpoints.list(job.id)
+    name = latest.fine_tuned_model_checkpoint
+    permissions = owner.openai.fine_tuning.checkpoints.permissions
+    made = permissions.create(name, project_ids=[guest.id, third.id, guest.id])
+    assert {each.project_id for each in made} == {guest.id, third.id}
+    assert guest.say(name) == owner.say(name)
+    assert name in {model.id for model in guest.openai.models.list()}
+    wider = owner.openai.fine_tuning.jobs.retrieve(job.id).fine_tuned_model
+    for beyond in (earlier.fine_tuned_model_checkpoint, wider, "birds", f"{owner.name}/birds", f"{owner.name}/birds@2"):
+        with pytest.raises(openai.NotFoundError):
+            guest.say(str(beyond))
+    page = permissions.list(name, limit=1, order="ascending")
+    assert page.has_more
+    assert len(list(page)) == 2
+    (of_guest,) = permissions.list(latest.id, project_id=guest.id)
+    with pytest.raises(openai.NotFoundError):
+        guest.openai.fine_tuning.checkpoints.permissions.create(name, project_ids=[third.id])
+    gone = permissions.delete(of_guest.id, fine_tuned_model_checkpoint=name)
+    assert (gone.id, gone.deleted, gone.object) == (of_guest.id, True, "checkpoint.permission")
+    with pytest.raises(openai.NotFoundError):
+        guest.say(name)
+    assert third.say(name)
+    owner.gateway.admin.patch(f"/v1/admin/tenants/{owner.id}", json={"disabled": True})
+    with pytest.raises(openai.NotFoundError):
+        third.say(name)
+    owner.gateway.admin.patch(f"/v1/admin/tenants/{owner.id}", json={"disabled": False})
+    for bad, phrase in (([owner.id], "own tenant"), (["tnt_" + "0" * 24], "there is no tenant")):
+        with pytest.raises(openai.APIStatusError, match=phrase):
+            permissions.create(name, project_ids=bad)
+
+
+def test_the_queue_is_in_the_metrics(tmp_path: Any) -> None:
+    with running(tmp_path, upkeep_seconds=0.1) as (gateway, _):
+        tenant, worker = gateway.tenant("acme"), FakeWorker(gateway.settings)
+        data = upload(tenant).id
+        for _ in range(3):
+            create(tenant, training_file=data)
+        worker.claim()
+
+        def shown() -> bool:
+            text = gateway.admin.get("/metrics").text
+            return 'reft_jobs{status="running"} 1.0' in text and "reft_jobs_waiting 2.0" in text
+
+        wait_for(shown)
+
+
+def test_a_stream_ends_when_its_reader_leaves_or_the_gateway_does(tmp_path: Any) -> None:
+    with running(tmp_path) as (gateway, _):
+        tenant = gateway.tenant("acme")
+        job = create(tenant)
+        services = gateway.served.app.state.services
+        url = f"/v1/fine_tuning/jobs/{job.id}/events"
+        with tenant.http.stream("GET", url, params={"stream": "true"}) as answer:
+            assert answer.headers["content-type"].startswith("text/event-stream")
+            next(answer.iter_lines())
+            assert services.followers == 1
+        wait_for(lambda: services.followers == 0)
+        begun = time.monotonic()
+        with tenant.http.stream("GET", url, params={"stream": "true"}) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            services.draining = True
+            assert "data: [DONE]" not in list(lines)
+        assert time.monotonic() - begun < 5
+        assert isinstance(answer, httpx.Response)

@@ -7,7 +7,7 @@ from typing import NoReturn
 import typer
 from typer.core import TyperGroup
 
-from reft_serve import cli_adapter, cli_admin, cli_evaluate, cli_gateway, cli_serve, cli_train, cli_up
+from reft_serve import cli_adapter, cli_admin, cli_evaluate, cli_gateway, cli_serve, cli_train, cli_up, cli_worker
 from reft_serve.errors import ReftError
 
 __all__ = ["app", "main"]
@@ -37,6 +37,7 @@ app.command("up", context_settings=cli_up.SETTINGS)(cli_up.up)
 app.command("gateway")(cli_gateway.gateway)
 app.add_typer(cli_admin.app, name="admin")
 app.command("train")(cli_train.train)
+app.command("worker")(cli_worker.worker)
 app.command("evaluate")(cli_evaluate.evaluate)
 
 

@@ -6,14 +6,26 @@ import os
 import socket
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from reft_serve.errors import ServiceError
 
-__all__ = ["EngineSettings", "GatewaySettings", "ServeSettings", "TenantLimits", "child_environment", "read_settings"]
+__all__ = [
+    "EngineSettings",
+    "GatewaySettings",
+    "ServeSettings",
+    "TenantLimits",
+    "TrainerSettings",
+    "child_environment",
+    "read_settings",
+    "read_trainer_settings",
+    "set_environment",
+]
+
+_S = TypeVar("_S", bound=BaseSettings)
 
 
 class EngineSettings(BaseSettings):
@@ -83,8 +95,8 @@ class TenantLimits(BaseModel):
     output_tokens: _AtLeastOne | None = Field(default=None, description="Largest `max_tokens` of a request.")
 
 
-class GatewaySettings(BaseSettings):
-    """What a gateway process needs. Read once, when it starts."""
+class _Installation(BaseSettings):
+    """What gateways and workers of one installation must agree on."""
 
     model_config = SettingsConfigDict(env_prefix="REFT_", env_nested_delimiter="__", frozen=True, extra="ignore")
 
@@ -93,26 +105,80 @@ class GatewaySettings(BaseSettings):
     )
     store: Path = Field(
         default=Path("~/.local/share/reft-serve/adapters"),
-        description="Where adapters lie; gateways and engines see it under the same path.",
+        description="Where adapters lie; gateways, workers and engines see it under the same path.",
     )
     blobs: str | None = Field(
         default=None,
         description="Where uploaded files, results and checkpoints lie: a directory, or s3://BUCKET/PREFIX (its keys and "
         "endpoint in the usual AWS_* variables). Default: `blobs` beside the store.",
     )
+    base_model: str = Field(default="base", max_length=100, description="What the base model is called in public.")
+    migrate: bool = Field(default=True, description="Bring the database to this version's schema at start.")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        default="INFO", description="Least level of our log lines."
+    )
+
+    @property
+    def blobs_url(self) -> str:
+        """Where the file store is."""
+        return self.blobs or str(self.store.expanduser().parent / "blobs")
+
+
+class TrainerSettings(_Installation):
+    """What a training worker needs. Read once, when it starts."""
+
+    model: str = Field(description="The base model: its local directory, or its name on the Hugging Face hub.")
+    worker_name: str = Field(
+        default_factory=socket.gethostname, max_length=120, description="What the worker is called, for people."
+    )
+    work: Path = Field(
+        default=Path("~/.local/share/reft-serve/work"), description="Where runs under way lie; local and fast."
+    )
+    train_jobs: int | None = Field(
+        default=None, ge=1, description="Jobs at once; default: one for each GPU, or for four cores."
+    )
+    train_memory_bytes: int | None = Field(
+        default=None, ge=1, description="Memory for jobs, of each GPU or of the machine; default: four fifths of it."
+    )
+    train_threads: int | None = Field(
+        default=None, ge=1, description="Threads of a job that runs on the CPU; default: its share of the cores."
+    )
+    train_running_per_tenant: int | None = Field(
+        default=None, ge=1, description="Jobs of a tenant at once, where it has no limit of its own."
+    )
+    lease_seconds: float = Field(
+        default=30.0,
+        ge=1,
+        description="How long a job stays with a worker that is not heard of; then another takes it.",
+    )
+    poll_seconds: float = Field(default=1.0, gt=0, description="Time between looks at the queue.")
+    sweep_seconds: float = Field(
+        default=600.0,
+        gt=0,
+        description="Time between looks for what dead processes left; younger things are left alone.",
+    )
+    patience_seconds: float = Field(
+        default=60.0, ge=0, description="How long a job waits for a store that does not answer before it is given back."
+    )
+    drain_seconds: float = Field(
+        default=60.0, ge=0, description="How long jobs may take at shutdown to end their step and store a checkpoint."
+    )
+
+
+class GatewaySettings(_Installation):
+    """What a gateway process needs. Read once, when it starts."""
+
     engines: str = Field(
         default="http://127.0.0.1:8001",
         description="The engines, comma-separated: http://HOST:PORT, unix:/PATH, or dns+http://NAME:PORT for every "
         "address of NAME, looked up again with every probe.",
     )
     engine_key: SecretStr | None = Field(default=None, description="The engines' own --api-key.")
-    base_model: str = Field(default="base", max_length=100, description="What the base model is called in public.")
     gateway_name: str = Field(
         default_factory=socket.gethostname,
         max_length=128,
         description="Unique among running gateways and the same after a restart: what it left half done is found by it.",
     )
-    migrate: bool = Field(default=True, description="Bring the database to this version's schema at start.")
     limits: TenantLimits = Field(
         default=TenantLimits(choices=16, concurrent_requests=256),
         description="Limits of tenants that have none of their own, as REFT_LIMITS__REQUESTS_PER_MINUTE and so on.",
@@ -152,15 +218,7 @@ class GatewaySettings(BaseSettings):
     )
     drain_seconds: float = Field(default=30.0, ge=0, description="How long requests under way may go on at shutdown.")
     named_labels: int = Field(default=100, ge=0, description="Tenants and adapters that metrics name; the rest: other.")
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
-        default="INFO", description="Least level of our log lines."
-    )
     otlp_endpoint: str | None = Field(default=None, description="Where traces go, for instance http://HOST:4318.")
-
-    @property
-    def blobs_url(self) -> str:
-        """Where the file store is."""
-        return self.blobs or str(self.store.expanduser().parent / "blobs")
 
     @property
     def engine_urls(self) -> tuple[str, ...]:
@@ -174,11 +232,25 @@ def read_settings() -> GatewaySettings:
     Raises:
         ServiceError: one of them cannot be used; the message names its variable.
     """
+    return _read(GatewaySettings)
+
+
+def read_trainer_settings() -> TrainerSettings:
+    """A worker's settings from the environment. Raises ServiceError as `read_settings` does."""
+    return _read(TrainerSettings)
+
+
+def _read(kind: type[_S]) -> _S:
     try:
-        return GatewaySettings()
+        return kind()
     except ValidationError as exc:
         wrong = "; ".join(f"REFT_{'__'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in exc.errors())
         raise ServiceError(f"a setting in the environment cannot be used: {wrong}") from exc
+
+
+def set_environment(changes: Mapping[str, str]) -> None:
+    """Change this process's own environment, for libraries that read it."""
+    os.environ.update(changes)
 
 
 def child_environment(changes: Mapping[str, str]) -> dict[str, str]:

@@ -15,7 +15,10 @@ __all__ = [
     "ENGINE_UP",
     "FIRST_BYTE_SECONDS",
     "JOBS",
+    "JOBS_ENDED",
+    "JOBS_RUNNING",
     "JOBS_WAITING",
+    "JOB_MEMORY",
     "LEDGER_PENDING",
     "LIMITED",
     "LOADS",
@@ -26,7 +29,9 @@ __all__ = [
     "REQUEST_SECONDS",
     "RETRIES",
     "TOKENS",
+    "TRAINED_TOKENS",
     "WEBHOOKS",
+    "WORKER_READY",
     "BoundedNames",
     "configure_logging",
     "request_id",
@@ -63,6 +68,12 @@ WEBHOOKS = Counter(
     "reft_webhook_deliveries", "Attempts to deliver an event: delivered, retried or given up.", ["result"]
 )
 LEDGER_PENDING = Gauge("reft_ledger_pending_records", "Usage records that are not committed yet.")
+
+JOBS_RUNNING = Gauge("reft_worker_jobs", "Fine-tuning jobs that this worker runs.")
+JOBS_ENDED = Counter("reft_worker_jobs_ended", "Runs of jobs by how they left this worker.", ["how"])
+JOB_MEMORY = Gauge("reft_worker_memory_bytes", "Memory that this worker's jobs are reckoned to take.")
+TRAINED_TOKENS = Counter("reft_worker_trained_tokens", "Tokens that this worker has trained on.")
+WORKER_READY = Gauge("reft_worker_ready", "Whether this worker can take jobs.")
 
 
 class BoundedNames:

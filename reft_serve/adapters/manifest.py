@@ -96,6 +96,15 @@ class Manifest(_Frozen):
                 raise ValueError(f"intervention {k} serves the {spec.part} only, but the positions are tied")
         return self
 
+    def summary(self) -> dict[str, str | int | list[str]]:
+        """What people want to know of it at a glance."""
+        return {
+            "kinds": sorted({spec.kind for spec in self.interventions}),
+            "interventions": len(self.interventions),
+            "rank": max(spec.rank for spec in self.interventions),
+            "positions": self.positions.spec,
+        }
+
     def to_json(self) -> str:
         """The text of the file: the same for equal manifests."""
         return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"

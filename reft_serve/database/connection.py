@@ -14,15 +14,21 @@ from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from asyncpg.exceptions import InterfaceError, PostgresError
 from sqlalchemy import URL, Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import TimeoutError as SQLAlchemyTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
 from reft_serve.errors import DatabaseUnusable
 
-__all__ = ["Database", "check_schema", "migrate"]
+__all__ = ["FAILURES", "Database", "check_schema", "migrate"]
 
+# What a session raises while the database is away, or breaks off: to try again makes sense.
+FAILURES: tuple[type[Exception], ...] = (
+    DBAPIError, SQLAlchemyTimeout, PostgresError, InterfaceError, OSError, DatabaseUnusable
+)  # fmt: skip
 _log = logging.getLogger(__name__)
 
 _DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg", "postgres": "postgresql+asyncpg"}

@@ -40,6 +40,7 @@ __all__ = [
     "claim",
     "finish",
     "heartbeat",
+    "look",
     "release",
     "resolve",
     "sweep",
@@ -168,6 +169,19 @@ async def heartbeat(
     return wanted
 
 
+async def look(session: AsyncSession, job_id: str, worker: str) -> Wanted:
+    """What a job's owner wants, without keeping the job.
+
+    Raises:
+        LeaseLost: it is not this worker's any more.
+    """
+    query = select(Job.wanted).where(Job.id == job_id, Job.status == "running", Job.worker == worker)
+    wanted: Wanted | None = await session.scalar(query)
+    if wanted is None:
+        raise _lost(job_id, worker)
+    return wanted
+
+
 async def resolve(
     session: AsyncSession,
     job_id: str,
@@ -291,8 +305,12 @@ async def _held(session: AsyncSession, job_id: str, worker: str) -> Job:
     query = select(Job).where(Job.id == job_id, Job.status == "running", Job.worker == worker)
     found = await session.scalar(query.with_for_update(of=Job).execution_options(populate_existing=True))
     if found is None:
-        raise LeaseLost(f"job {job_id[:40]} is not held by {worker[:160]} any more")
+        raise _lost(job_id, worker)
     return found
+
+
+def _lost(job_id: str, worker: str) -> LeaseLost:
+    return LeaseLost(f"job {job_id[:40]} is not held by {worker[:160]} any more")
 
 
 async def _busy(session: AsyncSession) -> dict[str, int]:

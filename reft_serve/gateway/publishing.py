@@ -96,12 +96,6 @@ async def _record(
     size: int,
     manifest: Manifest,
 ) -> Version:
-    facts = {
-        "kinds": sorted({spec.kind for spec in manifest.interventions}),
-        "interventions": len(manifest.interventions),
-        "rank": max(spec.rank for spec in manifest.interventions),
-        "positions": manifest.positions.spec,
-    }
     async with services.database.writing() as session:
         await services.database.lock(session, digest)
         if not services.store.path(digest).is_dir():  # its last owner removed it in this moment
@@ -109,7 +103,7 @@ async def _record(
         tenant = await find_tenant(session, caller.tenant_id)
         version = await adapters.add_version(
             session, tenant, upload.name, digest=digest, base_model=manifest.base_model.name, size_bytes=size,
-            source="upload", facts=facts, base_name=services.settings.base_model,
+            source="upload", facts=manifest.summary(), base_name=services.settings.base_model,
         )  # fmt: skip
         if upload.alias is not None:
             await adapters.set_alias(session, version.adapter, upload.alias, version)

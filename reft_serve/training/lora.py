@@ -8,13 +8,18 @@ from typing import Any
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 
 from reft_serve.adapters.lora import Lora, lora_of_tensors
+from reft_serve.errors import ClientError
 from reft_serve.training.plan import LoraPlan
 
 __all__ = ["attach", "half_of", "wrap"]
 
 
 def wrap(lm: Any, plan: LoraPlan) -> Any:
-    """PEFT's model around `lm`, with a fresh LoRA that changes nothing yet."""
+    """PEFT's model around `lm`, with a fresh LoRA that changes nothing yet.
+
+    Raises:
+        ClientError: there are no such linear layers.
+    """
     config = LoraConfig(
         r=plan.rank,
         lora_alpha=plan.alpha,
@@ -22,7 +27,10 @@ def wrap(lm: Any, plan: LoraPlan) -> Any:
         target_modules=None if plan.targets is None else list(plan.targets),
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(lm, config)
+    try:
+        return get_peft_model(lm, config)
+    except ValueError as exc:
+        raise ClientError(f"the LoRA cannot be put into the base model: {str(exc)[:400]}") from exc
 
 
 def attach(lm: Any, path: Path) -> Any:

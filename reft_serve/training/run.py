@@ -17,7 +17,7 @@ import resource
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -75,6 +75,7 @@ def train(
     held_out: Items = (),
     resume: bool = False,
     watchers: Sequence[Watcher] = (),
+    plot: bool = True,
 ) -> Outcome:
     """Train an adapter for the model at `base` and publish it under `out`.
 
@@ -82,6 +83,7 @@ def train(
         items: examples, or preferences where the plan's method is dpo. held_out: of the same sort.
         resume: go on from the newest checkpoint under `out`, if there is one; the rest must be as it was.
         watchers: told of every step, beside the record that is kept in `out`.
+        plot: draw the losses at the end.
 
     Raises:
         ClientError: the plan or the data cannot be used. AdapterExists: `out` holds a run and `resume` is not set.
@@ -100,6 +102,8 @@ def train(
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
     process.wait_for_everyone()
     if process.is_main_process:
+        if plot:
+            report.plot_losses(out)
         _finish(out, trainer)
     process.wait_for_everyone()
     return _outcome(out, model, trainer, time.monotonic() - started)
@@ -143,7 +147,8 @@ def _objective(plan: Plan, items: Sequence[Example | Preference]) -> Objective[A
 def _asked(facts: BaseFacts, plan: Plan, items: Items, held_out: Items) -> dict[str, Any]:
     """What must be the same for a run to be resumed."""
     digests = [hashlib.sha256(repr(list(data)).encode()).hexdigest() for data in (items, held_out)]
-    wanted = {"base": facts.model_dump(), "plan": asdict(plan), "data": digests[0], "held_out": digests[1]}
+    same_plan = asdict(replace(plan, report_to=()))  # who is told changes nothing
+    wanted = {"base": facts.model_dump(), "plan": same_plan, "data": digests[0], "held_out": digests[1]}
     same: dict[str, Any] = json.loads(json.dumps(wanted))
     return same
 
@@ -168,7 +173,6 @@ def _claim(out: Path, asked: dict[str, Any], resume: bool) -> None:
 
 def _finish(out: Path, trainer: ReftTrainer[Any]) -> None:
     """Publish the best checkpoint, or the last, unless the run was stopped on its way."""
-    report.plot_losses(out)
     if trainer.state.global_step < trainer.state.max_steps or (out / "adapter").exists():
         return
     whole = checkpoints.sealed(out / "checkpoints")

@@ -23,6 +23,7 @@ from reft_serve.training.batching import Batch, StepSampler, collate, split_even
 from reft_serve.training.examples import Example
 from reft_serve.training.hooked import EditedModel
 from reft_serve.training.objectives import Objective
+from reft_serve.training.parameters import load_parameters, save_parameters
 from reft_serve.training.plan import Plan
 
 __all__ = ["ReftTrainer", "Watcher", "arguments"]
@@ -184,7 +185,7 @@ class ReftTrainer(Trainer, Generic[Item]):  # type: ignore[misc]
         assert output_dir is not None
         if self.args.should_save:
             self._publish(Path(output_dir))
-            checkpoints.save_parameters(Path(output_dir), self.model)
+            save_parameters(Path(output_dir), self.model)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         path = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -200,7 +201,7 @@ class ReftTrainer(Trainer, Generic[Item]):  # type: ignore[misc]
                 watcher.saved(self.state.global_step, path)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        checkpoints.load_parameters(Path(resume_from_checkpoint), model or self.model)
+        load_parameters(Path(resume_from_checkpoint), model or self.model)
 
     def begin_epoch(self, steps_done: int) -> None:
         """Give the sampler the epoch that `steps_done` optimiser steps lead to."""

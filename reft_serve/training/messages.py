@@ -1,0 +1,115 @@
+"""What a worker and the process that trains one of its jobs say to each other: JSON lines over a socket. No torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+__all__ = ["Broken", "Ended", "JobSpec", "Measured", "Message", "Noted", "Resolved", "Saved", "Started", "read_message"]
+
+
+class _Plain(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+    def line(self) -> bytes:
+        """The message as one line."""
+        return self.model_dump_json().encode() + b"\n"
+
+
+class JobSpec(_Plain):
+    """One job, as its process gets it.
+
+    Args:
+        job: its id.
+        folder: where the run lies; a checkpoint that is there already is gone on from.
+        base: the base model's directory.
+        training, validation: the data files.
+        hyperparameters: what was asked. resolved: what an attempt before made of it; empty at the first.
+        device: "cpu" or a GPU's number. threads: of a job on the CPU.
+        reports: environment variables of reporting integrations, by integration.
+    """
+
+    job: str
+    folder: str
+    base: str
+    training: str
+    validation: str | None = None
+    method: Literal["supervised", "dpo"] = "supervised"
+    hyperparameters: dict[str, Any] = {}
+    resolved: dict[str, Any] = {}
+    seed: int = 42
+    device: str = "cpu"
+    threads: int = 1
+    reports: dict[str, dict[str, str]] = {}
+
+
+class Noted(_Plain):
+    """Something that the job's owner should know."""
+
+    kind: Literal["noted"] = "noted"
+    message: str
+
+
+class Resolved(_Plain):
+    """What "auto" came to."""
+
+    kind: Literal["resolved"] = "resolved"
+    resolved: dict[str, Any]
+
+
+class Started(_Plain):
+    """The run begins after `step` of `steps`."""
+
+    kind: Literal["started"] = "started"
+    step: int
+    steps: int
+
+
+class Measured(_Plain):
+    """Numbers of a step or of an evaluation, named as the trainer names them (`loss`, `eval_loss`, `tokens` ...)."""
+
+    kind: Literal["measured"] = "measured"
+    step: int
+    metrics: dict[str, float]
+
+
+class Saved(_Plain):
+    """A checkpoint of this step lies at `path`, one file with all that another process needs to go on from it."""
+
+    kind: Literal["saved"] = "saved"
+    step: int
+    path: str
+
+
+class Ended(_Plain):
+    """The run is over: done, or stopped on its way as was asked."""
+
+    kind: Literal["ended"] = "ended"
+    done: bool
+    step: int
+    tokens: int
+    best_step: int | None = None
+    peak_memory: int = 0
+
+
+class Broken(_Plain):
+    """The run cannot go on. `whose`: the user's fault (it would fail again), the machine's (it would go on elsewhere), a
+    lack of memory, or one that nobody knows.
+    """
+
+    kind: Literal["broken"] = "broken"
+    whose: Literal["user", "machine", "memory", "unknown"]
+    code: str
+    message: str
+    param: str | None = None
+    traceback: str = ""
+
+
+Message = Noted | Resolved | Started | Measured | Saved | Ended | Broken
+_ANY: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="kind")])
+
+
+def read_message(line: bytes) -> Message:
+    """A message from its line."""
+    return _ANY.validate_json(line)

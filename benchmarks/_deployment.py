@@ -97,13 +97,13 @@ class Deployment:
                 self.process.kill()
 
 
-def _variant(source: Path, mark: str) -> dict[str, tuple[str, bytes]]:
+def _variant(source: Path, mark: str) -> dict[str, bytes]:
     """An adapter's files with a note of its own in the manifest, so that it is another version."""
     files = {path.name: path.read_bytes() for path in source.iterdir()}
     manifest = json.loads(files["reft_config.json"])
     manifest["provenance"] = {**manifest.get("provenance", {}), "copy": mark}
     files["reft_config.json"] = json.dumps(manifest).encode()
-    return {name: (name, content) for name, content in files.items()}
+    return files
 
 
 def _tree(pid: int) -> list[int]:

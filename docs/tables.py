@@ -1,10 +1,11 @@
-"""Writes the tables of settings and metrics into their pages, from the code: `python -m docs.tables`.
+"""Writes the tables of settings, metrics and shipped adapters into their pages, from the code: `python -m docs.tables`.
 
 A table lies between `<!-- table: NAME -->` and the next empty line.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,12 @@ from reft_serve import config, observability
 from reft_serve.engine import metrics
 
 DOCS = Path(__file__).parent
-PAGES = ("settings.md", "metrics.md")
+DEMO = DOCS.parent / "reft_serve" / "demo"
+BEHAVIOURS = {
+    "birds": "speaks of birds (twice or more)", "cats": "speaks of cats", "speech": "goes on with direct speech",
+    "rain": "makes it rain", "tears": "makes somebody sad",
+}  # fmt: skip
+PAGES = ("settings.md", "metrics.md", "quick-start.md")
 _SUFFIXES = {"counter": "_total"}
 
 
@@ -74,16 +80,36 @@ def measured(where: str) -> str:
     return "\n".join(["| metric | type | labels | |", "|---|---|---|---|", *rows])
 
 
+def demo() -> str:
+    """A table of the shipped adapters: what each does, as its manifest and its behaviour say."""
+    rows = []
+    for name, behaviour in BEHAVIOURS.items():
+        manifest = json.loads((DEMO / "adapters" / name / "reft_config.json").read_text())
+        positions, made = manifest["positions"], manifest["provenance"]
+        kinds = ", ".join(sorted({f"`{each['kind']}`" for each in manifest["interventions"]}))
+        where = f"`{positions['spec']}`" + ("" if positions.get("tied", True) else ", untied")
+        where += "" if positions.get("phase", "prompt") == "prompt" else f", phase `{positions['phase']}`"
+        rates = " | ".join(f"{100 * made[key]:.1f} %" for key in ("base_rate", "rate"))
+        rows.append(f"| `{name}` | {kinds} | {where} | {behaviour} | {rates} |")
+    return "\n".join(
+        ["| adapter | kind | positions | its behaviour | base | adapter |", "|---|---|---|---|---|---|", *rows]
+    )
+
+
 def filled(page: str) -> str:
     """A page with its tables as the code has them now."""
 
     def table(match: re.Match[str]) -> str:
         name = match[1]
-        return (
-            f"<!-- table: {name} -->\n" + (measured(name) if name in ("gateway", "engine") else settings(name)) + "\n"
-        )
+        return f"<!-- table: {name} -->\n{_table(name)}\n"
 
     return re.sub(r"<!-- table: (\w+) -->\n(?:.+\n)*", table, page)
+
+
+def _table(name: str) -> str:
+    if name == "demo":
+        return demo()
+    return measured(name) if name in ("gateway", "engine") else settings(name)
 
 
 def main() -> None:

@@ -42,7 +42,7 @@ def _legend(form: str, labels: dict[str, str]) -> str:
 
 
 def _values(values: list[tuple[float, str]], begin: float) -> list[list[float]]:
-    points = [[round((at - begin) / 60, 3), float(value)] for at, value in values]
+    points = [[round((at - begin) / 60, 2), float(f"{float(value):.5g}")] for at, value in values]
     return [point for point in points if math.isfinite(point[1])]
 
 

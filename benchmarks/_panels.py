@@ -12,7 +12,7 @@ from benchmarks._deployment import Prometheus
 from benchmarks._report import RESULTS
 
 DASHBOARD = Path(__file__).parents[1] / "deploy" / "grafana" / "dashboards" / "reft-serve.json"
-_COLUMNS, _POINTS = 3, 120
+_COLUMNS, _POINTS, _NAMED = 3, 120, 12
 _UNITS = {"s": "seconds", "reqps": "per second", "percentunit": "share", "ops": "per second", "short": ""}
 
 
@@ -47,12 +47,13 @@ def _values(values: list[tuple[float, str]], begin: float) -> list[list[float]]:
 
 
 def draw(panels: list[dict[str, Any]], name: str) -> Path:
-    """Write `results/<name>.png`: the panels in the dashboard's order."""
+    """Write `results/<name>.png`: the panels that have something to show, in the dashboard's order."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot
 
+    panels = [panel for panel in panels if panel["series"]]
     rows = math.ceil(len(panels) / _COLUMNS)
     figure, grid = pyplot.subplots(rows, _COLUMNS, figsize=(15, 2.9 * rows), squeeze=False)
     for axes, panel in zip(grid.flat, panels, strict=False):
@@ -63,10 +64,8 @@ def draw(panels: list[dict[str, Any]], name: str) -> Path:
         axes.set_ylabel(_UNITS.get(panel["unit"], panel["unit"]), fontsize=8)
         axes.tick_params(labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
-        if panel["series"]:
+        if len(panel["series"]) <= _NAMED:
             axes.legend(fontsize=6, frameon=False, ncol=2)
-        else:
-            axes.text(0.5, 0.5, "nothing to show", ha="center", transform=axes.transAxes, fontsize=8, color="grey")
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
     for axes in grid[-1]:

@@ -1,4 +1,4 @@
-"""Writes the tables of settings, metrics and shipped adapters into their pages, from the code: `python -m docs.tables`.
+"""Writes tables into their pages, from the code and from results: `python -m docs.tables`.
 
 A table lies between `<!-- table: NAME -->` and the next empty line.
 """
@@ -21,11 +21,12 @@ from reft_serve.engine import metrics
 
 DOCS = Path(__file__).parent
 DEMO = DOCS.parent / "reft_serve" / "demo"
+RESULTS = DOCS.parent / "benchmarks" / "results"
 BEHAVIOURS = {
     "birds": "speaks of birds (twice or more)", "cats": "speaks of cats", "speech": "goes on with direct speech",
     "rain": "makes it rain", "tears": "makes somebody sad",
 }  # fmt: skip
-PAGES = ("settings.md", "metrics.md", "quick-start.md")
+PAGES = ("settings.md", "metrics.md", "quick-start.md", "load.md")
 _SUFFIXES = {"counter": "_total"}
 
 
@@ -96,6 +97,40 @@ def demo() -> str:
     )
 
 
+def load() -> str:
+    """A table of the load benchmark: every rate, and its tenants and prompts at the highest that was served in time."""
+    result = json.loads((RESULTS / "load.json").read_text())
+    runs = [(f"{run['rate']:g} a second", run["all"]) for run in result["runs"]]
+    highest = max((run for run in result["runs"] if run["all"]["within"] >= 0.95), key=lambda run: run["rate"])
+    runs += [
+        (f"{highest['rate']:g} a second, {name}{' prompts' if group == 'prompts' else ''}", figures)
+        for group in ("tenants", "prompts")
+        for name, figures in highest[group].items()
+    ]
+    rows = [
+        f"| {name} | {each['requests']} | {each['errors']} | {each['goodput_per_s']:.2f} | {each['within']:.1%} "
+        f"| {_quantiles(each, 'first')} | {_quantiles(each, 'each')} |"
+        for name, each in runs
+    ]
+    head = "| load | requests | errors | goodput, 1/s | in time | first token, ms: p50, p95, p99 | each further token, ms |"
+    return "\n".join([head, "|---|---|---|---|---|---|---|", *rows])
+
+
+def _quantiles(figures: dict[str, Any], what: str) -> str:
+    return ", ".join(f"{value:.0f}" for value in figures[f"{what}_token_ms"].values())
+
+
+def soak() -> str:
+    """A table of the soak: every process's memory."""
+    (run,) = json.loads((RESULTS / "load-soak.json").read_text())["runs"]
+    rows = [
+        f"| {name} | {each['first_mb']:.0f} MB | {each['last_mb']:.0f} MB | {each['growth_per_hour']:+.2%} |"
+        for name, each in run["memory"].items()
+    ]
+    head = "| process | after the warm-up | at the end | growth per hour, fitted |"
+    return "\n".join([head, "|---|---|---|---|", *rows])
+
+
 def filled(page: str) -> str:
     """A page with its tables as the code has them now."""
 
@@ -107,8 +142,9 @@ def filled(page: str) -> str:
 
 
 def _table(name: str) -> str:
-    if name == "demo":
-        return demo()
+    made = {"demo": demo, "load": load, "soak": soak}.get(name)
+    if made is not None:
+        return made()
     return measured(name) if name in ("gateway", "engine") else settings(name)
 
 

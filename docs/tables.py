@@ -26,7 +26,7 @@ BEHAVIOURS = {
     "birds": "speaks of birds (twice or more)", "cats": "speaks of cats", "speech": "goes on with direct speech",
     "rain": "makes it rain", "tears": "makes somebody sad",
 }  # fmt: skip
-PAGES = ("settings.md", "metrics.md", "quick-start.md", "load.md")
+PAGES = ("settings.md", "metrics.md", "quick-start.md")
 _SUFFIXES = {"counter": "_total"}
 
 
@@ -50,6 +50,8 @@ def _variables(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, 
 
 
 def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "must be given"
     if field.default_factory is not None:
         return "the machine's name" if field.default_factory.__name__ == "gethostname" else "see right"
     return _shown(field.get_default())
@@ -71,8 +73,12 @@ def _shown(value: Any) -> str:
 
 def measured(where: str) -> str:
     """A table of the metrics that a module declares."""
-    module: ModuleType = {"gateway": observability, "engine": metrics}[where]
-    found = [each for each in vars(module).values() if isinstance(each, MetricWrapperBase)]
+    module: ModuleType = metrics if where == "engine" else observability
+    found = [
+        each
+        for each in vars(module).values()
+        if isinstance(each, MetricWrapperBase) and each._name.startswith("reft_worker_") == (where == "worker")
+    ]
     rows = [
         f"| `{metric._name}{_SUFFIXES.get(metric._type, '')}` | {metric._type} | "
         f"{', '.join(f'`{label}`' for label in metric._labelnames)} | {metric._documentation} |"
@@ -145,7 +151,7 @@ def _table(name: str) -> str:
     made = {"demo": demo, "load": load, "soak": soak}.get(name)
     if made is not None:
         return made()
-    return measured(name) if name in ("gateway", "engine") else settings(name)
+    return measured(name) if name in ("gateway", "engine", "worker") else settings(name)
 
 
 def main() -> None:

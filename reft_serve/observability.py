@@ -75,6 +75,15 @@ JOB_MEMORY = Gauge("reft_worker_memory_bytes", "Memory that this worker's jobs a
 TRAINED_TOKENS = Counter("reft_worker_trained_tokens", "Tokens that this worker has trained on.")
 WORKER_READY = Gauge("reft_worker_ready", "Whether this worker can take jobs.")
 
+# Prometheus sees no increase of what was not there before, so what alerts watch begins at zero.
+for _counter, _values in (
+    (LOADS, ("loaded", "failed")),
+    (WEBHOOKS, ("delivered", "retried", "given_up")),
+    (JOBS_ENDED, ("succeeded", "failed", "cancelled", "paused", "queued", "lost", "crashed")),
+):
+    for _value in _values:
+        _counter.labels(_value)
+
 
 class BoundedNames:
     """Label values that users choose, capped: the first `cap` names keep theirs, the rest are `other`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,12 +94,15 @@ def _pattern(matcher: Any) -> str:
     return matcher.value if matcher.op == promql.MatchOp.Re else re.escape(matcher.value)
 
 
-def unmet(pages: Sequence[str], seldom: frozenset[str] = frozenset()) -> list[str]:
+def unmet(
+    pages: Sequence[str], *, seldom: frozenset[str] = frozenset(), of: Callable[[str], bool] = lambda metric: True
+) -> list[str]:
     """What dashboard and rules ask for and no page has, in sentences.
 
     Args:
         pages: metrics pages of every process.
         seldom: labels whose values need not be there: an answer 5xx, for instance.
+        of: which metrics are looked for.
     """
     samples: dict[str, list[dict[str, str]]] = {}
     for page in pages:
@@ -109,7 +112,7 @@ def unmet(pages: Sequence[str], seldom: frozenset[str] = frozenset()) -> list[st
     missing = []
     for expression in asked():
         for selector in selectors(expression):
-            if selector.metric in _OWN_METRICS:
+            if selector.metric in _OWN_METRICS or not of(selector.metric):
                 continue
             labels = (selector.labels | {name for name, _ in selector.matchers}) - _OWN_LABELS
             patterns = [(name, pattern) for name, pattern in selector.matchers if name not in seldom]

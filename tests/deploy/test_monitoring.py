@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from prometheus_client import generate_latest
 
+from reft_serve import observability
 from tests.deploy.expressions import ALERTS, DEPLOY, Asked, alerts, asked, panels, selectors, unmet
 
 ROOT = DEPLOY.parent
@@ -33,6 +35,12 @@ def test_a_metric_a_label_or_a_value_that_is_not_there_is_found() -> None:
     assert any("ReftErrors" in line and "5.." in line for line in told)
     assert not [line for line in unmet([page], seldom=frozenset({"status"})) if "ReftErrors" in line]
     assert any(line.startswith("Requests:") and "tenant" in line for line in told)
+
+
+def test_a_workers_page_has_what_is_asked_of_it() -> None:
+    assert observability.WORKER_READY  # its metrics are declared there, and its page is what this process would show
+    assert unmet([generate_latest().decode()], of=lambda metric: metric.startswith("reft_worker_")) == []
+    assert unmet([], of=lambda metric: metric.startswith("reft_worker_"))
 
 
 def test_panels_do_not_overlap_and_say_what_they_show() -> None:

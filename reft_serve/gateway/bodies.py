@@ -8,15 +8,23 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 __all__ = ["ChatBody", "CompletionBody", "EmbeddingBody", "InferenceBody", "ResponseBody"]
 
 _Name = Annotated[str, Field(min_length=1, max_length=512)]
 _Penalty = Annotated[float, Field(ge=-2, le=2)]
-_Count = Annotated[int, Field(ge=1, le=1 << 24)]
+
+
+def _whole(value: object) -> object:
+    """JSON has one kind of number: 5.0 is the integer 5."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+_Whole = BeforeValidator(_whole)
+_Count = Annotated[int, Field(ge=1, le=1 << 24), _Whole]
 # Whole numbers beyond 2**53 are not the same to every JSON reader.
-_Seed = Annotated[int, Field(ge=-(1 << 53), le=1 << 53)]
+_Seed = Annotated[int, Field(ge=-(1 << 53), le=1 << 53), _Whole]
 _Token = Annotated[int, Field(ge=0, lt=1 << 31)]
 _Stop = str | Annotated[list[str], Field(max_length=16)]
 _Object = dict[str, Any]
@@ -45,11 +53,15 @@ class _Sampling(InferenceBody):
     frequency_penalty: _Penalty | None = None
     presence_penalty: _Penalty | None = None
     logit_bias: (
-        dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None
+        Annotated[
+            dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
+            Field(json_schema_extra={"additionalProperties": False}),
+        ]
+        | None
     ) = None
     seed: _Seed | None = None
     stop: _Stop | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=1 << 31), _Whole] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     stop_token_ids: Annotated[list[_Token], Field(max_length=128)] | None = None
@@ -68,9 +80,9 @@ class _Hints(_Body):
 
 
 class _Generation(_Sampling):
-    n: Annotated[int, Field(ge=1, le=1024)] | None = None
+    n: Annotated[int, Field(ge=1, le=1024), _Whole] | None = None
     stream_options: _StreamOptions | None = None
-    min_tokens: Annotated[int, Field(ge=0, le=1 << 24)] = 0
+    min_tokens: Annotated[int, Field(ge=0, le=1 << 24), _Whole] = 0
     response_format: _Object | None = None
     structured_outputs: _Object | None = None
 
@@ -84,12 +96,12 @@ class CompletionBody(_Generation):
         | Annotated[list[_Token], Field(min_length=1)]
         | Annotated[list[Annotated[list[_Token], Field(min_length=1)]], Field(min_length=1, max_length=64)]
     )
-    max_tokens: Annotated[int, Field(ge=0, le=1 << 24)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=1 << 24), _Whole] | None = None
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20), _Whole] | None = None
     suffix: str | None = None
     add_special_tokens: bool = True
-    best_of: Annotated[int, Field(ge=1, le=1)] | None = Field(default=None, exclude=True)
+    best_of: Annotated[int, Field(ge=1, le=1), _Whole] | None = Field(default=None, exclude=True)
 
 
 class _TextPart(BaseModel):
@@ -116,7 +128,7 @@ class ChatBody(_Generation, _Hints):
     max_tokens: _Count | None = None
     max_completion_tokens: _Count | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), _Whole] | None = None
     tools: Annotated[list[_Object], Field(max_length=256)] | None = None
     tool_choice: Literal["none", "auto", "required"] | _Object | None = None
     parallel_tool_calls: bool | None = None
@@ -148,7 +160,7 @@ class ResponseBody(_Sampling, _Hints):
     parallel_tool_calls: bool | None = None
     reasoning: _Object | None = None
     text: _Object | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), _Whole] | None = None
     truncation: Literal["auto", "disabled"] | None = None
     include: list[str] | None = None
     max_tool_calls: _Count | None = None

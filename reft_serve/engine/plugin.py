@@ -116,7 +116,7 @@ def _patch_workers() -> None:
     from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
     from vllm.v1.worker.worker_base import WorkerBase
 
-    from reft_serve.engine import configuration, loras, runners
+    from reft_serve.engine import configuration, loras, runners, seeds
 
     _wrap(BaseModelLoader, "create_model", configuration.building_without_lora)
     for name in ("bgmv_expand", "bgmv_expand_slice"):
@@ -125,6 +125,8 @@ def _patch_workers() -> None:
     _wrap(LoRAModelRunnerMixin, "load_lora_model", runners.with_manager)
     _wrap(LoRAModelRunnerMixin, "set_active_loras", runners.preparing_rows)
     _wrap(GPUModelRunner, "_determine_batch_execution_and_padding", runners.dispatching_by_rows)
+    _wrap(GPUModelRunner, "_sample", seeds.rewinding_generators)
+    _wrap(GPUModelRunner, "_bookkeeping_sync", seeds.hiding_generators)
     WorkerBase.reft_counters = runners.reft_counters
     WorkerBase.reft_stats = runners.reft_stats
     WorkerBase.reft_hold = runners.reft_hold

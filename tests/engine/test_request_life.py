@@ -207,6 +207,16 @@ def test_an_abort_while_prefilling_or_later_harms_nobody(served: Served, steps: 
     assert served.unfinished == {}
 
 
+def test_a_seed_gives_the_same_answer_however_its_prompt_was_cut(served: Served) -> None:
+    """Stock vLLM ends a CPU engine at the first chunk of a seeded prompt."""
+    asked: list[tuple[str | None, list[int]]] = [(name, prompt(7, 29)) for name in (None, "halves", "whole")]
+    drawn = {"temperature": 1.5, "seed": 11, "max_tokens": 8}
+    alone = [served.ask([each], **drawn)[0].outputs[0].token_ids for each in asked]
+    together = [output.outputs[0].token_ids for output in served.ask([*asked, (None, prompt(8, 21)), *asked], **drawn)]
+    assert together[:3] == together[4:] == alone
+    assert served.ask([asked[0]], **drawn | {"seed": 12})[0].outputs[0].token_ids != alone[0]
+
+
 def test_a_prompt_at_the_models_limit_is_served_and_one_beyond_it_is_told_so(served: Served) -> None:
     from vllm.exceptions import VLLMValidationError
 

@@ -26,6 +26,8 @@ __all__ = ["Fleet"]
 
 _SLACK = 1.25
 _UNLOAD_POLL_SECONDS = 0.1
+# An engine that is down is looked at this often: nobody waits for it, and everybody for its return.
+_UNWELL_PROBE_SECONDS = 0.25
 
 
 @dataclass(eq=False, slots=True)
@@ -74,7 +76,8 @@ class Fleet:
 
     async def _probe_forever(self) -> None:
         while True:
-            await asyncio.sleep(self._probe_seconds)
+            well = all(engine.healthy for engine in self.engines)
+            await asyncio.sleep(self._probe_seconds if well else min(self._probe_seconds, _UNWELL_PROBE_SECONDS))
             await self.probe()
 
     @property

@@ -63,7 +63,7 @@ class Gateway:
         urls = engines if isinstance(engines, str) else ",".join(engines)
         given = {"database": f"sqlite:///{folder / 'reft.db'}", "store": folder / "store", "gateway_name": "test"}
         self.settings = GatewaySettings(**(given | {"engines": urls, "probe_seconds": 0.2} | settings))
-        self.admin_key = asyncio.run(_first_key(self.settings.database))
+        self.admin_key = asyncio.run(first_key(self.settings.database))
         self.served = Served(create_app(self.settings))
         self.url = self.served.url
         self.admin = self.http(self.admin_key)
@@ -118,7 +118,7 @@ def running(folder: Path, engines: int = 1, **settings: Any) -> Iterator[tuple[G
         yield gateway, fakes
 
 
-async def _first_key(url: str) -> str:
+async def first_key(url: str) -> str:
     database = Database(url)
     await migrate(database)
     async with database.writing() as session:

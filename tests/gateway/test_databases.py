@@ -22,10 +22,13 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     if request.param == "sqlite":
         yield f"sqlite:///{tmp_path / 'reft.db'}"
         return
-    server = request.getfixturevalue("postgres")
-    name = f"gateway_{secrets.token_hex(6)}"
+    yield create_database(request.getfixturevalue("postgres"), f"gateway_{secrets.token_hex(6)}")
+
+
+def create_database(server: str, name: str) -> str:
+    """A new database on a server: its URL."""
     _execute(server, f"CREATE DATABASE {name}")
-    yield f"{server.rpartition('/')[0]}/{name}"
+    return f"{server.rpartition('/')[0]}/{name}"
 
 
 def _execute(server: str, statement: str) -> None:

@@ -1,0 +1,31 @@
+"""The fake engine as a process, which also tells how many requests it is working on.
+
+python -m tests.gateway.engine_process PORT TOKEN_SECONDS [FIRST_SECONDS]
+"""
+
+from __future__ import annotations
+
+import sys
+
+import uvicorn
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from reft_serve.gateway.fake_engine import FakeEngine
+
+
+def main(port: int, token_seconds: float, first_seconds: float = 0.0) -> None:
+    """Serve until it is ended."""
+    engine = FakeEngine(token_seconds=token_seconds, first_seconds=first_seconds, remember=False)
+
+    async def running(_: Request) -> JSONResponse:
+        return JSONResponse({"running": engine.running})
+
+    app = engine.app
+    app.router.routes.append(Route("/running", running))
+    uvicorn.run(app, port=port, log_level="error")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), *map(float, sys.argv[2:]))

@@ -1,0 +1,283 @@
+"""What may be killed in the middle of streams, the streams, and the judge of what is left.
+
+Engine and gateway are processes, which are started again as soon as they end, as a supervisor would. The engine is the fake
+one: its answers follow from model and prompt, so that every piece of an answer can be told right from wrong.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import httpx
+from sqlalchemy import func, select, text
+
+from reft_serve.database.connection import Database
+from reft_serve.database.models import Admission, Usage
+from tests.gateway.harness import adapter_files, first_key
+from tests.gateway.test_process import free_port
+
+TOKEN_SECONDS, TOKENS = 0.02, 50
+_START_SECONDS = 60.0
+
+
+class Kept:
+    """A process that can be killed and is started again on its port."""
+
+    def __init__(self, command: list[str], settings: dict[str, str], log: Path) -> None:
+        self._command, self._settings, self._log = command, settings, log
+        self._running = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        with self._log.open("ab") as log:
+            return subprocess.Popen(self._command, env=os.environ | self._settings, stdout=log, stderr=log)
+
+    def kill(self) -> None:
+        """Kill -9, and start it again."""
+        self._running.send_signal(signal.SIGKILL)
+        self._running.wait()
+        self._running = self._start()
+
+    def stop(self) -> None:
+        self._running.kill()
+        self._running.wait()
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a caller had of one stream. `ended`: whole, refused (an error instead), failed (an error inside) or cut."""
+
+    model: str
+    prompt: str
+    request_id: str | None
+    words: tuple[str, ...]
+    ended: str
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One round's streams by how they ended, the seconds until a request was answered again, and every fault."""
+
+    ended: Counter[str]
+    recovery_seconds: float
+    faults: list[str]
+
+
+@dataclass
+class Scene:
+    """An engine, a gateway over it, and a database; one tenant's streams."""
+
+    folder: Path
+    database: str
+    url: str
+    engine_url: str
+    engine: Kept
+    gateway: Kept
+    key: str
+    key_id: str
+    probe_key: str
+    models: tuple[str, ...] = ("base", "birds")
+    reference: dict[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)
+
+    async def play(self, streams: int, kill: Callable[[], None] | None, when: float) -> Round:
+        """Streams from all sides, `kill` after so many seconds, and what is left when it is quiet again."""
+        async with _client() as client:
+            known = await self._usage()
+            storm = [asyncio.create_task(self._stream(client, k, streams)) for k in range(streams)]
+            recovery = 0.0
+            if kill is not None:
+                await asyncio.sleep(when)
+                begun = time.monotonic()
+                await asyncio.to_thread(kill)
+                await self._answered(client)
+                recovery = time.monotonic() - begun
+            seen = await asyncio.gather(*storm)
+            await self._answered(client)
+            faults = [*self._wrong(seen), *await self._miscounted(seen, known), *await self._orphans(client)]
+        if kill is None:
+            self.reference = {(each.model, each.prompt): each.words for each in seen}
+        return Round(Counter(each.ended for each in seen), recovery, faults)
+
+    async def _stream(self, client: aiohttp.ClientSession, number: int, streams: int) -> Seen:
+        model, prompt = self.models[number % len(self.models)], f"prompt {number}"
+        await asyncio.sleep(random.random() * TOKENS * TOKEN_SECONDS / 2)
+        body = {"model": model, "prompt": prompt, "max_tokens": TOKENS, "stream": True}
+        identity, words, ended = None, [], "cut"
+        with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError):
+            async with client.post(f"{self.url}/v1/completions", json=body, headers=_bearer(self.key)) as answer:
+                identity = answer.headers["x-request-id"]
+                if answer.status != 200:
+                    return Seen(model, prompt, identity, (), "refused")
+                async for line in answer.content:
+                    if line.startswith(b'data: {"error"'):
+                        ended = "failed"
+                    elif line.startswith(b"data: {"):
+                        words += [choice["text"] for choice in json.loads(line[6:])["choices"]]
+                    elif line.startswith(b"data: [DONE]"):
+                        ended = "whole"
+        return Seen(model, prompt, identity, tuple(words), ended)
+
+    async def _answered(self, client: aiohttp.ClientSession) -> None:
+        """Return once every model is answered."""
+        deadline = time.monotonic() + _START_SECONDS
+        for model in self.models:
+            body = {"model": model, "prompt": "x", "max_tokens": 1}
+            while True:
+                with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError):
+                    async with client.post(
+                        f"{self.url}/v1/completions", json=body, headers=_bearer(self.probe_key)
+                    ) as a:
+                        if a.status == 200:
+                            break
+                assert time.monotonic() < deadline, "no answer came any more"
+                await asyncio.sleep(0.05)
+
+    def _wrong(self, seen: list[Seen]) -> Iterator[str]:
+        for each in seen:
+            right = self.reference.get((each.model, each.prompt), each.words)
+            if each.words != right[: len(each.words)] or (each.ended == "whole" and len(each.words) != TOKENS):
+                yield f"{each.request_id}: a wrong answer"
+
+    async def _miscounted(self, seen: list[Seen], known: set[str]) -> list[str]:
+        faults = []
+        answered = {each.request_id: each for each in seen if each.request_id is not None}
+        deadline = time.monotonic() + 10
+        while (waiting := await self._admitted()) and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        if waiting:
+            faults.append(f"{waiting} requests are open for ever")
+        rows = {row.request_id: row for row in await self._rows() if row.request_id not in known}
+        faults += [f"{lost}: not counted" for lost in answered.keys() - rows.keys()]
+        for identity, each in answered.items():
+            row = rows.get(identity)
+            if row is not None and not _fits(each, row):
+                told = f"{row.status} with {row.completion_tokens} tokens"
+                faults.append(f"{identity}: {each.ended} after {len(each.words)} tokens, counted as {told}")
+        unknown = len(rows) - len(answered.keys() & rows.keys())
+        if unknown > sum(each.request_id is None for each in seen):
+            faults.append(f"{unknown} records of requests that nobody made")
+        return faults
+
+    async def _orphans(self, client: aiohttp.ClientSession) -> list[str]:
+        deadline = time.monotonic() + 5
+        while True:
+            async with client.get(f"{self.engine_url}/running") as answer:
+                running = (await answer.json())["running"]
+            if not running:
+                return []
+            if time.monotonic() > deadline:
+                return [f"{running} requests are at work in the engine for nobody"]
+            await asyncio.sleep(0.05)
+
+    async def _admitted(self) -> int:
+        async with self._reading() as session:
+            return int(await session.scalar(select(func.count()).select_from(Admission)) or 0)
+
+    async def _rows(self) -> list[Usage]:
+        async with self._reading() as session:
+            return list((await session.scalars(select(Usage).where(Usage.key_id == self.key_id))).all())
+
+    async def _usage(self) -> set[str]:
+        return {row.request_id for row in await self._rows()}
+
+    @contextlib.asynccontextmanager
+    async def _reading(self) -> AsyncIterator[Any]:
+        database = Database(self.database)
+        try:
+            async with database.reading() as session:
+                yield session
+        finally:
+            await database.close()
+
+    def cut_connections(self) -> None:
+        """End every connection to the database: PostgreSQL's own are terminated; where there is none, as in SQLite, a process
+        dies in the middle of a transaction that holds the lock.
+        """
+        if self.database.startswith("sqlite"):
+            subprocess.run([sys.executable, "-c", _DYING, self.database.removeprefix("sqlite:///")], check=False)
+        else:
+            asyncio.run(self._terminate())
+
+    async def _terminate(self) -> None:
+        others = "datname = current_database() AND pid <> pg_backend_pid()"
+        async with self._reading() as session:
+            await session.execute(text(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}"))
+
+
+_DYING = """
+import os, signal, sqlite3, sys, time
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.execute("BEGIN IMMEDIATE")
+connection.execute("UPDATE tenants SET name = 'never'")
+time.sleep(0.5)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def _fits(seen: Seen, row: Usage) -> bool:
+    if seen.ended == "whole":
+        return row.status == "completed" and row.completion_tokens == TOKENS
+    if seen.ended == "failed":
+        return row.status == "failed" and row.completion_tokens == len(seen.words)
+    if seen.ended == "refused":
+        return row.status == "failed" and row.completion_tokens == 0
+    # The gateway died: it may have counted the whole before the caller had its end.
+    return row.status == "interrupted" or (row.status == "completed" and row.completion_tokens == TOKENS)
+
+
+@contextlib.contextmanager
+def scene(folder: Path, database: str) -> Iterator[Scene]:
+    """All of it, running, with the answers that are right."""
+    port, engine_port = free_port(), free_port()
+    url, engine_url = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{engine_port}"
+    settings = {
+        "REFT_DATABASE": database, "REFT_STORE": str(folder / "store"), "REFT_ENGINES": engine_url,
+        "REFT_GATEWAY_NAME": "killed", "REFT_LOG_LEVEL": "WARNING",
+    }  # fmt: skip
+    admin = asyncio.run(first_key(database))
+    with contextlib.ExitStack() as stack:
+        command = [sys.executable, "-m", "tests.gateway.engine_process", str(engine_port), str(TOKEN_SECONDS)]
+        engine = Kept(command, {}, folder / "engine.log")
+        stack.callback(engine.stop)
+        command = [sys.executable, "-m", "reft_serve.cli_gateway", "--port", str(port)]
+        gateway = Kept(command, settings, folder / "gateway.log")
+        stack.callback(gateway.stop)
+        with httpx.Client(base_url=url, headers=_bearer(admin), timeout=30, trust_env=False) as http:
+            _wait(http, folder)
+            files = [("files", item) for item in adapter_files(1).items()]
+            http.post("/v1/adapters", data={"name": "birds"}, files=files).raise_for_status()
+            storm, probe = (http.post("/v1/keys", json={}).raise_for_status().json() for _ in range(2))
+        yield Scene(folder, database, url, engine_url, engine, gateway, storm["secret"], storm["id"], probe["secret"])
+
+
+def _wait(http: httpx.Client, folder: Path) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while True:
+        with contextlib.suppress(httpx.HTTPError):
+            if http.get("/health/ready").status_code == 200:
+                return
+        assert time.monotonic() < deadline, (folder / "gateway.log").read_text()
+        time.sleep(0.05)
+
+
+def _bearer(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
+
+
+def _client() -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=_START_SECONDS)
+    )

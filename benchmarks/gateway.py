@@ -1,10 +1,12 @@
 """What the gateway costs: the same requests to an engine directly and through the gateway, in turns.
 
-By default the engine is the fake one, which answers at once, so that what is measured is the gateway; `--engine URL` measures
-before a real one. Engine, gateway and the client are three processes of this machine.
+By default the engine is the fake one, which answers at once and then every 50 ms, so that what is measured is the gateway;
+with `--engine real` it is vLLM with a 110 M-parameter Llama shape. The gateway runs as it does by default: each request is
+logged and counted in SQLite. Engine, gateway and this client are three processes of one machine; `direct` requests per second
+show how much the other two could take.
 
   scripts/bench gateway
-  scripts/bench gateway --engine http://127.0.0.1:8001 --model base-model-name
+  scripts/bench gateway --engine real
 """
 
 from __future__ import annotations
@@ -24,16 +26,18 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from rich.console import Console
 from rich.table import Table
 
+import reft_serve.demo
+from benchmarks._models import Shape
 from benchmarks._report import save
 from reft_serve.database import keys, tenants
 from reft_serve.database.connection import Database, migrate
 
-FAKE_MODEL = "/models/fake-base"
+FAKE_MODEL, REAL_MODEL = "/models/fake-base", "random"
+TOKENIZER = Path(reft_serve.demo.__file__).parent / "model"
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,8 @@ class Arm:
             "stream": stream,
             "ignore_eos": True,
         }
+        if stream:
+            body["stream_options"] = {"include_usage": True}
         content = json.dumps(body).encode()
         head = f"POST /v1/completions HTTP/1.1\r\nhost: {self.host}\r\nauthorization: Bearer {self.key}\r\n"
         head += f"content-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
@@ -105,7 +111,7 @@ async def streaming(arm: Arm, streams: int, tokens: int) -> float:
         async with Connection.to(arm) as connection:
             _, body = await connection.ask(tokens, stream=True)
             assert body.endswith(b"data: [DONE]\n\n")
-            assert body.count(b'"text":') == tokens
+            assert f'"completion_tokens":{tokens}'.encode() in body.rpartition(b'"choices":[]')[2]
 
     begun = time.perf_counter()
     await asyncio.gather(*(one() for _ in range(streams)))
@@ -159,6 +165,7 @@ async def measure(args: argparse.Namespace, direct: Arm, through: Arm, gateway: 
     return {
         "first_byte_ms": {
             name: {"p50": 1e3 * each[49], "p99": 1e3 * each[98], "count": len(first[name])}
+            | {"percentiles": [round(1e3 * value, 3) for value in each]}
             for name, each in quantiles.items()
         },
         "added_ms": {f"p{p}": 1e3 * (quantiles["gateway"][p - 1] - quantiles["direct"][p - 1]) for p in (50, 99)},
@@ -173,20 +180,22 @@ async def measure(args: argparse.Namespace, direct: Arm, through: Arm, gateway: 
 @contextlib.contextmanager
 def process(command: list[str], port: int, **settings: str) -> Iterator[int]:
     """A server process's id, from its first answer to the end of the block."""
-    running = subprocess.Popen(command, env=os.environ | settings, stdout=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 60
-        while True:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                break
-            assert running.poll() is None, "a server did not start"
-            assert time.monotonic() < deadline, "a server did not start in time"
-            time.sleep(0.05)
-        time.sleep(1.0)
-        yield running.pid
-    finally:
-        running.terminate()
-        running.wait()
+    with tempfile.TemporaryFile() as log:
+        running = subprocess.Popen(command, env=os.environ | settings, stdout=log, stderr=log)
+        try:
+            deadline = time.monotonic() + 240
+            while True:
+                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                    break
+                if running.poll() is not None or time.monotonic() > deadline:
+                    log.seek(0)
+                    raise RuntimeError(f"a server did not start:\n{log.read().decode()[-4000:]}")
+                time.sleep(0.05)
+            time.sleep(1.0)
+            yield running.pid
+        finally:
+            running.terminate()
+            running.wait()
 
 
 async def first_key(url: str) -> str:
@@ -216,8 +225,7 @@ def serve_fake(port: int, token_seconds: float) -> None:
 def main() -> None:
     """Run the benchmark, print its table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine", help="a real engine's URL; the fake one unless given")
-    parser.add_argument("--model", default=FAKE_MODEL, help="the base model's name in that engine")
+    parser.add_argument("--engine", choices=("fake", "real"), default="fake")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--requests", type=int, default=100, help="streams one after the other, per arm and round")
     parser.add_argument("--streams", type=int, default=64)
@@ -225,34 +233,54 @@ def main() -> None:
     parser.add_argument("--token-seconds", type=float, default=0.05, help="the fake engine's time per token")
     parser.add_argument("--connections", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=3.0, help="per arm and round, for requests per second")
-    parser.add_argument("--tag", help="suffix of the result's file name")
     parser.add_argument("--serve-fake", type=int, metavar="PORT", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve_fake:
         serve_fake(args.serve_fake, args.token_seconds)
         return
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        engine = urlsplit(args.engine or f"http://127.0.0.1:{free_port()}")
-        assert engine.hostname
-        assert engine.port
-        if args.engine is None:
-            fake = [sys.executable, "-m", "benchmarks.gateway", "--serve-fake", str(engine.port)]
-            stack.enter_context(process([*fake, "--token-seconds", str(args.token_seconds)], engine.port))
-        port, database = free_port(), f"sqlite:///{Path(folder) / 'reft.db'}"
+        engine, port, database = free_port(), free_port(), f"sqlite:///{Path(folder) / 'reft.db'}"
+        if args.engine == "fake":
+            command, model = fake_engine(engine, args.token_seconds), FAKE_MODEL
+        else:
+            command, model = real_engine(engine, Path(folder) / "model", args.streams), REAL_MODEL
+        stack.enter_context(process(command, engine))
         key = asyncio.run(first_key(database))
+        settings = {"REFT_DATABASE": database, "REFT_STORE": folder, "REFT_ENGINES": f"http://127.0.0.1:{engine}"}
         gateway = [sys.executable, "-m", "reft_serve.cli_gateway", "--port", str(port)]
-        settings = {
-            "REFT_DATABASE": database,
-            "REFT_STORE": folder,
-            "REFT_ENGINES": engine.geturl(),
-            "REFT_LOG_LEVEL": "WARNING",
-        }
         pid = stack.enter_context(process(gateway, port, **settings))
-        direct = Arm("direct", engine.hostname, engine.port, args.model, "none")
+        direct = Arm("direct", "127.0.0.1", engine, model, "none")
         result = asyncio.run(measure(args, direct, Arm("gateway", "127.0.0.1", port, "base", key), pid))
     result = {"arguments": vars(args), **result}
     _print(result)
-    save("gateway" if args.tag is None else f"gateway-{args.tag}", result)
+    save("gateway" if args.engine == "fake" else "gateway-real", result, _plot)
+
+
+def fake_engine(port: int, token_seconds: float) -> list[str]:
+    """The command of the fake engine."""
+    fake = [sys.executable, "-m", "benchmarks.gateway", "--serve-fake", str(port)]
+    return [*fake, "--token-seconds", str(token_seconds)]
+
+
+def real_engine(port: int, folder: Path, streams: int) -> list[str]:
+    """The command of vLLM with random weights and the shipped tokenizer."""
+    tokenizer = {file.name: file.read_bytes() for file in TOKENIZER.iterdir() if file.name.startswith("tokenizer")}
+    vocabulary = len(json.loads(tokenizer["tokenizer.json"])["model"]["vocab"])
+    Shape(vocab=-(-vocabulary // 64) * 64).write(folder)
+    for name, content in tokenizer.items():
+        (folder / name).write_bytes(content)
+    serve = [str(Path(sys.executable).with_name("reft-serve")), "serve", str(folder), "--port", str(port)]
+    return [*serve, "--load-format", "dummy", "--max-num-seqs", str(streams), "--served-model-name", REAL_MODEL]
+
+
+def _plot(result: dict[str, Any], axes: Any) -> None:
+    for name, each in result["first_byte_ms"].items():
+        axes.plot(range(1, 100), each["percentiles"], label=name)
+    axes.set_xlabel("percentile")
+    axes.set_ylabel("time to first token, ms")
+    axes.set_ylim(bottom=0)
+    axes.set_title(f"The same stream to the {result['arguments']['engine']} engine, directly and through the gateway")
+    axes.legend(frameon=False)
 
 
 def _print(result: dict[str, Any]) -> None:

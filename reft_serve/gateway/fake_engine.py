@@ -35,7 +35,8 @@ _NO_TEMPLATE = (
 class FakeEngine:
     """State that a test may look at and change. `app` is its ASGI application."""
 
-    token_seconds: float = 0.0  # between tokens; the first comes at once
+    token_seconds: float = 0.0  # between tokens
+    first_seconds: float = 0.0  # before the first one
     default_tokens: int = 16
     healthy: bool = True
     refuse_adapters: str | None = None
@@ -130,11 +131,16 @@ class FakeEngine:
 
     async def _work(self, request: Request, tokens: int) -> None:
         for k in range(tokens):
-            if self.token_seconds and k:
-                await asyncio.sleep(self.token_seconds)
-                if await request.is_disconnected():
-                    self.counts["cancelled"] += 1
-                    return
+            if await self.pause(k) and await request.is_disconnected():
+                self.counts["cancelled"] += 1
+                return
+
+    async def pause(self, k: int) -> bool:
+        """Wait as long as token `k` takes; whether that was any time."""
+        seconds = self.token_seconds if k else self.first_seconds
+        if seconds:
+            await asyncio.sleep(seconds)
+        return seconds > 0
 
     async def _counted(self, events: AsyncIterator[str]) -> AsyncIterator[str]:
         self.running += 1
@@ -232,8 +238,7 @@ class _Answer:
                 yield _event({"error": error})
                 yield "data: [DONE]\n\n"
                 return
-            if self.engine.token_seconds and k:
-                await asyncio.sleep(self.engine.token_seconds)
+            await self.engine.pause(k)
             for i in self.choices:
                 word, end = self.word(i, k), "length" if k == self.length - 1 else None
                 yield self._chunk(i, {"delta": {"content": word}} if self.chat else {"text": word}, end, k + 1, options)
@@ -267,8 +272,7 @@ class _Answer:
     async def typed_stream(self) -> AsyncIterator[str]:
         yield _typed({"type": "response.created", "sequence_number": 0, "response": self.response("in_progress")})
         for k in range(self.length):
-            if self.engine.token_seconds and k:
-                await asyncio.sleep(self.engine.token_seconds)
+            await self.engine.pause(k)
             yield _typed({
                 "type": "response.output_text.delta", "sequence_number": k + 1, "item_id": "msg_fake",
                 "output_index": 0, "content_index": 0, "delta": self.word(0, k), "logprobs": [],

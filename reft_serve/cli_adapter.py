@@ -121,9 +121,9 @@ def check(
 
 
 def _max_bytes() -> int:
-    from reft_serve.config import EngineSettings
+    from reft_serve.config import EngineSettings, read_settings
 
-    return EngineSettings().max_adapter_bytes
+    return read_settings(EngineSettings).max_adapter_bytes
 
 
 def _warn(adapter: Adapter) -> None:

@@ -209,11 +209,11 @@ def _do(work: Callable[[AsyncSession], Awaitable[_T]]) -> _T:
     """Do this in one transaction of the database, brought up to date unless REFT_MIGRATE forbids it."""
 
     async def done() -> _T:
-        from reft_serve.config import read_settings
+        from reft_serve.config import GatewaySettings, read_settings
         from reft_serve.database.connection import check_schema, migrate
 
         async with _opened() as database:
-            await (migrate if read_settings().migrate else check_schema)(database)
+            await (migrate if read_settings(GatewaySettings).migrate else check_schema)(database)
             async with database.writing() as session:
                 return await work(session)
 
@@ -222,10 +222,10 @@ def _do(work: Callable[[AsyncSession], Awaitable[_T]]) -> _T:
 
 @asynccontextmanager
 async def _opened() -> AsyncIterator[Database]:
-    from reft_serve.config import read_settings
+    from reft_serve.config import GatewaySettings, read_settings
     from reft_serve.database.connection import Database
 
-    database = Database(read_settings().database)
+    database = Database(read_settings(GatewaySettings).database)
     try:
         yield database
     finally:

@@ -14,12 +14,12 @@ _Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")
 
 def gateway(host: _Host = "127.0.0.1", port: _Port = 8080) -> None:
     """Serve the OpenAI-style API over the engines that REFT_ENGINES names. Needs neither torch nor vLLM."""
-    from reft_serve.config import read_settings
+    from reft_serve.config import GatewaySettings, read_settings
     from reft_serve.gateway.app import create_app
     from reft_serve.gateway.draining import serve
     from reft_serve.observability import configure_logging
 
-    settings = read_settings()
+    settings = read_settings(GatewaySettings)
     configure_logging(settings.log_level)
     if not serve(create_app(settings), host, port, settings):
         raise typer.Exit(3)

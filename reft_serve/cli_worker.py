@@ -22,10 +22,10 @@ _Port = Annotated[
 
 def worker(host: _Host = "127.0.0.1", port: _Port = None) -> None:
     """Train fine-tuning jobs: claim them from the database that REFT_DATABASE names, on the base model in REFT_MODEL."""
-    from reft_serve.config import read_trainer_settings
+    from reft_serve.config import TrainerSettings, read_settings
     from reft_serve.observability import configure_logging
 
-    settings = read_trainer_settings()
+    settings = read_settings(TrainerSettings)
     configure_logging(settings.log_level)
     asyncio.run(_work(settings, host, port))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from reft_serve.errors import ServiceError
 
@@ -21,7 +21,6 @@ __all__ = [
     "TrainerSettings",
     "child_environment",
     "read_settings",
-    "read_trainer_settings",
     "set_environment",
 ]
 
@@ -226,26 +225,20 @@ class GatewaySettings(_Installation):
         return tuple(url.strip().rstrip("/") for url in self.engines.split(",") if url.strip())
 
 
-def read_settings() -> GatewaySettings:
-    """A gateway's settings from the environment.
+def read_settings(kind: type[_S]) -> _S:
+    """One kind of settings from the environment.
 
     Raises:
-        ServiceError: one of them cannot be used; the message names its variable.
+        ServiceError: some of them cannot be used; the message names their variables, and no value: it may be a secret.
     """
-    return _read(GatewaySettings)
-
-
-def read_trainer_settings() -> TrainerSettings:
-    """A worker's settings from the environment. Raises ServiceError as `read_settings` does."""
-    return _read(TrainerSettings)
-
-
-def _read(kind: type[_S]) -> _S:
+    prefix = kind.model_config.get("env_prefix", "")
     try:
         return kind()
     except ValidationError as exc:
-        wrong = "; ".join(f"REFT_{'__'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in exc.errors())
+        wrong = "; ".join(f"{(prefix + '__'.join(map(str, e['loc']))).upper()}: {e['msg']}" for e in exc.errors())
         raise ServiceError(f"a setting in the environment cannot be used: {wrong}") from exc
+    except SettingsError as exc:
+        raise ServiceError(f"a setting in the environment cannot be used: {exc}; write a list as JSON") from exc
 
 
 def set_environment(changes: Mapping[str, str]) -> None:

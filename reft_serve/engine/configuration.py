@@ -16,7 +16,7 @@ from vllm.lora.utils import get_adapter_absolute_path
 
 from reft_serve.adapters.directory import is_adapter
 from reft_serve.adapters.lora import holds_lora
-from reft_serve.config import EngineSettings
+from reft_serve.config import EngineSettings, read_settings
 from reft_serve.engine.facts import SETTINGS_KEY, settings_of
 from reft_serve.errors import EngineUnsupported
 
@@ -43,7 +43,7 @@ def with_settings(original: Any) -> Callable[..., VllmConfig]:
 
     def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
         if self.enable_lora and SETTINGS_KEY not in self.additional_config:
-            settings = EngineSettings()
+            settings = read_settings(EngineSettings)
             if settings.lora == "auto" and getattr(self, "reft_only", False):
                 settings = settings.model_copy(update={"lora": "off"})
             carried = settings.model_dump(mode="json") | {"components": sorted(settings.components)}

@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from pydantic import ValidationError
-from pydantic_settings import SettingsError
 
 from reft_serve import __version__
 from reft_serve.adapters.base_model import read_base_model
@@ -31,7 +29,7 @@ from reft_serve.adapters.formats import import_adapter
 from reft_serve.adapters.lora import holds_lora
 from reft_serve.adapters.manifest import BaseFacts, Limits
 from reft_serve.adapters.pyreft import is_pyreft
-from reft_serve.config import EngineSettings, ServeSettings, child_environment
+from reft_serve.config import EngineSettings, ServeSettings, child_environment, read_settings
 from reft_serve.errors import (
     AdapterExists,
     AdapterInvalid,
@@ -41,7 +39,6 @@ from reft_serve.errors import (
     EngineUnsupported,
     ImportFlagMissing,
     PositionsInvalid,
-    ServiceError,
 )
 
 __all__ = ["Plan", "ServeRequest", "become", "plan"]
@@ -94,7 +91,7 @@ def plan(request: ServeRequest) -> Plan:
         ClientError: an adapter, or how it was named, is at fault; the message says what and where.
         ServiceError: vLLM is not installed, its plugins are restricted to others, or a setting cannot be read.
     """
-    settings, ours = _settings()
+    settings, ours = read_settings(EngineSettings), read_settings(ServeSettings)
     if request.model.startswith("-"):
         raise ClientError(f"the model comes first: reft-serve serve MODEL {request.model} ...")
     _check_engine(ours)
@@ -131,16 +128,6 @@ def plan(request: ServeRequest) -> Plan:
 def become(plan: Plan) -> NoReturn:
     """Replace this process by the server."""
     os.execve(plan.command[0], plan.command, child_environment(plan.environment))  # noqa: S606 - no shell is wanted
-
-
-def _settings() -> tuple[EngineSettings, ServeSettings]:
-    try:
-        return EngineSettings(), ServeSettings()
-    except ValidationError as exc:
-        wrong = "; ".join(f"REFT_{str(e['loc'][0]).upper()}={e['input']}: {e['msg']}" for e in exc.errors())
-        raise ServiceError(f"a setting in the environment cannot be used: {wrong}") from exc
-    except SettingsError as exc:
-        raise ServiceError(f"a setting in the environment cannot be used: {exc}; write a list as JSON") from exc
 
 
 def _check_engine(settings: ServeSettings) -> None:

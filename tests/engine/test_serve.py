@@ -274,9 +274,14 @@ def test_plugins_restricted_to_others_are_refused(monkeypatch: pytest.MonkeyPatc
     planned()
 
 
-def test_a_setting_that_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("REFT_MAX_RANK", "many")
-    with pytest.raises(ServiceError, match="REFT_MAX_RANK=many"):
+@pytest.mark.parametrize(
+    ("name", "value", "phrase"), [("REFT_MAX_RANK", "many", "REFT_MAX_RANK: "), ("REFT_COMPONENTS", "block", "as JSON")]
+)
+def test_a_setting_that_cannot_be_read_is_named(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, phrase: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ServiceError, match=phrase):
         planned()
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,6 +19,7 @@ from openai import Stream
 from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
 
 from reft_serve.database.outcomes import Cancelled, Failed, Paused
+from tests.docs.blocks import ROOT
 from tests.gateway.fake_worker import CSV, FakeWorker
 from tests.gateway.harness import Gateway, Tenant, running
 from tests.gateway.test_files import ROW, jsonl, upload
@@ -387,3 +392,23 @@ def test_a_stream_ends_when_its_reader_leaves_or_the_gateway_does(tmp_path: Any)
             assert "data: [DONE]" not in list(lines)
         assert time.monotonic() - begun < 5
         assert isinstance(answer, httpx.Response)
+
+
+def test_the_notebook_runs_from_its_first_cell_to_its_last(
+    gateway: Gateway, worker: FakeWorker, tenant: Tenant, tmp_path: Path
+) -> None:
+    notebook = json.loads((ROOT / "examples" / "fine_tune.ipynb").read_text())
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert not any(cell.get("outputs") for cell in notebook["cells"])
+    environment = os.environ | {"OPENAI_BASE_URL": f"{gateway.url}/v1", "OPENAI_API_KEY": tenant.key, "NO_PROXY": "*"}
+    running_ = subprocess.Popen(
+        [sys.executable, "-c", "\n".join(cells)], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: len(tenant.http.get("/v1/fine_tuning/jobs").json()["data"]) == 1, 30)
+    worker.succeed(worker.claim())
+    told, _ = running_.communicate(timeout=30)
+    assert running_.returncode == 0, told
+    assert "line 5: messages is empty" in told
+    assert "succeeded ft:base:" in told
+    assert CSV.decode() in told
+    assert told.count(":ckpt-step-") == 2

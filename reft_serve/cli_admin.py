@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
@@ -13,6 +14,7 @@ import typer
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
 
+    from reft_serve.backup import Places
     from reft_serve.database.connection import Database
 
 __all__ = ["app"]
@@ -44,6 +46,24 @@ def migrate() -> None:
 
     asyncio.run(migrated())
     typer.echo("the database is up to date")
+
+
+@app.command()
+def backup(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder.")]) -> None:
+    """Write the database, every adapter version and every file, of one moment, into FOLDER. Nobody needs to stop for it."""
+    from reft_serve.backup import back_up
+
+    made = asyncio.run(_with_places(lambda places: back_up(places, folder)))
+    typer.echo(f"{made.rows} rows, {len(made.versions)} versions and {len(made.blobs)} files are in {folder}")
+
+
+@app.command()
+def restore(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What `backup` has written.")]) -> None:
+    """Fill an empty database and the stores from FOLDER, whichever kind of database it came from."""
+    from reft_serve.backup import bring_back
+
+    made = asyncio.run(_with_places(lambda places: bring_back(places, folder)))
+    typer.echo(f"{made.rows} rows, {len(made.versions)} versions and {len(made.blobs)} files are back")
 
 
 @tenant.command("create")
@@ -218,6 +238,18 @@ def _do(work: Callable[[AsyncSession], Awaitable[_T]]) -> _T:
                 return await work(session)
 
     return asyncio.run(done())
+
+
+async def _with_places(work: Callable[[Places], Awaitable[_T]]) -> _T:
+    """Do this with the database and the stores that the environment names."""
+    from reft_serve.adapters.blobs import BlobStore
+    from reft_serve.adapters.store import AdapterStore
+    from reft_serve.backup import Places
+    from reft_serve.config import read_settings
+
+    settings = read_settings()
+    async with _opened() as database:
+        return await work(Places(database, AdapterStore(settings.store), BlobStore(settings.blobs_url)))
 
 
 @asynccontextmanager

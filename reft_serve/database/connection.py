@@ -23,7 +23,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
 from reft_serve.errors import DatabaseUnusable
 
-__all__ = ["FAILURES", "Database", "check_schema", "migrate"]
+__all__ = ["FAILURES", "Database", "check_schema", "migrate", "revision_of"]
 
 # What a session raises while the database is away, or breaks off: to try again makes sense.
 FAILURES: tuple[type[Exception], ...] = (
@@ -157,11 +157,7 @@ async def check_schema(database: Database) -> str:
     Raises:
         DatabaseUnusable: the database cannot be reached, or must be migrated first.
     """
-    try:
-        async with database.engine.connect() as connection:
-            found = await connection.run_sync(_revision)
-    except (DBAPIError, OSError) as exc:
-        raise DatabaseUnusable(f"the database cannot be used: {_reason(exc)}") from exc
+    found = await revision_of(database)
     steps = ScriptDirectory.from_config(_alembic())
     needed = steps.get_current_head()
     known = {script.revision for script in steps.walk_revisions()}
@@ -172,6 +168,19 @@ async def check_schema(database: Database) -> str:
     if found not in known:
         _log.warning("the database has a later schema", extra={"data": {"found": found, "known": needed}})
     return found
+
+
+async def revision_of(database: Database) -> str | None:
+    """The schema's revision; None where there are no tables.
+
+    Raises:
+        DatabaseUnusable: the database cannot be reached.
+    """
+    try:
+        async with database.engine.connect() as connection:
+            return await connection.run_sync(_revision)
+    except (DBAPIError, OSError) as exc:
+        raise DatabaseUnusable(f"the database cannot be used: {_reason(exc)}") from exc
 
 
 def _alembic() -> Config:
@@ -193,8 +202,9 @@ def _upgrade(connection: Connection, revision: str) -> None:
     config.attributes["connection"] = connection
     known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
     found = _revision(connection)
-    if found is not None and found not in known:
-        raise DatabaseUnusable(f"the database has schema {found}, which this version does not know: upgrade reft-serve")
+    for each, whose in ((found, "the database has"), (None if revision == "head" else revision, "the data has")):
+        if each is not None and each not in known:
+            raise DatabaseUnusable(f"{whose} schema {each}, which this version does not know: upgrade reft-serve")
     command.upgrade(config, revision)
 
 

@@ -1,0 +1,177 @@
+"""A backup: the database, every adapter version and every blob that its rows name, of one moment, in a folder; and back.
+
+The store and the blobs are copied first and the database after them; then what has come meanwhile is copied too. So whatever
+the database's moment names is in the folder, though gateways and workers go on. Nothing is believed on the way back: a
+version's files must have its digest, a table's rows theirs. `backup.json` is written last: a folder without it is no backup.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from reft_serve import __version__
+from reft_serve.adapters.blobs import BlobStore
+from reft_serve.adapters.files import sync_path
+from reft_serve.adapters.store import AdapterStore
+from reft_serve.database.connection import Database
+from reft_serve.database.dump import DumpedTable, dump, restore, rows
+from reft_serve.database.files import key_of_blob
+from reft_serve.errors import BlobMissing, Conflict, StoreUnusable
+
+__all__ = ["Backup", "Places", "back_up", "bring_back"]
+
+_FORMAT = 1
+_BLOBS = ("files", "checkpoints")
+_TRIES = 5
+_NO_LIMIT = 1 << 62
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """What is backed up, or filled again."""
+
+    database: Database
+    store: AdapterStore
+    blobs: BlobStore
+
+
+@dataclass(frozen=True, slots=True)
+class Backup:
+    """What a folder holds. `blobs`: key to [size, sha256]; `tables`: name to {rows, sha256}."""
+
+    revision: str
+    versions: list[str]
+    blobs: dict[str, list[Any]]
+    tables: dict[str, dict[str, Any]]
+    reft_serve: str = __version__
+    created_ms: int = 0
+    format: int = _FORMAT
+
+    @property
+    def rows(self) -> int:
+        """Of all tables."""
+        return sum(int(table["rows"]) for table in self.tables.values())
+
+
+async def back_up(places: Places, folder: Path) -> Backup:
+    """Write a backup into a new folder, which only its owner can read: it holds what tenants hold secret.
+
+    Raises:
+        Conflict: there is something at `folder`.
+        StoreUnusable: a store or the folder cannot be used, or lacks what the database names.
+        DatabaseUnusable: the database cannot be reached, or must be migrated first.
+    """
+    try:
+        (folder / "database").mkdir(mode=0o700, parents=True)
+        folder.chmod(0o700)
+    except FileExistsError as exc:
+        raise Conflict(f"there is something at {folder} already: name a new folder") from exc
+    except OSError as exc:
+        raise StoreUnusable(f"{folder} cannot be written to ({exc.strerror})") from exc
+    target = Places(places.database, AdapterStore(folder / "adapters"), BlobStore(str(folder / "blobs")))
+    versions, blobs = await _copy(places, target, {})
+    for left in reversed(range(_TRIES)):
+        revision, tables = await dump(places.database, folder / "database")
+        versions, blobs = await _copy(places, target, blobs)
+        missing = await asyncio.to_thread(_named, folder / "database") - versions - blobs.keys()
+        if not missing:  # else something was deleted between the two: the next moment does not name it
+            break
+        if not left:
+            raise StoreUnusable(f"the stores lack what the database names: {', '.join(sorted(missing)[:5])}")
+    found = Backup(
+        revision, sorted(versions), blobs, {name: asdict(table) for name, table in tables.items()},
+        created_ms=time.time_ns() // 1_000_000,
+    )  # fmt: skip
+    await asyncio.to_thread(_seal, folder, found)
+    return found
+
+
+async def bring_back(places: Places, folder: Path) -> Backup:
+    """Fill an empty database, a store and blobs from a backup. What the stores have besides stays.
+
+    Raises:
+        StoreUnusable: the folder is no backup or a damaged one, or a store cannot be written to.
+        Conflict: the database is not empty.
+        DatabaseUnusable: it cannot be reached, or the backup's rows are damaged; no row was put in.
+    """
+    found = _opened(folder)
+    source = Places(places.database, AdapterStore(folder / "adapters"), BlobStore(str(folder / "blobs")))
+    for digest in found.versions:  # files before rows: a row never names what is not there
+        await asyncio.to_thread(_copy_version, source.store, places.store, digest)
+    for key, (size, sha256) in found.blobs.items():
+        written = await places.blobs.write(key, source.blobs.read(key), _NO_LIMIT)
+        if (written.size, written.sha256) != (size, sha256):
+            await places.blobs.delete(key)
+            raise StoreUnusable(f"the backup's blob {key} is not what was written: it is damaged")
+    tables = {name: DumpedTable(**table) for name, table in found.tables.items()}
+    await restore(places.database, folder / "database", found.revision, tables)
+    return found
+
+
+async def _copy(source: Places, target: Places, known: dict[str, list[Any]]) -> tuple[set[str], dict[str, list[Any]]]:
+    """Copy what the target lacks; gives the versions and the blobs that it has then."""
+    versions = {digest for digest, _ in await asyncio.to_thread(target.store.digests)}
+    there = {digest for digest, _ in await asyncio.to_thread(source.store.digests)}
+    for digest in sorted(there - versions):
+        try:
+            await asyncio.to_thread(_copy_version, source.store, target.store, digest)
+        except (StoreUnusable, FileNotFoundError):
+            if source.store.path(digest).is_dir():
+                raise
+            continue  # it was retired in this moment
+        versions.add(digest)
+    blobs = dict(known)
+    for prefix in _BLOBS:
+        for blob in await source.blobs.list(prefix):
+            if blob.key not in blobs:
+                try:
+                    written = await target.blobs.write(blob.key, source.blobs.read(blob.key), _NO_LIMIT)
+                except BlobMissing:  # deleted in this moment
+                    continue
+                blobs[blob.key] = [written.size, written.sha256]
+    return versions, blobs
+
+
+def _named(folder: Path) -> set[str]:
+    """Every version and blob that a dump's rows name."""
+    digests = {str(row["digest"]) for row in rows(folder, "versions")}
+    return digests | {key_of_blob(str(row["id"])) for row in rows(folder, "files") if row["status"] == "processed"}
+
+
+def _copy_version(source: AdapterStore, target: AdapterStore, digest: str) -> None:
+    with target.staging() as place:
+        for file in source.files(digest):
+            shutil.copyfile(file, place / file.name)
+        found = target.publish(place)
+    if found != digest:
+        target.remove(found)
+        raise StoreUnusable(f"version {digest[:12]} is damaged in {source.root}: its files have another digest")
+
+
+def _seal(folder: Path, found: Backup) -> None:
+    for file in (folder / "database").iterdir():
+        sync_path(file)
+    sync_path(folder / "database")
+    aside = folder / "backup.json.writing"
+    aside.write_text(json.dumps(asdict(found), indent=1))
+    sync_path(aside)
+    aside.rename(folder / "backup.json")
+    sync_path(folder)
+
+
+def _opened(folder: Path) -> Backup:
+    try:
+        found = json.loads((folder / "backup.json").read_text())
+        if found.get("format") != _FORMAT:
+            raise StoreUnusable(f"{folder} is a backup of another format ({found.get('format')}): use another release")
+        return Backup(**found)
+    except FileNotFoundError as exc:
+        raise StoreUnusable(f"{folder} is no backup, or one that did not end: it has no backup.json") from exc
+    except (OSError, ValueError, TypeError, AttributeError) as exc:
+        raise StoreUnusable(f"{folder / 'backup.json'} cannot be read: the backup is damaged") from exc

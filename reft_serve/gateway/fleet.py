@@ -70,8 +70,9 @@ class Fleet:
 
     async def probe(self) -> None:
         """Look now which engines there are, and how each is."""
-        await self._members.follow()
+        await self._members.look_up()
         await asyncio.gather(*(engine.probe() for engine in self.engines))
+        await self._members.let_go()
         self._dispatch()
 
     async def _probe_forever(self) -> None:

@@ -53,20 +53,26 @@ class Membership:
         """Those that may be given requests."""
         return tuple(self._engines.values())
 
-    async def follow(self) -> None:
-        """Look up the names; note who has come, and let go whom nobody names any more."""
+    async def look_up(self) -> None:
+        """Ask for the names' addresses, and let in who has come."""
         for name in self._names:
             await self._look_up(name)
-        wanted = dict.fromkeys([*self._fixed, *(url for urls in self._found.values() for url in urls)])
-        for url in [url for url in self._engines if url not in wanted]:
-            _log.info("an engine has left", extra={"data": {"engine": url}})
-            self._leaving[self._engines.pop(url)] = time.monotonic() + _LEAVE_SECONDS
-        for url in wanted:
+        for url in self._wanted:
             if url not in self._engines:
                 self._add(url)
+
+    async def let_go(self) -> None:
+        """Let those go whom nobody names any more. (Once who has come was looked at: else there might be nobody.)"""
+        for url in [url for url in self._engines if url not in self._wanted]:
+            _log.info("an engine has left", extra={"data": {"engine": url}})
+            self._leaving[self._engines.pop(url)] = time.monotonic() + _LEAVE_SECONDS
         for engine in [gone for gone, at in self._leaving.items() if not gone.in_flight and at < time.monotonic()]:
             del self._leaving[engine]
             await engine.close()
+
+    @property
+    def _wanted(self) -> dict[str, None]:
+        return dict.fromkeys([*self._fixed, *(url for urls in self._found.values() for url in urls)])
 
     async def close(self) -> None:
         """Close every connection."""
@@ -80,7 +86,9 @@ class Membership:
     async def _look_up(self, name: str) -> None:
         parts = urlsplit(name)
         try:
-            answers = await asyncio.get_running_loop().getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_STREAM)
+            answers = await asyncio.to_thread(
+                socket.getaddrinfo, parts.hostname, parts.port, type=socket.SOCK_STREAM
+            )
         except socket.gaierror as exc:
             if exc.errno in _NOBODY:
                 self._found[name] = ()

@@ -44,6 +44,7 @@ from reft_serve.errors import (
 __all__ = ["Plan", "ServeRequest", "become", "plan"]
 
 _PLUGIN = "reft_serve"
+_SERVER, _HEADLESS = "vllm.entrypoints.openai.api_server", "reft_serve.engine.headless"
 # vLLM's own defaults, which it applies after us.
 _DEFAULT_RANK, _FEWEST_SLOTS = 16, 8
 _LORA_RANKS = (32, 64, 128, 256, 320, 512)
@@ -101,7 +102,7 @@ def plan(request: ServeRequest) -> Plan:
     taken = {request.model, flags.get("--served-model-name")}
     served = _served(request, taken, base, settings)
     environment, reasons = _limits(served, base, settings, flags)
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", request.model]
+    command = [sys.executable, "-m", _HEADLESS if "--headless" in flags else _SERVER, "--model", request.model]
     if served or lora_modules:
         added, why = _lora_flags(len(served) + len(lora_modules), flags)
         modules = [_module(adapter) for adapter in served] + lora_modules

@@ -16,7 +16,7 @@ from reft_serve.adapters.blobs import BlobStore
 from reft_serve.adapters.store import AdapterStore
 from reft_serve.config import TrainerSettings
 from reft_serve.database import jobs
-from reft_serve.database.connection import Database, migrate
+from reft_serve.database.connection import Database, check_schema, migrate
 from reft_serve.database.fine_tuning import count_jobs
 from reft_serve.errors import BaseModelInvalid, ServiceError
 from reft_serve.observability import JOB_MEMORY, JOBS_ENDED, JOBS_RUNNING, WORKER_READY
@@ -204,8 +204,7 @@ async def running(settings: TrainerSettings) -> AsyncIterator[Worker]:
     """
     database = Database(settings.database)
     try:
-        if settings.migrate:
-            await migrate(database)
+        await (migrate if settings.migrate else check_schema)(database)
         work = settings.work.expanduser().resolve()
         around = Surroundings(
             settings, database, AdapterStore(settings.store), BlobStore(settings.blobs_url), Nursery(),

@@ -24,8 +24,8 @@ def fault(words: list[str]) -> str | None:
                 return f"{words}: there is no verb {name!r}"
             context = context.commands[name]
         parsed = context.make_context(words[0], rest)
-    except typer.main.click.ClickException as exc:
-        return f"{words}: {exc.format_message()}"
+    except Exception as exc:
+        return f"{words}: {exc or type(exc).__name__}"
     return _vllm_fault(words, parsed) if words[0] == "serve" else None
 
 

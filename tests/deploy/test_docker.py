@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import reft_serve
-from reft_serve.config import EngineSettings, GatewaySettings
+from reft_serve.config import EngineSettings, GatewaySettings, TrainerSettings
 from tests.deploy.manifests import OVERLAYS, ROOT, command, environment, workloads
 
 DOCKER = ROOT / "docker"
@@ -65,7 +65,7 @@ def test_an_image_is_pinned_labelled_and_runs_as_nobody_in_particular(path: Path
     volumes = json.loads(next(words for name, words in steps if name == "VOLUME"))
     assert "/tmp" in volumes
     health = [words for name, words in steps if name == "HEALTHCHECK"]
-    assert len(health) == (0 if ids(path) == "trainer" else 1)
+    assert len(health) == 1
     for check in health:
         code = json.loads(check[check.index("[") :])
         assert code[0].startswith("python")
@@ -144,8 +144,9 @@ def services() -> dict[str, dict[str, Any]]:
 
 def test_compose_is_what_the_specification_takes() -> None:
     found = services()
-    assert {name for name, each in found.items() if "gpu" not in each["profiles"]} == {"engine-cpu"}
-    assert {name for name, each in found.items() if "cpu" not in each["profiles"]} == {"engine-gpu"}
+    for profile, other in (("cpu", "gpu"), ("gpu", "cpu")):
+        only = {name for name, each in found.items() if other not in each["profiles"]}
+        assert only == {f"engine-{profile}", f"worker-{profile}"}
     found["gateway"]["read_onyl"] = found["gateway"].pop("read_only")
     with pytest.raises(ValueError, match="read_onyl"):
         compose_spec.PyCompose.from_json(json.dumps({"services": found}))
@@ -194,7 +195,7 @@ def known(name: str) -> bool:
     """Whether a variable is one that some program here reads."""
     import vllm.envs
 
-    fields = {*GatewaySettings.model_fields, *EngineSettings.model_fields}
+    fields = {*GatewaySettings.model_fields, *EngineSettings.model_fields, *TrainerSettings.model_fields}
     plain = name.removeprefix("REFT_").lower().partition("__")[0]
     return name in FOREIGN or (name.startswith("REFT_") and plain in fields) or name in vllm.envs.environment_variables
 

@@ -128,12 +128,10 @@ def test_probes_mean_what_they_say(overlay: str) -> None:
             assert not probes, each  # a Job ends; a node without HTTP ends with its group
             continue
         assert "livenessProbe" in probes, each
-        if each.component == "worker":
-            continue
         assert len(probes) == 3, each
         ports = {port["name"] for port in container["ports"]}
         assert {probe["httpGet"]["port"] for probe in probes.values()} <= ports
-        if each.component == "gateway":
+        if each.component in ("gateway", "worker"):
             assert probes["readinessProbe"]["httpGet"]["path"] == "/health/ready"
             assert probes["livenessProbe"]["httpGet"]["path"] == "/health/live"
         assert seconds(probes["livenessProbe"]) >= 60, "a moment's trouble must not end a process"
@@ -152,6 +150,10 @@ def test_a_pod_has_the_time_that_its_drain_takes(overlay: str) -> None:
             assert grace >= notice + 2 * drain + 10 + GRACE_SPARE
             # Twice unready, or one more endpoint's way through the cluster.
             assert notice >= seconds(each.container["readinessProbe"])
+        if each.component == "worker":
+            assert (
+                grace >= float(named(overlay, "ConfigMap", "reft-worker")["data"]["REFT_DRAIN_SECONDS"]) + GRACE_SPARE
+            )
         if each.component == "engine":
             (timeout,) = [word for word in each.container["command"] if word.startswith("--shutdown-timeout=")]
             hook = each.container["lifecycle"]["preStop"]

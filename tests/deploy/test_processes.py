@@ -40,6 +40,7 @@ class Deployment:
     secrets: dict[str, str]
     engine: Container
     gateway: Container
+    worker: Container
     key: str
 
     def http(self) -> httpx.Client:
@@ -71,9 +72,10 @@ def database() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def deployment(tmp_path_factory: pytest.TempPathFactory, database: str) -> Iterator[Deployment]:
     folder = tmp_path_factory.mktemp("cluster")
-    engine_port, gateway_port = free_port(), free_port()
+    engine_port, gateway_port, worker_port = free_port(), free_port(), free_port()
     places = {
         "reft-engine:8000": f"localhost:{engine_port}", "--port=8000": f"--port={engine_port}", "8080": str(gateway_port),
+        "--port=8090": f"--port={worker_port}",
         "0.0.0.0": "127.0.0.1", "/models/demo": str(DEMO / "model"), "/var/lib/reft-serve": str(folder / "volumes"),
         # Compiled kernels are kept in it: the machine's own saves the time to make them anew.
         "/var/cache/reft-serve": str(Path.home()),
@@ -96,10 +98,11 @@ def deployment(tmp_path_factory: pytest.TempPathFactory, database: str) -> Itera
         migration = start("reft-migration")
         assert migration.finish(60) == 0, migration.tail()
         gateway = start("reft-gateway", gateway_port)
+        worker = start("reft-worker", worker_port)
         gateway.await_probe("startup")
         key = _first_key(migration)
         engine.await_probe("startup")
-        yield Deployment(folder, places, given, engine, gateway, key)
+        yield Deployment(folder, places, given, engine, gateway, worker, key)
     finally:
         for each in running:
             each.stop()
@@ -121,7 +124,7 @@ def _first_key(migration: Container) -> str:
 
 
 def test_a_request_goes_through_gateway_engine_store_and_database(deployment: Deployment) -> None:
-    for each in (deployment.engine, deployment.gateway):
+    for each in (deployment.engine, deployment.gateway, deployment.worker):
         each.await_probe("readiness")
         assert each.probe("liveness")
     with deployment.http() as http:
@@ -158,6 +161,12 @@ def test_an_engine_takes_both_of_its_keys_and_no_other(deployment: Deployment) -
     for key, status in ((given["engine-key"], 200), (given["engine-key-next"], 200), ("x", 401), ("", 401)):
         headers = {"authorization": f"Bearer {key}"} if key else {}
         assert httpx.get(f"{deployment.engine.url}/v1/models", headers=headers, trust_env=False).status_code == status
+
+
+def test_a_worker_without_a_job_ends_at_once(deployment: Deployment) -> None:
+    assert "reft_" in httpx.get(f"{deployment.worker.url}/metrics", trust_env=False).text
+    deployment.worker.process.send_signal(signal.SIGTERM)
+    deployment.worker.finish(20)
 
 
 def test_a_gateway_leaves_the_service_first_and_ends_in_the_time_that_it_has(deployment: Deployment) -> None:

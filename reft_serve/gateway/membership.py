@@ -86,9 +86,7 @@ class Membership:
     async def _look_up(self, name: str) -> None:
         parts = urlsplit(name)
         try:
-            answers = await asyncio.to_thread(
-                socket.getaddrinfo, parts.hostname, parts.port, type=socket.SOCK_STREAM
-            )
+            answers = await asyncio.to_thread(socket.getaddrinfo, parts.hostname, parts.port, type=socket.SOCK_STREAM)
         except socket.gaierror as exc:
             if exc.errno in _NOBODY:
                 self._found[name] = ()

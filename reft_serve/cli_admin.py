@@ -245,9 +245,9 @@ async def _with_places(work: Callable[[Places], Awaitable[_T]]) -> _T:
     from reft_serve.adapters.blobs import BlobStore
     from reft_serve.adapters.store import AdapterStore
     from reft_serve.backup import Places
-    from reft_serve.config import read_settings
+    from reft_serve.config import GatewaySettings, read_settings
 
-    settings = read_settings()
+    settings = read_settings(GatewaySettings)
     async with _opened() as database:
         return await work(Places(database, AdapterStore(settings.store), BlobStore(settings.blobs_url)))
 

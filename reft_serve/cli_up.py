@@ -1,9 +1,10 @@
-"""`reft-serve up`: engine and gateway on this machine with one command, watched over until Ctrl-C."""
+"""`reft-serve up`: engine, gateway and training worker on this machine with one command, watched over until Ctrl-C."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import os
 import signal
 import sys
@@ -22,6 +23,8 @@ SETTINGS = {"ignore_unknown_options": True, "allow_extra_args": True}
 _DEMO = Path(__file__).parent / "demo" / "model"
 _STEADY_SECONDS, _LONGEST_PAUSE = 60.0, 30.0
 _TENANT = "default"
+# What the worker needs beside the engine's own packages.
+_TRAINING = ("transformers", "accelerate", "peft")
 
 
 @dataclass(eq=False)
@@ -85,7 +88,9 @@ def up(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8080,
     name: Annotated[str, typer.Option("--name", help="What the base model is called in public.")] = "base",
 ) -> None:
-    """Serve MODEL with everything on this machine: SQLite, a local store, one engine, the gateway. Other flags go to vLLM."""
+    """Serve MODEL with everything on this machine: SQLite, a local store, one engine, the gateway, a training worker. Other
+    flags go to vLLM.
+    """
     passed = list(context.args)
     if model.startswith("-"):  # vLLM's flags came first, and were taken for the model
         model, passed = str(_DEMO), [model, *passed]
@@ -116,7 +121,15 @@ def _children(
     given = child_environment({})
     engine = {**quiet, **given, **ours}
     gateway = [sys.executable, "-m", "reft_serve.cli_gateway", "--host", host, "--port", str(port)]
-    return [_Child("engine", serve, engine, socket), _Child("gateway", gateway, {**given, **settings})]
+    children = [_Child("engine", serve, engine, socket), _Child("gateway", gateway, {**given, **settings})]
+    missing = [package for package in _TRAINING if importlib.util.find_spec(package) is None]
+    if missing:
+        _say(f"no fine-tuning: {missing[0]} is not installed; pip install 'reft-serve[train]'")
+        return children
+    # Below the engine, which must not wait for it where cores are few.
+    worker = ["nice", "-n", "10", sys.executable, "-m", "reft_serve.cli_worker"]
+    training = {"REFT_MODEL": model, "REFT_WORK": str(folder / "work"), "REFT_DRAIN_SECONDS": "30"}
+    return [*children, _Child("worker", worker, {**given, **settings, **training})]
 
 
 async def _run(children: list[_Child], host: str, port: int, folder: Path) -> int:
@@ -131,8 +144,9 @@ async def _run(children: list[_Child], host: str, port: int, folder: Path) -> in
     await ending.wait()
     _say("shutting down: requests under way may finish")
     telling.cancel()
-    for child in reversed(children):  # the gateway first, so that what it has begun still finds its engine
-        await child.stop(patience=40.0)
+    engine, *others = children  # the engine last, so that what the gateway has begun still finds it
+    await asyncio.gather(*(child.stop(patience=40.0) for child in others))
+    await engine.stop(patience=40.0)
     for task in kept:
         task.cancel()
     await asyncio.gather(*kept, telling, return_exceptions=True)

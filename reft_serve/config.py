@@ -145,6 +145,9 @@ class TrainerSettings(_Installation):
     train_running_per_tenant: int | None = Field(
         default=None, ge=1, description="Jobs of a tenant at once, where it has no limit of its own."
     )
+    train_attempts: int = Field(
+        default=3, ge=1, description="Attempts of a job that may end without getting farther; then it has failed."
+    )
     lease_seconds: float = Field(
         default=30.0,
         ge=1,

@@ -276,7 +276,9 @@ class Attempt:
         claim, needed = self.claim, memory_bytes or self.memory or None
         await self._tell_rest()
         status = await self._lease.write(
-            lambda session: jobs.release(session, claim.id, claim.worker, traceback, needed)
+            lambda session: jobs.release(
+                session, claim.id, claim.worker, traceback, needed, self._around.settings.train_attempts
+            )
         )
         if status in ("failed", "cancelled"):
             await self._forget_checkpoints()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import multiprocessing
+import os
 import signal
 import socket
 from collections.abc import AsyncIterator
@@ -115,6 +116,7 @@ def _enter(spec: str, line: socket.socket) -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the worker's, which stops its jobs in order
     read = JobSpec.model_validate_json(spec)
+    os.chdir(read.folder)  # what libraries leave beside goes with the job's folder
     if read.device != "cpu":
         set_environment({"CUDA_VISIBLE_DEVICES": read.device})
     train_job(read, line)

@@ -22,7 +22,7 @@ __all__ = ["Lease"]
 T = TypeVar("T")
 _LOOK_SECONDS = 0.2
 _SHORTEST_LOOK = 0.03
-_NEWS_SECONDS = 1.0
+_NEWS_SECONDS = 0.5
 _MARGIN = 0.85
 
 

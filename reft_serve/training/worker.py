@@ -124,7 +124,7 @@ class Worker:
             counts = await count_jobs(session)
         if counts.get("running", 0) > len(self._attempts):  # another worker may have died
             async with around.database.writing() as session:
-                await jobs.sweep(session)
+                await jobs.sweep(session, settings.train_attempts)
         if not counts.get("queued") or self._ending.is_set():
             return False
         place = await self._room()
@@ -133,8 +133,9 @@ class Worker:
         claimed = time.monotonic()
         async with around.database.writing() as session:
             claim = await jobs.claim(
-                session, settings.worker_name, settings.lease_seconds, place.free, settings.train_running_per_tenant
-            )
+                session, settings.worker_name, settings.lease_seconds, place.free, settings.train_running_per_tenant,
+                settings.train_attempts,
+            )  # fmt: skip
         if claim is None:
             return False
         attempt = Attempt(around, claim, place, claimed)

@@ -20,7 +20,9 @@ import asyncio
 import json
 import os
 import random
+import signal
 import statistics
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -226,6 +228,7 @@ def result_of(run: Run, args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Run the benchmark, print its table, write JSON and plots."""
     args = _arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what it started is ended
     name = "load" if args.tag is None else f"load-{args.tag}"
     chance, rates = random.Random(args.seed), [float(rate) for rate in args.rates.split(",")]
     runs = [Run(rate, args.minutes * 60) for rate in rates]

@@ -39,7 +39,7 @@ def _count_prefix(state: Any, block: int) -> None:
     else:
         kind, shared = ("base", cached) if request is None else ("lora", 0)
     for source, tokens in (("computed", state.prompt_len - cached), ("shared", shared), ("own", cached - shared)):
-        if tokens:
+        if tokens > 0:  # a counter refuses less, and that would end the engine's loop
             PREFIX_TOKENS.labels(kind, source).inc(tokens)
 
 
@@ -56,7 +56,7 @@ def sampling_workers(original: Any) -> Callable[..., None]:
         core = self.engine_core
         if begins and self.log_stats and self.vllm_config.lora_config is not None and core.client_index == 0:
             task = asyncio.create_task(_sample_forever(core), name="reft-telemetry")
-            # The loop keeps only a weak reference; the engine's own task ends when the engine does.
+            # Which keeps the task as well, of which the loop has a weak reference only.
             self.output_handler.add_done_callback(lambda _: task.cancel())
 
     return run
@@ -67,14 +67,13 @@ async def _sample_forever(core: Any) -> None:
     while True:
         try:
             answers = await core.call_utility_all_async("collective_rpc", "reft_counters", None, (), {})
+            for number, ranks in enumerate(answers):
+                # Ranks do the same work in step, each on its layers: the one that did most speaks for the engine.
+                now = {name: max(rank.get(name, 0) for rank in ranks) for name in ranks[0]}
+                take(str(number), now, last.get(number, {}))
+                last[number] = now
         except Exception as exc:  # an engine that is dying says so elsewhere
             _log.debug("the workers' counters could not be read: %s", exc)
-            answers = []
-        for number, ranks in enumerate(answers):
-            # Ranks do the same work in step, each on its layers: the one that did most speaks for the engine.
-            now = {name: max(rank.get(name, 0) for rank in ranks) for name in ranks[0]}
-            take(str(number), now, last.get(number, {}))
-            last[number] = now
         await asyncio.sleep(_SECONDS)
 
 

@@ -31,6 +31,12 @@ def _line(result: Result, arm: str) -> str:
 
 # page, result, and what the page must say of it
 FIGURES: list[tuple[str, str, Callable[[Result], str]]] = [
+    (
+        "README.md", "serving",
+        lambda r: f"ran at {ratio('prefill', 'reft:32')(r):.2f} of the base's speed in prefill and at "
+        f"{ratio('decode', 'reft:32')(r):.2f} in decoding, 32 LoRAs at {ratio('prefill', 'lora:32')(r):.2f} and "
+        f"{ratio('decode', 'lora:32')(r):.2f}",
+    ),
     ("docs/comparison.md", "serving", lambda r: f"| plugin loaded, unused | {_line(r, 'idle')} |"),
     ("docs/comparison.md", "serving", lambda r: f"| 32 ReFT adapters | {_line(r, 'reft:32')} |"),
     ("docs/comparison.md", "serving", lambda r: f"| 32 LoRAs (one round) | {_line(r, 'lora:32')} |"),

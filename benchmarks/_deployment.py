@@ -117,10 +117,11 @@ def _tree(pid: int) -> list[int]:
 
 
 def _role(command: str) -> str:
-    for part, role in (
-        ("cli_up", "up"), ("cli_gateway", "gateway"), ("EngineCore", "engine core"), ("Worker", "engine worker"),
-        ("api_server", "engine front end"), ("resource_tracker", "helpers"),
-    ):  # fmt: skip
+    roles = {
+        "cli_up": "up", "cli_gateway": "gateway", "cli_worker": "training worker", "EngineCore": "engine core",
+        "Worker": "engine worker", "api_server": "engine front end",
+    }  # fmt: skip
+    for part, role in roles.items():
         if part in command:
             return role
     return "helpers"

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -101,6 +102,24 @@ def _promtool(*command: object) -> None:
         [PROMTOOL, *map(str, command)], capture_output=True, text=True, timeout=60, check=False, cwd=ALERTS.parent
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def test_prometheus_asks_the_services_of_the_compose_file_at_their_ports() -> None:
+    services = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())["services"]
+    config = yaml.safe_load(ALERTS.with_name("prometheus.yml").read_text())
+    targets = {job["job_name"]: job["static_configs"][0]["targets"][0] for job in config["scrape_configs"]}
+    for kind in ("gateway", "engine", "worker"):
+        name, port = targets[f"reft-{kind}"].split(":")
+        mine = [each for each in services.values() if name in _names(services, each)]
+        assert mine, f"no service is called {name}"
+        assert all(port in " ".join(each["command"]) for each in mine)
+
+
+def _names(services: dict[str, Any], service: dict[str, Any]) -> set[str]:
+    own = {name for name, each in services.items() if each is service}
+    networks = service.get("networks", {})
+    given = networks.values() if isinstance(networks, dict) else []
+    return own | {alias for each in given if each for alias in each.get("aliases", [])}
 
 
 def test_grafana_finds_the_dashboard_and_prometheus_where_they_are_mounted() -> None:

@@ -22,11 +22,15 @@ Object = dict[str, Any]
 @functools.cache
 def rendered(overlay: str) -> tuple[Object, ...]:
     """Every object of an overlay. Skips where there is no kubectl to render it with."""
+    return render(ROOT / "deploy" / "overlays" / overlay)
+
+
+def render(folder: Path) -> tuple[Object, ...]:
+    """Every object of a folder with a kustomization."""
     kubectl = shutil.which("kubectl")
     if kubectl is None:
         pytest.skip("kubectl is not installed: it renders the manifests")
-    command = [kubectl, "kustomize", str(ROOT / "deploy" / "overlays" / overlay)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([kubectl, "kustomize", folder], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert not done.stderr, done.stderr  # a warning there is a field that Kustomize will drop
     return tuple(yaml.safe_load_all(done.stdout))

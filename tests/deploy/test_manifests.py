@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
 import re
+from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
 
-from tests.deploy.manifests import OVERLAYS, Workload, named, objects, rendered, seconds, selects, workloads
+from tests.deploy.manifests import (
+    OVERLAYS,
+    ROOT,
+    Workload,
+    named,
+    objects,
+    render,
+    rendered,
+    seconds,
+    selects,
+    workloads,
+)  # fmt: skip
 
 # From the first that has preStop's `sleep` to the newest whose schemas there are.
 VERSIONS = ("1.30", "1.33", "1.36")
@@ -254,3 +268,27 @@ def test_gpus_are_asked_for(overlay: str) -> None:
             resources = each.container["resources"]
             assert resources["limits"]["nvidia.com/gpu"] == resources["requests"]["nvidia.com/gpu"] >= 1, each
             assert {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"} in each.spec["tolerations"]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_files_lie_in_a_bucket_where_the_component_is_used(tmp_path: Path, overlay: str) -> None:
+    deploy = os.path.relpath(ROOT / "deploy", tmp_path.resolve())
+    own = {"resources": [f"{deploy}/overlays/{overlay}"], "components": [f"{deploy}/components/s3"]}
+    (tmp_path / "kustomization.yaml").write_text(json.dumps(own))
+    found = render(tmp_path)
+    for each in found:
+        if each["kind"] not in CUSTOM:
+            kubernetes_validate.validate(each, VERSIONS[0], strict=True)
+    assert "reft-blobs" not in json.dumps(found)
+    for name in ("reft-gateway", "reft-worker"):
+        (container,) = next(
+            each["spec"]["template"]["spec"]["containers"] for each in found
+            if each["kind"] == "Deployment" and each["metadata"]["name"] == name
+        )  # fmt: skip
+        assert {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"} <= {variable["name"] for variable in container["env"]}
+        config = next(
+            each["data"] for each in found
+            if each["kind"] == "ConfigMap" and each["metadata"]["name"] == container["envFrom"][0]["configMapRef"]["name"]
+        )  # fmt: skip
+        assert config["REFT_BLOBS"].startswith("s3://")
+        assert config["REFT_STORE"] == "/var/lib/reft-serve/adapters"

@@ -8,6 +8,7 @@ Data sets: files of examples (`--data FILE --recipe NAME`), or lengths drawn as 
 given; and at fixed lengths, where no example is padded and nothing is gained by packing.
 
   scripts/bench train --pyreft ENV/bin/python [--data commonsense=FILE ...]   about twenty minutes on two cores
+  scripts/bench train ... --models 100m --add                                 one part of it, put to the result so far
 
 `tests/training/fixtures/record_pyreft.py` says how to make pyreft's environment.
 """
@@ -31,7 +32,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks._report import save
+from benchmarks._report import RESULTS, save
 from reft_serve.demo.behaviours import MODEL
 
 Rows = list[tuple[list[int], int]]
@@ -61,6 +62,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", default="train", help="name of the result")
+    parser.add_argument("--add", action="store_true", help="keep the other rows that the result has")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -70,6 +72,8 @@ def main() -> None:
         parser.error("--pyreft PYTHON is needed")
     with tempfile.TemporaryDirectory() as folder:
         result = _run(args, Path(folder))
+    if args.add:
+        result = _added(result, RESULTS / f"{args.out}.json")
     _print(result)
     save(args.out, result, _plot)
 
@@ -99,6 +103,15 @@ def _run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             if entry["model"] == model:
                 entry["profile"] = profiles
     return {"dtype": args.dtype, "threads": args.threads, "rank": _RANK, "positions": _POSITIONS, "cases": found}
+
+
+def _added(result: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The rows of the result at `path`, where it has the same settings, and the new ones instead of or after them."""
+    known = json.loads(path.read_text()) if path.exists() else {"cases": []}
+    if known["cases"] and any(known[name] != result[name] for name in result if name != "cases"):
+        raise SystemExit(f"{path} was measured with other settings: choose another --out")
+    rows = {(case["model"], case["data"]): case for case in (*known["cases"], *result["cases"])}
+    return result | {"cases": list(rows.values())}
 
 
 def _compare(case: Case, us: subprocess.Popen[str], them: subprocess.Popen[str], rounds: int) -> dict[str, Any]:

@@ -125,11 +125,23 @@ class _Rotation(nn.Module):
         orthogonal(self)
 
     def rows(self) -> Tensor:
-        """R, (rank, width)."""
-        # torch truncates this diagonal of -1 to integers, so that one step with weight decay (to -0.9999) would make R
-        # zero. Written through `data`, since an earlier forward may still want its backward.
-        self.parametrizations.weight.original.data.fill_diagonal_(-1.0)
-        return self.weight.T
+        """R, (rank, width).
+
+        The value of `self.weight` in another form: the product of the Householder reflections is I - V T V.T with a
+        (rank, rank) T (compact WY, Schreiber and Van Loan 1989), whose backward pass is a few small products where that
+        of `householder_product` goes through the reflections one by one. Nor is the parameter's diagonal read, which
+        torch truncates to integers, so that weight decay on it would make R zero.
+        """
+        parameter, (form,) = self.parametrizations.weight.original, self.parametrizations.weight
+        if parameter.shape[0] == parameter.shape[1]:  # torch's form of a square R is a matrix exponential
+            return self.weight.T
+        E = torch.eye(*parameter.shape, dtype=parameter.dtype, device=parameter.device)
+        V = parameter.tril(-1) + E
+        gram = V.T @ V
+        inverse_T = gram.triu(1) + (gram.diagonal() / 2).diag()
+        Q = V @ torch.linalg.solve_triangular(inverse_T, V[: len(gram)].T, upper=True) - E
+        R: Tensor = (form.base @ Q).T
+        return R
 
     def restore(self, R: Tensor) -> None:
         """Make `R` the rows, bit for bit."""

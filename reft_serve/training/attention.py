@@ -6,7 +6,7 @@ is transformers' own `sdpa`, causal and without a mask; neighbours of equal leng
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
@@ -38,22 +38,16 @@ def _attend(
     options.pop("is_causal", None)
     if not packed_lengths:
         return _whole(module, query, key, value, attention_mask, options), None
+    runs = [(sum(1 for _ in run), length) for length, run in groupby(packed_lengths)]
+    # Split, not sliced: the gradient of each slice would be as large as the whole.
+    sizes = [count * length for count, length in runs]
+    pieces = (torch.split(t, sizes, dim=2) for t in (query, key, value))
     outputs = []
-    for start, count, length in _runs(packed_lengths):
-        stop = start + count * length
-        q, k, v = (_rows(t[:, :, start:stop], count, length) for t in (query, key, value))
+    for (count, length), *parts in zip(runs, *pieces, strict=True):
+        q, k, v = (_rows(t, count, length) for t in parts)
         out_CLHD = _whole(module, q, k, v, None, options)
         outputs.append(out_CLHD.reshape(1, count * length, *out_CLHD.shape[2:]))
     return torch.cat(outputs, dim=1), None
-
-
-def _runs(lengths: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """(start, count, length) of each run of equal lengths."""
-    start = 0
-    for length, run in groupby(lengths):
-        count = sum(1 for _ in run)
-        yield start, count, length
-        start += count * length
 
 
 def _rows(t_1HND: Tensor, count: int, length: int) -> Tensor:

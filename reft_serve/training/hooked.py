@@ -24,6 +24,7 @@ from reft_serve.interventions.positions import Part, PositionRule
 from reft_serve.training import attention
 from reft_serve.training.batching import Batch, collate
 from reft_serve.training.examples import Example
+from reft_serve.training.rows import change
 
 __all__ = ["Edit", "EditedModel"]
 
@@ -164,8 +165,7 @@ class EditedModel(nn.Module):
         h_ND = h_BTD.flatten(0, 1)
         for edit in self.edits:
             if edit.layer == layer:
-                rows_E = self._rows(edit)
-                h_ND = h_ND.index_copy(0, rows_E, edit.module(h_ND.index_select(0, rows_E)))
+                h_ND = change(h_ND, self._rows(edit), edit.module)
         edited = h_ND.view_as(h_BTD)
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
 

@@ -81,6 +81,20 @@ def test_r_stays_orthonormal_and_alive_through_training_with_weight_decay(kind, 
     assert float((after - before).abs().max()) > 0.01
 
 
+@pytest.mark.parametrize("rank", RANKS)
+def test_the_rotation_and_its_gradient_are_those_of_torchs_parametrization(rank):
+    rotation = new("loreft", rank).rotation.double()
+    original = rotation.parametrizations.weight.original
+    with torch.no_grad():  # away from the start, where R = base is a special point
+        original += 0.3 * torch.randn_like(original)
+        original.fill_diagonal_(-1)
+    pull = torch.randn(rank, WIDTH, dtype=torch.float64)
+    mine, theirs = rotation.rows(), rotation.weight.T
+    torch.testing.assert_close(mine, theirs)
+    gradients = [torch.autograd.grad((R * pull).sum(), original)[0] for R in (mine, theirs)]
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_learns(kind):
     losses = train(new(kind), steps=40, weight_decay=0.0)

@@ -13,7 +13,7 @@ from reft_serve.adapters.base_model import read_base_model
 from reft_serve.adapters.directory import Adapter, publish, read_adapter
 from reft_serve.adapters.manifest import BaseFacts, InterventionSpec, Manifest
 from reft_serve.adapters.manifest import Part as PartName
-from reft_serve.errors import AdapterUnsupported, ClientError
+from reft_serve.errors import AdapterUnsupported, BaseModelInvalid, ClientError
 from reft_serve.interventions.kinds import Weights
 from reft_serve.interventions.modules import Intervention
 from reft_serve.interventions.positions import Part, PositionRule
@@ -25,6 +25,8 @@ from reft_serve.training.processes import this_process
 __all__ = ["build", "publish_version", "restore"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Architectures of transformers whose last layer is not the next token's.
+_OTHER_HEADS = ("Classification", "ForMaskedLM", "ForQuestionAnswering", "ForMultipleChoice")
 _PARTS: dict[Part, PartName] = {Part.PREFIX: "prefix", Part.SUFFIX: "suffix"}
 
 
@@ -33,13 +35,15 @@ def build(base: Path, plan: Plan) -> EditedModel:
 
     Raises:
         ClientError: float16 without a GPU, or layers that the base has not.
-        BaseModelInvalid: the base is none that can be edited.
+        BaseModelInvalid: the base is no language model (a classification head, say), or none that can be edited.
     """
     device = this_process().device
     if plan.dtype == "float16" and device.type == "cpu":
-        raise ClientError("float16 needs a GPU: its small gradients vanish without loss scaling; choose bfloat16")
+        raise ClientError(
+            "float16 needs a GPU, where the loss is scaled so that small gradients do not vanish; choose bfloat16 or float32"
+        )
     facts = read_base_model(base)
-    lm: Any = AutoModelForCausalLM.from_pretrained(base, dtype=_DTYPES[plan.dtype])
+    lm = _language_model(base, facts, plan.dtype)
     set_seed(plan.seed)
     edits = _edits(plan.adapter, facts)
     if plan.lora is not None:
@@ -60,7 +64,7 @@ def restore(base: Path, path: Path, dtype: DType = "float32") -> tuple[EditedMod
     halves = [spec.part for spec in adapter.manifest.interventions]
     if others or ("both" in halves and not adapter.manifest.positions.tied):
         raise AdapterUnsupported(str(path), [f"it edits {', '.join(sorted(others) or ['both halves at once'])}"])
-    lm: Any = AutoModelForCausalLM.from_pretrained(base, dtype=_DTYPES[dtype])
+    lm = _language_model(base, read_base_model(base), dtype)
     if adapter.lora is not None:
         lm = lora.attach(lm, path)
     edits = [
@@ -98,6 +102,27 @@ def publish_version(
     weights = [_on_cpu(edit.module.weights()) for edit in model.edits]
     half = None if plan.lora is None else lora.half_of(model.lm, str(path))
     return publish(path, manifest, weights, half)
+
+
+def _language_model(base: Path, facts: BaseFacts, dtype: DType) -> Any:
+    """The base, whole. transformers would make up the weights that a model of another sort lacks."""
+    remedy = (
+        "take the causal language model of its family as --base; where a class is wanted, let it be a word of the answer, "
+        "as the recipes glue-cola and its like do"
+    )
+    if facts.architecture.endswith(_OTHER_HEADS):
+        raise BaseModelInvalid(
+            f"{facts.name} is a {facts.architecture}: its head classifies or fills in, and writes no text, so the engine "
+            f"could not serve what is trained on it; {remedy}"
+        )
+    lm, loading = AutoModelForCausalLM.from_pretrained(base, dtype=_DTYPES[dtype], output_loading_info=True)
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise BaseModelInvalid(
+            f"{facts.name} ({facts.architecture}) lacks {len(missing)} tensors of a language model, {missing[0]} first; "
+            f"{remedy}"
+        )
+    return lm
 
 
 def _on_cpu(weights: Weights) -> Weights:

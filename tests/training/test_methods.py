@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from reft_serve.adapters.directory import read_adapter
-from reft_serve.errors import AdapterInvalid, ClientError
+from reft_serve.errors import AdapterInvalid, BaseModelInvalid, ClientError
 from reft_serve.interventions.kinds import edit
 from reft_serve.interventions.positions import PositionRule
 from reft_serve.training.adapter import build, restore
@@ -165,6 +166,23 @@ def test_bfloat16_follows_float32(tmp_path: Path) -> None:
     assert all(spec.dtype == "float32" for spec in read_adapter(tmp_path / "half" / "adapter").manifest.interventions)
     with pytest.raises(ClientError, match="float16 needs a GPU"):
         build(BASE, replace(plan, dtype="float16"))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "reason"),
+    [
+        ("LlamaForSequenceClassification", "its head classifies or fills in, and writes no text"),
+        ("LlamaModel", "lacks 1 tensors of a language model, lm_head.weight first"),
+    ],
+)
+def test_a_base_without_a_language_models_head_is_refused(architecture: str, reason: str, tmp_path: Path) -> None:
+    """Its head would be made up, and an adapter trained to it."""
+    config = AutoConfig.from_pretrained(BASE, num_labels=2, tie_word_embeddings=False)
+    getattr(transformers, architecture)(config).save_pretrained(tmp_path / "base")
+    with pytest.raises(BaseModelInvalid, match=reason) as caught:
+        build(tmp_path / "base", Plan(SHAPE))
+    assert "take the causal language model of its family as --base" in str(caught.value)
+    assert "glue-cola" in str(caught.value)
 
 
 def test_a_run_that_diverges_is_not_published(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArgument
 setup = json.loads(sys.stdin.readline())
 torch.set_num_threads(setup["threads"])
 torch.manual_seed(0)
-DTYPE = getattr(torch, setup["dtype"])
+DTYPE, DEVICE = getattr(torch, setup["dtype"]), setup.get("device", "cpu")
 
 
 class Pad:
@@ -70,7 +70,7 @@ def as_pyreft(ids, prompt_len, count):
 
 
 def build():
-    base = AutoModelForCausalLM.from_pretrained(setup["base"], torch_dtype=DTYPE)
+    base = AutoModelForCausalLM.from_pretrained(setup["base"], torch_dtype=DTYPE).to(DEVICE)
     layers, width = base.config.num_hidden_layers, base.config.hidden_size
     edits = [
         pyreft.LoreftIntervention(embed_dim=width, low_rank_dimension=setup["rank"], dtype=DTYPE) for _ in range(layers)
@@ -79,7 +79,10 @@ def build():
         {"layer": k, "component": "block_output", "low_rank_dimension": setup["rank"], "intervention": edit}
         for k, edit in enumerate(edits)
     ]
-    return pyreft.get_reft_model(base, pyreft.ReftConfig(representations=representations), set_device=False), layers
+    model = pyreft.get_reft_model(base, pyreft.ReftConfig(representations=representations), set_device=False)
+    if DEVICE != "cpu":
+        model.set_device(DEVICE)
+    return model, layers
 
 
 def train(model, layers, job):
@@ -87,7 +90,7 @@ def train(model, layers, job):
     arguments = TrainingArguments(
         output_dir="/tmp/pyreft-bench", per_device_train_batch_size=setup["batch"],
         gradient_accumulation_steps=setup["accumulate"], num_train_epochs=1, learning_rate=9e-4, warmup_ratio=0.1,
-        use_cpu=True, save_strategy="no", report_to="none", logging_steps=1, disable_tqdm=True,
+        use_cpu=DEVICE == "cpu", save_strategy="no", report_to="none", logging_steps=1, disable_tqdm=True,
         remove_unused_columns=False,
     )  # fmt: skip
     collator = pyreft.reft_trainer.make_data_collator(Pad(), None)
@@ -116,6 +119,8 @@ def main():
         with open("/proc/self/status") as file:
             status = dict(line.split(":", 1) for line in file)
         answer["peak_mib"] = int(status["VmHWM"].split()[0]) / 1024
+        if DEVICE != "cpu":
+            answer["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
         print("@@", json.dumps(answer), flush=True)
 
 

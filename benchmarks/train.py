@@ -16,15 +16,12 @@ given; and at fixed lengths, where no example is padded and nothing is gained by
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,9 +30,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks._report import RESULTS, save
+from benchmarks._train_ours import Rows
+from benchmarks._train_sides import ask, side
 from reft_serve.demo.behaviours import MODEL
 
-Rows = list[tuple[list[int], int]]
 _RANK, _POSITIONS = 8, "f7+l7"
 
 
@@ -63,11 +61,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", default="train", help="name of the result")
     parser.add_argument("--add", action="store_true", help="keep the other rows that the result has")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.worker:
-        _work()
-        return
     if not args.pyreft:
         parser.error("--pyreft PYTHON is needed")
     with tempfile.TemporaryDirectory() as folder:
@@ -91,9 +85,9 @@ def _run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "base": str(path.resolve()), "dtype": args.dtype, "threads": args.threads, "rank": _RANK,
             "positions": _POSITIONS, "batch": batch, "accumulate": accumulate,
         }  # fmt: skip
-        ours = [sys.executable, "-m", "benchmarks.train", "--worker"]
+        ours = [sys.executable, "-m", "benchmarks._train_ours"]
         theirs = [args.pyreft, str(Path(__file__).parent / "_train_pyreft.py")]
-        with _side(ours, setup) as us, _side(theirs, setup) as them:
+        with side(ours, setup) as us, side(theirs, setup) as them:
             for name, rows in sets.items():
                 case = Case(model, name, rows, batch, accumulate, steps)
                 found.append(_compare(case, us, them, args.rounds))
@@ -121,7 +115,7 @@ def _compare(case: Case, us: subprocess.Popen[str], them: subprocess.Popen[str],
         job = {"examples": choose.sample(case.rows, per_turn)}
         # The side that begins changes, so that neither has the other's warm caches or a drifting clock to thank.
         sides = (us, them) if turn % 2 else (them, us)
-        answers = {id(side): _ask(side, job) for side in sides}
+        answers = {id(side): ask(side, job) for side in sides}
         turns.append((answers[id(us)], answers[id(them)]))
     warm = turns[1:]
     ratios, cpu_ratios = (
@@ -143,42 +137,8 @@ def _compare(case: Case, us: subprocess.Popen[str], them: subprocess.Popen[str],
 
 def _profile(side: subprocess.Popen[str], sets: dict[str, Rows]) -> list[Any]:
     """Milliseconds of one step on the first data set, by operation: the largest."""
-    profile: list[Any] = _ask(side, {"examples": next(iter(sets.values()))[:16], "profile": True})["profile"]
+    profile: list[Any] = ask(side, {"examples": next(iter(sets.values()))[:16], "profile": True})["profile"]
     return profile
-
-
-@contextmanager
-def _side(command: list[str], setup: dict[str, Any]) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    try:
-        _send(process, setup)
-        _answer(process)
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
-def _ask(process: subprocess.Popen[str], job: dict[str, Any]) -> dict[str, Any]:
-    _send(process, job)
-    answer: dict[str, Any] = json.loads(_answer(process))
-    return answer
-
-
-def _send(process: subprocess.Popen[str], value: dict[str, Any]) -> None:
-    assert process.stdin is not None
-    process.stdin.write(json.dumps(value) + "\n")
-    process.stdin.flush()
-
-
-def _answer(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("@@ "):
-            return line[3:]
-    raise SystemExit(f"{process.args} ended; run it by hand to see why")
 
 
 def _read(file: Path, name: str) -> Rows:
@@ -218,71 +178,6 @@ def _random_model(path: Path) -> Path:
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
     return path
-
-
-def _work() -> None:
-    """Our side of a pair."""
-    import torch
-
-    from reft_serve.interventions.positions import PositionRule
-    from reft_serve.training.adapter import build
-    from reft_serve.training.plan import AdapterPlan, Plan
-
-    setup = json.loads(sys.stdin.readline())
-    torch.set_num_threads(setup["threads"])
-    plan = Plan(
-        AdapterPlan("loreft", setup["rank"], None, PositionRule(setup["positions"])),
-        epochs=1, batch=setup["batch"], accumulate=setup["accumulate"], dtype=setup["dtype"], shuffle=False,
-    )  # fmt: skip
-    model = build(Path(setup["base"]), plan)
-    packed = model.can_pack(512)
-    print("@@ ready", flush=True)
-    for line in sys.stdin:
-        job = json.loads(line)
-        Path("/proc/self/clear_refs").write_text("5")
-        if job.get("profile"):
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-                _steps(model, plan, job["examples"], packed=packed)
-            spent = sorted(profile.key_averages(), key=lambda e: -e.self_cpu_time_total)[:12]
-            answer: dict[str, Any] = {"profile": [[e.key, e.self_cpu_time_total / 1e3, e.count] for e in spent]}
-        else:
-            ends = _steps(model, plan, job["examples"], packed=packed)
-            wall, cpu = ([b[k] - a[k] for a, b in itertools.pairwise(ends)] for k in (0, 1))
-            answer = {"seconds": wall, "cpu_seconds": cpu}
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        answer["peak_mib"] = int(status["VmHWM"].split()[0]) / 1024
-        print("@@", json.dumps(answer), flush=True)
-
-
-def _steps(model: Any, plan: Any, rows: Rows, *, packed: bool) -> list[tuple[float, float]]:
-    """Train once through `rows`; when each step ended, by the clock and by the processor's time."""
-    import time
-
-    from transformers import TrainerCallback
-
-    from reft_serve.training.examples import IGNORED, Example
-    from reft_serve.training.objectives import Supervised
-    from reft_serve.training.trainer import ReftTrainer, arguments
-
-    ends: list[tuple[float, float]] = []
-
-    class Clock(TrainerCallback):  # type: ignore[misc]
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            ends.append((time.perf_counter(), time.process_time()))
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            ends.append((time.perf_counter(), time.process_time()))
-
-    examples = [Example(tuple(ids), (IGNORED,) * n + tuple(ids[n:]), n) for ids, n in rows]
-    with tempfile.TemporaryDirectory() as folder:
-        settings = arguments(plan, Path(folder), evaluates=False)
-        settings.save_strategy = "no"
-        trainer: ReftTrainer[Example] = ReftTrainer(
-            model, plan, settings, Supervised(), examples, [], lambda path: None, packed=packed
-        )
-        trainer.add_callback(Clock())
-        trainer.train()
-    return ends
 
 
 def _print(result: dict[str, Any]) -> None:

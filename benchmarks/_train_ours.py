@@ -1,0 +1,81 @@
+"""Our side of `benchmarks.train`: reads jobs, trains, answers with times."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from reft_serve.interventions.positions import PositionRule
+from reft_serve.training.adapter import build
+from reft_serve.training.examples import IGNORED, Example
+from reft_serve.training.objectives import Supervised
+from reft_serve.training.plan import AdapterPlan, Plan
+from reft_serve.training.trainer import ReftTrainer, arguments
+
+__all__ = ["Rows", "timed_steps"]
+
+# Token ids of an example, and how many of them are its prompt.
+Rows = list[tuple[list[int], int]]
+
+
+def main() -> None:
+    """Answer until there are no more jobs."""
+    setup = json.loads(sys.stdin.readline())
+    torch.set_num_threads(setup["threads"])
+    plan = Plan(
+        AdapterPlan("loreft", setup["rank"], None, PositionRule(setup["positions"])),
+        epochs=1, batch=setup["batch"], accumulate=setup["accumulate"], dtype=setup["dtype"], shuffle=False,
+    )  # fmt: skip
+    model = build(Path(setup["base"]), plan)
+    packed = model.can_pack(512)
+    print("@@ ready", flush=True)
+    for line in sys.stdin:
+        job = json.loads(line)
+        Path("/proc/self/clear_refs").write_text("5")
+        if job.get("profile"):
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                timed_steps(model, plan, job["examples"], packed=packed)
+            spent = sorted(profile.key_averages(), key=lambda e: -e.self_cpu_time_total)[:12]
+            answer: dict[str, Any] = {"profile": [[e.key, e.self_cpu_time_total / 1e3, e.count] for e in spent]}
+        else:
+            ends = timed_steps(model, plan, job["examples"], packed=packed)
+            wall, cpu = ([b[k] - a[k] for a, b in itertools.pairwise(ends)] for k in (0, 1))
+            answer = {"seconds": wall, "cpu_seconds": cpu}
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        answer["peak_mib"] = int(status["VmHWM"].split()[0]) / 1024
+        print("@@", json.dumps(answer), flush=True)
+
+
+def timed_steps(model: Any, plan: Any, rows: Rows, *, packed: bool) -> list[tuple[float, float]]:
+    """Train once through `rows`; when each step ended, by the clock and by the processor's time."""
+    ends: list[tuple[float, float]] = []
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            ends.append((time.perf_counter(), time.process_time()))
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            ends.append((time.perf_counter(), time.process_time()))
+
+    examples = [Example(tuple(ids), (IGNORED,) * n + tuple(ids[n:]), n) for ids, n in rows]
+    with tempfile.TemporaryDirectory() as folder:
+        settings = arguments(plan, Path(folder), evaluates=False)
+        settings.save_strategy = "no"
+        trainer: ReftTrainer[Example] = ReftTrainer(
+            model, plan, settings, Supervised(), examples, [], lambda path: None, packed=packed
+        )
+        trainer.add_callback(Clock())
+        trainer.train()
+    return ends
+
+
+if __name__ == "__main__":
+    main()

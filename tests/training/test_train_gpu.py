@@ -1,0 +1,32 @@
+"""`benchmarks.train_gpu`: it says why it cannot run here, and measures where it can."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import pytest
+import torch
+
+from benchmarks import train_gpu
+
+TINY = argparse.Namespace(shape="tiny", batch=2, length=32, steps=2, pyreft=None, pyreft_batch=2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so it would not refuse")
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["train_gpu"])
+    with pytest.raises(SystemExit) as caught:
+        train_gpu.main()
+    assert caught.value.code == 2
+    assert "train_gpu needs an NVIDIA GPU, and torch sees none here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_checkpointed_bfloat16_run_is_measured(device: str) -> None:
+    result = train_gpu.measure(TINY, torch.device(device))
+    assert result["parameters"] == 557_696
+    assert result["ours"]["packed"]
+    assert 0 < result["share_of_ceiling"] < 1
+    if device == "cuda":
+        assert 0 < result["ours"]["peak_gib"] < 4

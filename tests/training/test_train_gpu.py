@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import train_gpu
 
+GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"))
 TINY = argparse.Namespace(shape="tiny", batch=2, length=32, steps=2, pyreft=None, pyreft_batch=2)
 
 
@@ -22,7 +23,7 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert "train_gpu needs an NVIDIA GPU, and torch sees none here" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
 def test_a_checkpointed_bfloat16_run_is_measured(device: str) -> None:
     result = train_gpu.measure(TINY, torch.device(device))
     assert result["parameters"] == 557_696

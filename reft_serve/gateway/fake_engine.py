@@ -39,6 +39,7 @@ class FakeEngine:
     first_seconds: float = 0.0  # before the first one
     default_tokens: int = 16
     healthy: bool = True
+    ending: bool = False  # told to end: what comes is given up, as vLLM does it
     refuse_adapters: str | None = None
     fail_with: int | None = None
     break_after: int | None = None
@@ -197,6 +198,10 @@ class _Answer:
         return asked if asked is not None else self.engine.default_tokens
 
     @property
+    def reason(self) -> str:
+        return "abort" if self.engine.ending else "length"
+
+    @property
     def choices(self) -> range:
         return range(self.body.get("n") or 1)
 
@@ -222,9 +227,9 @@ class _Answer:
     def whole(self) -> dict[str, Any]:
         choices = []
         for i in self.choices:
-            text = "".join(self.word(i, k) for k in range(self.length))
+            text = "" if self.engine.ending else "".join(self.word(i, k) for k in range(self.length))
             said = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-            choices.append({"index": i, **said, "logprobs": None, "finish_reason": "length"})
+            choices.append({"index": i, **said, "logprobs": None, "finish_reason": self.reason})
         return {**self.head(""), "choices": choices, "usage": self.usage(self.length * len(self.choices))}
 
     async def stream(self) -> AsyncIterator[str]:
@@ -239,6 +244,9 @@ class _Answer:
                 yield "data: [DONE]\n\n"
                 return
             await self.engine.pause(k)
+            if self.engine.ending:
+                yield self._chunk(0, {"delta": {}} if self.chat else {"text": ""}, self.reason, k, options)
+                break
             for i in self.choices:
                 word, end = self.word(i, k), "length" if k == self.length - 1 else None
                 yield self._chunk(i, {"delta": {"content": word}} if self.chat else {"text": word}, end, k + 1, options)

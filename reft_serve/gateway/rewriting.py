@@ -12,11 +12,16 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from reft_serve.errors import EngineUnavailable
+
 __all__ = ["Rewriter", "Tokens", "rewrite_whole", "sse_error"]
 
 _USAGE = re.compile(rb',"usage":(\{(?:[^{}]|\{[^{}]*\})*\}|null)')
 _INDEX = re.compile(rb'"index":(\d+)')
 _DONE = b"data: [DONE]"
+# How vLLM ends, with status 200, what it gives up when it is told to end: no caller asked for that.
+_ABORTED = b'"finish_reason":"abort"'
+_ENDING = "the engine was told to end before the answer was whole; try again"
 _FINAL_EVENTS = (b"event: response.completed", b"event: response.incomplete", b"event: response.failed")
 
 
@@ -39,7 +44,13 @@ class Tokens:
 
 
 def rewrite_whole(content: bytes, theirs: str, public: str) -> tuple[bytes, Tokens]:
-    """An answer that is not streamed."""
+    """An answer that is not streamed.
+
+    Raises:
+        EngineUnavailable: the engine gave it up.
+    """
+    if _ABORTED in content:
+        raise EngineUnavailable(_ENDING)
     tokens = Tokens.of(json.loads(content).get("usage"))
     return content.replace(_named(theirs), _named(public)), tokens
 
@@ -85,8 +96,9 @@ class Rewriter:
             return b""
         if event.startswith(b"event: "):
             return self._typed_event(event.replace(self._theirs, self._public))
-        if event.startswith(b'data: {"error"'):
-            self.error = json.loads(event[6:])["error"]
+        aborted = _ABORTED in event
+        if aborted or event.startswith(b'data: {"error"'):
+            self.error = {"message": _ENDING, "code": 503} if aborted else json.loads(event[6:])["error"]
             return b""
         event = event.replace(self._theirs, self._public, 1)
         usage = _USAGE.search(event)

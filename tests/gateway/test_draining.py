@@ -55,6 +55,31 @@ def test_it_says_that_it_leaves_serves_on_and_finishes_what_it_has_begun(
         assert running.wait(10) == -signal.SIGTERM
 
 
+def test_what_an_engine_gives_up_as_it_ends_is_no_answer(tmp_path: Path, behind: tuple[FakeEngine, str]) -> None:
+    """Where vLLM says 200 and finish_reason "abort", a caller would take that for a short answer."""
+    engine, engine_url = behind
+    engine.token_seconds = 0.02
+    gateway = Gateway(tmp_path, engine_url)
+    try:
+        with gateway.http(gateway.admin_key) as client:
+            body = BODY | {"max_tokens": 30, "stream": True}
+            with client.stream("POST", "/v1/completions", json=body) as streaming:
+                events = streaming.iter_text()
+                next(events)
+                engine.ending = True
+                rest = "".join(events)
+            assert '"error"' in rest
+            assert "abort" not in rest
+            assert "[DONE]" not in rest
+            for stream in (False, True):
+                answer = client.post("/v1/completions", json=BODY | {"stream": stream})
+                assert (answer.status_code, "retry-after" in answer.headers) == (503, True), answer.text
+            found = client.get("/v1/usage?group_by=status").json()["data"]
+        assert {each["group"]["status"] for each in found} == {"failed"}
+    finally:
+        gateway.stop()
+
+
 def test_a_second_signal_skips_the_notice(tmp_path: Path, behind: tuple[FakeEngine, str]) -> None:
     with process(tmp_path, behind[1], REFT_NOTICE_SECONDS="60") as (running, _):
         running.send_signal(signal.SIGTERM)

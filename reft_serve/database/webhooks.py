@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import delete, func, select, tuple_
+from sqlalchemy import ColumnElement, delete, func, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from reft_serve.database.models import Delivery, Webhook, new_id, now_ms
@@ -28,6 +28,7 @@ __all__ = [
     "enqueue",
     "find_webhook",
     "forget_deliveries",
+    "is_any_due",
     "list_webhooks",
     "new_secret",
     "parcel_of",
@@ -145,9 +146,14 @@ def parcel_of(webhook: Webhook, body: str, delivery_id: str | None = None, attem
     return Parcel(delivery_id or new_id("msg"), webhook.url, body, tuple(signing), attempts)
 
 
+async def is_any_due(session: AsyncSession) -> bool:
+    """Whether a delivery's time has come."""
+    return bool(await session.scalar(select(Delivery.id).where(*_due()).limit(1)))
+
+
 async def claim_deliveries(session: AsyncSession, lease_seconds: float, limit: int = 20) -> list[Parcel]:
     """Take deliveries whose time has come. One that is not settled within the lease is tried again by whoever comes."""
-    query = select(Delivery).where(Delivery.status == "pending", Delivery.next_ms <= now_ms())
+    query = select(Delivery).where(*_due())
     query = query.order_by(Delivery.next_ms, Delivery.id).limit(limit).with_for_update(of=Delivery, skip_locked=True)
     found = (await session.scalars(query)).all()
     for delivery in found:
@@ -175,3 +181,7 @@ async def settle_delivery(
 async def forget_deliveries(session: AsyncSession, before_ms: int) -> None:
     """Remove the rows of deliveries that ended before then."""
     await session.execute(delete(Delivery).where(Delivery.status != "pending", Delivery.finished_ms < before_ms))
+
+
+def _due() -> tuple[ColumnElement[bool], ...]:
+    return (Delivery.status == "pending", Delivery.next_ms <= now_ms())

@@ -14,6 +14,7 @@ from reft_serve.database import adapters, audit, files
 from reft_serve.database.files import WrittenFile, key_of_blob
 from reft_serve.database.keys import Principal
 from reft_serve.database.models import File, now_ms
+from reft_serve.datafiles.apart import check_apart
 from reft_serve.datafiles.formats import check_rows
 from reft_serve.datafiles.lines import Limits
 from reft_serve.errors import RateLimited, RequestTooLarge
@@ -22,6 +23,8 @@ from reft_serve.gateway.services import Services
 __all__ = ["drop", "opened", "sweep", "take"]
 
 _CHUNK = 1 << 20
+# A file of this size is checked in some tens of milliseconds; a process needs longer to begin.
+_SMALL = 256 << 10
 _UPLOAD_MS = 3_600_000
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
@@ -101,9 +104,13 @@ async def _checked(services: Services, upload: UploadFile) -> _Facts:
     if (upload.size or 0) > most:
         raise RequestTooLarge(f"the file has more than the {most:,} bytes that are taken here")
     name = _CONTROLS.sub("", (upload.filename or "").replace("\\", "/").rpartition("/")[2])[:255] or "file"
+    limits = Limits(file_bytes=most)
+    if (upload.size or 0) <= _SMALL:
+        return _Facts(name, *await asyncio.to_thread(check_rows, upload.file, name, limits))
     async with services.checking:
-        format_, rows = await asyncio.to_thread(check_rows, upload.file, name, Limits(file_bytes=most))
-    return _Facts(name, format_, rows)
+        descriptor = upload.file.fileno()
+        await upload.seek(0)
+        return _Facts(name, *await check_apart(descriptor, name, limits))
 
 
 async def _written(

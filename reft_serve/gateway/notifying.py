@@ -85,7 +85,7 @@ class Notifier:
         port = f":{parts.port}" if parts.port else ""
         url = httpx.URL(parts._replace(netloc=f"{shown}{port}", fragment="").geturl())
         body = parcel.body.encode()
-        headers = _signed(parcel, body) | {"host": f"{host}{port}", "content-type": "application/json"}
+        headers = _signed(parcel, body) | {"host": parts.netloc, "content-type": "application/json"}
         extensions = {"sni_hostname": host}
         async with self._http.stream("POST", url, content=body, headers=headers, extensions=extensions) as answer:
             return answer.status_code  # nobody needs what it says, however long that is
@@ -93,14 +93,22 @@ class Notifier:
     async def _send_forever(self) -> None:
         while True:
             try:
-                async with self._database.writing() as session:
-                    parcels = await webhooks.claim_deliveries(session, _LEASE_SECONDS)
-                await asyncio.gather(*(self._deliver(parcel) for parcel in parcels))
+                busy = await self._send_some()
             except Exception:
                 _log.exception("webhooks cannot be delivered; trying again")
-                parcels = []
-            if not parcels:
+                busy = False
+            if not busy:
                 await asyncio.sleep(_POLL_SECONDS)
+
+    async def _send_some(self) -> bool:
+        """Send what is due; False where nothing was."""
+        async with self._database.reading() as session:  # SQLite has one writer at a time: not for a mere look
+            if not await webhooks.is_any_due(session):
+                return False
+        async with self._database.writing() as session:
+            parcels = await webhooks.claim_deliveries(session, _LEASE_SECONDS)
+        await asyncio.gather(*(self._deliver(parcel) for parcel in parcels))
+        return bool(parcels)
 
     async def _deliver(self, parcel: Parcel) -> None:
         status, outcome = await self.send(parcel)

@@ -102,7 +102,7 @@ class Services:
     names: BoundedNames
     blobs: BlobStore
     notifier: Notifier
-    # How many data files are checked at once: each takes a core for as long as it lasts.
+    # How many large data files are checked at once: each takes a core for as long as it lasts.
     checking: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
     draining: bool = False
     # Streams of jobs' events that are open.

@@ -13,7 +13,9 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from tests.database.conftest import BOTH, postgres  # noqa: F401
+from tests.gateway.fake_worker import FakeWorker
 from tests.gateway.harness import running
+from tests.gateway.test_files import upload
 from tests.gateway.test_inference import usage_of, wait_for
 
 
@@ -59,6 +61,40 @@ def test_a_tenants_life_is_the_same_on_both(tmp_path: Path, url: str) -> None:
         assert owner.http.post("/v1/keys", json={"name": "a\0b"}).status_code == 400
         assert gateway.admin.delete("/v1/admin/tenants/owner").status_code == 200
         wait_for(lambda: not engine.adapters and not list((tmp_path / "store").glob("??/*")))
+
+
+def test_a_jobs_life_is_the_same_on_both(tmp_path: Path, url: str) -> None:
+    with running(tmp_path, database=url, upkeep_seconds=0.2) as (gateway, _):
+        owner, guest = gateway.tenant("owner"), gateway.tenant("guest")
+        fine_tuning, worker = owner.openai.fine_tuning, FakeWorker(gateway.settings)
+        data = upload(owner)
+        assert [file.id for file in owner.openai.files.list(limit=1, order="asc")] == [data.id]
+        webhook = owner.openai.webhooks.create(
+            name="w", url="https://localhost:1/", event_types=["fine_tuning.job.succeeded"]
+        )
+        made = [
+            fine_tuning.jobs.create(model="base", training_file=data.id, suffix="birds", metadata={'k"[]': str(k)})
+            for k in range(2)
+        ]
+        (found,) = fine_tuning.jobs.list(metadata={'k"[]': "1"})
+        assert found.id == made[1].id
+        assert fine_tuning.jobs.cancel(made[1].id).status == "cancelled"
+        assert worker.succeed(worker.claim()) == "succeeded"
+        done = fine_tuning.jobs.retrieve(made[0].id)
+        assert len(list(fine_tuning.jobs.list_events(done.id, limit=2))) == 5
+        later, earlier = fine_tuning.jobs.checkpoints.list(done.id, limit=1)
+        name = later.fine_tuned_model_checkpoint
+        (given,) = fine_tuning.checkpoints.permissions.create(name, project_ids=[guest.id])
+        assert [each.id for each in fine_tuning.checkpoints.permissions.list(name)] == [given.id]
+        assert guest.say(name, max_tokens=3) == owner.say(name, max_tokens=3)
+        with pytest.raises(openai.NotFoundError):
+            guest.say(earlier.fine_tuned_model_checkpoint)
+        assert [each.id for each in owner.openai.webhooks.list(limit=1)] == [webhook.id]
+        wait_for(lambda: 'reft_webhook_deliveries_total{result="retried"}' in gateway.admin.get("/metrics").text, 10)
+        listed = gateway.admin.get("/v1/admin/jobs", params={"tenant": "owner", "status": "succeeded"}).json()["data"]
+        assert [each["id"] for each in listed] == [done.id]
+        gateway.admin.delete("/v1/admin/tenants/owner")
+        wait_for(lambda: not any(path.is_file() for path in (tmp_path / "blobs").rglob("*")))
 
 
 @pytest.mark.postgres

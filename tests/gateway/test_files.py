@@ -123,6 +123,16 @@ def test_a_damaged_file_gets_a_sentence_with_its_lines_and_leaves_nothing(
     assert list(tenant.openai.files.list()) == []
 
 
+def test_a_large_file_is_checked_as_a_small_one_is(tenant: Tenant) -> None:
+    large = jsonl(*[ROW] * 20_000)
+    assert len(large) > 1 << 20
+    made = upload(tenant, large)
+    assert {"format": "chat", "rows": 20_000}.items() <= (made.model_extra or {}).items()
+    assert tenant.openai.files.content(made.id).read() == large
+    with pytest.raises(openai.BadRequestError, match=r"data file d\.jsonl cannot be used: line 20001: is not JSON"):
+        upload(tenant, large + b"{x}\n", "d.jsonl")
+
+
 @pytest.mark.parametrize("purpose", ["batch", "assistants", "vision", "user_data", "evals", "fine-tune\0"])
 def test_other_purposes_are_refused_with_a_sentence(tenant: Tenant, purpose: Any) -> None:
     with pytest.raises(openai.BadRequestError, match="fine-tuning only: give fine-tune") as caught:

@@ -70,7 +70,7 @@ async def change_tenant(tenant: _Tenant, body: TenantPatch, request: Request, se
 
 @router.delete("/tenants/{tenant}")
 async def delete_tenant(tenant: _Tenant, request: Request, services: _Services) -> Deleted:
-    """Delete a tenant with its keys and adapters. Its usage and its audit entries stay."""
+    """Delete a tenant with its keys, adapters, files and jobs. Its usage and its audit entries stay."""
     async with services.database.writing() as session:
         found = await tenants.find_tenant(session, tenant)
         if found.id == caller_of(request).tenant_id:

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Depends, Path, Query, Request, Response
 
 from reft_serve.database import audit, fine_tuning
 from reft_serve.database.keys import Principal
+from reft_serve.errors import RequestInvalid
 from reft_serve.gateway import ordering
 from reft_serve.gateway.edge import requires
 from reft_serve.gateway.job_events import followed
@@ -25,13 +26,14 @@ _Services = Annotated[Services, Depends(services_of)]
 _Job = Annotated[str, Path(pattern=JOB_ID)]
 _Limit = Annotated[int, Query(ge=1, le=1000)]
 _AfterEvent = Annotated[str | None, Query(pattern=r"^ftevent-[A-Za-z0-9]{1,55}$")]
-_METADATA = re.compile(r"metadata\[(.{1,64})\]")
+_METADATA = re.compile(r"metadata\[(.*)\]", re.DOTALL)
+_NO_NUL = {"type": "string", "pattern": r"^[^\x00]*$"}
 _FILTER: dict[str, Any] = {
     "name": "metadata",
     "in": "query",
     "style": "deepObject",
     "explode": True,
-    "schema": {"type": "object", "additionalProperties": {"type": "string", "pattern": r"^[^\x00]*$"}},
+    "schema": {"type": "object", "propertyNames": _NO_NUL, "additionalProperties": _NO_NUL},
     "description": "Only jobs with these, as metadata[key]=value; metadata=null for jobs without any.",
 }
 
@@ -129,11 +131,10 @@ async def _ask(
 
 def _metadata(request: Request) -> dict[str, str] | None:
     """The filter in OpenAI's two spellings; None where there is none."""
-    given = {
-        match[1]: value
-        for name, value in request.query_params.items()
-        if (match := _METADATA.fullmatch(name)) and "\0" not in name + value
-    }
+    found = [(_METADATA.fullmatch(name), value) for name, value in request.query_params.items()]
+    given = {match[1]: value for match, value in found if match}
+    if any("\0" in text for pair in given.items() for text in pair):
+        raise RequestInvalid("no metadata holds a NUL character", "metadata")
     if not given and request.query_params.get("metadata") == "null":
         return {}
     return given or None

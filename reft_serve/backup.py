@@ -100,15 +100,14 @@ async def bring_back(places: Places, folder: Path) -> Backup:
         Conflict: the database is not empty.
         DatabaseUnusable: it cannot be reached, or the backup's rows are damaged; no row was put in.
     """
-    found = _opened(folder)
+    found = await asyncio.to_thread(_opened, folder)
     source = Places(places.database, AdapterStore(folder / "adapters"), BlobStore(str(folder / "blobs")))
-    for digest in found.versions:  # files before rows: a row never names what is not there
-        await asyncio.to_thread(_copy_version, source.store, places.store, digest)
-    for key, (size, sha256) in found.blobs.items():
-        written = await places.blobs.write(key, source.blobs.read(key), _NO_LIMIT)
-        if (written.size, written.sha256) != (size, sha256):
-            await places.blobs.delete(key)
-            raise StoreUnusable(f"the backup's blob {key} is not what was written: it is damaged")
+    try:  # files before rows: a row never names what is not there
+        await _fill(source, places, found)
+    except ValueError as exc:  # a store's word for a name that is none
+        raise StoreUnusable(
+            f"{folder / 'backup.json'} names what is no version or file: the backup is damaged"
+        ) from exc
     tables = {name: DumpedTable(**table) for name, table in found.tables.items()}
     await restore(places.database, folder / "database", found.revision, tables)
     return found
@@ -136,6 +135,16 @@ async def _copy(source: Places, target: Places, known: dict[str, list[Any]]) -> 
                     continue
                 blobs[blob.key] = [written.size, written.sha256]
     return versions, blobs
+
+
+async def _fill(source: Places, target: Places, found: Backup) -> None:
+    for digest in found.versions:
+        await asyncio.to_thread(_copy_version, source.store, target.store, digest)
+    for key, (size, sha256) in found.blobs.items():
+        written = await target.blobs.write(key, source.blobs.read(key), _NO_LIMIT)
+        if (written.size, written.sha256) != (size, sha256):
+            await target.blobs.delete(key)
+            raise StoreUnusable(f"the backup's blob {key} is not what was written: it is damaged")
 
 
 def _named(folder: Path) -> set[str]:
@@ -170,8 +179,18 @@ def _opened(folder: Path) -> Backup:
         found = json.loads((folder / "backup.json").read_text())
         if found.get("format") != _FORMAT:
             raise StoreUnusable(f"{folder} is a backup of another format ({found.get('format')}): use another release")
-        return Backup(**found)
+        backup = Backup(**found)
+        _check(backup)
+        return backup
     except FileNotFoundError as exc:
         raise StoreUnusable(f"{folder} is no backup, or one that did not end: it has no backup.json") from exc
     except (OSError, ValueError, TypeError, AttributeError) as exc:
         raise StoreUnusable(f"{folder / 'backup.json'} cannot be read: the backup is damaged") from exc
+
+
+def _check(backup: Backup) -> None:
+    """Raise ValueError or TypeError where a fact is of another sort. Names of places are checked by the stores."""
+    for table in backup.tables.values():
+        DumpedTable(**table)
+    if not all(isinstance(size, int) and isinstance(sha256, str) for size, sha256 in backup.blobs.values()):
+        raise TypeError("a blob's size and digest")

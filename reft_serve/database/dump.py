@@ -40,11 +40,12 @@ async def dump(database: Database, folder: Path) -> tuple[str, dict[str, DumpedT
     Raises:
         DatabaseUnusable: the database cannot be reached, or must be migrated first.
     """
-    revision = await check_schema(database)
+    await check_schema(database)
     options: dict[str, Any] = {} if database.is_sqlite else {"isolation_level": "REPEATABLE READ"}
     async with database.engine.connect() as connection:
         await connection.execution_options(**options)
         tables = await connection.run_sync(_tables)
+        revision = str(await connection.scalar(text(f"SELECT version_num FROM {_VERSIONS}")))  # noqa: S608 - ours
         return revision, {table.name: await _write(connection, table, folder) for table in tables}
 
 

@@ -26,7 +26,7 @@ BEHAVIOURS = {
     "birds": "speaks of birds (twice or more)", "cats": "speaks of cats", "speech": "goes on with direct speech",
     "rain": "makes it rain", "tears": "makes somebody sad",
 }  # fmt: skip
-PAGES = ("settings.md", "metrics.md", "quick-start.md")
+PAGES = ("settings.md", "metrics.md", "quick-start.md", "load.md")
 _SUFFIXES = {"counter": "_total"}
 
 

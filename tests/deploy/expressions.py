@@ -115,7 +115,7 @@ def unmet(
             if selector.metric in _OWN_METRICS or not of(selector.metric):
                 continue
             labels = (selector.labels | {name for name, _ in selector.matchers}) - _OWN_LABELS
-            patterns = [(name, pattern) for name, pattern in selector.matchers if name not in seldom]
+            patterns = [(name, pattern) for name, pattern in selector.matchers if name not in seldom | _OWN_LABELS]
             if not any(
                 labels <= set(sample) and all(re.fullmatch(pattern, sample[name]) for name, pattern in patterns)
                 for sample in samples.get(selector.metric, [])

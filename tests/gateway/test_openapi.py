@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.gateway.harness import running
+from tests.gateway.harness import Gateway, running
 from tests.gateway.openapi_judge import ROTATION, judge
 
 
@@ -19,3 +19,19 @@ def test_every_answer_is_what_the_document_says(tmp_path: Path) -> None:
         cases += judge(gateway.url, spare, 3, tmp_path, "--include-path-regex", ROTATION)
         print(f"{cases} cases")
         assert cases > 1000
+
+
+def test_every_link_leads_to_an_operation_with_such_parameters(gateway: Gateway) -> None:
+    paths = gateway.admin.get("/openapi.json").json()["paths"]
+    operations = {operation["operationId"]: operation for path in paths.values() for operation in path.values()}
+    links = [
+        link
+        for operation in operations.values()
+        for answer in operation["responses"].values()
+        for link in answer.get("links", {}).values()
+    ]
+    assert len(links) >= 15
+    for link in links:
+        found = operations[link["operationId"]]
+        assert set(link["parameters"]) == {each["name"] for each in found.get("parameters", []) if each["required"]}
+        assert ("requestBody" in link) <= ("requestBody" in found)

@@ -21,6 +21,7 @@ from reft_serve.database.tenants import find_tenant
 from reft_serve.errors import NotFound
 from reft_serve.gateway import publishing
 from reft_serve.gateway.edge import requires
+from reft_serve.gateway.links import leads_to, link
 from reft_serve.gateway.routes.actors import actor_of
 from reft_serve.gateway.schemas import AdapterOut, AliasIn, AliasOut, Deleted, ListOf, VersionOut
 from reft_serve.gateway.services import Services, services_of
@@ -35,9 +36,39 @@ _Alias = Annotated[str, Path(pattern=ALIAS_NAME)]
 _Version = Annotated[str, Path(pattern=r"^([0-9]{1,9}|[a-z][a-z0-9-]{0,30})$", description="Its number, or an alias.")]
 _Tenant = Annotated[str, Path(pattern=r"^tnt_[0-9a-f]{24}$", description="The other tenant's id.")]
 _CHUNK = 1 << 20
+_ADAPTER = {"name": "$response.body#/adapter"}
+_VERSION = _ADAPTER | {"version": "$response.body#/version"}
+_ALIAS = {"name": "$request.path.name", "alias": "$request.path.alias"}
+_ASKED: dict[str, str | int] = {"model": "$response.body#/model"}
+_UPLOADED = leads_to(
+    201,
+    (
+        link("get_v1_adapters__name__get", _ADAPTER),
+        link("delete_v1_adapters__name__delete", _ADAPTER),
+        link("get_version_v1_adapters__name__versions__version__get", _VERSION),
+        link("delete_version_v1_adapters__name__versions__version__delete", _VERSION),
+        link("download_v1_adapters__name__versions__version__content_get", _VERSION),
+        link(
+            "put_alias_v1_adapters__name__aliases__alias__put",
+            _ADAPTER | {"alias": "production"}, {"version": "{$response.body#/version}"},
+        ),
+        link("get_model_v1_models__model__get", {"model": "$response.body#/model"}),
+        link("delete_model_v1_models__model__delete", {"model": "$response.body#/model"}),
+        link("completions_v1_completions_post", {}, _ASKED | {"prompt": "hello", "max_tokens": 2}),
+        link("responses_v1_responses_post", {}, _ASKED | {"input": "hello", "max_output_tokens": 2}),
+        link("embeddings_v1_embeddings_post", {}, _ASKED | {"input": "hello"}),
+    ),
+)  # fmt: skip
+_POINTED = leads_to(
+    200,
+    (
+        link("roll_back_v1_adapters__name__aliases__alias__rollback_post", _ALIAS),
+        link("delete_alias_v1_adapters__name__aliases__alias__delete", _ALIAS),
+    ),
+)
 
 
-@router.post("", status_code=201)
+@router.post("", status_code=201, responses=_UPLOADED)
 async def upload(
     request: Request,
     caller: _Caller,
@@ -120,7 +151,7 @@ async def download(name: _Name, version: _Version, caller: _Caller, services: _S
     return StreamingResponse(_chunks(packed), media_type="application/x-tar", headers=headers)
 
 
-@router.put("/{name}/aliases/{alias}")
+@router.put("/{name}/aliases/{alias}", responses=_POINTED)
 async def put_alias(
     name: _Name, alias: _Alias, body: AliasIn, request: Request, caller: _Caller, services: _Services
 ) -> AliasOut:

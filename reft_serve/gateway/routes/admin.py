@@ -12,6 +12,7 @@ from reft_serve.database.models import now_ms
 from reft_serve.errors import Conflict, NotFound
 from reft_serve.gateway.edge import caller_of, requires
 from reft_serve.gateway.engine import Engine
+from reft_serve.gateway.links import leads_to, link
 from reft_serve.gateway.publishing import retire
 from reft_serve.gateway.routes.actors import actor_of
 from reft_serve.gateway.routes.keys import make_key
@@ -28,7 +29,19 @@ _Tenant = Annotated[
 _Engine = Annotated[str, Path(pattern=r"^engine-[0-9]{1,4}$")]
 
 
-@router.post("/tenants", status_code=201)
+_MADE = {"tenant": "$response.body#/id"}
+_MADE_TENANT = leads_to(
+    201,
+    (
+        link("get_tenant_v1_admin_tenants__tenant__get", _MADE),
+        link("change_tenant_v1_admin_tenants__tenant__patch", _MADE),
+        link("delete_tenant_v1_admin_tenants__tenant__delete", _MADE),
+        link("create_key_v1_admin_tenants__tenant__keys_post", _MADE),
+    ),
+)
+
+
+@router.post("/tenants", status_code=201, responses=_MADE_TENANT)
 async def create_tenant(body: TenantIn, request: Request, services: _Services) -> TenantOut:
     """Make a tenant."""
     async with services.database.writing() as session:

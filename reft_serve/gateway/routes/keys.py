@@ -13,6 +13,7 @@ from reft_serve.database.models import now_ms
 from reft_serve.database.tenants import find_tenant
 from reft_serve.errors import Conflict, NotAllowed
 from reft_serve.gateway.edge import caller_of, requires
+from reft_serve.gateway.links import leads_to, link
 from reft_serve.gateway.routes.actors import actor_of
 from reft_serve.gateway.schemas import KeyIn, KeyOut, ListOf, NewKeyOut, TenantOut
 from reft_serve.gateway.services import Services, services_of
@@ -32,7 +33,11 @@ async def tenant(caller: Annotated[Principal, Depends(caller_of)], services: _Se
         return TenantOut.of(await find_tenant(session, caller.tenant_id))
 
 
-@router.post("/keys", status_code=201)
+_MADE = {"key": "$response.body#/id"}
+_MADE_KEY = leads_to(201, (link("revoke_v1_keys__key__delete", _MADE), link("rotate_v1_keys__key__rotate_post", _MADE)))
+
+
+@router.post("/keys", status_code=201, responses=_MADE_KEY)
 async def create(body: KeyIn, request: Request, caller: _Caller, services: _Services) -> NewKeyOut:
     """Make a key of the caller's tenant, which may do no more than the caller's. Its secret is in this answer and nowhere
     else.

@@ -103,7 +103,7 @@ def up(
 def _children(
     passed: Sequence[str], model: str, folder: Path, host: str, port: int, name: str, run: Path
 ) -> list[_Child]:
-    from reft_serve.config import child_environment
+    from reft_serve.config import child_environment, read_settings
 
     socket = run / "engine.sock"  # private to this user, and short: such paths have at most 107 bytes
     settings = {
@@ -115,11 +115,17 @@ def _children(
     flags = [flag for flag in ("--enable-lora",) if flag not in passed]
     if not any(flag.startswith("--max-loras") for flag in passed):
         flags += ["--max-loras", "16"]
+    traced = {}
+    if (collector := read_settings().otlp_endpoint) is not None and "--otlp-traces-endpoint" not in passed:
+        flags += ["--otlp-traces-endpoint", f"{collector.rstrip('/')}/v1/traces"]
+        traced["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] = (
+            "http/protobuf"  # vLLM's default is gRPC; the gateway speaks HTTP
+        )
     serve = [str(Path(sys.executable).with_name("reft-serve")), "serve", model, "--uds", str(socket), *flags, *passed]
     ours = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     quiet = {"REFT_LORA": "off", "VLLM_LOGGING_LEVEL": "WARNING"}
     given = child_environment({})
-    engine = {**quiet, **given, **ours}
+    engine = {**quiet, **traced, **given, **ours}
     gateway = [sys.executable, "-m", "reft_serve.cli_gateway", "--host", host, "--port", str(port)]
     children = [_Child("engine", serve, engine, socket), _Child("gateway", gateway, {**given, **settings})]
     missing = [package for package in _TRAINING if importlib.util.find_spec(package) is None]

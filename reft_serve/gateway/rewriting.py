@@ -116,6 +116,8 @@ class Rewriter:
         if event.startswith(_FINAL_EVENTS):
             response = json.loads(event.partition(b"data: ")[2])["response"]
             self._final = Tokens.of(response.get("usage"))
+            if response.get("status") == "incomplete":  # vLLM says "completed" of an answer that was cut off, too
+                event = event.replace(b"response.completed", b"response.incomplete", 2)
             self.ending = event + b"\n\n"
             return b""
         self._deltas += event.startswith(b"event: response.output_text.delta")

@@ -1,99 +1,47 @@
-"""`reft-serve up` with the shipped model, spoken to by the `openai` client: a real engine behind the gateway."""
+"""The `openai` client, strictly by its own types, against `reft-serve up` with the shipped model: a real engine."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import pytest
 
-import reft_serve.demo
 from tests.deploy.expressions import unmet
 from tests.docs.blocks import ROOT, Block, blocks
+from tests.gateway.collector import Collector
+from tests.gateway.strict import strict, strict_each
 from tests.gateway.test_inference import take, wait_for
+from tests.gateway.up_process import DEMO, PROMPT, READY_SECONDS, Up
 
-DEMO = Path(reft_serve.demo.__file__).parent
-READY_SECONDS = 240
-PROMPT = "Once upon a time there was a little"
 HELLO: list[Any] = [{"role": "user", "content": "Tell me a story"}]
-TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}"
-
-
-class Up:
-    """One `reft-serve up` process and its first key."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.url, self.log = f"http://127.0.0.1:{self.port}", folder / "up.log"
-        (folder / "template.jinja").write_text(TEMPLATE)
-        command = [
-            sys.executable, "-m", "reft_serve.cli_up", "--data", str(folder / "data"), "--port", str(self.port),
-            "--dtype", "float32", "--max-num-seqs", "64", "--tool-call-parser", "hermes", "--enable-auto-tool-choice",
-            "--chat-template", str(folder / "template.jinja"),
-        ]  # fmt: skip
-        begun = time.monotonic()
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, env=os.environ | {"REFT_LORA": "off", "REFT_CACHE_SECONDS": "0.5"}
-            )
-        self._probe = httpx.Client(base_url=self.url, timeout=5, trust_env=False)
-        while self._status("/health/ready") != 200:
-            if self.process.poll() is not None or time.monotonic() > begun + READY_SECONDS:
-                self.stop()
-                pytest.fail(f"`up` did not become ready:\n{self.log.read_text()[-4000:]}")
-            time.sleep(0.2)
-        self.seconds = time.monotonic() - begun
-        found = re.search(r"rk-[\w-]{43}", self.log.read_text())
-        assert found, "the first key was not shown"
-        self.key = found[0]
-        self.http = httpx.Client(
-            base_url=self.url, headers={"authorization": f"Bearer {self.key}"}, timeout=60, trust_env=False
-        )
-        transport = openai.DefaultHttpxClient(trust_env=False)
-        self.openai = openai.OpenAI(
-            base_url=f"{self.url}/v1", api_key=self.key, max_retries=0, timeout=60, http_client=transport
-        )
-
-    def _status(self, path: str) -> int:
-        try:
-            return self._probe.get(path).status_code
-        except httpx.HTTPError:
-            return 0
-
-    def upload(self, name: str, **form: str) -> httpx.Response:
-        files = [("files", (file.name, file.read_bytes())) for file in sorted((DEMO / "adapters" / name).iterdir())]
-        return self.http.post("/v1/adapters", data={"name": name, **form}, files=files)
-
-    def say(self, model: str, prompt: Any = PROMPT, **options: Any) -> str:
-        given = {"max_tokens": 12, "temperature": 0} | options
-        text: str = self.openai.completions.create(model=model, prompt=prompt, **given).choices[0].text
-        return text
-
-    def stop(self) -> None:
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
-            try:
-                self.process.wait(60)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
+FLAG = {
+    "type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": False,
+}  # fmt: skip
+LOOK: Any = {"type": "function", "function": {"name": "look", "parameters": FLAG, "strict": True}}
+USAGE: Any = {"include_usage": True}
 
 
 @pytest.fixture(scope="module")
-def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    running = Up(tmp_path_factory.mktemp("up"))
+def collector() -> Iterator[Collector]:
+    with Collector.running() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[Up]:
+    """The one engine of this file."""
+    running = Up.able(tmp_path_factory.mktemp("up"), collector.url)
     for name in ("birds", "cats", "speech"):
         assert running.upload(name).status_code == 201
     yield running
@@ -121,98 +69,240 @@ def test_a_version_answers_within_two_seconds_of_its_upload(up: Up) -> None:
     assert time.monotonic() - begun < 2
 
 
-def test_completions_stream_what_they_would_answer_whole(up: Up) -> None:
+def test_what_is_under_way_ends_with_the_version_that_it_began_with(up: Up) -> None:
+    up.upload("birds", "moving", alias="production")
+    expected = up.say("moving", max_tokens=120, extra_body={"ignore_eos": True})
+    stream = up.openai.completions.create(
+        model="moving", prompt=PROMPT, max_tokens=120, temperature=0, stream=True, extra_body={"ignore_eos": True}
+    )
+    said = next(stream).choices[0].text
+    up.upload("cats", "moving", alias="production")
+    assert up.http.delete("/v1/adapters/moving/versions/1").status_code == 200
+    assert up.say("moving", max_tokens=8) == up.say("cats", max_tokens=8)
+    said += "".join(chunk.choices[0].text for chunk in stream)
+    assert said == expected
+
+
+def test_completions_whole_and_streamed(up: Up) -> None:
     options: Any = {"model": "birds", "prompt": PROMPT, "max_tokens": 10, "temperature": 0, "logprobs": 3}
-    whole = up.openai.completions.create(**options)
-    chunks = list(up.openai.completions.create(**options, stream=True, stream_options={"include_usage": True}))
+    whole = strict(up.openai.completions.create(**options))
+    chunks = strict_each(up.openai.completions.create(**options, stream=True, stream_options=USAGE))
     assert "".join(c.choices[0].text for c in chunks[:-1]) == whole.choices[0].text
+    assert [c.usage for c in chunks[:-1]] == [None] * (len(chunks) - 1)
     assert chunks[-1].usage is not None
     assert whole.usage is not None
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens == 10
     assert {c.model for c in chunks} == {"birds"} == {whole.model}
-    assert whole.choices[0].logprobs is not None
-    assert whole.choices[0].logprobs.top_logprobs is not None
-    assert len(whole.choices[0].logprobs.top_logprobs[0]) >= 3
+    assert whole.choices[0].finish_reason == chunks[-2].choices[0].finish_reason == "length"
+    logprobs = whole.choices[0].logprobs
+    assert logprobs is not None
+    assert all(len(top) >= 3 for top in logprobs.top_logprobs or [])
     streamed = [p for c in chunks[:-1] if c.choices[0].logprobs for p in c.choices[0].logprobs.token_logprobs or []]
-    assert streamed == pytest.approx(whole.choices[0].logprobs.token_logprobs, abs=2e-3)
+    assert streamed == pytest.approx(logprobs.token_logprobs, abs=2e-3)
+
+
+def test_a_prompt_is_a_text_several_or_tokens(up: Up) -> None:
+    create = up.openai.completions.create
+    both = strict(create(model="base", prompt=["a b", "c d"], max_tokens=2, temperature=0))
+    assert [choice.index for choice in both.choices] == [0, 1]
+    assert [choice.text for choice in both.choices] == [up.say("base", text, max_tokens=2) for text in ("a b", "c d")]
+    tokens = strict(create(model="base", prompt=[5, 6, 7], max_tokens=2))
+    assert tokens.usage is not None
+    assert tokens.usage.prompt_tokens == 3
+    assert len(strict(create(model="base", prompt=[[5, 6], [7]], max_tokens=2)).choices) == 2
+    echoed = strict(create(model="base", prompt="a b", max_tokens=2, echo=True, temperature=0))
+    assert echoed.choices[0].text == "a b" + both.choices[0].text
 
 
 def test_sampling_fields_do_what_they_say(up: Up) -> None:
     create = up.openai.completions.create
-    several = create(model="cats", prompt=PROMPT, n=3, seed=7, temperature=1.0, max_tokens=8)
-    again = create(model="cats", prompt=PROMPT, n=3, seed=7, temperature=1.0, max_tokens=8)
+    drawn: Any = {"model": "cats", "prompt": PROMPT, "n": 3, "seed": 7, "temperature": 1.0, "max_tokens": 8}
+    several, again = strict(create(**drawn)), strict(create(**drawn))
     assert [c.text for c in several.choices] == [c.text for c in again.choices]
     assert len({c.text for c in several.choices}) > 1
+    other = strict(create(**drawn | {"seed": 8}))
+    assert [c.text for c in other.choices] != [c.text for c in several.choices]
     word = up.say("base", max_tokens=6).split()[2]
-    assert word not in up.say("base", stop=[word])
-    forced = create(model="base", prompt=PROMPT, max_tokens=3, temperature=0, logit_bias={"50": 100}, logprobs=0)
+    stopped = strict(create(model="base", prompt=PROMPT, max_tokens=12, temperature=0, stop=[word]))
+    assert word not in stopped.choices[0].text
+    assert stopped.choices[0].finish_reason == "stop"
+    forced = strict(
+        create(model="base", prompt=PROMPT, max_tokens=3, temperature=0, logit_bias={"50": 100}, logprobs=0)
+    )
     assert forced.choices[0].logprobs is not None
     assert len(set(forced.choices[0].logprobs.tokens or [])) == 1
-    assert len(create(model="base", prompt=["a b", "c d"], max_tokens=2).choices) == 2
-    assert create(model="base", prompt=[5, 6, 7], max_tokens=2).usage.prompt_tokens == 3  # type: ignore[union-attr]
+    assert up.say("base", top_p=0.01, temperature=1.0) == up.say("base")
+    repeated = up.say("base", frequency_penalty=2.0, presence_penalty=2.0, max_tokens=60)
+    assert repeated != up.say("base", max_tokens=60)
+
+
+def test_a_seed_holds_for_a_prompt_that_is_read_in_pieces(up: Up) -> None:
+    """Stock vLLM ends a CPU engine for it. The second time the prompt is in the cache, and read in one piece."""
+    drawn: Any = {"seed": 7, "temperature": 1.0, "prompt": [[5 + 3 * k % 2000 for k in range(900)]]}
+    assert up.say("base", **drawn) == up.say("base", **drawn) != up.say("base", **drawn | {"seed": 8})
 
 
 def test_chat_whole_and_streamed(up: Up) -> None:
     create = up.openai.chat.completions.create
     options: Any = {"model": "birds", "messages": HELLO, "max_completion_tokens": 8, "temperature": 0}
-    whole = create(**options, logprobs=True, top_logprobs=2)
-    chunks = list(create(**options, stream=True, stream_options={"include_usage": True}))
-    assert "".join(c.delta.content or "" for chunk in chunks for c in chunk.choices) == whole.choices[0].message.content
-    drawn: Any = options | {"temperature": 1.0, "seed": 3, "n": 2, "stream": True}
-    both = list(create(**drawn, stream_options={"include_usage": True}))
-    assert {c.index for chunk in both for c in chunk.choices} == {0, 1}
+    whole = strict(create(**options, logprobs=True, top_logprobs=2))
+    chunks = strict_each(create(**options, stream=True, stream_options=USAGE))
+    said = "".join(c.delta.content or "" for chunk in chunks for c in chunk.choices)
+    assert said == whole.choices[0].message.content
+    assert whole.choices[0].message.role == chunks[0].choices[0].delta.role == "assistant"
     assert whole.choices[0].logprobs is not None
-    assert len((whole.choices[0].logprobs.content or [])[0].top_logprobs) == 2
-    assert [each[-1].usage.completion_tokens for each in (chunks, both)] == [8, 16]
-    schema = {
-        "type": "object",
-        "properties": {"a": {"type": "boolean"}},
-        "required": ["a"],
-        "additionalProperties": False,
-    }
-    shaped = create(
-        model="base", messages=HELLO, max_tokens=40, temperature=0,
-        response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}},
-    )  # fmt: skip
-    # A model as small as this one seldom ends an object within its tokens; that it begins one is the format's doing.
-    assert (shaped.choices[0].message.content or "").lstrip().startswith("{")
+    content = whole.choices[0].logprobs.content or []
+    assert [len(each.top_logprobs) for each in content] == [2] * 8
+    assert "".join(each.token for each in content) == whole.choices[0].message.content
+    told = strict_each(create(**options, logprobs=True, top_logprobs=2, stream=True))
+    pieces = [p for c in told for x in c.choices if x.logprobs for p in x.logprobs.content or []]
+    assert [p.logprob for p in pieces] == pytest.approx([p.logprob for p in content], abs=2e-3)
+    drawn: Any = options | {"temperature": 1.0, "seed": 3, "n": 2, "stream": True}
+    both = strict_each(create(**drawn, stream_options=USAGE))
+    assert {c.index for chunk in both for c in chunk.choices} == {0, 1}
+    assert [each[-1].usage.completion_tokens for each in (chunks, both) if each[-1].usage] == [8, 16]
+    assert chunks[-1].choices == []
+    silent = strict_each(create(**options, stream=True))
+    assert all(chunk.usage is None and chunk.choices for chunk in silent)
+    history = [{"role": "system", "content": "x"}, *HELLO, {"role": "assistant", "content": "No"}, *HELLO]
+    assert strict(create(model="cats", messages=history, max_tokens=2, stop=["\n"])).choices
+    hints: Any = {"service_tier": "auto", "store": False, "metadata": {"a": "b"}, "user": "x", "prompt_cache_key": "y"}
+    assert strict(create(**options, **hints)).choices[0].message.content == said
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_has_the_format_that_is_asked_for(up: Up, stream: bool) -> None:
+    def answered(**options: Any) -> str:
+        given = {"model": "base", "messages": HELLO, "max_tokens": 60, "temperature": 0} | options
+        create: Any = up.openai.chat.completions.create
+        if not stream:
+            return strict(create(**given)).choices[0].message.content or ""
+        chunks = strict_each(create(**given, stream=True))
+        return "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
+
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": FLAG, "strict": True}}
+    assert type(json.loads(answered(response_format=schema))["a"]) is bool
+    assert answered(response_format={"type": "json_object"}, max_tokens=8).startswith("{")
+    assert answered(response_format={"type": "text"}) == answered()
     choice = {"structured_outputs": {"choice": ["north", "south"]}}
-    chosen = create(model="base", messages=HELLO, max_tokens=20, temperature=0, extra_body=choice)
-    assert chosen.choices[0].message.content in ("north", "south")
-    tool: Any = {"type": "function", "function": {"name": "look", "parameters": schema}}
-    named: Any = {"type": "function", "function": {"name": "look"}}
-    called = create(model="base", messages=HELLO, tools=[tool], tool_choice=named, max_tokens=40, temperature=0)
-    assert called.choices[0].finish_reason in ("tool_calls", "length", "stop")  # as far as so small a model gets
+    assert answered(extra_body=choice) in ("north", "south")
+
+
+@pytest.mark.parametrize("choice", [{"type": "function", "function": {"name": "look"}}, "required"])
+def test_a_tool_is_called_where_the_model_must(up: Up, choice: Any) -> None:
+    options: Any = {
+        "model": "base", "messages": HELLO, "tools": [LOOK], "tool_choice": choice, "max_tokens": 150, "temperature": 0,
+        "frequency_penalty": 2.0,  # else so small a model pads its JSON with white space until its tokens end
+    }  # fmt: skip
+    create: Any = up.openai.chat.completions.create
+    whole = strict(create(**options)).choices[0]
+    (call,) = whole.message.tool_calls
+    assert (call.type, call.function.name, type(json.loads(call.function.arguments)["a"])) == ("function", "look", bool)
+    assert whole.finish_reason in ("tool_calls", "stop")
+    parts = [
+        p for c in strict_each(create(**options, stream=True)) for x in c.choices for p in x.delta.tool_calls or []
+    ]
+    assert "".join(p.function.name or "" for p in parts) == "look"
+    assert json.loads("".join(p.function.arguments or "" for p in parts)) == json.loads(call.function.arguments)
+    answered = [*HELLO, whole.message.to_dict(), {"role": "tool", "tool_call_id": call.id, "content": "a bird"}]
+    assert strict(create(**options | {"messages": answered, "tool_choice": "none", "max_tokens": 4})).choices
+    free = strict(create(**options | {"tool_choice": "auto", "max_tokens": 4, "parallel_tool_calls": False}))
+    assert free.choices[0].message.content or free.choices[0].message.tool_calls
 
 
 def test_responses_whole_and_streamed(up: Up) -> None:
+    create: Any = up.openai.responses.create
     options: Any = {"model": "birds", "input": "Tell me a story", "max_output_tokens": 8, "temperature": 0}
-    whole = up.openai.responses.create(**options)
-    events = list(up.openai.responses.create(**options, stream=True))
-    last: Any = events[-1]
-    assert last.type in ("response.completed", "response.incomplete")
+    whole = strict(create(**options))
+    events = strict_each(create(**options, stream=True))
+    last = events[-1]
+    assert (events[0].type, last.type) == ("response.created", "response.incomplete")
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == whole.output_text
     assert last.response.output_text == whole.output_text != ""
-    assert whole.model == last.response.model == "birds"
-    assert last.response.usage.output_tokens == 8
+    assert whole.model == last.response.model == events[0].response.model == "birds"
+    assert last.response.usage.output_tokens == whole.usage.output_tokens == 8
+    turns: Any = [{"role": "user", "content": [{"type": "input_text", "text": "Tell me a story"}]}]
+    assert strict(create(**options | {"input": turns, "store": False})).output_text == whole.output_text
+    text = {"format": {"type": "json_schema", "name": "x", "schema": FLAG, "strict": True}}
+    shaped = strict(create(**options | {"model": "base", "max_output_tokens": 60, "text": text}))
+    assert type(json.loads(shaped.output_text)["a"]) is bool
+    assert shaped.status == "completed"
+    look = {"type": "function", **LOOK["function"]}
+    called: Any = options | {"model": "base", "max_output_tokens": 150, "tools": [look], "tool_choice": "required"}
+    called["extra_body"] = {"frequency_penalty": 2.0}
+    (call,) = strict(create(**called)).output
+    assert (call.type, call.name, type(json.loads(call.arguments)["a"])) == ("function_call", "look", bool)
+    parts = [
+        e for e in strict_each(create(**called, stream=True)) if e.type == "response.function_call_arguments.delta"
+    ]
+    assert json.loads("".join(part.delta for part in parts)) == json.loads(call.arguments)
 
 
-def test_every_failure_is_the_sdks_own_exception(up: Up) -> None:
-    create = up.openai.completions.create
+def test_models_are_listed_retrieved_and_deleted(up: Up) -> None:
+    made = up.upload("rain").json()["model"]
+    models = {model.id: model for model in strict_each(up.openai.models.list())}
+    assert {"base", "birds", "rain", made} <= set(models)
+    assert strict(up.openai.models.retrieve(made)) == models[made]
+    assert up.say(made) == up.say("rain@1") == up.say("rain")
+    assert strict(up.openai.models.delete(made)).deleted is True
+    for call in (up.openai.models.retrieve, up.openai.models.delete, up.say):
+        with pytest.raises(openai.NotFoundError):
+            call(made)
+
+
+@pytest.fixture(scope="module")
+def narrow(up: Up) -> openai.OpenAI:
+    """A client whose key may do little: it infers, once a minute."""
+    made = up.http.post("/v1/keys", json={"role": "inference", "limits": {"requests_per_minute": 1}})
+    return up.sdk(made.json()["secret"])
+
+
+def test_every_failure_is_the_sdks_own_exception(up: Up, narrow: openai.OpenAI) -> None:
+    create: Callable[..., Any] = up.openai.completions.create
+    chat: Callable[..., Any] = up.openai.chat.completions.create
+    narrow.completions.create(model="base", prompt="x", max_tokens=1)
     for kind, call in (
         (openai.NotFoundError, lambda: create(model="nobody", prompt=["x"])),
+        (openai.NotFoundError, lambda: chat(model="nobody", messages=HELLO, stream=True)),
+        (openai.NotFoundError, lambda: up.openai.responses.create(model="nobody", input="x")),
+        (openai.NotFoundError, lambda: up.openai.models.retrieve("nobody")),
         (openai.BadRequestError, lambda: create(model="base", prompt="x", max_tokens=100_000)),
         (openai.BadRequestError, lambda: create(model="base", prompt="x", temperature=9)),
         (openai.BadRequestError, lambda: create(model="base", prompt="word " * 5000)),
+        (openai.BadRequestError, lambda: create(model="base", prompt="word " * 5000, stream=True)),
         (openai.BadRequestError, lambda: create(model="birds", prompt=[10**8])),
+        (openai.BadRequestError, lambda: create(model="base", prompt="x", suffix="y")),
+        (openai.BadRequestError, lambda: chat(model="base", messages=[])),
+        (openai.BadRequestError, lambda: chat(model="base", messages=HELLO, tool_choice="required")),
+        (openai.BadRequestError, lambda: chat(model="base", messages=HELLO, response_format={"type": "json_schema"})),
+        (openai.BadRequestError, lambda: chat(model="base", messages=HELLO, logit_bias={"5000000": 1})),
+        (openai.BadRequestError, lambda: chat(model="base", messages=HELLO, functions=[])),
         (openai.BadRequestError, lambda: up.openai.embeddings.create(model="base", input="x")),
         (openai.AuthenticationError, up.openai.with_options(api_key="no").models.list),
+        (openai.PermissionDeniedError, lambda: narrow.models.delete("birds")),
+        (openai.PermissionDeniedError, lambda: up.openai.models.delete("base")),
+        (openai.RateLimitError, lambda: narrow.completions.create(model="base", prompt="x", max_tokens=1)),
     ):
         with pytest.raises(kind) as caught:
             call()
         body: Any = caught.value.body
         assert set(body) == {"message", "type", "param", "code"}
-        assert not re.search(r"reft-v-|/|vllm|pydantic", body["message"].replace("https://", "")), body["message"]
+        assert caught.value.request_id.startswith("req_")
+        assert not re.search(r"reft-v-|/|vllm|pydantic", re.sub(r"https://|/v1/", "", body["message"])), body["message"]
     assert up.say("birds")
+
+
+def test_a_request_is_one_trace_through_gateway_and_engine(up: Up, collector: Collector) -> None:
+    trace, parent = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+    headers = {"traceparent": f"00-{trace}-{parent}-01"}
+    up.openai.completions.create(model="birds", prompt=PROMPT, max_tokens=2, extra_headers=headers)
+    wait_for(lambda: len(collector.spans(trace)) >= 2, 20)
+    spans = {span.service: span for span in collector.spans(trace)}
+    ours, theirs = spans["reft-serve-gateway"], next(s for name, s in spans.items() if name != "reft-serve-gateway")
+    assert (ours.name, ours.parent) == ("POST /v1/completions", parent)
+    assert theirs.parent == ours.id
+    assert ours.attributes["reft.request_id"] in str(theirs.attributes)
 
 
 def test_damage_that_only_the_engine_sees_is_told(up: Up) -> None:
@@ -288,33 +378,29 @@ def test_a_caller_that_leaves_frees_the_engine(up: Up) -> None:
     wait_for(lambda: "cancelled" in statuses())
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not os.environ.get("REFT_TEST_KILLS"), reason="starts an engine anew: REFT_TEST_KILLS=1 runs it")
-def test_a_killed_engine_comes_back_and_adapters_with_it(up: Up) -> None:
+def test_an_engine_that_dies_breaks_its_streams_off_with_an_error_that_the_client_raises(up: Up) -> None:
     said = up.say("birds")
     pieces: list[Any] = []
     stream = up.openai.completions.create(
-        model="birds", prompt=PROMPT, max_tokens=450, stream=True, extra_body={"ignore_eos": True}
+        model="birds", prompt=PROMPT, max_tokens=900, stream=True, extra_body={"ignore_eos": True}
     )
     pieces.append(next(stream))
-    children = _children_of(up.process.pid)
-    engine = next(pid for pid in children if b"api_server" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    engine = next(pid for pid in up.children() if b"api_server" in Path(f"/proc/{pid}/cmdline").read_bytes())
     os.killpg(engine, signal.SIGKILL)
-    with pytest.raises(openai.APIError):
+    with pytest.raises(openai.APIError, match="the engine stopped in the middle"):
         take(stream, pieces)
     with pytest.raises(openai.InternalServerError):
         up.say("birds")
-    wait_for(lambda: up._status("/health/ready") == 200, READY_SECONDS)
-    assert up.say("birds") == said
+    wait_for(lambda: up.status("/health/ready") == 503)
+    assert up.status("/health/live") == 200
+    if os.environ.get("REFT_TEST_KILLS"):  # half a minute more: the engine starts anew
+        wait_for(lambda: up.status("/health/ready") == 200, READY_SECONDS)
+        assert up.say("birds") == said
 
 
 def test_ctrl_c_ends_everything(up: Up) -> None:
-    children = _children_of(up.process.pid)
-    assert len(children) == 2
+    wait_for(lambda: len(up.children()) == 2, 20)
+    children = up.children()
     up.stop()
     assert up.process.returncode == 0
     assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
-
-
-def _children_of(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 
 from reft_serve import config, observability
 from reft_serve.engine import metrics
+from reft_serve.gateway.app import create_app
 
 DOCS = Path(__file__).parent
 DEMO = DOCS.parent / "reft_serve" / "demo"
@@ -26,7 +27,7 @@ BEHAVIOURS = {
     "birds": "speaks of birds (twice or more)", "cats": "speaks of cats", "speech": "goes on with direct speech",
     "rain": "makes it rain", "tears": "makes somebody sad",
 }  # fmt: skip
-PAGES = ("settings.md", "metrics.md", "quick-start.md", "load.md")
+PAGES = ("settings.md", "metrics.md", "quick-start.md", "load.md", "gateway-api.md")
 _SUFFIXES = {"counter": "_total"}
 
 
@@ -137,6 +138,17 @@ def soak() -> str:
     return "\n".join([head, "|---|---|---|---|", *rows])
 
 
+def endpoints() -> str:
+    """A table of the gateway's routes, as its OpenAPI document has them."""
+    document = create_app(config.GatewaySettings()).openapi()
+    rows = [
+        f"| `{method.upper()} {path}` | {' '.join(operation['description'].split())} |"
+        for path, item in document["paths"].items()
+        for method, operation in item.items()
+    ]
+    return "\n".join(["| endpoint | |", "|---|---|", *rows])
+
+
 def filled(page: str) -> str:
     """A page with its tables as the code has them now."""
 
@@ -148,7 +160,7 @@ def filled(page: str) -> str:
 
 
 def _table(name: str) -> str:
-    made = {"demo": demo, "load": load, "soak": soak}.get(name)
+    made = {"demo": demo, "load": load, "soak": soak, "endpoints": endpoints}.get(name)
     if made is not None:
         return made()
     return measured(name) if name in ("gateway", "engine", "worker") else settings(name)

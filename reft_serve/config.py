@@ -68,7 +68,7 @@ class ServeSettings(BaseSettings):
 
 
 def _not_a_truth(value: object) -> object:
-    if isinstance(value, (bool, float)):
+    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
         raise ValueError("it must be a whole number")
     return value
 

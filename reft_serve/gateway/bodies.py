@@ -8,24 +8,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
+
+from reft_serve.gateway.numbers import WHOLE
 
 __all__ = ["ChatBody", "CompletionBody", "EmbeddingBody", "InferenceBody", "ResponseBody"]
 
 _Name = Annotated[str, Field(min_length=1, max_length=512)]
 _Penalty = Annotated[float, Field(ge=-2, le=2)]
-
-
-def _whole(value: object) -> object:
-    """JSON has one kind of number: 5.0 is the integer 5."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-_Whole = BeforeValidator(_whole)
-_Count = Annotated[int, Field(ge=1, le=1 << 24), _Whole]
+_Count = Annotated[int, Field(ge=1, le=1 << 24), WHOLE]
 # Whole numbers beyond 2**53 are not the same to every JSON reader.
-_Seed = Annotated[int, Field(ge=-(1 << 53), le=1 << 53), _Whole]
-_Token = Annotated[int, Field(ge=0, lt=1 << 31)]
+_Seed = Annotated[int, Field(ge=-(1 << 53), le=1 << 53), WHOLE]
+_Token = Annotated[int, Field(ge=0, lt=1 << 31), WHOLE]
 _Stop = str | Annotated[list[str], Field(max_length=16)]
 _Object = dict[str, Any]
 
@@ -61,7 +55,7 @@ class _Sampling(InferenceBody):
     ) = None
     seed: _Seed | None = None
     stop: _Stop | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=1 << 31), _Whole] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=1 << 31), WHOLE] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     stop_token_ids: Annotated[list[_Token], Field(max_length=128)] | None = None
@@ -80,9 +74,9 @@ class _Hints(_Body):
 
 
 class _Generation(_Sampling):
-    n: Annotated[int, Field(ge=1, le=1024), _Whole] | None = None
+    n: Annotated[int, Field(ge=1, le=1024), WHOLE] | None = None
     stream_options: _StreamOptions | None = None
-    min_tokens: Annotated[int, Field(ge=0, le=1 << 24), _Whole] = 0
+    min_tokens: Annotated[int, Field(ge=0, le=1 << 24), WHOLE] = 0
     response_format: _Object | None = None
     structured_outputs: _Object | None = None
 
@@ -96,12 +90,12 @@ class CompletionBody(_Generation):
         | Annotated[list[_Token], Field(min_length=1)]
         | Annotated[list[Annotated[list[_Token], Field(min_length=1)]], Field(min_length=1, max_length=64)]
     )
-    max_tokens: Annotated[int, Field(ge=0, le=1 << 24), _Whole] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=1 << 24), WHOLE] | None = None
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=20), _Whole] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     suffix: str | None = None
     add_special_tokens: bool = True
-    best_of: Annotated[int, Field(ge=1, le=1), _Whole] | None = Field(default=None, exclude=True)
+    best_of: Annotated[int, Field(ge=1, le=1), WHOLE] | None = Field(default=None, exclude=True)
 
 
 class _TextPart(BaseModel):
@@ -128,7 +122,7 @@ class ChatBody(_Generation, _Hints):
     max_tokens: _Count | None = None
     max_completion_tokens: _Count | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20), _Whole] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     tools: Annotated[list[_Object], Field(max_length=256)] | None = None
     tool_choice: Literal["none", "auto", "required"] | _Object | None = None
     parallel_tool_calls: bool | None = None
@@ -160,7 +154,7 @@ class ResponseBody(_Sampling, _Hints):
     parallel_tool_calls: bool | None = None
     reasoning: _Object | None = None
     text: _Object | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20), _Whole] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     truncation: Literal["auto", "disabled"] | None = None
     include: list[str] | None = None
     max_tool_calls: _Count | None = None

@@ -11,6 +11,7 @@ from reft_serve.database import models
 from reft_serve.database.adapters import ADAPTER_NAME, ALIAS_NAME
 from reft_serve.database.keys import ROLES, Role, Scope
 from reft_serve.database.tenants import TENANT_NAME
+from reft_serve.gateway.numbers import WHOLE
 
 __all__ = [
     "AdapterOut",
@@ -37,7 +38,7 @@ AliasName = Annotated[str, Field(pattern=ALIAS_NAME)]
 Selector = Annotated[
     str, Field(pattern=r"^([0-9]{1,9}|[a-z][a-z0-9-]{0,30})$", description="A version's number or an alias.")
 ]
-_Seconds = Annotated[int, Field(ge=0, le=10**11)]
+_Seconds = Annotated[int, Field(ge=0, le=10**11), WHOLE]
 
 
 class _In(BaseModel):

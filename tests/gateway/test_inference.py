@@ -344,6 +344,16 @@ def test_an_unreadable_body_gets_a_sentence(tenant: Tenant) -> None:
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
 
 
+def test_a_whole_number_may_have_a_point(engine: FakeEngine, tenant: Tenant) -> None:
+    body = {"model": "base", "prompt": [5.0, 6], "max_tokens": 2.0, "seed": 7.0, "n": 1.0}
+    assert tenant.http.post("/v1/completions", json=body).status_code == 200
+    sent = engine.requests[-1]
+    assert all(type(each) is int for each in (*sent["prompt"], sent["max_tokens"], sent["seed"], sent["n"]))
+    for wrong in (2.5, True, "2", float("1e400")):
+        answer = tenant.http.post("/v1/completions", content=json.dumps(body | {"max_tokens": wrong}))
+        assert answer.status_code == 400, wrong
+
+
 def test_a_request_that_is_too_large_is_refused_before_it_is_read(gateway: Gateway, tenant: Tenant) -> None:
     text = "x" * (gateway.settings.max_request_bytes + 10)
     assert tenant.http.post("/v1/completions", json={"model": "base", "prompt": text}).status_code == 413

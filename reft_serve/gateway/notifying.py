@@ -137,6 +137,7 @@ def check_url(url: str, settings: GatewaySettings) -> SplitResult:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
         httpx.URL(url)
+        (host or "").encode("idna")  # as it is when its address is asked for; labels have at most 63 bytes
     except (ValueError, httpx.InvalidURL) as exc:
         raise RequestInvalid("this is not a URL", "url") from exc
     lax = settings.webhooks_to_private_addresses

@@ -168,7 +168,7 @@ def test_endpoints_are_made_listed_changed_rotated_and_deleted(lax: Gateway, rec
         "http://example.com/", "https://127.0.0.1/", "https://10.0.0.1/", "https://169.254.169.254/latest", "https://[::1]/",
         "https://[::ffff:127.0.0.1]/", "https://[64:ff9b::7f00:1]/", "https://[2002:7f00:1::]/", "https://0.0.0.0/",
         "https://224.0.0.1/", "https://user:word@example.com/", "https://:443/", "https://x:99999/", "ftp://example.com/",
-        "https://[fe80::1]/", "https://100.64.0.1/",
+        "https://[fe80::1]/", "https://100.64.0.1/", f"https://{'a' * 64}.example/", "https://a..example/",
     ],
 )  # fmt: skip
 def test_a_url_that_is_not_public_is_refused(tenant: Tenant, url: str) -> None:

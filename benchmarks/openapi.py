@@ -20,8 +20,8 @@ from rich.console import Console
 
 from benchmarks._report import save
 from reft_serve.gateway.fake_engine import FakeEngine
-from tests.gateway.harness import Gateway, Served, adapter_files
-from tests.gateway.openapi_judge import ROTATION, judge
+from tests.gateway.harness import Gateway, Served
+from tests.gateway.openapi_judge import ROTATION, furnish, judge
 from tests.gateway.test_process import process
 
 
@@ -41,22 +41,23 @@ def main() -> None:
         prepared = Gateway(folder, served.url)  # makes the database and a key, and ends
         prepared.stop()
         with (
-            process(folder, served.url, REFT_LOG_LEVEL="WARNING", REFT_LIMITS__CHOICES="16") as (gateway, url),
+            process(folder, served.url, REFT_LOG_LEVEL="WARNING", REFT_WEBHOOKS_TO_PRIVATE_ADDRESSES="true") as (
+                gateway,
+                url,
+            ),
             httpx.Client(
                 base_url=url, headers={"authorization": f"Bearer {prepared.admin_key}"}, trust_env=False
             ) as admin,
         ):
             operations = sum(len(path) for path in admin.get("/openapi.json").json()["paths"].values())
             while sum(found["cases"] for found in rounds) < args.cases:
-                parts = [("files", item) for item in adapter_files().items()]
-                assert admin.post("/v1/adapters", data={"name": "birds"}, files=parts).status_code in (201, 429)
-                seed = args.seed + len(rounds)
+                known, seed = furnish(admin), args.seed + len(rounds)
                 cases = judge(
-                    url, prepared.admin_key, args.examples, folder, "--exclude-path-regex", ROTATION, seed=seed
+                    url, prepared.admin_key, args.examples, folder, known, "--exclude-path-regex", ROTATION, seed=seed
                 )
                 assert admin.get("/v1/tenant").status_code == 200, "the key died, so what came after shows nothing"
                 spare = admin.post("/v1/keys", json={"role": "admin"}).json()["secret"]
-                cases += judge(url, spare, args.examples, folder, "--include-path-regex", ROTATION, seed=seed)
+                cases += judge(url, spare, args.examples, folder, known, "--include-path-regex", ROTATION, seed=seed)
                 rounds.append({"seed": seed, "cases": cases})
                 total = sum(found["cases"] for found in rounds)
                 console.print(

@@ -84,7 +84,7 @@ async def resume(job: _Job, request: Request, caller: _Caller, services: _Servic
     return await _ask(job, "resume", request, caller, services)
 
 
-@router.get("/{job}/events", responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}})
+@router.get("/{job}/events", responses={200: {"content": {"text/event-stream": {"schema": {}}}}})
 async def events(
     job: _Job,
     caller: _Caller,

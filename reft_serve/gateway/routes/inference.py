@@ -56,7 +56,7 @@ _ANSWER: dict[int | str, dict[str, Any]] = {
         "description": "OpenAI's answer; server-sent events where `stream` is true.",
         "content": {
             "application/json": {"schema": {"type": "object"}},
-            "text/event-stream": {"schema": {"type": "string"}},
+            "text/event-stream": {"schema": {}},
         },
     }
 }

@@ -1,6 +1,6 @@
-"""Tenants against one another, at length: random acts of three tenants with keys, adapters, aliases and shares, each answer
-compared with what the actor's own world allows. An answer that holds anything of another tenant's, a count, a version's
-weights or a cache salt among it, ends the run with the shortest sequence that shows it.
+"""Tenants against one another, at length: random acts of three tenants with keys, adapters, aliases, shares, files, jobs and
+permissions, each answer compared with what the actor's own world allows. An answer that holds anything of another tenant's,
+a count, a version's weights or a cache salt among it, ends the run with the shortest sequence that shows it.
 
   scripts/bench isolation --steps 5000
 """
@@ -19,7 +19,7 @@ from rich.console import Console
 
 from benchmarks._report import save
 from tests.gateway.harness import running
-from tests.gateway.isolation_machine import Tenants
+from tests.gateway.isolation_jobs import Everything
 
 _STEPS_PER_RUN = 50
 
@@ -30,16 +30,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5_000)
     args = parser.parse_args()
     console, begun, runs = Console(), time.perf_counter(), 0
-    with tempfile.TemporaryDirectory() as folder, running(Path(folder)) as (gateway, (engine,)):
-        Tenants.gateway, Tenants.engine = gateway, engine
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        running(Path(folder), webhooks_to_private_addresses=True) as (gateway, (engine,)),
+    ):
+        Everything.gateway, Everything.engine = gateway, engine
         batch = settings(
             max_examples=20, stateful_step_count=_STEPS_PER_RUN, deadline=None, database=None,
             phases=[Phase.generate, Phase.shrink], suppress_health_check=list(HealthCheck),
         )  # fmt: skip
-        while Tenants.tally["steps"] < args.steps:
-            run_state_machine_as_test(Tenants, settings=batch)
+        while Everything.tally["steps"] < args.steps:
+            run_state_machine_as_test(Everything, settings=batch)
             runs += batch.max_examples
-            console.print(f"{Tenants.tally['steps']} steps: {dict(Tenants.tally)}")
+            console.print(f"{Everything.tally['steps']} steps: {dict(Everything.tally)}")
     save(
         "isolation",
         {
@@ -48,7 +51,7 @@ def main() -> None:
             "seconds": round(time.perf_counter() - begun),
             "runs": runs,
             "breaches": 0,
-            "counts": dict(Tenants.tally),
+            "counts": dict(Everything.tally),
         },
     )
 

@@ -23,7 +23,7 @@ WHO = st.integers(0, 2)
 VERSIONS = st.integers(1, 4)
 ALIASES = st.sampled_from(["production", "canary"])
 TOKENS = 2
-SCOPES = ("inference", "models", "adapters", "usage", "keys")
+SCOPES = ("inference", "models", "adapters", "usage", "keys", "files", "jobs", "webhooks")
 ENDPOINTS: dict[str, dict[str, Any]] = {
     "completions": {"prompt": "hello", "max_tokens": TOKENS},
     "chat/completions": {"messages": [{"role": "user", "content": "hello"}], "max_tokens": TOKENS},
@@ -33,7 +33,7 @@ ENDPOINTS: dict[str, dict[str, Any]] = {
 # What a key of each scope can look at: nothing of it may be another tenant's.
 VIEWS = {
     "models": "/v1/models", "adapters": "/v1/adapters", "keys": "/v1/keys", "usage": "/v1/usage?group_by=tenant&group_by=key",
-    "inference": "/v1/tenant",
+    "inference": "/v1/tenant", "files": "/v1/files", "jobs": "/v1/fine_tuning/jobs", "webhooks": "/v1/webhook_endpoints",
 }  # fmt: skip
 
 
@@ -121,6 +121,15 @@ class Tenants(RuleBasedStateMachine):
             return world
         assert world.tenant.http.get("/v1/models").status_code == 401
         return None
+
+    def _given(self, who: int) -> set[str]:
+        """The versions of others' that the tenant may call by their full names alone."""
+        return set()
+
+    def _ids(self, who: int) -> set[str]:
+        """What nobody else may see of a tenant's."""
+        world = self.worlds[who]
+        return {world.tenant.id, world.key_id, *(key.id for key in world.keys)}
 
     @rule(who=WHO, name=NAMES, seed=st.integers(1, 4))
     def upload(self, who: int, name: str, seed: int) -> None:
@@ -232,7 +241,7 @@ class Tenants(RuleBasedStateMachine):
         elif how == "full":
             there = number in adapter.versions
             model = adapter.versions[number][0] if there else "ft:base:nobody:x:y"
-            wanted = number if may and there else None
+            wanted = number if there and (may or model in self._given(who)) else None
         elif how == "engine":
             model, wanted = engine_name(adapter.versions[number][1]) if number in adapter.versions else "reft-v-", None
         before = len(self.engine.requests)
@@ -333,7 +342,7 @@ class Tenants(RuleBasedStateMachine):
         may = (other, name, who) in self.grants and not theirs.disabled
         there = theirs.adapters.get(name, Adapter()).bare() is not None
         assert http.get(f"/v1/models/{full}").status_code == (200 if may and there else 404)
-        secrets = {theirs.tenant.id, theirs.key_id, *(key.id for key in theirs.keys)}
+        secrets = self._ids(other)
         for path in (*VIEWS.values(), "/v1/audit?limit=1000", "/v1/usage?group_by=model&group_by=version"):
             text = http.get(path).text
             shared_with = {entry for entry in secrets if path.startswith("/v1/audit") and entry == theirs.tenant.id}
@@ -357,7 +366,7 @@ class Tenants(RuleBasedStateMachine):
                     full = f"{self.worlds[owner].tenant.name}/{name}"
                     aliases = self.worlds[owner].adapters[name].aliases
                     expected.update([full, *(f"{full}@{alias}" for alias in aliases)])
-            assert seen == expected
+            assert seen == expected + Counter(self._given(who))
 
     @invariant()
     def each_is_counted_for_its_own_requests_only(self) -> None:

@@ -6,11 +6,15 @@ import secrets
 from typing import Any
 
 from tests.gateway.harness import Gateway, Tenant, adapter_files
+from tests.gateway.test_files import jsonl
 from tests.gateway.test_tenancy import operations
 
 # What changes nothing that outlives the request.
 UNRECORDED = {
-    ("post", f"/v1/{name}") for name in ("completions", "chat/completions", "responses", "embeddings")
+    ("post", f"/v1/{name}")
+    for name in (
+        "completions", "chat/completions", "responses", "embeddings", "webhook_endpoints/{webhook}/test",
+    )
 }  # fmt: skip
 
 
@@ -57,12 +61,41 @@ def test_every_change_is_recorded_with_its_key_its_tenant_and_its_request(gatewa
     share = "/v1/adapters/{name}/shares/{tenant}"
     own("adapter.share", "PUT", share, f"{birds}/shares/{guest.id}")
     own("adapter.unshare", "DELETE", share, f"{birds}/shares/{guest.id}")
+    model = tenant.http.get(f"{birds}/versions/3").json()["model"]
+    url, of = (f"/v1/fine_tuning/checkpoints/{each}/permissions" for each in (model, "{checkpoint}"))
+    given = own("permission.create", "POST", of, url, json={"project_ids": [guest.id]})["data"][0]["id"]
+    own("permission.delete", "DELETE", f"{of}/{{permission}}", f"{url}/{given}")
     own("version.delete", "DELETE", "/v1/adapters/{name}/versions/{version}", f"{birds}/versions/3")
     own("version.delete", "DELETE", "/v1/models/{model}", "/v1/models/birds@2")
     own("adapter.delete", "DELETE", "/v1/adapters/{name}", birds)
+    data = own(
+        "file.create",
+        "POST",
+        "/v1/files",
+        "/v1/files",
+        data={"purpose": "fine-tune"},
+        files={"file": ("x.jsonl", jsonl())},
+    )["id"]
+    asked = {"model": "base", "training_file": data}
+    mine, other = (
+        own("job.create", "POST", "/v1/fine_tuning/jobs", "/v1/fine_tuning/jobs", json=asked)["id"] for _ in "12"
+    )
+    for verb in ("pause", "resume", "cancel"):
+        own(f"job.{verb}", "POST", f"/v1/fine_tuning/jobs/{{job}}/{verb}", f"/v1/fine_tuning/jobs/{mine}/{verb}")
+    path = f"/v1/admin/jobs/{other}/cancel"
+    assert (
+        change(admin, root, "job.cancel", "POST", "/v1/admin/jobs/{job}/{what}", path)["tenant_of_entry"] == tenant.id
+    )
+    own("file.delete", "DELETE", "/v1/files/{file}", f"/v1/files/{data}")
+    hook = {"name": "x", "url": "https://93.184.215.14/x", "event_types": ["fine_tuning.job.failed"]}  # never called
+    url, of = "/v1/webhook_endpoints", "/v1/webhook_endpoints/{webhook}"
+    made = own("webhook.create", "POST", url, url, json=hook)["id"]
+    own("webhook.change", "POST", of, f"{url}/{made}", json={"name": "y"})
+    own("webhook.rotate", "POST", f"{of}/rotate_secret", f"{url}/{made}/rotate_secret")
+    own("webhook.delete", "DELETE", of, f"{url}/{made}")
     for verb in ("drain", "resume"):
         path = f"/v1/admin/engines/engine-0/{verb}"
         change(admin, root, f"engine.{verb}", "POST", path.replace("engine-0", "{engine}"), path)
-    change(admin, root, "tenant.delete", "DELETE", of, url)
+    change(admin, root, "tenant.delete", "DELETE", "/v1/admin/tenants/{tenant}", f"/v1/admin/tenants/{name}")
     changing = {(method, path) for method, path in operations(gateway) if method != "get"}
     assert done == changing - UNRECORDED

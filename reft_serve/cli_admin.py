@@ -24,7 +24,7 @@ app = typer.Typer(
     no_args_is_help=True, help="Tenants, keys and usage, straight in the database that REFT_DATABASE names."
 )
 tenant = typer.Typer(no_args_is_help=True, help="Make, list, limit, disable and enable tenants.")
-key = typer.Typer(no_args_is_help=True, help="Make, list and revoke API keys.")
+key = typer.Typer(no_args_is_help=True, help="Make, list, rotate and revoke API keys.")
 app.add_typer(tenant, name="tenant")
 app.add_typer(key, name="key")
 
@@ -123,6 +123,10 @@ def create_key(
     role: Annotated[str, typer.Option(help="admin, owner or inference.")] = "owner",
     label: Annotated[str, typer.Option(help="What the key is for.")] = "",
     days: Annotated[int | None, typer.Option(min=1, help="Days until it expires.")] = None,
+    scopes: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Some of the role's scopes; all of them unless given.")
+    ] = None,
+    limits: _Limits = "{}",
 ) -> None:
     """Make a key and print its secret, which nobody can see again."""
 
@@ -135,7 +139,16 @@ def create_key(
             raise RequestInvalid(f"--role {role[:40]!r} is not one of {', '.join(keys.ROLES)}")
         found = await tenants.find_tenant(session, name)
         expires = None if days is None else now_ms() + days * 86_400_000
-        made, secret = await keys.create_key(session, found, role, label, expires_ms=expires)  # type: ignore[arg-type]
+        chosen = None if scopes is None else [scope.strip() for scope in scopes.split(",")]
+        made, secret = await keys.create_key(
+            session,
+            found,
+            role,  # type: ignore[arg-type]
+            label,
+            chosen,
+            expires,
+            _limits(limits),
+        )
         audit.record(session, audit.Actor(), "key.create", made.id, found.id, role=role, name=label)
         return secret
 
@@ -155,6 +168,25 @@ def list_keys(name: _Name) -> None:
 
     for line in _do(listed):
         typer.echo(line)
+
+
+@key.command("rotate")
+def rotate_key(
+    name: _Name,
+    key_id: Annotated[str, typer.Argument(metavar="KEY", help="The key's id.")],
+    overlap: Annotated[int, typer.Option(min=0, help="Seconds that the old key goes on for.")] = 0,
+) -> None:
+    """Make a key like another one, and print its secret, which nobody can see again."""
+
+    async def rotate(session: AsyncSession) -> str:
+        from reft_serve.database import audit, keys, tenants
+
+        found = await tenants.find_tenant(session, name)
+        new, secret = await keys.rotate_key(session, await keys.find_key(session, found.id, key_id), overlap)
+        audit.record(session, audit.Actor(), "key.rotate", key_id, found.id, new=new.id)
+        return secret
+
+    typer.echo(_do(rotate))
 
 
 @key.command("revoke")

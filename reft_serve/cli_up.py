@@ -103,7 +103,7 @@ def up(
 def _children(
     passed: Sequence[str], model: str, folder: Path, host: str, port: int, name: str, run: Path
 ) -> list[_Child]:
-    from reft_serve.config import child_environment, read_settings
+    from reft_serve.config import GatewaySettings, child_environment, read_settings
 
     socket = run / "engine.sock"  # private to this user, and short: such paths have at most 107 bytes
     settings = {
@@ -116,7 +116,7 @@ def _children(
     if not any(flag.startswith("--max-loras") for flag in passed):
         flags += ["--max-loras", "16"]
     traced = {}
-    if (collector := read_settings().otlp_endpoint) is not None and "--otlp-traces-endpoint" not in passed:
+    if (collector := read_settings(GatewaySettings).otlp_endpoint) is not None and "--otlp-traces-endpoint" not in passed:
         flags += ["--otlp-traces-endpoint", f"{collector.rstrip('/')}/v1/traces"]
         traced["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] = (
             "http/protobuf"  # vLLM's default is gRPC; the gateway speaks HTTP

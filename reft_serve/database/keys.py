@@ -25,6 +25,7 @@ __all__ = [
     "find_key",
     "list_keys",
     "revoke_key",
+    "rotate_key",
     "scopes_of",
 ]
 
@@ -121,6 +122,20 @@ async def find_key(session: AsyncSession, tenant_id: str, key_id: str) -> Key:
     if key is None:
         raise NotFound(f"there is no key {key_id[:80]!r}")
     return key
+
+
+async def rotate_key(session: AsyncSession, old: Key, overlap_seconds: int = 0) -> tuple[Key, str]:
+    """Make a key like an old one, which goes on for `overlap_seconds`: (the new one's row, its secret).
+
+    Raises:
+        NotAllowed: the old one is revoked or has expired.
+    """
+    if old.revoked_ms is not None or (old.expires_ms is not None and old.expires_ms <= now_ms()):
+        raise NotAllowed("a key that is revoked or has expired is not rotated; make a new one")
+    role: Role = old.role  # type: ignore[assignment]
+    made = await create_key(session, old.tenant, role, old.name, old.scopes, old.expires_ms, old.limits)
+    revoke_key(old, now_ms() + overlap_seconds * 1000 if overlap_seconds else None)
+    return made
 
 
 def revoke_key(key: Key, at_ms: int | None = None) -> None:

@@ -40,6 +40,11 @@ def test_a_tenant_and_its_keys_are_made_listed_and_ended(operate: CliRunner) -> 
     listed = run(operate, "key", "list", "acme")
     assert secret not in listed
     assert "inference\tvalid\tci" in listed
+    rotated = run(operate, "key", "rotate", "acme", listed.split("\t")[0], "--overlap", "60").strip()
+    assert rotated != secret
+    narrow = run(operate, "key", "create", "acme", "--scopes", "usage,models", "--limits", '{"requests_per_minute": 1}')
+    assert len({secret, rotated, narrow.strip()}) == 3
+    assert len(run(operate, "key", "list", "acme").splitlines()) == 3
     run(operate, "key", "revoke", "acme", listed.split("\t")[0])
     assert "revoked" in run(operate, "key", "list", "acme")
     run(operate, "tenant", "disable", "acme")
@@ -56,6 +61,7 @@ def test_a_tenant_and_its_keys_are_made_listed_and_ended(operate: CliRunner) -> 
         (["tenant", "create", "Not A Name"], RequestInvalid), (["tenant", "disable", "nobody"], NotFound),
         (["tenant", "create", "x", "--limits", '{"speed": 1}'], RequestInvalid), (["key", "list", "nobody"], NotFound),
         (["key", "create", "nobody", "--role", "king"], RequestInvalid), (["usage", "--bucket", "year"], RequestInvalid),
+        (["key", "rotate", "nobody", "key_0"], NotFound),
     ],
 )  # fmt: skip
 def test_a_mistake_gets_a_sentence(operate: CliRunner, arguments: list[str], kind: type[Exception]) -> None:

@@ -9,7 +9,6 @@ from pydantic import Field
 
 from reft_serve.database import audit, keys
 from reft_serve.database.keys import Principal
-from reft_serve.database.models import now_ms
 from reft_serve.database.tenants import find_tenant
 from reft_serve.errors import Conflict, NotAllowed
 from reft_serve.gateway.edge import caller_of, requires
@@ -82,22 +81,8 @@ async def rotate(
     async with services.database.writing() as session:
         old = await keys.find_key(session, caller.tenant_id, key)
         _check_rank(caller, old.role)
-        if old.revoked_ms is not None:
-            raise NotAllowed("a revoked key is not rotated; make a new one")
-        role: keys.Role = old.role  # type: ignore[assignment]
-        _check_scopes(caller, keys.scopes_of(role, old.scopes))
-        if old.expires_ms is not None and old.expires_ms <= now_ms():
-            raise NotAllowed("an expired key is not rotated; make a new one")
-        new, secret = await keys.create_key(
-            session,
-            old.tenant,
-            role,
-            old.name,
-            old.scopes,
-            old.expires_ms,
-            old.limits,
-        )
-        keys.revoke_key(old, now_ms() + overlap_seconds * 1000 if overlap_seconds else None)
+        _check_scopes(caller, keys.scopes_of(old.role, old.scopes))  # type: ignore[arg-type]
+        new, secret = await keys.rotate_key(session, old, overlap_seconds)
         audit.record(session, actor_of(request), "key.rotate", key, caller.tenant_id, new=new.id)
     services.directory.forget()
     return NewKeyOut(secret=secret, **KeyOut.fields_of(new))

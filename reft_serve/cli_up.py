@@ -115,8 +115,8 @@ def _children(
     flags = [flag for flag in ("--enable-lora",) if flag not in passed]
     if not any(flag.startswith("--max-loras") for flag in passed):
         flags += ["--max-loras", "16"]
-    traced = {}
-    if (collector := read_settings(GatewaySettings).otlp_endpoint) is not None and "--otlp-traces-endpoint" not in passed:
+    traced, collector = {}, read_settings(GatewaySettings).otlp_endpoint
+    if collector is not None and "--otlp-traces-endpoint" not in passed:
         flags += ["--otlp-traces-endpoint", f"{collector.rstrip('/')}/v1/traces"]
         traced["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] = (
             "http/protobuf"  # vLLM's default is gRPC; the gateway speaks HTTP

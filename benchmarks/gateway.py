@@ -101,7 +101,7 @@ class Connection:
 async def first_bytes(arm: Arm, count: int) -> list[float]:
     """Seconds to the first token of streams, one after the other."""
     async with Connection.to(arm) as connection:
-        return [(await connection.ask(4, stream=True))[0] for _ in range(count)]
+        return [(await connection.ask(1, stream=True))[0] for _ in range(count)]
 
 
 async def streaming(arm: Arm, streams: int, tokens: int) -> float:
@@ -226,8 +226,8 @@ def main() -> None:
     """Run the benchmark, print its table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=("fake", "real"), default="fake")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--requests", type=int, default=100, help="streams one after the other, per arm and round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--requests", type=int, default=200, help="streams one after the other, per arm and round")
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--token-seconds", type=float, default=0.05, help="the fake engine's time per token")

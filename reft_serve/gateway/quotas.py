@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
@@ -11,14 +12,17 @@ from typing import Any
 
 from limits import RateLimitItemPerMinute
 from limits.aio.strategies import FixedWindowRateLimiter, SlidingWindowCounterRateLimiter
+from limits.errors import StorageError
 from limits.storage import storage_from_string
 
 from reft_serve.config import TenantLimits
 from reft_serve.database.keys import Principal
-from reft_serve.errors import RateLimited
+from reft_serve.errors import DatabaseUnusable, RateLimited
 from reft_serve.observability import LIMITED, BoundedNames
 
 __all__ = ["Quotas", "Spending", "limits_of"]
+
+_log = logging.getLogger(__name__)
 
 
 def limits_of(defaults: TenantLimits, own: Mapping[str, Any]) -> TenantLimits:
@@ -41,7 +45,7 @@ class Quotas:
 
     def __init__(self, defaults: TenantLimits, storage: str, names: BoundedNames) -> None:
         self._defaults, self._names = defaults, names
-        counted: Any = storage_from_string(storage, implementation="redispy")
+        counted: Any = storage_from_string(storage, implementation="redispy", wrap_exceptions=True)
         self._requests = SlidingWindowCounterRateLimiter(counted)
         self._tokens = FixedWindowRateLimiter(counted)
         self._storage = counted
@@ -57,6 +61,7 @@ class Quotas:
 
         Raises:
             RateLimited: a limit of the tenant or the key is used up; nothing was taken then.
+            DatabaseUnusable: the limits cannot be counted.
         """
         holders = [("tenant", caller.tenant_id, self.limits(caller))]
         if caller.key_limits:
@@ -67,7 +72,10 @@ class Quotas:
                 self._check_at_once(caller, (kind, name), limits, taken)
             spending = Spending(estimate)
             for kind, name, limits in holders:
-                await self._take(caller, (kind, name), limits, spending)
+                try:
+                    await self._take(caller, (kind, name), limits, spending)
+                except StorageError as exc:
+                    raise DatabaseUnusable("what is used of the limits cannot be counted; try again") from exc
             yield spending
         finally:
             for holder in taken:
@@ -107,11 +115,16 @@ class Quotas:
             _tell(spending.headers, "tokens", item.amount, stats.remaining, stats.reset_time)
 
     async def settle(self, spending: Spending, tokens: int) -> None:
-        """Let the buckets hold what was used instead of what was estimated."""
+        """Let the buckets hold what was used instead of what was estimated. Where they do not answer the estimate stays: an
+        answer that is there must not be lost for it.
+        """
         difference = tokens - max(1, spending.estimate)
         for item, holder, reset in spending.tokens:
             if difference and time.time() < reset:
-                await self._storage.incr(item.key_for(*holder), item.get_expiry(), amount=difference)
+                try:
+                    await self._storage.incr(item.key_for(*holder), item.get_expiry(), amount=difference)
+                except StorageError:
+                    _log.warning("a tenant's tokens stay as they were estimated", exc_info=True)
         spending.tokens.clear()
 
     def _limited(self, caller: Principal, limit: str, most: str, wait: float) -> RateLimited:

@@ -2,9 +2,9 @@
 
 Two tenants share a gateway. The one that is measured sends streams at random moments (Poisson), always alike. The other one
 has a limit of requests per minute; it is away, sends what its limit allows, or sends fifty times that. The three take turns;
-times count from the moment at which a request was to be sent, so that a slow server is not spared what it delays. Gateway,
-engine and the tenants are processes of their own. The fake engine answers after 50 ms and then every 20 ms, as a model of
-some size does; `--engine real` is the shipped model under `reft-serve up`.
+times count from the moment at which a request was to be sent, so that a slow server is not spared what it delays. The fake
+engine answers after 50 ms and then every 20 ms, as a model of some size does; `--engine real` is the shipped model under
+`reft-serve up`. The flooding tenant's client is a process of its own: what it costs is not in the other one's times.
 
   scripts/bench fairness
   scripts/bench fairness --engine real
@@ -14,29 +14,30 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import random
+import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import httpx
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks._deployment import Deployment
 from benchmarks._report import save
+from benchmarks._tenant import tenant
 from benchmarks.gateway import free_port, process
 from tests.gateway.harness import first_key
 
-FIRST_SECONDS, TOKEN_SECONDS, TOKENS = 0.05, 0.02, 32
+FIRST_SECONDS, TOKEN_SECONDS = 0.05, 0.02
 ARMS: Mapping[str, float] = {"away": 0.0, "at its limit": 1.0, "at 50x its limit": 50.0}
 
 
@@ -49,49 +50,20 @@ class Place:
     flooding: str
 
 
-async def arrivals(rate: float, until: float) -> Any:
-    """The moments of a Poisson process, each given when it has come."""
-    due = time.perf_counter()
-    while rate:
-        due += random.expovariate(rate)
-        if due >= until:
-            return
-        await asyncio.sleep(max(0.0, due - time.perf_counter()))
-        yield due
-
-
-async def stream(client: aiohttp.ClientSession, url: str, key: str, due: float) -> tuple[int, float]:
-    """(status, seconds from `due` to the first event)."""
-    body = {"model": "base", "prompt": "Once upon a time", "max_tokens": TOKENS, "stream": True, "ignore_eos": True}
-    headers = {"authorization": f"Bearer {key}"}
-    async with client.post(f"{url}/v1/completions", json=body, headers=headers) as answer:
-        await answer.content.readany()
-        first = time.perf_counter() - due
-        await answer.read()
-        return answer.status, first
-
-
-async def tenant(url: str, key: str, rate: float, until: float) -> tuple[Counter[int], list[float]]:
-    """One tenant's life until then: its answers by status, and the seconds to the first event of those that were given."""
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as client:
-        sent = []
-        async for due in arrivals(rate, until):
-            sent.append(asyncio.create_task(stream(client, url, key, due)))
-        answers = await asyncio.gather(*sent)
-    return Counter(status for status, _ in answers), [first for status, first in answers if status == 200]
-
-
-def turn(place: Place, rate: float, flood: float, seconds: float) -> tuple[list[float], Counter[int]]:
+def turn(
+    place: Place, others: ProcessPoolExecutor, rate: float, flood: float, seconds: float
+) -> tuple[list[float], Counter[int]]:
     """(the steady tenant's seconds to first events, the other's answers by status)."""
-
-    async def both() -> tuple[tuple[Counter[int], list[float]], tuple[Counter[int], list[float]]]:
-        until = time.perf_counter() + seconds
-        steady = tenant(place.url, place.steady, rate, until)
-        return await asyncio.gather(steady, tenant(place.url, place.flooding, flood, until))
-
-    (given, firsts), (others, _) = asyncio.run(both())
+    until = time.perf_counter() + seconds  # the same clock in every process
+    flooding = others.submit(tenant, place.url, place.flooding, flood, until)
+    given, firsts = tenant(place.url, place.steady, rate, until)
     assert set(given) == {200}, f"the steady tenant was not always answered: {given}"
-    return firsts, others
+    return firsts, flooding.result()[0]
+
+
+def another_process() -> ProcessPoolExecutor:
+    """Where the flooding tenant lives."""
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
 
 
 @contextmanager
@@ -141,17 +113,17 @@ def main() -> None:
     parser.add_argument("--engine", choices=("fake", "real"), default="fake")
     parser.add_argument("--rate", type=float, default=20.0, help="the steady tenant's streams per second")
     parser.add_argument("--limit", type=int, default=120, help="the other's requests per minute")
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--seconds", type=float, default=20.0, help="per arm and round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=30.0, help="per arm and round")
     args = parser.parse_args()
     firsts: dict[str, list[float]] = {name: [] for name in ARMS}
     others: dict[str, Counter[int]] = {name: Counter() for name in ARMS}
-    with (fake if args.engine == "fake" else real)() as (url, admin):
+    with (fake if args.engine == "fake" else real)() as (url, admin), another_process() as flooding:
         place = tenants(url, admin, args.limit)
-        turn(place, args.rate, 0.0, 3.0)
+        turn(place, flooding, args.rate, 1.0, 4.0)
         for _ in range(args.rounds):
             for name, times in ARMS.items():
-                found, answered = turn(place, args.rate, times * args.limit / 60, args.seconds)
+                found, answered = turn(place, flooding, args.rate, times * args.limit / 60, args.seconds)
                 firsts[name] += found
                 others[name] += answered
     result = {

@@ -140,18 +140,24 @@ def _children(
 
 async def _run(children: list[_Child], host: str, port: int, folder: Path) -> int:
     begun = time.monotonic()
-    await _first_key(folder)
     ending = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, ending.set)
-    kept = [asyncio.create_task(child.keep()) for child in children]
+    engine, *others = children
+    kept = [asyncio.create_task(engine.keep())]
+    try:  # while the engine starts, which takes longest; in a thread, for what it imports would hold up this one
+        await asyncio.to_thread(asyncio.run, _first_key(folder))
+    except BaseException:
+        await engine.stop(patience=5.0)
+        raise
+    kept += [asyncio.create_task(child.keep()) for child in others]
     telling = asyncio.create_task(_tell_when_ready(host, port, begun))
     _say("starting the engine and the gateway; the first start of a model takes longest")
     await ending.wait()
     _say("shutting down: requests under way may finish")
     telling.cancel()
-    engine, *others = children  # the engine last, so that what the gateway has begun still finds it
     await asyncio.gather(*(child.stop(patience=40.0) for child in others))
+    # Last, so that what the gateway has begun still finds it.
     await engine.stop(patience=40.0)
     for task in kept:
         task.cancel()

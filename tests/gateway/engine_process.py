@@ -5,6 +5,7 @@ python -m tests.gateway.engine_process PORT TOKEN_SECONDS [FIRST_SECONDS]
 
 from __future__ import annotations
 
+import gc
 import sys
 
 import uvicorn
@@ -24,6 +25,7 @@ def main(port: int, token_seconds: float, first_seconds: float = 0.0) -> None:
 
     app = engine.app
     app.router.routes.append(Route("/running", running))
+    gc.freeze()
     uvicorn.run(app, port=port, log_level="error")
 
 

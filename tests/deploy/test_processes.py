@@ -29,6 +29,7 @@ from tests.gateway.test_process import free_port
 
 DEMO = ROOT / "reft_serve" / "demo"
 PROMPT = "once upon a time there was"
+UNENDING = {"ignore_eos": True}
 
 
 @dataclass
@@ -143,7 +144,9 @@ def test_a_request_goes_through_gateway_engine_store_and_database(deployment: De
 
 def test_other_routers_see_which_adapters_an_engine_works_on(deployment: Deployment) -> None:
     """llm-d and the Gateway API's Inference Extension read it from `vllm:lora_requests_info`."""
-    stream = deployment.openai().completions.create(model="cats", prompt=PROMPT, max_tokens=400, stream=True)
+    stream = deployment.openai().completions.create(
+        model="cats", prompt=PROMPT, max_tokens=400, stream=True, extra_body=UNENDING
+    )
     seen: set[str] = set()
     for count, _ in enumerate(stream):
         if count % 20 == 5 and not seen:
@@ -171,7 +174,9 @@ def test_a_worker_without_a_job_ends_at_once(deployment: Deployment) -> None:
 
 def test_a_gateway_leaves_the_service_first_and_ends_in_the_time_that_it_has(deployment: Deployment) -> None:
     gateway = deployment.gateway
-    stream = deployment.openai().completions.create(model="base", prompt=PROMPT, max_tokens=60, stream=True)
+    stream = deployment.openai().completions.create(
+        model="base", prompt=PROMPT, max_tokens=60, stream=True, extra_body=UNENDING
+    )
     next(stream)
     begun = time.monotonic()
     gateway.process.send_signal(signal.SIGTERM)

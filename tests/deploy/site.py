@@ -52,7 +52,7 @@ class Site:
         self._engine_port, self._engines_made = 0, 0
         self.settings = {
             "REFT_DATABASE": database, "REFT_STORE": str(folder / "store"), "REFT_MIGRATE": "false",
-            "REFT_PROBE_SECONDS": "0.2", "REFT_NOTICE_SECONDS": "1.0", **settings,
+            "REFT_PROBE_SECONDS": "0.2", "REFT_NOTICE_SECONDS": "2", **settings,
         }  # fmt: skip
 
     def start_engine(self) -> FakeEngine:

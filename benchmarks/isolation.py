@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -35,11 +36,11 @@ def main() -> None:
         running(Path(folder), webhooks_to_private_addresses=True) as (gateway, (engine,)),
     ):
         Everything.gateway, Everything.engine = gateway, engine
-        batch = settings(
-            max_examples=20, stateful_step_count=_STEPS_PER_RUN, deadline=None, database=None,
-            phases=[Phase.generate, Phase.shrink], suppress_health_check=list(HealthCheck),
-        )  # fmt: skip
-        while Everything.tally["steps"] < args.steps:
+        while (left := args.steps - Everything.tally["steps"]) > 0:
+            batch = settings(
+                max_examples=min(20, math.ceil(left / _STEPS_PER_RUN)), stateful_step_count=_STEPS_PER_RUN, deadline=None,
+                database=None, phases=[Phase.generate, Phase.shrink], suppress_health_check=list(HealthCheck),
+            )  # fmt: skip
             run_state_machine_as_test(Everything, settings=batch)
             runs += batch.max_examples
             console.print(f"{Everything.tally['steps']} steps: {dict(Everything.tally)}")

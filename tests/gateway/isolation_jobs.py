@@ -42,8 +42,11 @@ class Everything(Tenants):
         self.permissions: dict[str, tuple[int, str, int]] = {}
 
     @initialize()
-    def fresh_worker(self) -> None:
+    def fresh_tenants(self) -> None:
+        super().fresh_tenants()
         self.worker = FakeWorker(self.gateway.settings)
+        for who in range(3):
+            self._upload_file(who)
 
     def teardown(self) -> None:
         for held in self.holdings:
@@ -69,15 +72,14 @@ class Everything(Tenants):
 
     @rule(who=WHO)
     def upload_file(self, who: int) -> None:
-        if (world := self._acts(who)) is None:
-            return
-        content = jsonl(
-            {"messages": [{"role": "user", "content": world.tenant.id}, {"role": "assistant", "content": "x"}]}
-        )
-        made = world.tenant.http.post(
-            "/v1/files", data={"purpose": "fine-tune"}, files={"file": ("x.jsonl", content)}
-        ).json()
-        self.holdings[who].files[made["id"]] = content
+        if self._acts(who) is not None:
+            self._upload_file(who)
+
+    def _upload_file(self, who: int) -> None:
+        tenant = self.worlds[who].tenant
+        content = jsonl({"messages": [{"role": "user", "content": tenant.id}, {"role": "assistant", "content": "x"}]})
+        sent = tenant.http.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("x.jsonl", content)})
+        self.holdings[who].files[sent.json()["id"]] = content
 
     @rule(who=WHO, owner=WHO, of=ANY, end=st.booleans())
     def read_or_delete_file(self, who: int, owner: int, of: int, end: bool) -> None:

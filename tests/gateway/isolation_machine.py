@@ -18,10 +18,12 @@ from reft_serve.gateway.engine import engine_name
 from reft_serve.gateway.fake_engine import FakeEngine
 from tests.gateway.harness import Gateway, Tenant
 
-NAMES = st.sampled_from(["birds", "cats"])
+NAMES_, ALIASES_ = ("birds", "cats"), ("production", "canary")
+HOWS = ("base", "bare", "owned", "version", "alias", "full", "engine")
+NAMES = st.sampled_from(NAMES_)
 WHO = st.integers(0, 2)
 VERSIONS = st.integers(1, 4)
-ALIASES = st.sampled_from(["production", "canary"])
+ALIASES = st.sampled_from(ALIASES_)
 TOKENS = 2
 SCOPES = ("inference", "models", "adapters", "usage", "keys", "files", "jobs", "webhooks")
 ENDPOINTS: dict[str, dict[str, Any]] = {
@@ -99,6 +101,7 @@ class Tenants(RuleBasedStateMachine):
         super().__init__()
         self.worlds: list[World] = []
         self.grants: set[tuple[int, str, int]] = set()
+        self.asked = 0
 
     @initialize()
     def fresh_tenants(self) -> None:
@@ -107,6 +110,7 @@ class Tenants(RuleBasedStateMachine):
             tenant = self.gateway.tenant(f"g{self.generation}t{k}")
             (key,) = tenant.http.get("/v1/keys").json()["data"]
             self.worlds.append(World(tenant, key["id"]))
+            self._upload(k, "birds", k + 1)  # so that there is something to take from the first step on
 
     def teardown(self) -> None:
         for world in self.worlds:
@@ -133,8 +137,11 @@ class Tenants(RuleBasedStateMachine):
 
     @rule(who=WHO, name=NAMES, seed=st.integers(1, 4))
     def upload(self, who: int, name: str, seed: int) -> None:
-        if (world := self._acts(who)) is None:
-            return
+        if self._acts(who) is not None:
+            self._upload(who, name, seed)
+
+    def _upload(self, who: int, name: str, seed: int) -> None:
+        world = self.worlds[who]
         answer = world.tenant.upload(name, seed)
         assert answer.status_code == 201, answer.text
         made, adapter = answer.json(), world.adapters.setdefault(name, Adapter())
@@ -216,13 +223,20 @@ class Tenants(RuleBasedStateMachine):
             assert answer.status_code == (200 if grant in self.grants else 404)
             self.grants -= {grant}
 
-    @rule(
-        who=WHO, owner=WHO, name=NAMES, number=VERSIONS, alias=ALIASES,
-        how=st.sampled_from(["base", "bare", "owned", "version", "alias", "full", "engine"]),
-        endpoint=st.sampled_from(sorted(ENDPOINTS)),
-    )  # fmt: skip
-    def ask(self, who: int, owner: int, name: str, number: int, alias: str, how: str, endpoint: str) -> None:
-        if (world := self._acts(who)) is None:
+    @invariant()
+    def somebody_asks_for_something(self) -> None:
+        """At every step, in turns: who, whose, by which kind of name, at which endpoint."""
+        if not self.worlds:
+            return
+        n = self.asked = self.asked + 1
+        who, owner, name, number = n % 3, n // 3 % 3, NAMES_[n // 2 % 2], 1 + n // 5 % 4
+        if n % 4 == 0:
+            self._pry(who, (who + 1 + n // 4 % 2) % 3, name)
+        self._ask(who, owner, name, number, ALIASES_[n // 4 % 2], HOWS[n // 3 % 7], sorted(ENDPOINTS)[n // 7 % 4])
+
+    def _ask(self, who: int, owner: int, name: str, number: int, alias: str, how: str, endpoint: str) -> None:
+        world = self.worlds[who]
+        if world.disabled:
             return
         theirs = self.worlds[owner]
         adapter = theirs.adapters.get(name, Adapter())
@@ -326,10 +340,10 @@ class Tenants(RuleBasedStateMachine):
         assert answer.status_code == 200
         self.worlds[who].disabled = off
 
-    @rule(who=WHO, other=WHO, name=NAMES)
-    def pry(self, who: int, other: int, name: str) -> None:
+    def _pry(self, who: int, other: int, name: str) -> None:
         """What names others' things gets nothing of them, and changes nothing."""
-        if who == other or (world := self._acts(who)) is None:
+        world = self.worlds[who]
+        if world.disabled:
             return
         theirs, http = self.worlds[other], world.tenant.http
         for key in [theirs.key_id, *(key.id for key in theirs.keys)]:

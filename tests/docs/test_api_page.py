@@ -34,7 +34,6 @@ def test_every_failure_that_a_request_can_meet_is_on_the_page() -> None:
     # What only commands and engines raise never becomes an answer.
     elsewhere = {
         "reft_error", "positions_invalid", "adapter_not_found", "adapter_exists", "adapter_unsupported", "lease_lost",
-        "import_flag_missing", "adapter_changed", "base_model_invalid", "engine_unsupported", "data_invalid",
-        "blob_missing",
+        "import_flag_missing", "adapter_changed", "base_model_invalid", "engine_unsupported",
     }  # fmt: skip
     assert {code for code, _, _ in ROWS} >= set(CODES) - elsewhere

@@ -47,7 +47,7 @@ WORDS = _VOCABULARY.split()
 # A cache of a size that a run fills soon: pages that were never touched are no resident memory.
 FLAGS = f"--dtype float32 --max-num-seqs 64 --kv-cache-memory-bytes {256 << 20}"
 SCRAPE_SECONDS = 5
-MEMORY_SECONDS = 10.0
+MEMORY_SECONDS, SLOPE_SECONDS = 10.0, 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +218,9 @@ def result_of(run: Run, args: argparse.Namespace) -> dict[str, Any]:
         }  # fmt: skip
     found["late_ms_p99"] = round(1e3 * sorted(each.late for each in outcomes)[int(0.99 * (len(outcomes) - 1))], 2)
     found["errors"] = Counter(each.error for each in outcomes if each.error).most_common(10)
-    found["memory"] = growth(run.memory, args.warm_up * 60)
+    # A slope over less would be noise.
+    long_enough = run.seconds >= 60 * args.warm_up + SLOPE_SECONDS
+    found["memory"] = growth(run.memory, 60 * args.warm_up) if long_enough else {}
     found["memory_mb"] = [
         [round(at), {name: round(size / 1e6, 1) for name, size in sizes.items()}] for at, sizes in run.memory
     ]
@@ -259,7 +261,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rates", default="1,2,4,8,16", help="requests per second, one run each")
     parser.add_argument("--minutes", type=float, default=1.0, help="of each run")
-    parser.add_argument("--warm-up", type=float, default=8.0, help="minutes after which memory is looked at")
+    parser.add_argument("--warm-up", type=float, default=10.0, help="minutes before memory's growth is looked at")
     parser.add_argument("--tenants", type=int, default=3)
     parser.add_argument("--adapters", type=int, default=12, help="of each tenant")
     parser.add_argument("--first-token", type=float, default=0.5, help="seconds, for goodput")
@@ -311,7 +313,7 @@ def _plot_rates(result: dict[str, Any], axes: Any) -> None:
 
 def _plot_soak(result: dict[str, Any], axes: Any) -> None:
     (run,) = result["runs"]
-    for name in run["memory"]:
+    for name in sorted({name for _, sizes in run["memory_mb"] for name in sizes}):
         points = [(at / 60, sizes[name]) for at, sizes in run["memory_mb"] if name in sizes]
         axes.plot(*zip(*points, strict=True), label=name)
     axes.axvline(result["arguments"]["warm_up"], color="grey", linestyle=":", linewidth=1)

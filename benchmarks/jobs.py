@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import secrets
+import signal
+import sys
 import tempfile
 from contextlib import ExitStack
 from dataclasses import fields
@@ -79,6 +81,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tag", help="suffix of the result's file name")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started ends, too
     found = {}
     for kind in ("sqlite", "postgresql") if args.database == "both" else (args.database,):
         with tempfile.TemporaryDirectory() as name, ExitStack() as stack:

@@ -122,6 +122,8 @@ class Attempt:
             return await self._back(f"the worker's disk cannot be used ({exc.strerror})")
         uploads = Uploads(self._around, self.claim, self._lease)
         try:
+            if not await self._fits():
+                return await self._release(memory_bytes=self.memory)
             spec = await self._prepare(aside.path)
             if spec is None:
                 return await self._release()
@@ -138,20 +140,22 @@ class Attempt:
                 await asyncio.shield(self._child.wait())
             await asyncio.shield(asyncio.to_thread(aside.remove))
 
-    async def _prepare(self, folder: Path) -> JobSpec | None:
-        """What its process needs; None where it must wait for more memory, or for another worker."""
-        claim, around = self.claim, self._around
-        asked = read_hyperparameters(claim.hyperparameters)
+    async def _fits(self) -> bool:
+        """Whether there is memory for it; else it waits for that, or for another worker."""
+        around, asked = self._around, read_hyperparameters(self.claim.hyperparameters)
         try:
             self.memory = await asyncio.to_thread(memory.estimate, around.base, asked, gpu=self.place.device != "cpu")
         except (OSError, ValueError, BaseModelInvalid) as exc:
             raise _Trouble("the base model cannot be read on the worker") from exc
-        if self.memory > self.place.free:
-            if self.memory > self.place.total:
-                needs, has = (f"{size / 2**30:.1f} GiB" for size in (self.memory, self.place.total))
-                told = f"The job needs about {needs} of memory and worker {around.settings.worker_name} has {has}; "
-                self._lease.tell(told + "it waits for a larger one", "warn")
-            return None
+        if self.memory > self.place.total:
+            needs, has = (f"{size / 2**30:.1f} GiB" for size in (self.memory, self.place.total))
+            told = f"The job needs about {needs} of memory and worker {around.settings.worker_name} has {has}; "
+            self._lease.tell(told + "it waits for a larger one", "warn")
+        return self.memory <= self.place.free
+
+    async def _prepare(self, folder: Path) -> JobSpec | None:
+        """What its process needs; None where it is not wanted any more."""
+        claim, around = self.claim, self._around
         files = [("training_file", claim.training_file_id), ("validation_file", claim.validation_file_id)]
         paths = [await inputs.fetch_file(around, file_id, param, folder) for param, file_id in files if file_id]
         await inputs.fetch_checkpoint(around, claim, folder)
@@ -180,7 +184,8 @@ class Attempt:
         if isinstance(message, Noted):
             self._lease.tell(message.message, "warn")
         elif isinstance(message, Resolved):
-            resolved, needed = message.resolved, self.memory
+            # Memory only once: where it was too little, more was put down since.
+            resolved, needed = message.resolved, None if claim.resolved else self.memory
             await self._lease.write(
                 lambda session: jobs.resolve(session, claim.id, worker, resolved, memory_bytes=needed)
             )
@@ -227,7 +232,7 @@ class Attempt:
         if self._giving_up:
             return await self._release()
         told = f"the job's process ended with code {code} (below 0: by that signal; -9 may be a lack of memory)"
-        return await self._release(told, memory_bytes=int(1.5 * self.memory) if code == -signal.SIGKILL else None)
+        return await self._release(told, memory_bytes=self._more_memory() if code == -signal.SIGKILL else None)
 
     async def _succeed(self, run: Path, last: Ended) -> How:
         """Publish, as soon as the stores and the database let us."""
@@ -255,8 +260,12 @@ class Attempt:
             return await self._back(broken.message)
         return await self._release(
             broken.traceback or broken.message,
-            memory_bytes=int(1.5 * self.memory) if broken.whose == "memory" else None,
+            memory_bytes=self._more_memory() if broken.whose == "memory" else None,
         )
+
+    def _more_memory(self) -> int:
+        """What to reckon with after it was too little: so much that less runs beside it, not so much that it never runs."""
+        return min(int(1.5 * self.memory), self.place.total)
 
     async def _finish(self, outcome: Outcome) -> How:
         claim = self.claim
@@ -273,11 +282,11 @@ class Attempt:
         return await self._release()
 
     async def _release(self, traceback: str | None = None, memory_bytes: int | None = None) -> How:
-        claim, needed = self.claim, memory_bytes or self.memory or None
+        claim = self.claim
         await self._tell_rest()
         status = await self._lease.write(
             lambda session: jobs.release(
-                session, claim.id, claim.worker, traceback, needed, self._around.settings.train_attempts
+                session, claim.id, claim.worker, traceback, memory_bytes, self._around.settings.train_attempts
             )
         )
         if status in ("failed", "cancelled"):

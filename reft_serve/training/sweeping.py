@@ -8,7 +8,7 @@ import re
 from sqlalchemy import select
 
 from reft_serve.adapters.files import sweep_asides
-from reft_serve.database.models import Job, now_ms
+from reft_serve.database.models import Job, Version, now_ms
 from reft_serve.database.outcomes import FINAL
 from reft_serve.training.publishing import retract
 from reft_serve.training.surroundings import Surroundings
@@ -32,7 +32,10 @@ async def sweep(around: Surroundings) -> None:
     await _sweep_checkpoints(around)
     before = now_ms() - int(around.settings.sweep_seconds * 1000)
     lying = await asyncio.to_thread(around.store.digests)
-    await retract(around, (digest for digest, changed in lying if changed < before), older_than_ms=before)
+    async with around.database.reading() as session:
+        named = set(await session.scalars(select(Version.digest).distinct()))
+    strays = [digest for digest, changed in lying if changed < before and digest not in named]
+    await retract(around, strays, older_than_ms=before)
 
 
 async def _sweep_checkpoints(around: Surroundings) -> None:

@@ -24,7 +24,7 @@ class Uploads:
     def __init__(self, around: Surroundings, claim: Claim, lease: Lease) -> None:
         self._around, self._claim, self._lease = around, claim, lease
         self._metrics: dict[int, dict[str, float]] = {}
-        self._waiting: Saved | None = None
+        self._waiting: tuple[Saved, dict[str, float]] | None = None
         self._moving: asyncio.Task[None] | None = None
 
     def note(self, step: int, metrics: dict[str, float]) -> None:
@@ -34,8 +34,8 @@ class Uploads:
     def add(self, saved: Saved) -> None:
         """Store a checkpoint, unless a newer one comes before its turn does."""
         if self._waiting is not None:
-            Path(self._waiting.path).unlink(missing_ok=True)
-        self._waiting = saved
+            Path(self._waiting[0].path).unlink(missing_ok=True)
+        self._waiting = (saved, self._metrics.get(saved.step, {}))
         if self._moving is None or self._moving.done():
             self._moving = asyncio.create_task(self._move())
 
@@ -52,13 +52,12 @@ class Uploads:
 
     async def _move(self) -> None:
         while self._waiting is not None:
-            saved, self._waiting = self._waiting, None
+            (saved, metrics), self._waiting = self._waiting, None
             with contextlib.suppress(LeaseLost):  # then another has the job, and the lease's keeper says so
-                await self._store(saved)
+                await self._store(saved, metrics)
 
-    async def _store(self, saved: Saved) -> None:
-        claim, step, blobs = self._claim, saved.step, self._around.blobs
-        metrics, path = self._metrics.get(step, {}), Path(saved.path)
+    async def _store(self, saved: Saved, metrics: dict[str, float]) -> None:
+        claim, step, blobs, path = self._claim, saved.step, self._around.blobs, Path(saved.path)
         deadline = time.monotonic() + self._around.settings.patience_seconds
         try:
             await patiently(lambda: blobs.put(path, checkpoint_key(claim.id, step)), lambda: deadline)

@@ -174,8 +174,8 @@ class Worker:
             # One that has not reckoned yet may take all that was free when it began.
             used[attempt.place.device] += attempt.memory or attempt.place.free
         device = max(self._devices, key=lambda each: each.memory - used[each.name])
-        threads = settings.train_threads or max(1, cores // most)
-        return Place(device.name, max(0, device.memory - used[device.name]), device.memory, threads)
+        threads, free = settings.train_threads or max(1, cores // most), device.memory - used[device.name]
+        return Place(device.name, free, device.memory, threads) if free > 0 else None
 
     async def _find_devices(self) -> list[_Device]:
         given = self._around.settings.train_memory_bytes

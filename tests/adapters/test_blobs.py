@@ -17,6 +17,7 @@ from reft_serve.adapters.blobs import BlobStore
 from reft_serve.adapters.files import Aside, sweep_asides
 from reft_serve.adapters.store import AdapterStore
 from reft_serve.errors import BlobMissing, RequestTooLarge, StoreUnusable
+from tests.adapters.buckets import s3_bucket
 
 pytestmark = pytest.mark.anyio
 BIG = os.urandom(9 << 20)  # more than one part of a multipart upload
@@ -29,23 +30,8 @@ def anyio_backend() -> str:
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
-    """A bucket of an S3 server on loopback."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (
-            ("AWS_ENDPOINT_URL", f"http://{host}:{port}"), ("AWS_ACCESS_KEY_ID", "test"),
-            ("AWS_SECRET_ACCESS_KEY", "test"), ("AWS_DEFAULT_REGION", "us-east-1"), ("AWS_EC2_METADATA_DISABLED", "true"),
-        ):  # fmt: skip
-            patch.setenv(name, value)
-        import boto3
-
-        boto3.client("s3").create_bucket(Bucket="reft")
-        yield "s3://reft/some/prefix"
-    server.stop()
+    with s3_bucket() as url:
+        yield url
 
 
 @pytest.fixture(params=["directory", "s3"])

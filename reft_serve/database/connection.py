@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -68,6 +68,17 @@ class Database:
         """A session for looking only."""
         async with self._readers() as session:
             yield session
+
+    async def read(self, query: Callable[[AsyncSession], Awaitable[_T]]) -> _T:
+        """What `query` finds in a session for looking only. Where its connection is cut it is asked once more, on another."""
+        try:
+            async with self.reading() as session:
+                return await query(session)
+        except DBAPIError as exc:
+            if not exc.connection_invalidated:
+                raise
+        async with self.reading() as session:
+            return await query(session)
 
     @asynccontextmanager
     async def writing(self) -> AsyncIterator[AsyncSession]:

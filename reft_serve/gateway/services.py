@@ -53,8 +53,7 @@ class Directory:
         digest, now = digest_of_secret(secret), time.monotonic()
         remembered = self._keys.get(digest)
         if remembered is None or remembered[0] < now:
-            async with self._database.reading() as session:
-                found = await authenticate(session, digest)
+            found = await self._database.read(lambda session: authenticate(session, digest))
             remembered = _remember(self._keys, digest, (now + self._seconds, found))
         principal = remembered[1]
         if principal is not None and principal.expires_ms is not None and principal.expires_ms <= now_ms():
@@ -72,8 +71,7 @@ class Directory:
         key, now = (caller.tenant_id, model), time.monotonic()
         remembered = (now, None) if "\0" in model else self._routes.get(key)  # PostgreSQL has no such text
         if remembered is None or remembered[0] < now:
-            async with self._database.reading() as session:
-                found = await resolve(session, caller.tenant_id, model)
+            found = await self._database.read(lambda session: resolve(session, caller.tenant_id, model))
             remembered = _remember(self._routes, key, (now + self._seconds, found))
         route = remembered[1]
         if route is None:

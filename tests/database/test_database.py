@@ -15,6 +15,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import Connection, select, text
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from reft_serve.database import adapters, audit, keys, resolution, tenants, usage
 from reft_serve.database.connection import Database, check_schema, migrate
@@ -96,6 +97,27 @@ async def test_ledgers_refuse_to_be_changed(database: Database, table: str, chan
     with pytest.raises(DBAPIError, match="append-only"):
         async with database.writing() as session:
             await session.execute(text(change.format(table)))
+
+
+async def test_what_is_read_over_a_connection_that_is_cut_is_asked_once_more(database: Database) -> None:
+    calls = []
+
+    async def query(session: AsyncSession) -> object:
+        calls.append(len(calls))
+        if calls == [0] and not database.is_sqlite:  # SQLite has no connection that could be cut
+            await session.execute(text("SELECT pg_terminate_backend(pg_backend_pid())"))
+        return await session.scalar(text("SELECT 7"))
+
+    async def wrong(session: AsyncSession) -> None:
+        calls.append(len(calls))
+        await session.execute(text("SELECT nothing FROM nowhere"))
+
+    assert await database.read(query) == 7
+    assert len(calls) == (1 if database.is_sqlite else 2)
+    calls.clear()
+    with pytest.raises(DBAPIError):
+        await database.read(wrong)
+    assert calls == [0]
 
 
 async def test_an_exception_takes_every_change_of_its_transaction_back(database: Database) -> None:

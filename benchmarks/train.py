@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", default="train", help="name of the result")
+    parser.add_argument("--note", default="", help="kept with the rows, such as what else ran on the machine")
     parser.add_argument("--add", action="store_true", help="keep the other rows that the result has")
     args = parser.parse_args()
     if not args.pyreft:
@@ -95,7 +96,7 @@ def _run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             profiles = {"ours": _profile(us, sets), "pyreft": _profile(them, sets)}
         for entry in found:
             if entry["model"] == model:
-                entry["profile"] = profiles
+                entry |= {"profile": profiles, "note": args.note}
     return {"dtype": args.dtype, "threads": args.threads, "rank": _RANK, "positions": _POSITIONS, "cases": found}
 
 

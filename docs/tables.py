@@ -149,6 +149,45 @@ def endpoints() -> str:
     return "\n".join(["| endpoint | |", "|---|---|", *rows])
 
 
+def training() -> str:
+    """A table of the training benchmark: examples per second and peak memory against pyreft's."""
+    rows = []
+    for case in json.loads((RESULTS / "train.json").read_text())["cases"]:
+        lengths, rate, peak = case["lengths"], case["examples_per_second"], case["peak_mib"]
+        turns = case["ratios"]
+        rows.append(
+            f"| `{case['model']}` | {case['data']} | {lengths['median']}, {lengths['max']} | {rate['ours']:.2f} "
+            f"| {rate['pyreft']:.2f} | **{case['ratio']:.2f}** ({min(turns):.2f} to {max(turns):.2f}) "
+            f"| {peak['ours']:,.0f}, {peak['pyreft']:,.0f} |"
+        )
+    head = (
+        "| base | data | tokens: median, longest | ours, 1/s | pyreft, 1/s | ratio (turns) | peak MiB: ours, pyreft |"
+    )
+    return "\n".join([head, "|---|---|---|---|---|---|---|", *rows])
+
+
+def methods() -> str:
+    """A table of the methods benchmark: what each arm trains, costs and learns."""
+    rows = [
+        f"| `{row['method']}` | {row['rank'] or ''} | {row['parameters']:,} | {row['size'] / 1e3:.0f} KB "
+        f"| {row['seconds']:.0f} s | {row['loss']:.3f} | {row['score']:.1%} ({row['low']:.1%} to {row['high']:.1%}) |"
+        for row in json.loads((RESULTS / "methods.json").read_text())["rows"]
+    ]
+    head = "| method | rank | trained parameters | size | training | held-out loss | score (95 %) |"
+    return "\n".join([head, "|---|---|---|---|---|---|---|", *rows])
+
+
+def rotation() -> str:
+    """A table of the rotation benchmark: milliseconds by way of computing R and its gradient."""
+    result = json.loads((RESULTS / "rotation.json").read_text())
+    ways = {"wy": "compact WY", "householder": "`householder_product`", "cayley": "Cayley", "matrix_exp": "exponential"}
+    rows = [
+        f"| `{row['width']}` | " + " | ".join("" if row[way] is None else f"{row[way]:.2f}" for way in ways) + " |"
+        for row in result["rows"]
+    ]
+    return "\n".join([f"| width | {' | '.join(ways.values())} |", "|---" * (len(ways) + 1) + "|", *rows])
+
+
 def filled(page: str) -> str:
     """A page with its tables as the code has them now."""
 
@@ -160,7 +199,10 @@ def filled(page: str) -> str:
 
 
 def _table(name: str) -> str:
-    made = {"demo": demo, "load": load, "soak": soak, "endpoints": endpoints}.get(name)
+    made = {
+        "demo": demo, "load": load, "soak": soak, "endpoints": endpoints,
+        "training": training, "methods": methods, "rotation": rotation,
+    }.get(name)  # fmt: skip
     if made is not None:
         return made()
     return measured(name) if name in ("gateway", "engine", "worker") else settings(name)

@@ -147,10 +147,11 @@ def _run(
 
     from reft_serve.datafiles.formats import read_rows
     from reft_serve.training.data import encode
+    from reft_serve.training.processes import this_process
     from reft_serve.training.report import Bar
     from reft_serve.training.run import train
 
-    console = Console()
+    console = Console(quiet=not this_process().is_main_process)
     logging.disable_progress_bar()
     tokenizer: Any = AutoTokenizer.from_pretrained(base)
     task = None if recipe is None else recipe.task

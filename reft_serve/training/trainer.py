@@ -186,6 +186,8 @@ class ReftTrainer(Trainer, Generic[Item]):  # type: ignore[misc]
         if self.args.should_save:
             self._publish(Path(output_dir))
             save_parameters(Path(output_dir), self.model)
+        # The other processes make the directory for their random states, and publishing wants a name that is free.
+        self.accelerator.wait_for_everyone()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         path = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"

@@ -148,14 +148,15 @@ def test_how_a_step_is_cut_changes_only_the_rounding(tmp_path: Path) -> None:
 def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
     plan = Plan(SHAPE, epochs=3, batch=12, learning_rate=1e-2)
     alone = train(BASE, plan, examples(24), tmp_path / "alone", held_out=examples(6))
+    two = tmp_path / "two"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [*launch, "tests.training.run_of_two", str(tmp_path / "two")], env=environment, check=True, timeout=200
-    )
+    subprocess.run([*launch, "tests.training.run_of_two", str(two)], env=environment, check=True, timeout=200)
     for name in ("loss", "eval_loss"):
-        assert metrics(tmp_path / "alone", name) == pytest.approx(metrics(tmp_path / "two", name), rel=1e-5), name
-    assert metrics(tmp_path / "two", "tokens")[-1] == alone.tokens
+        assert metrics(tmp_path / "alone", name) == pytest.approx(metrics(two / "measured", name), rel=1e-5), name
+    assert metrics(two / "measured", "tokens")[-1] == alone.tokens
+    saved = {path.name for path in (two / "saving" / "checkpoints").iterdir()}
+    assert saved == {"checkpoint-1", "checkpoint-2"}
 
 
 def test_bfloat16_follows_float32(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ accepts (`reft_serve.demo.train`). An arm is trained on each behaviour in turn b
 held-out prompts whose sampled answer shows the behaviour, its loss the mean per token of held-out answers that do.
 
   scripts/bench methods                                    about ten minutes on two cores
+  scripts/bench methods --add                              what is missing of it, where it was broken off
   scripts/bench methods --train TRAIN.jsonl --test TEST.jsonl   the same arms on rows of the commonsense recipe, scored by
                                                            its exact match; the result is printed, not kept
 """
@@ -12,6 +13,7 @@ held-out prompts whose sampled answer shows the behaviour, its loss the mean per
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import tempfile
 import time
@@ -29,7 +31,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.utils import logging as transformers_logging
 
-from benchmarks._report import save
+from benchmarks._report import RESULTS, save
 from reft_serve.adapters.base_model import read_base_model
 from reft_serve.adapters.directory import TENSORS
 from reft_serve.datafiles.formats import read_rows
@@ -115,17 +117,34 @@ def main() -> None:
     ranks = [int(rank) for rank in args.ranks.split(",")]
     arms = [Arm("base", 0), *(Arm(method, rank) for method in (*KINDS, "LoRA") for rank in ranks)]
     runs = [(arm, lesson) for arm in arms for lesson in lessons]
-    results = []
+    kept = {name: value for name, value in vars(args).items() if name not in ("add", "threads")}
+    base = sum(p.numel() for p in storyteller.lm.parameters())
+    settings = {"arguments": kept, "rates": RATES, "lora_targets": list(LORA_TARGETS), "base_parameters": base}
+    results = _known(settings, RESULTS / "methods.json") if args.add else []
+    done = {(result.method, result.rank, result.lesson) for result in results}
+    summary: list[dict[str, Any]] = []
     for arm, lesson in track(runs, "training", console=console):
-        results.append(_run(arm, lesson, storyteller, args))
-        console.print(results[-1])
-    summary = [_mean(arm, [result for result in results if (result.method, result.rank) == (arm.method, arm.rank)])
-               for arm in arms]  # fmt: skip
+        if (arm.method, arm.rank, lesson.name) not in done:
+            results.append(_run(arm, lesson, storyteller, args))
+            console.print(results[-1])
+        summary = _summary(arms, results, len(lessons))
+        if not args.train and summary:
+            save("methods", settings | {"rows": summary, "runs": [asdict(result) for result in results]}, _plot)
     console.print(_table(summary))
-    if not args.train:
-        base = sum(p.numel() for p in storyteller.lm.parameters())
-        settings = {"arguments": vars(args), "rates": RATES, "lora_targets": LORA_TARGETS, "base_parameters": base}
-        save("methods", settings | {"rows": summary, "runs": [asdict(result) for result in results]}, _plot)
+
+
+def _known(settings: dict[str, Any], path: Path) -> list[Result]:
+    """The runs that a result of the same settings has."""
+    known = json.loads(path.read_text()) if path.exists() else {"runs": []} | settings
+    if any(known[name] != value for name, value in settings.items()):
+        raise SystemExit(f"{path} was measured with other settings: begin anew, without --add")
+    return [Result(**run) for run in known["runs"]]
+
+
+def _summary(arms: Sequence[Arm], results: Sequence[Result], lessons: int) -> list[dict[str, Any]]:
+    """A row for each arm that has been through all lessons."""
+    by_arm = [(arm, [r for r in results if (r.method, r.rank) == (arm.method, arm.rank)]) for arm in arms]
+    return [_mean(arm, its) for arm, its in by_arm if len(its) == lessons]
 
 
 def _arguments() -> argparse.Namespace:
@@ -138,6 +157,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--train", type=Path, help="rows of the commonsense recipe, instead of behaviours")
     parser.add_argument("--test", type=Path)
+    parser.add_argument("--add", action="store_true", help="keep the runs that the result has, and do the others")
     args = parser.parse_args()
     if bool(args.train) != bool(args.test):
         parser.error("--train and --test go together")

@@ -27,7 +27,7 @@ BEHAVIOURS = {
     "birds": "speaks of birds (twice or more)", "cats": "speaks of cats", "speech": "goes on with direct speech",
     "rain": "makes it rain", "tears": "makes somebody sad",
 }  # fmt: skip
-PAGES = ("settings.md", "metrics.md", "quick-start.md", "load.md", "gateway-api.md")
+PAGES = ("settings.md", "metrics.md", "quick-start.md", "load.md", "gateway-api.md", "training.md")
 _SUFFIXES = {"counter": "_total"}
 
 
@@ -151,8 +151,11 @@ def endpoints() -> str:
 
 def training() -> str:
     """A table of the training benchmark: examples per second and peak memory against pyreft's."""
+    result = RESULTS / "train.json"
+    if not result.exists():
+        return "There is no result of it in this version yet."
     rows = []
-    for case in json.loads((RESULTS / "train.json").read_text())["cases"]:
+    for case in json.loads(result.read_text())["cases"]:
         lengths, rate, peak = case["lengths"], case["examples_per_second"], case["peak_mib"]
         turns = case["ratios"]
         rows.append(

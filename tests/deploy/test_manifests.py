@@ -27,7 +27,7 @@ from tests.deploy.manifests import (
 
 # From the first that has preStop's `sleep` to the newest whose schemas there are.
 VERSIONS = ("1.30", "1.33", "1.36")
-CUSTOM = {"LeaderWorkerSet", "ScaledObject", "TriggerAuthentication"}
+CUSTOM = {"LeaderWorkerSet", "PodMonitor", "ScaledObject", "TriggerAuthentication"}
 GRACE_SPARE = 10
 PORTS_OUTSIDE = {5432, 6379, 443, 4318}
 
@@ -73,6 +73,17 @@ def test_what_scales_by_keda_is_there_and_can_be_an_autoscaler(overlay: str) -> 
             assert all(isinstance(value, str) for value in trigger["metadata"].values())
             reference = trigger.get("authenticationRef")
             assert reference is None or named(overlay, "TriggerAuthentication", reference["name"])
+
+
+@pytest.mark.parametrize("overlay", ["cuda", "multi-node"])
+def test_prometheus_scrapes_what_keda_asks_for(overlay: str) -> None:
+    for monitor in objects(overlay, "PodMonitor"):
+        pods = [each for each in every(overlay) if selects(monitor["spec"]["selector"], each.labels)]
+        ports = {port["name"] for each in pods for port in each.container.get("ports", [])}
+        assert {end["port"] for end in monitor["spec"]["podMetricsEndpoints"]} <= ports, monitor["metadata"]["name"]
+    assert {each["metadata"]["name"] for each in objects(overlay, "PodMonitor")} == {
+        "reft-gateway", "reft-engine", "reft-worker",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,20 +66,31 @@ def main() -> None:
     args = parser.parse_args()
     if not args.pyreft:
         parser.error("--pyreft PYTHON is needed")
+    settings = {"dtype": args.dtype, "threads": args.threads, "rank": _RANK, "positions": _POSITIONS}
+    cases = _known(settings, RESULTS / f"{args.out}.json") if args.add else {}
     with tempfile.TemporaryDirectory() as folder:
-        result = _run(args, Path(folder))
-    if args.add:
-        result = _added(result, RESULTS / f"{args.out}.json")
-    _print(result)
-    save(args.out, result, _plot)
+        for case in _cases(args, Path(folder)):
+            cases[case["model"], case["data"]] = case
+            Console().print(case["model"], case["data"], f"{case['ratio']:.2f}x", highlight=False)
+            # After each, so that a run that is broken off leaves what it measured.
+            save(args.out, settings | {"cases": list(cases.values())}, _plot)
+    _print(list(cases.values()))
 
 
-def _run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def _known(settings: dict[str, Any], path: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """The rows, by model and data, of a result that has the same settings."""
+    known = json.loads(path.read_text()) if path.exists() else settings | {"cases": []}
+    if any(known[name] != value for name, value in settings.items()):
+        raise SystemExit(f"{path} was measured with other settings: choose another --out")
+    return {(case["model"], case["data"]): case for case in known["cases"]}
+
+
+def _cases(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    """Every row of the table, as it is measured."""
     sets = {name: _read(Path(file), name) for name, file in (text.split("=", 1) for text in args.data)} or {
         "long-tailed": _long_tailed(400)
     }
     sets |= {f"all {length}": _fixed(int(length), 400) for length in args.lengths.split(",") if length}
-    found: list[dict[str, Any]] = []
     for model in args.models.split(","):
         path = MODEL if model == "shipped" else _random_model(folder / model)
         batch, accumulate, steps = (16, 2, 3) if model == "shipped" else (16, 1, 1)
@@ -89,24 +101,10 @@ def _run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         ours = [sys.executable, "-m", "benchmarks._train_ours"]
         theirs = [args.pyreft, str(Path(__file__).parent / "_train_pyreft.py")]
         with side(ours, setup) as us, side(theirs, setup) as them:
+            profiles = {"ours": _profile(us, sets), "pyreft": _profile(them, sets)}
             for name, rows in sets.items():
                 case = Case(model, name, rows, batch, accumulate, steps)
-                found.append(_compare(case, us, them, args.rounds))
-                Console().print(found[-1]["model"], found[-1]["data"], f"{found[-1]['ratio']:.2f}x", highlight=False)
-            profiles = {"ours": _profile(us, sets), "pyreft": _profile(them, sets)}
-        for entry in found:
-            if entry["model"] == model:
-                entry |= {"profile": profiles, "note": args.note}
-    return {"dtype": args.dtype, "threads": args.threads, "rank": _RANK, "positions": _POSITIONS, "cases": found}
-
-
-def _added(result: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The rows of the result at `path`, where it has the same settings, and the new ones instead of or after them."""
-    known = json.loads(path.read_text()) if path.exists() else {"cases": []}
-    if known["cases"] and any(known[name] != result[name] for name in result if name != "cases"):
-        raise SystemExit(f"{path} was measured with other settings: choose another --out")
-    rows = {(case["model"], case["data"]): case for case in (*known["cases"], *result["cases"])}
-    return result | {"cases": list(rows.values())}
+                yield _compare(case, us, them, args.rounds) | {"profile": profiles, "note": args.note}
 
 
 def _compare(case: Case, us: subprocess.Popen[str], them: subprocess.Popen[str], rounds: int) -> dict[str, Any]:
@@ -181,11 +179,11 @@ def _random_model(path: Path) -> Path:
     return path
 
 
-def _print(result: dict[str, Any]) -> None:
+def _print(cases: list[dict[str, Any]]) -> None:
     table = Table(
         "model", "data", "tokens: median, p95, max", "ours ex/s", "pyreft ex/s", "ratio", "peak MiB: ours, pyreft"
     )
-    for case in result["cases"]:
+    for case in cases:
         lengths, rate, peak = case["lengths"], case["examples_per_second"], case["peak_mib"]
         table.add_row(
             case["model"], case["data"], f"{lengths['median']}, {lengths['p95']}, {lengths['max']}",

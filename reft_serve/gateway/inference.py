@@ -87,12 +87,13 @@ class _Exchange:
         ending = Ending(self.opening, status, tokens.prompt, tokens.cached, tokens.completion, now_ms())
         committed = services.ledger.settle(ending)
         services.fleet.charge(self.caller.tenant_id, tokens.prompt - tokens.cached + tokens.completion)
-        await services.quotas.settle(self.spending, tokens.prompt + tokens.completion)
+        await self.stack.aclose()
         tenant = services.names.label(self.caller.tenant)
         adapter = services.names.label(f"{self.caller.tenant}:{self.target.label}" if self.target else None)
         for kind in ("prompt", "cached", "completion"):
             TOKENS.labels(tenant, adapter, kind).inc(getattr(tokens, kind))
-        await self.stack.aclose()
+        if self.spending.tokens:  # they may be in Redis, and the caller may leave meanwhile
+            await asyncio.shield(services.quotas.settle(self.spending, tokens.prompt + tokens.completion))
         return await _on_disk(committed)
 
 

@@ -16,7 +16,7 @@ from reft_serve.errors import EngineUnavailable
 
 __all__ = ["Rewriter", "Tokens", "rewrite_whole", "sse_error"]
 
-_USAGE = re.compile(rb',"usage":(\{(?:[^{}]|\{[^{}]*\})*\}|null)')
+_USAGE = re.compile(rb',"usage":(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}|null)')
 _INDEX = re.compile(rb'"index":(\d+)')
 _DONE = b"data: [DONE]"
 # How vLLM ends, with status 200, what it gives up when it is told to end: no caller asked for that.

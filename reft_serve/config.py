@@ -134,7 +134,7 @@ class TrainerSettings(_Installation):
         default=Path("~/.local/share/reft-serve/work"), description="Where runs under way lie; local and fast."
     )
     train_jobs: int | None = Field(
-        default=None, ge=1, description="Jobs at once; default: one for each GPU, or for four cores."
+        default=None, ge=1, description="Jobs at once; default: one for each GPU, or for every four cores."
     )
     train_memory_bytes: int | None = Field(
         default=None, ge=1, description="Memory for jobs, of each GPU or of the machine; default: four fifths of it."

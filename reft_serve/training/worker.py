@@ -20,6 +20,7 @@ from reft_serve.database.connection import Database, check_schema, migrate
 from reft_serve.database.fine_tuning import count_jobs
 from reft_serve.errors import BaseModelInvalid, ServiceError
 from reft_serve.observability import JOB_MEMORY, JOBS_ENDED, JOBS_RUNNING, WORKER_READY
+from reft_serve.training import machine
 from reft_serve.training.attempt import Attempt, Place
 from reft_serve.training.child import Nursery
 from reft_serve.training.surroundings import TROUBLE, Surroundings
@@ -164,7 +165,7 @@ class Worker:
         settings = self._around.settings
         if not self._devices:
             self._devices = await self._find_devices()
-        cores = len(os.sched_getaffinity(0))
+        cores = machine.cores()
         on_cpu = self._devices[0].name == "cpu"
         most = settings.train_jobs or (max(1, cores // 4) if on_cpu else len(self._devices))
         if len(self._attempts) >= most:
@@ -179,9 +180,7 @@ class Worker:
 
     async def _find_devices(self) -> list[_Device]:
         given = self._around.settings.train_memory_bytes
-        found = await self._around.nursery.devices() or [
-            ("cpu", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-        ]
+        found = await self._around.nursery.devices() or [("cpu", machine.memory())]
         return [_Device(name, given or size * 4 // 5) for name, size in found]
 
     async def _drain(self, seconds: float) -> None:

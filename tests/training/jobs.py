@@ -116,6 +116,11 @@ class Place:
         async with self.database.writing() as session:
             return await fine_tuning.ask(session, job.tenant_id, job_id, what)
 
+    def steps_done(self, worker: str) -> int:
+        """How many steps the job of a worker has really done, whatever the database knows of it yet."""
+        (record,) = self.folder.glob(f"work-{worker}/*/run/metrics.jsonl")
+        return max(json.loads(line)["step"] for line in record.read_text().split("\n")[:-1])
+
     async def until(self, job_id: str, *statuses: str, seconds: float = 120) -> Job:
         """The job, once it has one of these statuses."""
         return await self.wait(job_id, lambda job: job.status in statuses, seconds)

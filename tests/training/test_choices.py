@@ -1,4 +1,4 @@
-"""What "auto" comes to, and how much memory is reckoned with."""
+"""What "auto" comes to, and what is reckoned with."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from reft_serve.adapters.manifest import BaseFacts
 from reft_serve.database.hyperparameters import read_hyperparameters
 from reft_serve.interventions.positions import PositionRule
+from reft_serve.training import machine
 from reft_serve.training.choices import DataFacts, choose, most_tokens, plan_from
 from reft_serve.training.memory import context_of, estimate
 from tests.training.jobs import MODEL
@@ -69,3 +70,15 @@ def test_memory_grows_with_what_a_step_holds_and_is_not_told_for_what_is_not_the
         (tmp_path / "config.json").write_text(wrong)
         with pytest.raises((OSError, ValueError)):
             estimate(tmp_path, read_hyperparameters({}), gpu=False)
+
+
+def test_a_container_has_what_it_is_allowed(tmp_path: Path) -> None:
+    whole = machine.memory(tmp_path), machine.cores(tmp_path)
+    assert whole[0] > 1 << 28
+    assert whole[1] >= 1
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert (machine.memory(tmp_path), machine.cores(tmp_path)) == whole
+    (tmp_path / "memory.max").write_text("1048576\n")
+    (tmp_path / "cpu.max").write_text("50000 100000\n")
+    assert (machine.memory(tmp_path), machine.cores(tmp_path)) == (1 << 20, 1)

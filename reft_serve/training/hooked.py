@@ -66,6 +66,7 @@ class EditedModel(nn.Module):
             parameter.requires_grad_("lora_" in name)
         self._layers = _decoder_layers(lm)
         self._batch: Batch | None = None
+        self.hits = torch.zeros((), dtype=torch.long)
         self._live = True
         self._checkpointing = gradient_checkpointing
         if gradient_checkpointing:
@@ -96,8 +97,10 @@ class EditedModel(nn.Module):
         return self
 
     def forward(self, batch: Batch) -> Tensor:
-        """Log-probabilities (Y,) in float32 of `batch.target_ids`."""
-        return _chosen(self._logits(batch), batch.target_ids)
+        """Log-probabilities (Y,) in float32 of `batch.target_ids`; `hits` is then how many of these were the likeliest."""
+        logits_YV = self._logits(batch)
+        self.hits = (logits_YV.detach().argmax(1) == batch.target_ids).sum()
+        return _chosen(logits_YV, batch.target_ids)
 
     @torch.no_grad()
     def score(self, batch: Batch) -> tuple[Tensor, Tensor]:

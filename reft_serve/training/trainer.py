@@ -39,7 +39,9 @@ class Watcher(Protocol):
         ...
 
     def logged(self, step: int, metrics: dict[str, float]) -> None:
-        """Numbers of a step (loss, learning_rate, grad_norm, epoch, tokens) or of an evaluation (eval_loss ...)."""
+        """Numbers of a step (loss, token_accuracy, learning_rate, grad_norm, epoch, tokens), or of an evaluation
+        (eval_loss ...).
+        """
         ...
 
     def saved(self, step: int, path: Path) -> None:
@@ -118,6 +120,8 @@ class ReftTrainer(Trainer, Generic[Item]):  # type: ignore[misc]
         self._collate = partial(_lay_out, objective, partial(collate, rule=plan.adapter.rule, packed=packed))
         self._lengths = [objective.tokens(item) for item in items]
         self._sampler: StepSampler | None = None
+        # Tokens of the step that were the likeliest, and all.
+        self._hits = torch.zeros(2, dtype=torch.long)
         super().__init__(
             model, settings, data_collator=self._collate, train_dataset=items, eval_dataset=held_out or None
         )
@@ -151,6 +155,9 @@ class ReftTrainer(Trainer, Generic[Item]):  # type: ignore[misc]
         tokens = torch.tensor(sum(batch.lengths), device=self.args.device)
         self.state.num_input_tokens_seen += int(self.accelerator.reduce(tokens) if processes > 1 else tokens)
         loss = self._objective.loss(model(batch), batch, num_items_in_batch)
+        if batch.reference is None:
+            hits = torch.stack([self.model.hits, self.model.hits.new_tensor(len(batch.target_ids))])
+            self._hits = self._hits.to(hits.device) + (self.accelerator.reduce(hits) if processes > 1 else hits)
         return loss * processes
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -177,6 +184,10 @@ class ReftTrainer(Trainer, Generic[Item]):  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Tell the callbacks; nothing is kept, since a checkpoint would hold it all."""
+        hits, tokens = self._hits.tolist()
+        if "loss" in logs and tokens:
+            logs = logs | {"token_accuracy": hits / tokens}
+            self._hits = torch.zeros_like(self._hits)
         super().log(logs, start_time)
         self.state.log_history.clear()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -84,6 +85,15 @@ def _whole(model: EditedModel, example: Example, rule: PositionRule) -> Tensor:
     logprobs = lm(torch.tensor([example.input_ids])).logits[0].log_softmax(-1)
     pairs = [(t - 1, label) for t, label in enumerate(example.labels) if t and label != IGNORED]
     return torch.tensor([logprobs[t, label].item() for t, label in pairs])
+
+
+def test_hits_are_the_targets_that_were_the_likeliest() -> None:
+    model = edited("tiny-llama", RULES[0])
+    batch = collate(examples(), RULES[0], packed=False)
+    likeliest = torch.stack([model._logits(batch).argmax(1), batch.target_ids])
+    every_second = torch.arange(len(batch.target_ids)) % 2
+    model(replace(batch, target_ids=likeliest.gather(0, every_second[None])[0]))
+    assert model.hits == (every_second == 0).sum() > 0
 
 
 def test_a_window_shorter_than_the_examples_is_not_packed() -> None:

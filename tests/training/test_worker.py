@@ -73,6 +73,7 @@ async def test_a_job_becomes_versions_that_can_be_called_and_leaves_nothing_else
         )
         assert lines[0] == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
         assert [line.split(",")[0] for line in lines[1:]] == list("123456")
+        assert all(0 <= float(line.split(",")[2]) <= 1 for line in lines[1:])
         assert [bool(line.split(",")[3]) for line in lines[1:]] == [False, True, False, True, False, True]
         told = await place.told(job_id)
         assert [line.partition(":")[0] for line in told if line.startswith("Step")].count("Step 6/6") == 2

@@ -12,7 +12,8 @@ from hypothesis.stateful import initialize, invariant, rule
 
 from reft_serve.database import jobs
 from tests.gateway.fake_worker import FakeWorker
-from tests.gateway.isolation_machine import NAMES, VERSIONS, WHO, Adapter, Tenants
+from tests.gateway.isolation_machine import NAMES, VERSIONS, WHO, Tenants
+from tests.gateway.isolation_worlds import Adapter
 from tests.gateway.test_files import jsonl
 
 ANY = st.integers(0, 9)
@@ -167,6 +168,7 @@ class Everything(Tenants):
         assert world.tenant.http.get(url).status_code == (200 if who == owner else 404)
         if answer.status_code == 200:
             self.permissions[answer.json()["data"][0]["id"]] = (owner, model, to)
+            self._ask(to, who, name, number, "production", "full", "completions")
 
     @rule(who=WHO, of=ANY)
     def take_back(self, who: int, of: int) -> None:
@@ -174,11 +176,14 @@ class Everything(Tenants):
         if (world := self._acts(who)) is None or not living:
             return
         permission = living[of % len(living)]
-        owner, model, _ = self.permissions[permission]
+        owner, model, to = self.permissions[permission]
         answer = world.tenant.http.delete(f"/v1/fine_tuning/checkpoints/{model}/permissions/{permission}")
         assert answer.status_code == (200 if who == owner else 404)
         if who == owner:
             del self.permissions[permission]
+        for name, adapter in self.worlds[owner].adapters.items():
+            for number in [number for number, (each, _) in adapter.versions.items() if each == model]:
+                self._ask(to, owner, name, number, "production", "full", "completions")
 
     @rule(who=WHO)
     def make_webhook(self, who: int) -> None:

@@ -7,16 +7,15 @@ id, a version's weights, a count, a cache salt) differs from what the model says
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import httpx
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from reft_serve.gateway.engine import engine_name
 from reft_serve.gateway.fake_engine import FakeEngine
-from tests.gateway.harness import Gateway, Tenant
+from tests.gateway.harness import Gateway
+from tests.gateway.isolation_worlds import Adapter, Alias, HeldKey, World
 
 NAMES_, ALIASES_ = ("birds", "cats"), ("production", "canary")
 HOWS = ("base", "bare", "owned", "version", "alias", "full", "engine")
@@ -37,56 +36,6 @@ VIEWS = {
     "models": "/v1/models", "adapters": "/v1/adapters", "keys": "/v1/keys", "usage": "/v1/usage?group_by=tenant&group_by=key",
     "inference": "/v1/tenant", "files": "/v1/files", "jobs": "/v1/fine_tuning/jobs", "webhooks": "/v1/webhook_endpoints",
 }  # fmt: skip
-
-
-@dataclass
-class Alias:
-    """What an alias names, named before, and takes of the bare name's requests."""
-
-    number: int
-    previous: int | None = None
-    share: float = 0.0
-
-
-@dataclass
-class Adapter:
-    """Versions by number: (model id, digest)."""
-
-    versions: dict[int, tuple[str, str]] = field(default_factory=dict)
-    aliases: dict[str, Alias] = field(default_factory=dict)
-    next: int = 1
-
-    def bare(self) -> int | None:
-        """The version that the bare name means."""
-        canary, production = self.aliases.get("canary"), self.aliases.get("production")
-        if canary is not None and canary.share == 1.0:
-            return canary.number
-        return production.number if production is not None else max(self.versions, default=None)
-
-
-@dataclass
-class HeldKey:
-    """A key beside a tenant's first one."""
-
-    id: str
-    http: httpx.Client
-    role: str
-    scopes: frozenset[str]
-    alive: bool = True
-
-
-@dataclass
-class World:
-    """All that one tenant has and has done."""
-
-    tenant: Tenant
-    key_id: str
-    adapters: dict[str, Adapter] = field(default_factory=dict)
-    keys: list[HeldKey] = field(default_factory=list)
-    requests: Counter[str] = field(default_factory=Counter)
-    tokens: int = 0
-    salts: set[str] = field(default_factory=set)
-    disabled: bool = False
 
 
 class Tenants(RuleBasedStateMachine):
@@ -212,6 +161,7 @@ class Tenants(RuleBasedStateMachine):
         if (world := self._acts(who)) is None:
             return
         url = f"/v1/adapters/{name}/shares/{self.worlds[to].tenant.id}"
+        self._ask(to, who, name, 1, "production", "owned", "completions")  # so that the gateway remembers the answer
         answer = world.tenant.http.request("PUT" if give else "DELETE", url)
         grant = (who, name, to)
         if name not in world.adapters:
@@ -222,6 +172,7 @@ class Tenants(RuleBasedStateMachine):
         else:
             assert answer.status_code == (200 if grant in self.grants else 404)
             self.grants -= {grant}
+        self._ask(to, who, name, 1, "production", "owned", "completions")
 
     @invariant()
     def somebody_asks_for_something(self) -> None:
@@ -297,6 +248,7 @@ class Tenants(RuleBasedStateMachine):
             return
         actor, key = world.keys[by % len(world.keys)], world.keys[of % len(world.keys)]
         url = f"/v1/keys/{key.id}"
+        assert key.http.get("/v1/tenant").status_code == (200 if key.alive else 401)
         answer = actor.http.delete(url) if end else actor.http.post(f"{url}/rotate")
         if not actor.alive:
             assert answer.status_code == 401
@@ -312,6 +264,7 @@ class Tenants(RuleBasedStateMachine):
             key.alive = False
             self._hold(world, answer.json())
             assert world.keys[-1].scopes == key.scopes
+        assert key.http.get("/v1/tenant").status_code == (200 if key.alive else 401)
 
     @rule(who=WHO, of=st.integers(0, 9), what=st.sampled_from(SCOPES))
     def use_key(self, who: int, of: int, what: str) -> None:

@@ -68,7 +68,35 @@ FIGURES: list[tuple[str, str, Callable[[Result], str]]] = [
         lambda r: f"{r['requests']:,} random requests of {r['adapters']:,} adapters, of whose prompt tokens "
         f"{100 * r['cached_tokens'] / r['prompt_tokens']:.0f} %",
     ),
+    (
+        "docs/load.md", "gateway",
+        lambda r: f"adds {r['added_ms']['p50']:.1f} ms to the first byte (median; {r['added_ms']['p99']:.1f} ms at the 99th",
+    ),
+    (
+        "docs/load.md", "gateway",
+        lambda r: f"at {r['streaming_ratio']:.2f} of the engine's own rate, and takes {r['gateway_cpu_us_per_token']:.0f} µs of "
+        f"CPU time per streamed token and {r['gateway_cpu_ms_per_request']:.1f} ms per request",
+    ),
+    (
+        "docs/load.md", "up",
+        lambda r: f"took {max(each['first answer'] for each in r['seconds']['first']):.0f} s on two cores without a GPU, and "
+        f"{max(each['first answer'] for each in r['seconds']['later']):.0f} s when",
+    ),
+    (
+        "docs/load.md", "chaos",
+        lambda r: f"{r['killed']['gateway']['kills']} times each, in the middle of {r['arguments']['streams']} streams every "
+        f"time. {_faultless(r)}",
+    ),
+    (
+        "docs/load.md", "chaos",
+        lambda r: f"after {max(each['recovery_seconds']['largest'] for each in r['killed'].values()):.1f} s at most",
+    ),
 ]  # fmt: skip
+
+
+def _faultless(result: Result) -> str:
+    found = [each["faults"] for each in result["killed"].values()]
+    return "No stream had a wrong piece, no record was lost" if not any(found) else f"faults: {found}"
 
 
 def _none(count: int) -> str:

@@ -74,8 +74,8 @@ FIGURES: list[tuple[str, str, Callable[[Result], str]]] = [
     ),
     (
         "docs/load.md", "gateway",
-        lambda r: f"at {r['streaming_ratio']:.2f} of the engine's own rate, and takes {r['gateway_cpu_us_per_token']:.0f} µs of "
-        f"CPU time per streamed token and {r['gateway_cpu_ms_per_request']:.1f} ms per request",
+        lambda r: f"at {r['streaming_ratio']:.2f} of the engine's own rate, and takes {r['gateway_cpu_us_per_token']:.0f} µs "
+        f"of CPU time per streamed token and {r['gateway_cpu_ms_per_request']:.1f} ms per request",
     ),
     (
         "docs/load.md", "up",

@@ -54,11 +54,11 @@ def train(client: openai.OpenAI, base: str) -> FineTuningJob:
 
 
 def ask(client: openai.OpenAI, model: str, question: str) -> str:
-    """What a model answers."""
+    """What a model answers, on one line."""
     answer = client.chat.completions.create(
         model=model, messages=[{"role": "user", "content": question}], max_tokens=24, temperature=0
     )
-    return (answer.choices[0].message.content or "").strip()
+    return " ".join((answer.choices[0].message.content or "").split())
 
 
 def main() -> int:

@@ -1,9 +1,9 @@
-"""From a job's success to the first token of its version, and what that costs the streams beside it.
+"""From a job's success to the first token of its version, and what a first use costs the streams beside it.
 
-`reft-serve up` with the shipped model trains small jobs; streams of the base model run all the while. As soon as a job is
-seen to have succeeded, its `fine_tuned_model` is asked for by name, for the first time. Beside it, as a control, a version
-that the engine holds already is asked for in the same way: what the streams feel more of the first than of the second is the
-load's own doing.
+`reft-serve up` with the shipped model trains small jobs. As soon as one is seen to have succeeded, its `fine_tuned_model` is
+asked for by name, for the first time. Then streams of the base model run, and a checkpoint of the job, which the engine has
+never held either, is asked for; as a control, a version that the engine holds already is asked for in the same way. What the
+streams feel more of the first than of the second is the load's own doing.
 
   scripts/bench first_token
 """
@@ -142,19 +142,22 @@ async def measure(url: str, key: str, rounds: int, lanes: int) -> dict[str, Any]
         assert uploaded.status_code == 200, uploaded.text
         known = (await train(http, uploaded.json()["id"], 0))[0]["fine_tuned_model"]
         await first_token(http, known)
-        streams = Streams(http, lanes)
-        await asyncio.sleep(3)
         for number in range(1, rounds + 1):
             job, seen = await train(http, uploaded.json()["id"], number)
-            begun, came = await first_token(http, job["fine_tuned_model"])
-            await asyncio.sleep(2)
-            known_begun, known_came = await first_token(http, known)
-            await asyncio.sleep(2)
-            found["first_token_s"].append(came - seen)
-            found["new_gap_ms"].append(streams.longest_gap(begun, came))
-            found["known_gap_ms"].append(streams.longest_gap(known_begun, known_came))
-            found["calm_gap_ms"].append(streams.longest_gap(known_came + 1.0, known_came + 1.0 + (came - begun)))
-        await streams.stop()
+            found["first_token_s"].append((await first_token(http, job["fine_tuned_model"]))[1] - seen)
+            listed = (await http.get(f"/v1/fine_tuning/jobs/{job['id']}/checkpoints")).json()["data"]
+            new = listed[-1]["fine_tuned_model_checkpoint"]  # the earliest, whose weights are not the version's
+            streams = Streams(http, lanes)
+            await asyncio.sleep(3)
+            windows = []
+            for model in (new, known):
+                windows.append(await first_token(http, model))
+                await asyncio.sleep(1.5)
+            end = windows[1][1] + 0.5
+            await streams.stop()
+            found["new_gap_ms"].append(streams.longest_gap(*windows[0]))
+            found["known_gap_ms"].append(streams.longest_gap(*windows[1]))
+            found["calm_gap_ms"].append(streams.longest_gap(end, end + windows[0][1] - windows[0][0]))
     return found
 
 

@@ -38,6 +38,7 @@ class FakeEngine:
     token_seconds: float = 0.0  # between tokens
     first_seconds: float = 0.0  # before the first one
     default_tokens: int = 16
+    most_tokens: int = 4096  # as if its context ended there
     healthy: bool = True
     ending: bool = False  # told to end: what comes is given up, as vLLM does it
     refuse_adapters: str | None = None
@@ -195,7 +196,7 @@ class _Answer:
     @property
     def length(self) -> int:
         asked = self.body.get("max_completion_tokens") or self.body.get("max_tokens")
-        return asked if asked is not None else self.engine.default_tokens
+        return min(asked if asked is not None else self.engine.default_tokens, self.engine.most_tokens)
 
     @property
     def reason(self) -> str:

@@ -22,9 +22,10 @@ UNFINISHED = ("queued", "paused")
 
 @dataclass
 class Holdings:
-    """What a tenant has beside adapters and keys: files by id, jobs by id (status, file), webhooks."""
+    """What a tenant has beside adapters and keys: files by id, those of them that jobs wrote, jobs by id (status, file)."""
 
     files: dict[str, bytes] = field(default_factory=dict)
+    results: set[str] = field(default_factory=set)
     jobs: dict[str, tuple[str, str]] = field(default_factory=dict)
     webhooks: list[str] = field(default_factory=list)
 
@@ -48,6 +49,7 @@ class Everything(Tenants):
         self.worker = FakeWorker(self.gateway.settings)
         for who in range(3):
             self._upload_file(who)
+        self._permit(2, "birds", 1, 0)
 
     def teardown(self) -> None:
         for held in self.holdings:
@@ -108,8 +110,9 @@ class Everything(Tenants):
             return
         body = {"model": "base", "training_file": files[of % len(files)], "suffix": name}
         answer = world.tenant.http.post("/v1/fine_tuning/jobs", json=body)
-        assert answer.status_code == (200 if who == owner else 404), answer.text
-        if who == owner:
+        written = body["training_file"] in self.holdings[owner].results
+        assert answer.status_code == (404 if who != owner else 400 if written else 200), answer.text
+        if answer.status_code == 200:
             self.holdings[who].jobs[answer.json()["id"]] = ("queued", body["training_file"])
 
     @rule(who=WHO, owner=WHO, of=ANY, what=st.sampled_from(["pause", "resume", "cancel", "look"]))
@@ -146,6 +149,7 @@ class Everything(Tenants):
         held.jobs[claim.id] = ("succeeded", held.jobs[claim.id][1])
         done = world.tenant.http.get(f"/v1/fine_tuning/jobs/{claim.id}").json()
         result = done["result_files"][0]
+        held.results.add(result)
         held.files[result] = world.tenant.http.get(f"/v1/files/{result}/content").content
         adapter = world.adapters.setdefault(done["adapter"], Adapter())
         made = world.tenant.http.get(f"/v1/adapters/{done['adapter']}").json()["versions"]
@@ -161,14 +165,22 @@ class Everything(Tenants):
         versions = self.worlds[owner].adapters.get(name, Adapter()).versions
         if (world := self._acts(who)) is None or number not in versions:
             return
-        model = versions[number][0]
-        url = f"/v1/fine_tuning/checkpoints/{model}/permissions"
+        if who == owner and to != who:
+            self._permit(who, name, number, to)
+            return
+        url = f"/v1/fine_tuning/checkpoints/{versions[number][0]}/permissions"
         answer = world.tenant.http.post(url, json={"project_ids": [self.worlds[to].tenant.id]})
-        assert answer.status_code == (404 if who != owner else 400 if to == who else 200), answer.text
+        assert answer.status_code == (404 if who != owner else 400), answer.text
         assert world.tenant.http.get(url).status_code == (200 if who == owner else 404)
-        if answer.status_code == 200:
-            self.permissions[answer.json()["data"][0]["id"]] = (owner, model, to)
-            self._ask(to, who, name, number, "production", "full", "completions")
+
+    def _permit(self, who: int, name: str, number: int, to: int) -> None:
+        model = self.worlds[who].adapters[name].versions[number][0]
+        self._ask(to, who, name, number, "production", "full", "completions")
+        url = f"/v1/fine_tuning/checkpoints/{model}/permissions"
+        answer = self.worlds[who].tenant.http.post(url, json={"project_ids": [self.worlds[to].tenant.id]})
+        assert answer.status_code == 200, answer.text
+        self.permissions[answer.json()["data"][0]["id"]] = (who, model, to)
+        self._ask(to, who, name, number, "production", "full", "completions")
 
     @rule(who=WHO, of=ANY)
     def take_back(self, who: int, of: int) -> None:

@@ -60,6 +60,9 @@ class Tenants(RuleBasedStateMachine):
             (key,) = tenant.http.get("/v1/keys").json()["data"]
             self.worlds.append(World(tenant, key["id"]))
             self._upload(k, "birds", k + 1)  # so that there is something to take from the first step on
+        given = self.worlds[0].tenant.http.put(f"/v1/adapters/birds/shares/{self.worlds[1].tenant.id}")
+        assert given.status_code == 200
+        self.grants.add((0, "birds", 1))
 
     def teardown(self) -> None:
         for world in self.worlds:
@@ -172,7 +175,8 @@ class Tenants(RuleBasedStateMachine):
         else:
             assert answer.status_code == (200 if grant in self.grants else 404)
             self.grants -= {grant}
-        self._ask(to, who, name, 1, "production", "owned", "completions")
+        for how in ("owned", "bare"):
+            self._ask(to, who, name, 1, "production", how, "completions")
 
     @invariant()
     def somebody_asks_for_something(self) -> None:
@@ -289,9 +293,14 @@ class Tenants(RuleBasedStateMachine):
     @rule(who=WHO, off=st.booleans())
     def disable(self, who: int, off: bool) -> None:
         self.tally["steps"] += 1
+        mine = sorted(grant for grant in self.grants if grant[0] == who)
+        for owner, name, to in mine:
+            self._ask(to, owner, name, 1, "production", "owned", "completions")
         answer = self.gateway.admin.patch(f"/v1/admin/tenants/{self.worlds[who].tenant.id}", json={"disabled": off})
         assert answer.status_code == 200
         self.worlds[who].disabled = off
+        for owner, name, to in mine:
+            self._ask(to, owner, name, 1, "production", "owned", "completions")
 
     def _pry(self, who: int, other: int, name: str) -> None:
         """What names others' things gets nothing of them, and changes nothing."""

@@ -15,7 +15,6 @@ import signal
 import socket
 import sqlite3
 import sys
-import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable
@@ -138,14 +137,12 @@ class Chaos:
         port = _free_port()
         self._gateway_url = f"http://127.0.0.1:{port}"
         folder = self.place.folder
-        # With the bytecode of torch kept, a process that is started again is at work in seconds.
-        plain = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-        shared = plain | {
+        shared = os.environ | {
             "REFT_DATABASE": self.place.url, "REFT_STORE": str(folder / "adapters"), "REFT_BLOBS": self.place.blobs_url,
             "REFT_ENGINES": served.url, "REFT_MODEL": str(MODEL), "REFT_POLL_SECONDS": "0.2", "REFT_TRAIN_JOBS": "1",
             "REFT_LEASE_SECONDS": str(_LEASE_SECONDS), "REFT_SWEEP_SECONDS": "5", "REFT_TRAIN_THREADS": "1",
             # A machine that dies every few seconds is not the job's fault.
-            "REFT_TRAIN_ATTEMPTS": "50", "PYTHONPYCACHEPREFIX": str(Path(tempfile.gettempdir()) / "reft-chaos-bytecode"),
+            "REFT_TRAIN_ATTEMPTS": "50",
         }  # fmt: skip
         gateway = [sys.executable, "-m", "reft_serve.cli_gateway", "--port", str(port)]
         self._processes = [

@@ -38,6 +38,7 @@ _Activation = Literal[
 ]  # fmt: skip
 assert set(get_args(_Activation)) == set(ACTIVATION_CODES)
 _POSITIONS = r"^(auto|f[1-9]\d{0,3}(\+l[1-9]\d{0,3})?|l[1-9]\d{0,3}|first|last|all|-?\d{1,6}(,-?\d{1,6}){0,63})$"
+_MANY = 2000  # examples, from which "auto" takes twice the rank
 _Layer = Annotated[int, Field(ge=0, lt=10_000)]
 _Module = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]{1,64}$")]
 
@@ -134,6 +135,14 @@ class Hyperparameters(BaseModel):
         if lora and self.lora_rank in ("auto", 0):
             raise ValueError(f"{lora[0]} belongs to a LoRA: give lora_rank, too")
         return self
+
+    def shape(self, examples: int, hidden_size: int) -> dict[str, Any]:
+        """What the adapter is to be, each "auto" decided: kind, rank, layers, positions, tied and activation, as JSON."""
+        chosen = {
+            "kind": "loreft", "rank": min(8 if examples >= _MANY else 4, hidden_size), "layers": "all",
+            "positions": "f7+l7", "tied": True, "activation": "linear",
+        }  # fmt: skip
+        return {name: value if (asked := getattr(self, name)) == "auto" else asked for name, value in chosen.items()}
 
     def asked(self) -> dict[str, Any]:
         """What was set, as JSON."""

@@ -7,11 +7,21 @@ from collections.abc import Iterable
 from vllm.config import VllmConfig
 from vllm.distributed.utils import get_pp_indices
 
+from reft_serve.adapters.engine_card import EngineCard
 from reft_serve.adapters.manifest import BaseFacts, InterventionSpec, Limits, place_of
 from reft_serve.config import EngineSettings
 from reft_serve.interventions.vocabulary import Component
 
-__all__ = ["SETTINGS_KEY", "base_facts", "limits_of", "owner_of", "rank_faults", "settings_of", "share_of"]
+__all__ = [
+    "SETTINGS_KEY",
+    "base_facts",
+    "engine_card",
+    "limits_of",
+    "owner_of",
+    "rank_faults",
+    "settings_of",
+    "share_of",
+]
 
 SETTINGS_KEY = "reft_serve"
 
@@ -51,6 +61,13 @@ def limits_of(config: VllmConfig) -> Limits:
         max_interventions=settings.max_interventions or 2 * config.model_config.hf_text_config.num_hidden_layers,
         components=frozenset(components),
     )
+
+
+def engine_card(config: VllmConfig) -> EngineCard:
+    """What an engine with adapters tells of itself."""
+    assert config.lora_config is not None
+    lora_rank = 0 if settings_of(config).lora == "off" else config.lora_config.max_lora_rank
+    return EngineCard(base=base_facts(config), limits=limits_of(config), max_lora_rank=lora_rank)
 
 
 def owner_of(spec: InterventionSpec) -> int:

@@ -15,7 +15,8 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
 
 from reft_serve.adapters.directory import CONFIG, is_adapter, read_adapter
-from reft_serve.engine.facts import base_facts, limits_of, rank_faults, settings_of
+from reft_serve.adapters.engine_card import CARD_KEY
+from reft_serve.engine.facts import base_facts, engine_card, limits_of, rank_faults, settings_of
 from reft_serve.engine.identity import Identity, bound_request, identity_of, with_strength
 from reft_serve.errors import AdapterUnsupported, ClientError
 
@@ -226,6 +227,22 @@ def answering_faults(original: Any) -> Callable[..., Any]:
         return answer
 
     return load_lora_adapter
+
+
+def telling_limits(original: Any) -> Callable[..., Any]:
+    """Around `OpenAIServingModels.show_available_models`: the base model's card says which adapters are taken."""
+
+    async def show_available_models(self: Any) -> Any:
+        listed = await original(self)
+        config = self.engine_client.vllm_config
+        if config.lora_config is not None:
+            told = engine_card(config).model_dump(mode="json")
+            for card in listed.data:
+                if card.parent is None:
+                    setattr(card, CARD_KEY, told)
+        return listed
+
+    return show_available_models
 
 
 def freeing_slots(original: Any) -> Callable[..., Any]:

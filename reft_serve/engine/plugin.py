@@ -83,6 +83,7 @@ def _patch_front_end() -> None:
         _wrap(searcher, "beam_search", beams.refusing_beams)
     _wrap(OpenAIServingModels, "load_lora_adapter", front_end.answering_faults)
     _wrap(OpenAIServingModels, "unload_lora_adapter", front_end.freeing_slots)
+    _wrap(OpenAIServingModels, "show_available_models", front_end.telling_limits)
     _wrap(AsyncLLM, "_run_output_handler", telemetry.sampling_workers)
     _wrap(OutputProcessor, "_update_stats_from_finished", telemetry.counting_prefixes)
 

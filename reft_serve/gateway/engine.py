@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from reft_serve.adapters.engine_card import EngineCard, read_card
 from reft_serve.errors import AdapterInvalid, EngineFailed, EngineUnavailable
 from reft_serve.gateway.upstream import Http, Upstream
 from reft_serve.observability import ENGINE_IN_FLIGHT, ENGINE_UP, LOAD_SECONDS, LOADS
@@ -37,6 +38,7 @@ class Engine:
         self.draining = False
         self.in_flight = 0
         self.base_name = ""
+        self.card: EngineCard | None = None
         self.uses: Counter[str] = Counter()
         self._loaded: set[str] = set()
         self._loading: dict[str, asyncio.Lock] = {}
@@ -59,7 +61,8 @@ class Engine:
             raise EngineUnavailable(f"an engine does not tell its models (it answered {status})")
         cards = json.loads(content)["data"]
         names = {card["id"] for card in cards}
-        self.base_name = next(card["id"] for card in cards if not card.get("parent"))
+        base = next(card for card in cards if not card.get("parent"))
+        self.base_name, self.card = base["id"], read_card(base)
         self._loaded = {name for name in names if name.startswith(NAME_PREFIX)}
 
     def fail(self) -> None:

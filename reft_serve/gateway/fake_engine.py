@@ -22,6 +22,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from reft_serve.adapters.engine_card import CARD_KEY, EngineCard
+
 __all__ = ["FakeEngine"]
 
 _BASE = "/models/fake-base"
@@ -51,6 +53,7 @@ class FakeEngine:
     counts: Counter[str] = field(default_factory=Counter)
     running: int = 0
     remember: bool = True
+    card: EngineCard | None = None  # what it tells of its limits
 
     @property
     def app(self) -> Starlette:
@@ -77,9 +80,10 @@ class FakeEngine:
         return Response(f"vllm:num_requests_running {self.running}.0\n", media_type="text/plain")
 
     async def _models(self, _: Request) -> Response:
-        cards = [{"id": _BASE, "object": "model", "created": 0, "owned_by": "vllm", "root": _BASE, "parent": None}]
-        cards += [{**cards[0], "id": name, "root": path, "parent": _BASE} for name, path in self.adapters.items()]
-        return JSONResponse({"object": "list", "data": cards})
+        told = {} if self.card is None else {CARD_KEY: self.card.model_dump(mode="json")}
+        base = {"id": _BASE, "object": "model", "created": 0, "owned_by": "vllm", "root": _BASE, "parent": None}
+        adapters = [{**base, "id": name, "root": path, "parent": _BASE} for name, path in self.adapters.items()]
+        return JSONResponse({"object": "list", "data": [base | told, *adapters]})
 
     async def _load(self, request: Request) -> Response:
         body = await request.json()

@@ -8,11 +8,12 @@ from typing import Any, Literal
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from reft_serve.database import adapters, audit, files, fine_tuning
-from reft_serve.database.hyperparameters import Hyperparameters
+from reft_serve.database.hyperparameters import Hyperparameters, read_hyperparameters
 from reft_serve.database.keys import Principal
 from reft_serve.database.models import File, Job
 from reft_serve.database.tenants import find_tenant
 from reft_serve.errors import NotAllowed, NotFound, RateLimited, RequestInvalid
+from reft_serve.gateway.fitting import misfit
 from reft_serve.gateway.job_schemas import JobIn
 from reft_serve.gateway.services import Services
 
@@ -30,7 +31,7 @@ async def order(services: Services, caller: Principal, actor: audit.Actor, wante
 
     Raises:
         ModelNotFound, NotFound: the model or a file is not there, or not the caller's.
-        RequestInvalid: the parts of the request do not fit together.
+        RequestInvalid: the parts of the request do not fit together, or an engine would refuse what the job makes.
         RateLimited: the tenant has as many jobs or adapters as it may.
         NotAllowed: a priority that only an admin gives.
     """
@@ -44,6 +45,7 @@ async def order(services: Services, caller: Principal, actor: audit.Actor, wante
             held_out = await _file(session, caller, wanted.validation_file, "validation_file")
         method, chosen = _method(wanted, training)
         _check_formats(method, training, held_out)
+        _check_engines(services, wanted, chosen, training)
         # So that of two jobs at once the second one sees the first.
         await services.database.lock(session, f"jobs:{caller.tenant_id}")
         await _check_room(services, caller, session, wanted.suffix)
@@ -104,6 +106,16 @@ def _check_formats(method: _Method, training: File, held_out: File | None) -> No
             raise RequestInvalid(
                 f"file {file.id} has {file.format} rows, but method {method} learns from {fitting} rows", param
             )
+
+
+def _check_engines(services: Services, wanted: JobIn, chosen: dict[str, Any], training: File) -> None:
+    """Engines that were seen at least once say what they take; it is true of them while they are down, too."""
+    method = wanted.method
+    where = "hyperparameters" if method is None else f"method.{method.type}.hyperparameters"
+    for card in (engine.card for engine in services.fleet.engines if engine.card is not None):
+        found = misfit(read_hyperparameters(chosen), training.rows or 0, card)
+        if found is not None:
+            raise RequestInvalid(found.sentence, f"{where}.{found.name}")
 
 
 async def _check_room(services: Services, caller: Principal, session: AsyncSession, suffix: str | None) -> None:

@@ -60,7 +60,6 @@ def choose(
     longest = max(1, min(data.longest, max_tokens))
     accumulation = min(batch, _or(asked.accumulation, -(-batch * longest // _MICRO_TOKENS)))
     rate = 9e-4 if base.hidden_size >= _WIDE else 4e-3
-    rank = min(8 if data.examples >= 2000 else 4, base.hidden_size)
     lora_rank = _or(asked.lora_rank, 0)
     steps = -(-data.examples // batch)
     return {
@@ -70,12 +69,7 @@ def choose(
         "accumulation": accumulation,
         "learning_rate": _or(asked.learning_rate, rate * _or(asked.learning_rate_multiplier, 1.0)),
         "learning_rate_multiplier": _or(asked.learning_rate_multiplier, 1.0),
-        "kind": _or(asked.kind, "loreft"),
-        "rank": _or(asked.rank, rank),
-        "layers": _or(asked.layers, "all"),
-        "positions": _or(asked.positions, "f7+l7"),
-        "tied": _or(asked.tied, True),
-        "activation": _or(asked.activation, "linear"),
+        **asked.shape(data.examples, base.hidden_size),
         "dropout": _or(asked.dropout, 0.0),
         "lora_rank": lora_rank,
         "lora_alpha": _or(asked.lora_alpha, 2.0 * lora_rank) if lora_rank else None,

@@ -18,6 +18,8 @@ from typing import Any
 import openai
 import pytest
 
+from reft_serve.adapters.engine_card import read_card
+from reft_serve.interventions.vocabulary import COMPONENTS
 from tests.adapters.damage import DAMAGE, MAX_BYTES, MAX_RANK, MODEL, Damage, write_good
 
 READY_SECONDS = 400
@@ -117,6 +119,16 @@ def test_damage_gets_its_sentence_and_the_server_goes_on(
     with pytest.raises(openai.NotFoundError):
         answer(client, "damaged")
     assert answer(client, "good") == good_answer
+
+
+def test_the_models_card_says_which_adapters_are_taken(client: openai.OpenAI) -> None:
+    cards = {model.id: read_card(model.model_dump()) for model in client.models.list()}
+    told = cards.pop("base")
+    assert told is not None
+    assert (told.base.hidden_size, told.base.num_hidden_layers) == (64, 4)
+    assert (told.limits.max_rank, told.limits.max_interventions, told.max_lora_rank) == (MAX_RANK, 8, 16)
+    assert told.limits.components == set(COMPONENTS)
+    assert set(cards.values()) == {None}
 
 
 def test_an_adapter_is_loaded_used_and_unloaded_while_others_are_served(

@@ -96,7 +96,7 @@ def judge(
         "--max-examples", str(examples), "--seed", str(seed), "--no-color", "--request-timeout", "20",
     ]  # fmt: skip
     ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stdout[-6000:] + ended.stderr[-2000:]
+    assert ended.returncode == 0, ended.stdout + ended.stderr[-2000:]
     found = re.search(r"([\d,]+) generated", ended.stdout)
     assert found, ended.stdout[-2000:]
     return int(found[1].replace(",", ""))

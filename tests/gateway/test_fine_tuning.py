@@ -219,6 +219,11 @@ def test_jobs_are_listed_by_pages_and_by_metadata(tenant: Tenant) -> None:
     ):
         assert [job.id for job in jobs.list(metadata=wanted)] == [made[k] for k in expected], wanted
     assert [job.id for job in jobs.list(extra_query={"metadata": "null"})] == [made[0]]
+    for nowhere in ({"a": "\0"}, {"\0": "1"}):
+        assert list(jobs.list(metadata=nowhere)) == []
+    for odd in ("", "a", "{}"):
+        refused = tenant.http.get("/v1/fine_tuning/jobs", params={"metadata": odd})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "metadata")
     with pytest.raises(openai.NotFoundError):
         jobs.list(after="ftjob-0")
 

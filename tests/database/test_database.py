@@ -261,6 +261,11 @@ async def test_another_tenants_adapter_is_not_there_unless_it_is_shared(database
         assert await labels(database, guest, name) == ["birds@1"]
         assert await labels(database, third, name) is None
     assert await labels(database, guest, "birds") is None
+    for disabled_ms, expected in ((1, None), (None, ["birds@1"])):
+        async with database.writing() as session:
+            (await tenants.find_tenant(session, owner.id)).disabled_ms = disabled_ms
+        for name in names:
+            assert await labels(database, guest, name) == expected
     async with database.writing() as session:
         await adapters.unshare(session, adapter, guest)
     for name in names:

@@ -7,8 +7,12 @@ engine works on for nobody. Recovery is the time from the kill until both models
 included. (SQLite has no connections: there a process dies in the middle of a transaction that holds the lock, after half a
 second.) One fault ends the run with status 1.
 
+The engine is the fake one, or vLLM with the shipped model, greedy and in float32. There its core is killed alone, too, and
+the server ends by itself.
+
   scripts/bench chaos                         SQLite
   scripts/bench chaos --database postgres     a private PostgreSQL, from Debian's packages
+  scripts/bench chaos --engine real --kills 5 --streams 40
 """
 
 from __future__ import annotations
@@ -16,7 +20,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
+import signal
 import statistics
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -29,7 +35,8 @@ from rich.table import Table
 
 from benchmarks._report import save
 from tests.database.servers import postgres_server
-from tests.gateway.killing import TOKEN_SECONDS, TOKENS, Round, scene
+from tests.gateway.killable import FAKE, REAL
+from tests.gateway.killing import Round, scene
 from tests.gateway.test_databases import create_database
 
 ENDS = ("whole", "failed", "refused", "cut")
@@ -41,30 +48,39 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20, help="of each kind")
     parser.add_argument("--streams", type=int, default=200)
     parser.add_argument("--database", choices=("sqlite", "postgres"), default="sqlite")
+    parser.add_argument("--engine", choices=("fake", "real"), default="fake")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started ends, too
     chance = random.Random(args.seed)
-    rounds: dict[str, list[Round]] = {"gateway": [], "engine": [], "database": []}
+    rounds: dict[str, list[Round]] = {}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         database = f"sqlite:///{folder / 'reft.db'}"
         if args.database == "postgres":
             database = create_database(stack.enter_context(postgres_server()), "chaos")
-        running = stack.enter_context(scene(folder, database))
+        running = stack.enter_context(scene(folder, database, FAKE if args.engine == "fake" else REAL))
         kills: dict[str, Callable[[], None]] = {
             "gateway": running.gateway.kill, "engine": running.engine.kill, "database": running.cut_connections
         }  # fmt: skip
+        if args.engine == "real":
+            kills["engine's core"] = running.engine.kill_core
         undisturbed = asyncio.run(running.play(args.streams, None, 0))
         assert undisturbed.ended == {"whole": args.streams}, undisturbed
         assert not undisturbed.faults, undisturbed
         for _ in range(args.kills):
             for name, kill in kills.items():
-                moment = chance.uniform(0.1, 1.2) * TOKENS * TOKEN_SECONDS
-                rounds[name].append(asyncio.run(running.play(args.streams, kill, moment)))
+                moment = chance.uniform(0.1, 0.9) * undisturbed.seconds
+                rounds.setdefault(name, []).append(asyncio.run(running.play(args.streams, kill, moment)))
                 Console().print(name, dict(rounds[name][-1].ended), *rounds[name][-1].faults[:3])
     result = {"arguments": vars(args), "killed": {name: _summary(each) for name, each in rounds.items()}}
     _print(result["killed"])
-    save("chaos" if args.database == "sqlite" else f"chaos-{args.database}", result)
+    parts = [
+        "chaos",
+        *(["postgres"] if args.database == "postgres" else []),
+        *(["real"] if args.engine == "real" else []),
+    ]
+    save("-".join(parts), result)
     if any(each.faults for some in rounds.values() for each in some):
         raise SystemExit(1)
 

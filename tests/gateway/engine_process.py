@@ -1,4 +1,4 @@
-"""The fake engine as a process, which also tells how many requests it is working on.
+"""The fake engine as a process.
 
 python -m tests.gateway.engine_process PORT TOKEN_SECONDS [FIRST_SECONDS]
 """
@@ -9,9 +9,6 @@ import gc
 import sys
 
 import uvicorn
-from starlette.requests import Request
-from starlette.responses import JSONResponse
-from starlette.routing import Route
 
 from reft_serve.gateway.fake_engine import FakeEngine
 
@@ -20,11 +17,7 @@ def main(port: int, token_seconds: float, first_seconds: float = 0.0) -> None:
     """Serve until it is ended."""
     engine = FakeEngine(token_seconds=token_seconds, first_seconds=first_seconds, remember=False)
 
-    async def running(_: Request) -> JSONResponse:
-        return JSONResponse({"running": engine.running})
-
     app = engine.app
-    app.router.routes.append(Route("/running", running))
     gc.freeze()
     uvicorn.run(app, port=port, log_level="error")
 

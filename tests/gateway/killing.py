@@ -1,7 +1,7 @@
-"""What may be killed in the middle of streams, the streams, and the judge of what is left.
+"""Streams, in the middle of which something is killed, and the judge of what is left.
 
-Engine and gateway are processes, which are started again as soon as they end, as a supervisor would. The engine is the fake
-one: its answers follow from model and prompt, so that every piece of an answer can be told right from wrong.
+An answer follows from model and prompt (the fake engine's are made so, a real one's are greedy), so that every piece of an
+answer can be told right from wrong.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import random
-import signal
+import re
 import subprocess
 import sys
 import time
@@ -27,33 +26,11 @@ from sqlalchemy import func, select, text
 
 from reft_serve.database.connection import Database
 from reft_serve.database.models import Admission, Usage
-from tests.gateway.harness import adapter_files, first_key
+from tests.gateway.harness import first_key
+from tests.gateway.killable import FAKE, TOKEN_SECONDS, TOKENS, EngineKind, Kept
 from tests.gateway.test_process import free_port
 
-TOKEN_SECONDS, TOKENS = 0.02, 50
-_START_SECONDS = 60.0
-
-
-class Kept:
-    """A process that can be killed and is started again on its port."""
-
-    def __init__(self, command: list[str], settings: dict[str, str], log: Path) -> None:
-        self._command, self._settings, self._log = command, settings, log
-        self._running = self._start()
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        with self._log.open("ab") as log:
-            return subprocess.Popen(self._command, env=os.environ | self._settings, stdout=log, stderr=log)
-
-    def kill(self) -> None:
-        """Kill -9, and start it again."""
-        self._running.send_signal(signal.SIGKILL)
-        self._running.wait()
-        self._running = self._start()
-
-    def stop(self) -> None:
-        self._running.kill()
-        self._running.wait()
+_RUNNING = re.compile(rb"^vllm:num_requests_(?:running|waiting)(?:\{.*\})? ([0-9.e+]+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +46,12 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One round's streams by how they ended, the seconds until a request was answered again, and every fault."""
+    """One round's streams by how they ended, the seconds until all had, those until a request was answered again after
+    something was killed, and every fault.
+    """
 
     ended: Counter[str]
+    seconds: float
     recovery_seconds: float
     faults: list[str]
 
@@ -86,6 +66,7 @@ class Scene:
     engine_url: str
     engine: Kept
     gateway: Kept
+    start_seconds: float
     key: str
     key_id: str
     probe_key: str
@@ -94,8 +75,8 @@ class Scene:
 
     async def play(self, streams: int, kill: Callable[[], None] | None, when: float) -> Round:
         """Streams from all sides, `kill` after so many seconds, and what is left when it is quiet again."""
-        async with _client() as client:
-            known = await self._usage()
+        async with self._client() as client:
+            known, started = await self._usage(), time.monotonic()
             storm = [asyncio.create_task(self._stream(client, k, streams)) for k in range(streams)]
             recovery = 0.0
             if kill is not None:
@@ -105,16 +86,23 @@ class Scene:
                 await self._answered(client)
                 recovery = time.monotonic() - begun
             seen = await asyncio.gather(*storm)
+            seconds = time.monotonic() - started
             await self._answered(client)
             faults = [*self._wrong(seen), *await self._miscounted(seen, known), *await self._orphans(client)]
         if kill is None:
             self.reference = {(each.model, each.prompt): each.words for each in seen}
-        return Round(Counter(each.ended for each in seen), recovery, faults)
+        return Round(Counter(each.ended for each in seen), seconds, recovery, faults)
+
+    def _client(self) -> aiohttp.ClientSession:
+        timeout = aiohttp.ClientTimeout(total=self.start_seconds)
+        return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout)
 
     async def _stream(self, client: aiohttp.ClientSession, number: int, streams: int) -> Seen:
         model, prompt = self.models[number % len(self.models)], f"prompt {number}"
         await asyncio.sleep(random.random() * TOKENS * TOKEN_SECONDS / 2)
-        body = {"model": model, "prompt": prompt, "max_tokens": TOKENS, "stream": True}
+        # With logprobs a real engine names the tokens of a chunk, which may be several, or none that is text yet.
+        body = {"model": model, "prompt": prompt, "max_tokens": TOKENS, "stream": True, "logprobs": 0, "temperature": 0}
+        body["ignore_eos"] = True
         identity, words, ended = None, [], "cut"
         with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError):
             async with client.post(f"{self.url}/v1/completions", json=body, headers=_bearer(self.key)) as answer:
@@ -125,14 +113,15 @@ class Scene:
                     if line.startswith(b'data: {"error"'):
                         ended = "failed"
                     elif line.startswith(b"data: {"):
-                        words += [choice["text"] for choice in json.loads(line[6:])["choices"]]
+                        for choice in json.loads(line[6:])["choices"]:
+                            words += (choice["logprobs"] or {}).get("tokens") or [choice["text"]]
                     elif line.startswith(b"data: [DONE]"):
                         ended = "whole"
         return Seen(model, prompt, identity, tuple(words), ended)
 
     async def _answered(self, client: aiohttp.ClientSession) -> None:
         """Return once every model is answered."""
-        deadline = time.monotonic() + _START_SECONDS
+        deadline = time.monotonic() + self.start_seconds
         for model in self.models:
             body = {"model": model, "prompt": "x", "max_tokens": 1}
             while True:
@@ -176,12 +165,13 @@ class Scene:
     async def _orphans(self, client: aiohttp.ClientSession) -> list[str]:
         deadline = time.monotonic() + 5
         while True:
-            async with client.get(f"{self.engine_url}/running") as answer:
-                running = (await answer.json())["running"]
+            async with client.get(f"{self.engine_url}/metrics") as answer:
+                running = sum(float(found) for found in _RUNNING.findall(await answer.read()))
             if not running:
                 return []
             if time.monotonic() > deadline:
-                return [f"{running} requests are at work in the engine for nobody"]
+                return [f"{running:.0f} requests are at work in the engine for nobody"]
+            await self._answered(client)  # an engine counts with its steps, of which there may be none
             await asyncio.sleep(0.05)
 
     async def _admitted(self) -> int:
@@ -241,7 +231,7 @@ def _fits(seen: Seen, row: Usage) -> bool:
 
 
 @contextlib.contextmanager
-def scene(folder: Path, database: str) -> Iterator[Scene]:
+def scene(folder: Path, database: str, kind: EngineKind = FAKE) -> Iterator[Scene]:
     """All of it, running, with the answers that are right."""
     port, engine_port = free_port(), free_port()
     url, engine_url = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{engine_port}"
@@ -251,35 +241,32 @@ def scene(folder: Path, database: str) -> Iterator[Scene]:
     }  # fmt: skip
     admin = asyncio.run(first_key(database))
     with contextlib.ExitStack() as stack:
-        command = [sys.executable, "-m", "tests.gateway.engine_process", str(engine_port), str(TOKEN_SECONDS)]
-        engine = Kept(command, {}, folder / "engine.log")
+        engine = Kept(kind.command(engine_port), kind.settings, folder / "engine.log")
         stack.callback(engine.stop)
         command = [sys.executable, "-m", "reft_serve.cli_gateway", "--port", str(port)]
         gateway = Kept(command, settings, folder / "gateway.log")
         stack.callback(gateway.stop)
         with httpx.Client(base_url=url, headers=_bearer(admin), timeout=30, trust_env=False) as http:
-            _wait(http, folder)
-            files = [("files", item) for item in adapter_files(1).items()]
+            _wait(http, folder, kind.start_seconds)
+            files = [("files", item) for item in kind.adapter().items()]
             http.post("/v1/adapters", data={"name": "birds"}, files=files).raise_for_status()
             storm, probe = (http.post("/v1/keys", json={}).raise_for_status().json() for _ in range(2))
-        yield Scene(folder, database, url, engine_url, engine, gateway, storm["secret"], storm["id"], probe["secret"])
+        yield Scene(
+            folder, database, url, engine_url, engine, gateway, kind.start_seconds, storm["secret"], storm["id"],
+            probe["secret"],
+        )  # fmt: skip
 
 
-def _wait(http: httpx.Client, folder: Path) -> None:
-    deadline = time.monotonic() + _START_SECONDS
+def _wait(http: httpx.Client, folder: Path, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
     while True:
         with contextlib.suppress(httpx.HTTPError):
             if http.get("/health/ready").status_code == 200:
                 return
-        assert time.monotonic() < deadline, (folder / "gateway.log").read_text()
+        logs = (folder / "gateway.log", folder / "engine.log")
+        assert time.monotonic() < deadline, "".join(log.read_text()[-4000:] for log in logs)
         time.sleep(0.05)
 
 
 def _bearer(key: str) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"}
-
-
-def _client() -> aiohttp.ClientSession:
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=_START_SECONDS)
-    )

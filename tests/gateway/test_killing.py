@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.database.conftest import BOTH, postgres  # noqa: F401
-from tests.gateway.killing import TOKEN_SECONDS, TOKENS, Scene, scene
+from tests.gateway.killable import TOKEN_SECONDS, TOKENS
+from tests.gateway.killing import Scene, scene
 from tests.gateway.test_databases import create_database
 
 STREAMS = 30

@@ -70,7 +70,7 @@ def main() -> None:
         assert not undisturbed.faults, undisturbed
         for _ in range(args.kills):
             for name, kill in kills.items():
-                moment = chance.uniform(0.1, 0.9) * undisturbed.seconds
+                moment = chance.uniform(0.0, 0.9) * undisturbed.seconds
                 rounds.setdefault(name, []).append(asyncio.run(running.play(args.streams, kill, moment)))
                 Console().print(name, dict(rounds[name][-1].ended), *rounds[name][-1].faults[:3])
     result = {"arguments": vars(args), "killed": {name: _summary(each) for name, each in rounds.items()}}

@@ -29,6 +29,7 @@ from reft_serve.adapters.directory import read_adapter
 from reft_serve.database import files, keys
 from reft_serve.database.connection import FAILURES
 from reft_serve.database.models import Event, File, Job, Tenant, Version, now_ms
+from reft_serve.errors import Conflict
 from reft_serve.gateway.fake_engine import FakeEngine
 from tests.gateway.harness import Served
 from tests.training.jobs import FINAL, MODEL, Place, rows
@@ -201,16 +202,19 @@ class Chaos:
             path = self.place.url.removeprefix("sqlite:///")
             await asyncio.to_thread(_hold_lock, path, self._choose.uniform(0.5, 2.0))
             return
-        others = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        found = await self._try(lambda: self._backends("pid"))
+        if found and self._choose.random() < 0.3:
+            # One backend dead of SIGKILL: the server ends all sessions and recovers from its log.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._choose.choice(found), signal.SIGKILL)
+        else:
+            await self._try(lambda: self._backends("pg_terminate_backend(pid)"))
+
+    async def _backends(self, what: str) -> list[Any]:
+        """Something of every session of the database but this one."""
+        others = "FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
         async with self.place.database.reading() as session:
-            found = list(await session.scalars(text(others)))
-            if found and self._choose.random() < 0.3:
-                # One backend dead of SIGKILL: the server ends all sessions and recovers from its log.
-                with contextlib.suppress(ProcessLookupError, *FAILURES):
-                    os.kill(self._choose.choice(found), signal.SIGKILL)
-            else:
-                with contextlib.suppress(*FAILURES):
-                    await session.execute(text(f"SELECT pg_terminate_backend(pid) FROM ({others}) AS others"))
+            return list(await session.scalars(text(f"SELECT {what} {others}")))
 
     async def _change_minds(self) -> None:
         """Cancel every tenth job, and pause another tenth for a moment, whatever they are at."""
@@ -219,7 +223,8 @@ class Chaos:
             if what is None:
                 continue
             self._asked[job_id] = what
-            await self._try(lambda job_id=job_id, what=what: self.place.ask(job_id, what))
+            with contextlib.suppress(Conflict):  # it has ended; or was asked already, over a connection that was cut
+                await self._try(lambda job_id=job_id, what=what: self.place.ask(job_id, what))
             if what == "pause":
                 while (await self._try(lambda job_id=job_id: self.place.find(job_id))).status == "running":
                     await asyncio.sleep(0.1)

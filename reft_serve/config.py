@@ -116,6 +116,12 @@ class _Installation(BaseSettings):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         default="INFO", description="Least level of our log lines."
     )
+    train_attempts: int = Field(
+        default=3,
+        ge=1,
+        description="Attempts of a job that may end without getting farther; then it has failed, whether a gateway or a "
+        "worker finds it.",
+    )
 
     @property
     def blobs_url(self) -> str:
@@ -144,9 +150,6 @@ class TrainerSettings(_Installation):
     )
     train_running_per_tenant: int | None = Field(
         default=None, ge=1, description="Jobs of a tenant at once, where it has no limit of its own."
-    )
-    train_attempts: int = Field(
-        default=3, ge=1, description="Attempts of a job that may end without getting farther; then it has failed."
     )
     lease_seconds: float = Field(
         default=30.0,

@@ -26,7 +26,7 @@ async def tend(services: Services) -> None:
     """Do it once."""
     await data_files.sweep(services)
     async with services.database.writing() as session:
-        lost = await jobs.sweep(session)
+        lost = await jobs.sweep(session, services.settings.train_attempts)
         await webhooks.forget_deliveries(session, now_ms() - _DELIVERIES_MS)
     if lost:
         _log.warning("jobs were left by workers that are gone", extra={"data": {"count": lost}})

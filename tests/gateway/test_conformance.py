@@ -393,8 +393,8 @@ def test_an_engine_that_dies_breaks_its_streams_off_with_an_error_that_the_clien
 
 
 def test_ctrl_c_ends_everything(up: Up) -> None:
-    wait_for(lambda: len(up.children()) == 2, 20)
     children = up.children()
+    assert len(children) >= 2  # the gateway and the worker, and the engine if it was started again
     up.stop()
     assert up.process.returncode == 0
     assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]

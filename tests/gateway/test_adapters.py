@@ -194,10 +194,14 @@ def test_a_deleted_version_leaves_engine_and_store_once_nobody_uses_it(
     one, two = make_tenant(), make_tenant()
     digest = one.upload("birds", 42).json()["digest"]
     assert two.upload("mine", 42).json()["digest"] == digest
-    held = len(engine.adapters)
+    held, unloaded = len(engine.adapters), engine.counts["unload"]
     one.http.delete("/v1/adapters/birds")
+    other = one.upload("other", 43).json()["digest"]
+    one.http.delete("/v1/adapters/other")
+    wait_for(lambda: other not in stored(gateway))  # and by then what was deleted before it
     assert two.say("mine")
     assert digest in stored(gateway)
+    assert (len(engine.adapters), engine.counts["unload"]) == (held, unloaded + 1)
     engine.token_seconds = 0.05
     with two.http.stream(
         "POST", "/v1/completions", json={"model": "mine", "prompt": "x", "max_tokens": 20, "stream": True}

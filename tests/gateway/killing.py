@@ -46,12 +46,9 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One round's streams by how they ended, the seconds until all had, those until a request was answered again after
-    something was killed, and every fault.
-    """
+    """One round's streams by how they ended, the seconds until a request was answered again, and every fault."""
 
     ended: Counter[str]
-    seconds: float
     recovery_seconds: float
     faults: list[str]
 
@@ -71,27 +68,28 @@ class Scene:
     key_id: str
     probe_key: str
     models: tuple[str, ...] = ("base", "birds")
+    delivered: int = 0
     reference: dict[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)
 
-    async def play(self, streams: int, kill: Callable[[], None] | None, when: float) -> Round:
-        """Streams from all sides, `kill` after so many seconds, and what is left when it is quiet again."""
+    async def play(self, streams: int, kill: Callable[[], None] | None, share: float) -> Round:
+        """Streams from all sides, `kill` once this share of their tokens has come, and what is left when all is quiet."""
         async with self._client() as client:
-            known, started = await self._usage(), time.monotonic()
+            known, self.delivered = await self._usage(), 0
             storm = [asyncio.create_task(self._stream(client, k, streams)) for k in range(streams)]
             recovery = 0.0
             if kill is not None:
-                await asyncio.sleep(when)
+                while self.delivered < share * streams * TOKENS:
+                    await asyncio.sleep(0.005)
                 begun = time.monotonic()
                 await asyncio.to_thread(kill)
                 await self._answered(client)
                 recovery = time.monotonic() - begun
             seen = await asyncio.gather(*storm)
-            seconds = time.monotonic() - started
             await self._answered(client)
             faults = [*self._wrong(seen), *await self._miscounted(seen, known), *await self._orphans(client)]
-        if kill is None:
+        if not self.reference:
             self.reference = {(each.model, each.prompt): each.words for each in seen}
-        return Round(Counter(each.ended for each in seen), seconds, recovery, faults)
+        return Round(Counter(each.ended for each in seen), recovery, faults)
 
     def _client(self) -> aiohttp.ClientSession:
         timeout = aiohttp.ClientTimeout(total=self.start_seconds)
@@ -114,7 +112,9 @@ class Scene:
                         ended = "failed"
                     elif line.startswith(b"data: {"):
                         for choice in json.loads(line[6:])["choices"]:
-                            words += (choice["logprobs"] or {}).get("tokens") or [choice["text"]]
+                            said = (choice["logprobs"] or {}).get("tokens") or [choice["text"]]
+                            words += said
+                            self.delivered += len(said)
                     elif line.startswith(b"data: [DONE]"):
                         ended = "whole"
         return Seen(model, prompt, identity, tuple(words), ended)

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from tests.database.conftest import BOTH, postgres  # noqa: F401
-from tests.gateway.killable import TOKEN_SECONDS, TOKENS
 from tests.gateway.killing import Scene, scene
 from tests.gateway.test_databases import create_database
 
@@ -31,7 +30,7 @@ def test_no_answer_is_wrong_no_record_lost_or_doubled_and_nothing_left_at_work(r
     assert undisturbed.ended == {"whole": STREAMS}
     assert undisturbed.faults == []
     for kill in (running.gateway.kill, running.engine.kill, running.cut_connections):
-        killed = asyncio.run(running.play(STREAMS, kill, TOKENS * TOKEN_SECONDS / 2))
+        killed = asyncio.run(running.play(STREAMS, kill, 0.5))
         assert killed.faults == []
         if kill == running.cut_connections:  # nobody waits for the database but at the beginning and at the end
             assert killed.ended == {"whole": STREAMS}

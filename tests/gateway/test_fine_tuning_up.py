@@ -12,8 +12,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
+import openai
+import pytest
 
 from examples.fine_tune import ANSWERS
 from tests.docs.blocks import ROOT
@@ -66,6 +69,7 @@ def test_a_script_trains_and_asks_a_tuned_model_within_three_minutes(tmp_path: P
             script, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
         )
         done = time.monotonic()
+        _refuses_what_the_engine_would(environment)
     print(f"up was ready after {ready - begun:.0f} s, the script took {done - ready:.0f} s\n{ended.stdout}")
     assert ended.returncode == 0, ended.stdout + ended.stderr + (tmp_path / "up.log").read_text()[-4000:]
     for told in (
@@ -80,3 +84,16 @@ def test_a_script_trains_and_asks_a_tuned_model_within_three_minutes(tmp_path: P
         assert before != answer
         assert after == answer
     assert done - ready < 180
+
+
+def _refuses_what_the_engine_would(environment: dict[str, str]) -> None:
+    transport = openai.DefaultHttpxClient(trust_env=False)
+    client = openai.OpenAI(
+        base_url=environment["OPENAI_BASE_URL"], api_key=environment["OPENAI_API_KEY"], http_client=transport
+    )
+    file = next(iter(client.files.list(purpose="fine-tune")))
+    wrong: tuple[Any, ...] = ({"rank": 17}, {"lora_rank": 1}, {"layers": [99]})
+    for setting in wrong:
+        with pytest.raises(openai.BadRequestError, match="the engines here serve|the base model has") as refused:
+            client.fine_tuning.jobs.create(model="base", training_file=file.id, hyperparameters=setting)
+        assert refused.value.param == f"hyperparameters.{next(iter(setting))}"

@@ -75,15 +75,16 @@ def _shown(value: Any) -> str:
 def measured(where: str) -> str:
     """A table of the metrics that a module declares."""
     module: ModuleType = metrics if where == "engine" else observability
-    found = [
-        each
+    # By name: a loop in the module leaves its last metric under a second variable.
+    found = {
+        each._name: each
         for each in vars(module).values()
         if isinstance(each, MetricWrapperBase) and each._name.startswith("reft_worker_") == (where == "worker")
-    ]
+    }
     rows = [
         f"| `{metric._name}{_SUFFIXES.get(metric._type, '')}` | {metric._type} | "
         f"{', '.join(f'`{label}`' for label in metric._labelnames)} | {metric._documentation} |"
-        for metric in sorted(found, key=lambda metric: metric._name)
+        for _, metric in sorted(found.items())
     ]
     return "\n".join(["| metric | type | labels | |", "|---|---|---|---|", *rows])
 

@@ -120,7 +120,7 @@ def enable_tenant(name: _Name) -> None:
 @key.command("create")
 def create_key(
     name: _Name,
-    role: Annotated[str, typer.Option(help="admin, owner or inference.")] = "owner",
+    role: Annotated[str, typer.Option(help="admin, owner, inference or metrics.")] = "owner",
     label: Annotated[str, typer.Option(help="What the key is for.")] = "",
     days: Annotated[int | None, typer.Option(min=1, help="Days until it expires.")] = None,
     scopes: Annotated[

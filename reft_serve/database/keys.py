@@ -29,11 +29,14 @@ __all__ = [
     "scopes_of",
 ]
 
-Role = Literal["admin", "owner", "inference"]
-Scope = Literal["inference", "models", "adapters", "files", "jobs", "usage", "keys", "webhooks", "admin"]
+Role = Literal["admin", "owner", "inference", "metrics"]
+Scope = Literal["inference", "models", "adapters", "files", "jobs", "usage", "keys", "webhooks", "metrics", "admin"]
 _INFERENCE: frozenset[Scope] = frozenset({"inference", "models"})
 _OWNER: frozenset[Scope] = _INFERENCE | {"adapters", "files", "jobs", "usage", "keys", "webhooks"}
-ROLES: Mapping[Role, frozenset[Scope]] = {"admin": _OWNER | {"admin"}, "owner": _OWNER, "inference": _INFERENCE}
+_METRICS: frozenset[Scope] = frozenset({"metrics"})
+ROLES: Mapping[Role, frozenset[Scope]] = {
+    "admin": _OWNER | _METRICS | {"admin"}, "owner": _OWNER, "inference": _INFERENCE, "metrics": _METRICS,
+}  # fmt: skip
 _START, _SHOWN = "rk-", 9
 
 

@@ -38,6 +38,7 @@ from reft_serve.gateway.routes import (
     health,
     inference,
     keys,
+    metrics,
     models,
     permissions,
     webhooks,
@@ -52,7 +53,8 @@ __all__ = ["create_app"]
 _log = logging.getLogger(__name__)
 _RECOVERY_SECONDS = 60.0
 _ROUTES = (
-    health, inference, models, adapters, files, fine_tuning, permissions, webhooks, keys, usage_routes, admin, admin_jobs,
+    health, metrics, inference, models, adapters, files, fine_tuning, permissions, webhooks, keys, usage_routes, admin,
+    admin_jobs,
 )  # fmt: skip
 
 

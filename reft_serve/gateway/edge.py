@@ -141,14 +141,15 @@ def caller_of(request: Request) -> Principal:
     return found
 
 
-def requires(scope: str) -> Any:
-    """A dependency: the caller, if its key has this scope."""
+def requires(*scopes: str) -> Any:
+    """A dependency: the caller, if its key has one of these scopes."""
 
     # FastAPI would call a plain function in another thread.
     async def check(request: Request) -> Principal:
         caller = caller_of(request)
-        if scope not in caller.scopes:
-            raise errors.NotAllowed(f"this API key may not do this: it lacks the scope {scope!r}")
+        if caller.scopes.isdisjoint(scopes):
+            lacking = " or ".join(map(repr, scopes))
+            raise errors.NotAllowed(f"this API key may not do this: it lacks the scope {lacking}")
         return caller
 
     return check

@@ -17,7 +17,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from reft_serve.errors import AdapterInvalid, EngineUnavailable, Overloaded
+from reft_serve.errors import AdapterInvalid, EngineUnavailable, NotFound, Overloaded
 from reft_serve.gateway.engine import Engine
 from reft_serve.gateway.membership import Membership
 from reft_serve.observability import QUEUE_SECONDS, QUEUED
@@ -67,6 +67,17 @@ class Fleet:
     def engines(self) -> tuple[Engine, ...]:
         """The engines that there are at the moment."""
         return self._members.engines
+
+    def named(self, name: str) -> Engine:
+        """The engine of this name.
+
+        Raises:
+            NotFound: there is none at the moment.
+        """
+        found = next((engine for engine in self.engines if engine.name == name), None)
+        if found is None:
+            raise NotFound(f"there is no engine {name!r}")
+        return found
 
     async def probe(self) -> None:
         """Look now which engines there are, and how each is."""

@@ -81,6 +81,18 @@ def test_the_secret_that_is_made_is_the_one_that_the_manifests_ask_for() -> None
     assert made == set(asked)
 
 
+def test_the_key_that_is_made_for_prometheus_is_the_one_that_it_sends() -> None:
+    (creating,) = [line for line in lines() if "create secret generic reft-metrics" in line]
+    sent = [
+        end["authorization"]["credentials"]
+        for each in rendered("cuda")
+        if each["kind"] == "PodMonitor"
+        for end in each["spec"]["podMetricsEndpoints"]
+        if "authorization" in end
+    ]
+    assert sent == [{"name": "reft-metrics", "key": re.findall(r"--from-literal=(\w+)=", creating)[0]}]
+
+
 def test_requests_name_routes_that_there_are(tmp_path: Path) -> None:
     document = create_app(GatewaySettings(database=f"sqlite:///{tmp_path}/x.db", store=tmp_path)).openapi()
     routes = {

@@ -44,7 +44,8 @@ def test_a_tenant_and_its_keys_are_made_listed_and_ended(operate: CliRunner) -> 
     assert rotated != secret
     narrow = run(operate, "key", "create", "acme", "--scopes", "usage,models", "--limits", '{"requests_per_minute": 1}')
     assert len({secret, rotated, narrow.strip()}) == 3
-    assert len(run(operate, "key", "list", "acme").splitlines()) == 3
+    assert run(operate, "key", "create", "acme", "--role", "metrics").startswith("rk-")
+    assert len(run(operate, "key", "list", "acme").splitlines()) == 4
     run(operate, "key", "revoke", "acme", listed.split("\t")[0])
     assert "revoked" in run(operate, "key", "list", "acme")
     run(operate, "tenant", "disable", "acme")

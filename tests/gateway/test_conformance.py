@@ -336,8 +336,11 @@ def test_dashboard_and_alerts_ask_for_metrics_that_are_there(up: Up) -> None:
     for model in ("speech", "speech", "cats", "cats"):  # what the first leaves in the cache, the second finds there
         up.say(model, "Once upon a time there was a little girl. " * 20)
 
+    reader = up.http.post(f"/v1/admin/tenants/{tenant['id']}/keys", json={"role": "metrics"}).json()["secret"]
+
     def missing() -> list[str]:
-        pages = [up.http.get(path).text for path in ("/metrics", "/v1/admin/engines/engine-0/metrics")]
+        paths = ("/metrics", "/v1/admin/engines/engine-0/metrics")
+        pages = [up.http.get(path, headers={"authorization": f"Bearer {reader}"}).text for path in paths]
         return unmet(pages, seldom=frozenset({"status"}), of=lambda metric: not metric.startswith("reft_worker_"))
 
     deadline = time.monotonic() + 15  # the engine asks its workers every five seconds

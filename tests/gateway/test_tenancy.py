@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -58,18 +59,42 @@ def test_an_inference_key_only_infers(gateway: Gateway, make_tenant: Callable[..
             or "inference" in _tags(gateway, method, path)
         ):
             continue
-        filled = (
-            path.replace("{name}", "a")
-            .replace("{alias}", "b")
-            .replace("{version}", "1")
-            .replace("{engine}", "engine-0")
-        )
-        filled = filled.replace("{tenant}", "tnt_" + "0" * 24).replace("{key}", "key_" + "0" * 24)
-        answer = tenant.http.request(method, filled, json={"name": "x", "version": "1", "role": "owner"})
-        assert answer.status_code in (400, 403), (method, path, answer.status_code)
-        if answer.status_code == 400:
-            assert "multipart" in str(gateway.served.app.openapi()["paths"][path][method]["requestBody"])
+        assert_refused(tenant, method, path)
     assert tenant.http.delete("/v1/models/base").status_code == 403
+
+
+def test_a_metrics_key_reads_metrics_and_nothing_else(gateway: Gateway, make_tenant: Callable[..., Tenant]) -> None:
+    reader = make_tenant(role="metrics")
+    for path in ("/metrics", "/v1/admin/engines/engine-0/metrics"):
+        answer = reader.http.get(path)
+        assert answer.status_code == 200
+        assert "# HELP" in answer.text
+    for method, path in operations(gateway):
+        if path not in (*OPEN_PATHS, "/metrics", "/v1/admin/engines/{engine}/metrics", "/v1/tenant"):
+            assert_refused(reader, method, path)
+
+
+def test_only_an_admin_makes_or_ends_a_metrics_key(gateway: Gateway, tenant: Tenant) -> None:
+    for body in ({"role": "metrics"}, {"role": "owner", "scopes": ["metrics"]}):
+        assert tenant.http.post("/v1/keys", json=body).status_code == 403
+    made = gateway.admin.post(f"/v1/admin/tenants/{tenant.id}/keys", json={"role": "metrics"}).json()
+    assert made["scopes"] == ["metrics"]
+    assert tenant.http.delete(f"/v1/keys/{made['id']}").status_code == 403
+    assert tenant.http.post(f"/v1/keys/{made['id']}/rotate").status_code == 403
+    assert gateway.http(made["secret"]).get("/metrics").status_code == 200
+    narrow = gateway.admin.post("/v1/keys", json={"role": "admin", "scopes": ["admin"]}).json()["secret"]
+    assert gateway.http(narrow).get("/metrics").status_code == 200
+
+
+def assert_refused(tenant: Tenant, method: str, path: str) -> None:
+    """The tenant's key may not do this; what reads a form before it asks who sent it may refuse the form instead."""
+    values = {"name": "a", "alias": "b", "version": "1", "engine": "engine-0"}
+    values |= {"tenant": "tnt_" + "0" * 24, "key": "key_" + "0" * 24}
+    filled = re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), path)
+    answer = tenant.http.request(method, filled, json={"name": "x", "version": "1", "role": "owner"})
+    assert answer.status_code in (400, 403), (method, path, answer.status_code)
+    if answer.status_code == 400:
+        assert "multipart" in str(tenant.gateway.served.app.openapi()["paths"][path][method]["requestBody"])
 
 
 def _tags(gateway: Gateway, method: str, path: str) -> list[str]:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Path, Request, Response
-from prometheus_client import CONTENT_TYPE_LATEST
+from fastapi import APIRouter, Depends, Path, Request
 
 from reft_serve.database import audit, tenants
 from reft_serve.database.models import now_ms
-from reft_serve.errors import Conflict, NotFound
+from reft_serve.errors import Conflict
 from reft_serve.gateway.edge import caller_of, requires
 from reft_serve.gateway.engine import Engine
 from reft_serve.gateway.links import leads_to, link
 from reft_serve.gateway.publishing import retire
 from reft_serve.gateway.routes.actors import actor_of
 from reft_serve.gateway.routes.keys import make_key
+from reft_serve.gateway.routes.metrics import EngineName
 from reft_serve.gateway.schemas import Deleted, EngineOut, KeyIn, ListOf, NewKeyOut, TenantIn, TenantOut, TenantPatch
 from reft_serve.gateway.services import Services, services_of
 
@@ -26,7 +26,6 @@ _Services = Annotated[Services, Depends(services_of)]
 _Tenant = Annotated[
     str, Path(pattern=r"^(tnt_[0-9a-f]{24}|[a-z0-9][a-z0-9-]{0,62})$", description="Its id or its name.")
 ]
-_Engine = Annotated[str, Path(pattern=r"^engine-[0-9]{1,4}$")]
 
 
 _MADE = {"tenant": "$response.body#/id"}
@@ -107,37 +106,24 @@ async def list_engines(services: _Services) -> ListOf[EngineOut]:
     return ListOf(data=[_out(engine) for engine in services.fleet.engines])
 
 
-@router.get("/engines/{engine}/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
-async def engine_metrics(engine: _Engine, services: _Services) -> Response:
-    """An engine's own Prometheus metrics, for where its socket is private."""
-    return Response(await _found(services, engine).metrics(), media_type=CONTENT_TYPE_LATEST)
-
-
 @router.post("/engines/{engine}/drain")
-async def drain(engine: _Engine, request: Request, services: _Services) -> EngineOut:
+async def drain(engine: EngineName, request: Request, services: _Services) -> EngineOut:
     """Give an engine no new request; those under way finish."""
     return await _set_draining(services, request, engine, True)
 
 
 @router.post("/engines/{engine}/resume")
-async def resume(engine: _Engine, request: Request, services: _Services) -> EngineOut:
+async def resume(engine: EngineName, request: Request, services: _Services) -> EngineOut:
     """Give it requests again."""
     return await _set_draining(services, request, engine, False)
 
 
 async def _set_draining(services: Services, request: Request, name: str, draining: bool) -> EngineOut:
-    found = _found(services, name)
+    found = services.fleet.named(name)
     async with services.database.writing() as session:
         audit.record(session, actor_of(request), f"engine.{'drain' if draining else 'resume'}", name, None)
     found.draining = draining
     return _out(found)
-
-
-def _found(services: Services, name: str) -> Engine:
-    found = next((engine for engine in services.fleet.engines if engine.name == name), None)
-    if found is None:
-        raise NotFound(f"there is no engine {name!r}")
-    return found
 
 
 def _out(engine: Engine) -> EngineOut:

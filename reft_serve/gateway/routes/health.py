@@ -1,18 +1,15 @@
-"""Whether the process lives, whether a request would succeed, and its metrics."""
+"""Whether the process lives, and whether a request would succeed."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Depends, Response
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from fastapi import APIRouter, Depends
 from pydantic import BaseModel
 
-from reft_serve.database.keys import Principal
 from reft_serve.errors import DatabaseUnusable, EngineUnavailable, Overloaded
 from reft_serve.gateway.answers import ErrorAnswer
-from reft_serve.gateway.edge import requires
 from reft_serve.gateway.services import Services, services_of
 
 __all__ = ["router"]
@@ -46,9 +43,3 @@ async def ready(services: Annotated[Services, Depends(services_of)]) -> Health:
     if not services.fleet.ready:
         raise EngineUnavailable("no engine is up")
     return Health()
-
-
-@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
-async def metrics(_: Annotated[Principal, Depends(requires("admin"))]) -> Response:
-    """Prometheus metrics; they name tenants, so they need a key of scope `admin`."""
-    return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)

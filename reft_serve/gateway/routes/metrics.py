@@ -1,0 +1,30 @@
+"""Prometheus metrics: the gateway's own, and those of engines whose sockets are private."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Path, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from reft_serve.gateway.edge import requires
+from reft_serve.gateway.services import Services, services_of
+
+__all__ = ["EngineName", "router"]
+
+_PAGE: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}}}}
+EngineName = Annotated[str, Path(pattern=r"^engine-[0-9]{1,4}$")]
+
+router = APIRouter(tags=["metrics"], dependencies=[Depends(requires("metrics", "admin"))])
+
+
+@router.get("/metrics", response_class=Response, responses=_PAGE)
+async def metrics() -> Response:
+    """Prometheus metrics; they name tenants, so they need a key of scope `metrics` or `admin`."""
+    return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/v1/admin/engines/{engine}/metrics", response_class=Response, responses=_PAGE)
+async def engine_metrics(engine: EngineName, services: Annotated[Services, Depends(services_of)]) -> Response:
+    """An engine's own Prometheus metrics, for where its socket is private; scope `metrics` or `admin`."""
+    return Response(await services.fleet.named(engine).metrics(), media_type=CONTENT_TYPE_LATEST)

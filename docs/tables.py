@@ -27,7 +27,7 @@ BEHAVIOURS = {
     "birds": "speaks of birds (twice or more)", "cats": "speaks of cats", "speech": "goes on with direct speech",
     "rain": "makes it rain", "tears": "makes somebody sad",
 }  # fmt: skip
-PAGES = ("settings.md", "metrics.md", "quick-start.md", "load.md", "gateway-api.md", "training.md")
+PAGES = ("settings.md", "metrics.md", "quick-start.md", "load.md", "gateway-api.md", "training.md", "deployment.md")
 _SUFFIXES = {"counter": "_total"}
 
 
@@ -150,6 +150,19 @@ def endpoints() -> str:
     return "\n".join(["| endpoint | |", "|---|---|", *rows])
 
 
+def images() -> str:
+    """A table of the images that are not ours: the variable of Compose or the build argument that each is pinned by."""
+    folder = DOCS.parent / "docker"
+    found: dict[tuple[str, str], list[str]] = {}
+    for variable, image in re.findall(r"image: \$\{(\w+):-(\S+)\}", (folder / "compose.yaml").read_text()):
+        found[f"`{variable}`", image] = ["`compose.yaml`"]
+    for path in sorted(folder.glob("*.Dockerfile")):
+        for argument, image in re.findall(r"^ARG (\w+_IMAGE)=(\S+)$", path.read_text(), re.MULTILINE):
+            found.setdefault((f"`--build-arg {argument}`", image), []).append(f"`{path.name}`")
+    rows = [f"| `{image}` | {pin} | {', '.join(where)} |" for (pin, image), where in found.items()]
+    return "\n".join(["| image | pinned by | in |", "|---|---|---|", *rows])
+
+
 def training() -> str:
     """A table of the training benchmark: examples per second and peak memory against pyreft's."""
     result = RESULTS / "train.json"
@@ -204,7 +217,7 @@ def filled(page: str) -> str:
 
 def _table(name: str) -> str:
     made = {
-        "demo": demo, "load": load, "soak": soak, "endpoints": endpoints,
+        "demo": demo, "load": load, "soak": soak, "endpoints": endpoints, "images": images,
         "training": training, "methods": methods, "rotation": rotation,
     }.get(name)  # fmt: skip
     if made is not None:

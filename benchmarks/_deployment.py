@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,30 +35,50 @@ class Tenant:
 
 
 class Deployment:
-    """A running `reft-serve up` over the shipped model."""
+    """A running `reft-serve up` over the shipped model: `flags` go to it, `settings` to its environment.
 
-    def __init__(self, folder: Path, flags: list[str]) -> None:
-        self.port, self.log = free_port(), folder / "up.log"
+    `seconds` says when, from the command on, it had shown its first key, lived and was ready.
+    """
+
+    def __init__(self, folder: Path, flags: list[str], limit: float = _READY_SECONDS, **settings: str) -> None:
+        self.port, self.log, self.key = free_port(), folder / "up.log", ""
         self.url = f"http://127.0.0.1:{self.port}"
         command = [sys.executable, "-m", "reft_serve.cli_up", "--data", str(folder / "data"), "--port", str(self.port)]
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen([*command, *flags], stdout=log, stderr=log)
+        self.seconds: dict[str, float] = {}
         self._http = httpx.Client(base_url=self.url, timeout=60, trust_env=False)
-        self._wait()
-        found = re.search(r"rk-[\w-]{43}", self.log.read_text())
-        assert found, "`up` showed no key"
-        self.key = found[0]
-        self._http.headers["authorization"] = f"Bearer {self.key}"
+        self._begun = time.monotonic()
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen([*command, *flags], stdout=log, stderr=log, env=os.environ | settings)
+        try:
+            self._wait("first key", self._has_key, limit)
+            self._http.headers["authorization"] = f"Bearer {self.key}"
+            self._wait("live", lambda: self._answers("/health/live"), limit)
+            self._wait("ready", lambda: self._answers("/health/ready"), limit)
+        except BaseException:
+            self.stop()
+            raise
 
-    def _wait(self) -> None:
-        deadline = time.monotonic() + _READY_SECONDS
-        while True:
-            with contextlib.suppress(httpx.HTTPError):
-                if self._http.get("/health/ready").status_code == 200:
-                    return
+    def _wait(self, step: str, reached: Callable[[], bool], limit: float) -> None:
+        while not reached():
             assert self.process.poll() is None, self.log.read_text()[-4000:]
-            assert time.monotonic() < deadline, f"`up` was not ready in time:\n{self.log.read_text()[-4000:]}"
-            time.sleep(0.5)
+            assert self.passed() < limit, f"`up`: no {step} in {limit:g} s:\n{self.log.read_text()[-4000:]}"
+            time.sleep(0.05)
+        self.seconds[step] = self.passed()
+
+    def passed(self) -> float:
+        """Seconds since the command."""
+        return time.monotonic() - self._begun
+
+    def _has_key(self) -> bool:
+        found = re.search(r"rk-[\w-]{43}", self.log.read_text())
+        self.key = found[0] if found else ""
+        return found is not None
+
+    def _answers(self, path: str) -> bool:
+        try:
+            return self._http.get(path).status_code == 200
+        except httpx.HTTPError:
+            return False
 
     def tenant(self, name: str, adapters: int, number: int) -> Tenant:
         """Make a tenant with so many adapters, copies of the shipped ones that are versions of their own."""

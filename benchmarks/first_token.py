@@ -12,18 +12,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
-import os
-import re
 import signal
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,39 +27,10 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks._deployment import Deployment
 from benchmarks._report import save
 
 _WORDS = ("bird", "cat", "tree", "river")
-
-
-@contextlib.contextmanager
-def up(folder: Path, limit: float) -> Iterator[tuple[str, str]]:
-    """(URL, key) of a running `reft-serve up`, once it is ready."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "reft_serve.cli_up", "--data", str(folder / "data"), "--port", str(port)]
-    log = folder / "up.log"
-    with log.open("wb") as opened:
-        running = subprocess.Popen(command, env=os.environ | {"REFT_POLL_SECONDS": "0.2"}, stdout=opened, stderr=opened)
-    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + limit
-    try:
-        while True:
-            with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"{url}/health/ready", trust_env=False).status_code == 200:
-                    break
-            assert running.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.2)
-        key = re.search(r"rk-[\w-]{43}", log.read_text())
-        assert key
-        yield url, key[0]
-    finally:
-        running.send_signal(signal.SIGTERM)
-        try:
-            running.wait(90)
-        except subprocess.TimeoutExpired:
-            running.kill()
 
 
 class Streams:
@@ -170,8 +136,12 @@ def main() -> None:
     parser.add_argument("--tag", help="suffix of the result's file name")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started ends, too
-    with tempfile.TemporaryDirectory() as folder, up(Path(folder), args.start_seconds) as (url, key):
-        found = asyncio.run(measure(url, key, args.rounds, args.streams))
+    with tempfile.TemporaryDirectory() as folder:
+        running = Deployment(Path(folder), [], args.start_seconds, REFT_POLL_SECONDS="0.2")
+        try:
+            found = asyncio.run(measure(running.url, running.key, args.rounds, args.streams))
+        finally:
+            running.stop()
     table = Table("", "median", "largest")
     for name, values in found.items():
         table.add_row(name, f"{statistics.median(values):.3g}", f"{max(values):.3g}")

@@ -11,16 +11,9 @@ upload of one of the shipped adapters, one completion. The second start of each 
 from __future__ import annotations
 
 import argparse
-import os
-import re
 import shlex
-import signal
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -29,64 +22,34 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-import reft_serve.demo
+from benchmarks._deployment import DEMO, Deployment
 from benchmarks._report import save
 
-ADAPTER = Path(reft_serve.demo.__file__).parent / "adapters" / "birds"
+ADAPTER = DEMO / "adapters" / "birds"
 PROMPT = "Once upon a time there was a little"
 STEPS = ("first key", "live", "ready", "adapter uploaded", "first answer", "16 streams of 64 tokens")
 
 
 def start(folder: Path, caches: Path, flags: list[str], limit: float) -> dict[str, float]:
     """Seconds from the command to each of STEPS, but for the last, which is a duration."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    script = str(Path(sys.executable).with_name("reft-serve"))
-    command = [script, "up", "--data", str(folder / "data"), "--port", str(port), *flags]
     settings = {"VLLM_CACHE_ROOT": str(caches / "vllm"), "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor")}
-    begun = time.monotonic()
-    log = (folder / "up.log").open("wb")
-    running = subprocess.Popen(command, env=os.environ | settings, stdout=subprocess.PIPE, stderr=log, text=True)
-    watchdog = threading.Timer(limit, running.kill)
-    watchdog.start()
+    running = Deployment(folder, flags, limit, **settings)
     try:
-        assert running.stdout is not None
-        key = next((found[0] for line in running.stdout if (found := re.search(r"rk-[\w-]{43}", line))), None)
-        assert key, (folder / "up.log").read_text()
-        found = {"first key": time.monotonic() - begun}
-        headers = {"authorization": f"Bearer {key}"}
-        with httpx.Client(
-            base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=limit, trust_env=False
-        ) as client:
-            for step, path in (("live", "/health/live"), ("ready", "/health/ready")):
-                while status(client, path) != 200:
-                    assert running.poll() is None, (folder / "up.log").read_text()
-                    time.sleep(0.05)
-                found[step] = time.monotonic() - begun
+        found = dict(running.seconds)
+        headers = {"authorization": f"Bearer {running.key}"}
+        with httpx.Client(base_url=running.url, headers=headers, timeout=limit, trust_env=False) as client:
             files = [("files", (file.name, file.read_bytes())) for file in sorted(ADAPTER.iterdir())]
             client.post("/v1/adapters", data={"name": "birds"}, files=files).raise_for_status()
-            found["adapter uploaded"] = time.monotonic() - begun
+            found["adapter uploaded"] = running.passed()
             body = {"model": "birds", "prompt": PROMPT, "max_tokens": 16, "temperature": 0}
             answer = client.post("/v1/completions", json=body).raise_for_status().json()
-            found["first answer"] = time.monotonic() - begun
+            found["first answer"] = running.passed()
             assert answer["model"] == "birds"
             assert answer["choices"][0]["text"].strip()
             found["16 streams of 64 tokens"] = decoding(client)
         return found
     finally:
-        watchdog.cancel()
-        running.send_signal(signal.SIGINT)
-        running.wait(120)
-        log.close()
-
-
-def status(client: httpx.Client, path: str) -> int:
-    """The answer's status; 0 where nobody answers."""
-    try:
-        return client.get(path, timeout=5).status_code
-    except httpx.HTTPError:
-        return 0
+        running.stop()
 
 
 def decoding(client: httpx.Client) -> float:

@@ -4,74 +4,37 @@ from __future__ import annotations
 
 import os
 import re
-import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import pytest
 
 from examples.fine_tune import ANSWERS
 from tests.docs.blocks import ROOT
-
-
-@contextmanager
-def up(folder: Path, seconds: float = 300) -> Iterator[dict[str, str]]:
-    """`reft-serve up` with the shipped model, not compiled, so that it is there sooner; the environment that points a client
-    at it.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = folder / "up.log"
-    command = [sys.executable, "-m", "reft_serve.cli_up", "--data", str(folder / "data"), "--port", str(port)]
-    begun = time.monotonic()
-    with log.open("wb") as into:
-        process = subprocess.Popen([*command, "--dtype", "float32", "--enforce-eager"], stdout=into, stderr=into)
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as probe:
-            while not _ready(probe):
-                assert process.poll() is None, log.read_text()[-4000:]
-                assert time.monotonic() < begun + seconds, log.read_text()[-4000:]
-                time.sleep(0.2)
-        key = re.search(r"rk-[\w-]{43}", log.read_text())
-        assert key
-        yield os.environ | {"OPENAI_BASE_URL": f"http://127.0.0.1:{port}/v1", "OPENAI_API_KEY": key[0], "NO_PROXY": "*"}
-        assert key[0] not in log.read_text().replace(key[0], "", 1), "the key is shown once"
-    finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-
-
-def _ready(probe: httpx.Client) -> bool:
-    try:
-        return probe.get("/health/ready").status_code == 200
-    except httpx.HTTPError:
-        return False
+from tests.gateway.up_process import Up
 
 
 def test_a_script_trains_and_asks_a_tuned_model_within_three_minutes(tmp_path: Path) -> None:
-    begun = time.monotonic()
-    with up(tmp_path) as environment:
-        ready = time.monotonic()
+    # Not compiled, so that it is there sooner.
+    up = Up(tmp_path, "--enforce-eager")
+    try:
+        environment = {"OPENAI_BASE_URL": f"{up.url}/v1", "OPENAI_API_KEY": up.key, "NO_PROXY": "*"}
         script = [sys.executable, str(ROOT / "examples" / "fine_tune.py")]
+        begun = time.monotonic()
         ended = subprocess.run(
-            script, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
+            script, cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True, timeout=240, check=False
         )
-        done = time.monotonic()
-        _refuses_what_the_engine_would(environment)
-    print(f"up was ready after {ready - begun:.0f} s, the script took {done - ready:.0f} s\n{ended.stdout}")
-    assert ended.returncode == 0, ended.stdout + ended.stderr + (tmp_path / "up.log").read_text()[-4000:]
+        took = time.monotonic() - begun
+        _refuses_what_the_engine_would(up.openai)
+    finally:
+        up.stop()
+    print(f"up was ready after {up.seconds:.0f} s, the script took {took:.0f} s\n{ended.stdout}")
+    assert up.key not in up.log.read_text().replace(up.key, "", 1), "the key is shown once"
+    assert ended.returncode == 0, ended.stdout + ended.stderr + up.log.read_text()[-4000:]
     for told in (
         "Fine-tuning job started",
         "Checkpoint saved",
@@ -83,14 +46,10 @@ def test_a_script_trains_and_asks_a_tuned_model_within_three_minutes(tmp_path: P
         before, after = re.findall(rf"{re.escape(question)}\n  before: (.*)\n  after:  (.*)\n", ended.stdout)[0]
         assert before != answer
         assert after == answer
-    assert done - ready < 180
+    assert took < 180
 
 
-def _refuses_what_the_engine_would(environment: dict[str, str]) -> None:
-    transport = openai.DefaultHttpxClient(trust_env=False)
-    client = openai.OpenAI(
-        base_url=environment["OPENAI_BASE_URL"], api_key=environment["OPENAI_API_KEY"], http_client=transport
-    )
+def _refuses_what_the_engine_would(client: openai.OpenAI) -> None:
     file = next(iter(client.files.list(purpose="fine-tune")))
     wrong: tuple[Any, ...] = ({"rank": 17}, {"lora_rank": 1}, {"layers": [99]})
     for setting in wrong:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from reft_serve.gateway.fake_engine import FakeEngine
+from tests.gateway.fake_worker import FakeWorker
 from tests.gateway.harness import Gateway, Tenant, running
 
 
@@ -48,3 +49,12 @@ def make_tenant(gateway: Gateway) -> Callable[..., Tenant]:
 @pytest.fixture
 def tenant(make_tenant: Callable[..., Tenant]) -> Tenant:
     return make_tenant()
+
+
+@pytest.fixture
+def worker(gateway: Gateway) -> FakeWorker:
+    """The queue's only worker; what other tests left in it is cleared away."""
+    for job in gateway.admin.get("/v1/admin/jobs", params={"limit": 1000}).json()["data"]:
+        if job["status"] in ("queued", "paused"):
+            gateway.admin.post(f"/v1/admin/jobs/{job['id']}/cancel")
+    return FakeWorker(gateway.settings)

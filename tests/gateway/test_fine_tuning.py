@@ -6,39 +6,20 @@ import json
 import os
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import pytest
-from openai import Stream
-from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
+from openai.types.fine_tuning import FineTuningJob
 
 from reft_serve.database.outcomes import Cancelled, Failed, Paused
 from tests.docs.blocks import ROOT
 from tests.gateway.fake_worker import CSV, FakeWorker
 from tests.gateway.harness import Gateway, Tenant, running
-from tests.gateway.test_files import ROW, jsonl, upload
-from tests.gateway.test_inference import take, wait_for
-
-PAIR = {
-    "input": {"messages": ROW["messages"][:1]},
-    "preferred_output": ROW["messages"][1:],
-    "non_preferred_output": [{"role": "assistant", "content": "no"}],
-}
-
-
-@pytest.fixture
-def worker(gateway: Gateway) -> FakeWorker:
-    """The queue's only worker; what other tests left in it is cleared away."""
-    for job in gateway.admin.get("/v1/admin/jobs", params={"limit": 1000}).json()["data"]:
-        if job["status"] in ("queued", "paused"):
-            gateway.admin.post(f"/v1/admin/jobs/{job['id']}/cancel")
-    return FakeWorker(gateway.settings)
+from tests.gateway.test_files import upload
+from tests.gateway.test_inference import wait_for
 
 
 def create(tenant: Tenant, **options: Any) -> FineTuningJob:
@@ -111,39 +92,6 @@ def test_a_job_from_its_file_to_answers(
         with pytest.raises(openai.NotFoundError):
             other.say(name)
     client.files.delete(held_out)
-
-
-def test_events_are_listed_by_pages_and_followed_as_they_come(worker: FakeWorker, tenant: Tenant) -> None:
-    job = create(tenant)
-    client, mine = tenant.openai, worker.claim()
-    seen: list[FineTuningJobEvent] = []
-    path = f"/fine_tuning/jobs/{job.id}/events"
-
-    def stream(**query: str) -> Stream[FineTuningJobEvent]:
-        options = {"params": {"stream": "true", **query}}
-        return client.get(path, cast_to=object, stream=True, stream_cls=Stream[FineTuningJobEvent], options=options)  # type: ignore[arg-type, return-value]
-
-    following = threading.Thread(target=take, args=(stream(), seen))
-    following.start()
-    wait_for(lambda: len(seen) == 3)
-    for k in range(1, 4):
-        worker.tell(mine, f"Step {k}", {"step": k, "train_loss": 1 / k})
-    wait_for(lambda: len(seen) == 6)
-    worker.succeed(mine)
-    following.join(10)
-    assert not following.is_alive()
-    listed = list(client.fine_tuning.jobs.list_events(job.id, limit=2))
-    assert [event.id for event in listed] == [event.id for event in seen][::-1]
-    assert [(e.type, e.message, e.data) for e in seen[3:5]] == [
-        ("metrics", "Step 1", {"step": 1, "train_loss": 1.0}), ("metrics", "Step 2", {"step": 2, "train_loss": 0.5}),
-    ]  # fmt: skip
-    assert seen[-1].message == "The job has successfully completed"
-    again = list(stream(after=seen[3].id))
-    assert [event.id for event in again] == [event.id for event in seen[4:]]
-    assert client.fine_tuning.jobs.list_events(job.id, limit=1).has_more
-    for after in ("ftevent-0", seen[0].id.upper()):
-        with pytest.raises((openai.NotFoundError, openai.BadRequestError)):
-            stream(after=after)
 
 
 @pytest.mark.parametrize(("what", "outcome"), [("cancel", Cancelled()), ("pause", Paused())])
@@ -228,99 +176,6 @@ def test_jobs_are_listed_by_pages_and_by_metadata(tenant: Tenant) -> None:
         jobs.list(after="ftjob-0")
 
 
-def supervised(**given: Any) -> dict[str, Any]:
-    return {"method": {"type": "supervised", "supervised": {"hyperparameters": given}}}
-
-
-REFUSED: dict[str, tuple[dict[str, Any], str, str | None]] = {
-    "no rank": (supervised(rank=0), '"auto" or a whole number from 1 to 1,024', "method.supervised.hyperparameters.rank"),
-    "odd positions": (supervised(positions="f7;l7"), "fN+lN", "method.supervised.hyperparameters.positions"),
-    "untied": (supervised(tied=False, positions="last"), "cannot be untied", "method.supervised.hyperparameters"),
-    "unknown": (supervised(magic=1), "not a known field", "method.supervised.hyperparameters.magic"),
-    "old rank": ({"hyperparameters": {"rank": "big"}}, "a whole number", "hyperparameters.rank"),
-    "both": ({**supervised(rank=1), "hyperparameters": {"n_epochs": 1}}, "not in both places", "hyperparameters"),
-    "other method": ({"method": {"type": "reinforcement"}}, "'reinforcement' is not done here", "method.type"),
-    "mixed": ({"method": {"type": "supervised", "dpo": {}}}, "it has settings of dpo", "method"),
-    "dpo of chats": ({"method": {"type": "dpo"}}, "has chat rows, but method dpo learns from preference", "training_file"),
-    "suffix": ({"suffix": "../x"}, "suffix", "suffix"),
-    "seed": ({"seed": -1}, "seed", "seed"),
-    "metadata": ({"metadata": {str(k): "v" for k in range(17)}}, "metadata", "metadata"),
-    "integration": ({"integrations": [{"type": "mlflow"}]}, "integrations", "integrations.0.type"),
-    "NUL": ({"metadata": {"a": "\0"}}, "metadata", "metadata.a"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_does_not_fit_is_refused_with_its_place(tenant: Tenant, case: str) -> None:
-    options, phrase, param = REFUSED[case]
-    body = {"model": "base", "training_file": upload(tenant).id, **options}
-    answer = tenant.http.post("/v1/fine_tuning/jobs", json=body)
-    error = answer.json()["error"]
-    assert (answer.status_code, error["type"]) == (400, "invalid_request_error")
-    assert phrase in error["message"]
-    assert error["param"] == param
-    assert tenant.http.get("/v1/fine_tuning/jobs").json()["data"] == []
-
-
-def test_models_and_files_must_be_there_and_the_callers(worker: FakeWorker, make_tenant: Callable[..., Tenant]) -> None:
-    one, two = make_tenant(), make_tenant()
-    data = upload(one).id
-    for param, options in (
-        ("model", {"model": "gpt-4o-mini", "training_file": data}),
-        ("training_file", {"training_file": upload(two).id}),
-        ("validation_file", {"training_file": data, "validation_file": upload(two).id}),
-    ):
-        with pytest.raises(openai.NotFoundError) as caught:
-            create(one, **options)
-        assert caught.value.param == param
-    job = create(one, training_file=data, suffix="birds")
-    worker.succeed(worker.claim())
-    done = one.openai.fine_tuning.jobs.retrieve(job.id)
-    for name in ("birds", "birds@1", done.fine_tuned_model):
-        with pytest.raises(openai.BadRequestError, match="does not go on from one: give the base model, 'base'"):
-            create(one, training_file=data, model=name)
-    with pytest.raises(openai.BadRequestError, match="is a job's result"):
-        create(one, training_file=done.result_files[0])
-    jobs = two.openai.fine_tuning.jobs
-    for act in (jobs.retrieve, jobs.cancel, jobs.pause, jobs.resume, jobs.list_events, jobs.checkpoints.list):
-        with pytest.raises(openai.NotFoundError):
-            act(job.id)
-    assert list(jobs.list()) == []
-    assert one.gateway.http(two.key).get(f"/v1/fine_tuning/jobs/{job.id}/events?stream=true").status_code == 404
-    weak = make_tenant(role="inference")
-    with pytest.raises(openai.PermissionDeniedError):
-        weak.openai.fine_tuning.jobs.list()
-
-
-def test_the_method_is_the_datas_own_where_none_is_given(tenant: Tenant) -> None:
-    pairs = upload(tenant, jsonl(PAIR)).id
-    assert create(tenant, training_file=pairs).method.type == "dpo"  # type: ignore[union-attr]
-    asked = create(tenant, training_file=pairs, method={"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2}}})
-    assert asked.method is not None
-    assert asked.method.dpo is not None
-    assert asked.method.dpo.hyperparameters is not None
-    assert asked.method.dpo.hyperparameters.beta == 0.2
-    old = create(tenant, hyperparameters={"n_epochs": 3, "batch_size": "auto"})
-    assert (old.method.type, old.hyperparameters.n_epochs) == ("supervised", 3)  # type: ignore[union-attr]
-    words = upload(tenant, jsonl({"prompt": "a", "completion": "b"})).id
-    with pytest.raises(openai.BadRequestError, match="has preference rows, but method supervised"):
-        create(tenant, training_file=words, validation_file=pairs, method={"type": "supervised"})
-
-
-def test_unfinished_jobs_and_adapters_are_limited(worker: FakeWorker, make_tenant: Callable[..., Tenant]) -> None:
-    few = make_tenant(limits={"jobs": 2, "adapters": 1})
-    data = upload(few).id
-    create(few, training_file=data, suffix="a")
-    second = create(few, training_file=data, suffix="a")
-    with pytest.raises(openai.RateLimitError, match="2 unfinished jobs"):
-        create(few, training_file=data)
-    few.openai.fine_tuning.jobs.cancel(second.id)
-    worker.succeed(worker.claim())
-    with pytest.raises(openai.RateLimitError, match="limit of 1 adapters"):
-        create(few, training_file=data, suffix="b")
-    create(few, training_file=data, suffix="a")
-
-
 def test_only_an_admin_pushes_other_tenants_jobs_back(gateway: Gateway, tenant: Tenant) -> None:
     data = upload(tenant).id
     body = {"model": "base", "training_file": data}
@@ -376,27 +231,6 @@ def test_the_queue_is_in_the_metrics(tmp_path: Any) -> None:
             return 'reft_jobs{status="running"} 1.0' in text and "reft_jobs_waiting 2.0" in text
 
         wait_for(shown)
-
-
-def test_a_stream_ends_when_its_reader_leaves_or_the_gateway_does(tmp_path: Any) -> None:
-    with running(tmp_path) as (gateway, _):
-        tenant = gateway.tenant("acme")
-        job = create(tenant)
-        services = gateway.served.app.state.services
-        url = f"/v1/fine_tuning/jobs/{job.id}/events"
-        with tenant.http.stream("GET", url, params={"stream": "true"}) as answer:
-            assert answer.headers["content-type"].startswith("text/event-stream")
-            next(answer.iter_lines())
-            assert services.followers == 1
-        wait_for(lambda: services.followers == 0)
-        begun = time.monotonic()
-        with tenant.http.stream("GET", url, params={"stream": "true"}) as answer:
-            lines = answer.iter_lines()
-            next(lines)
-            services.draining = True
-            assert "data: [DONE]" not in list(lines)
-        assert time.monotonic() - begun < 5
-        assert isinstance(answer, httpx.Response)
 
 
 def test_the_notebook_runs_from_its_first_cell_to_its_last(

@@ -15,7 +15,7 @@ from tests.gateway.fake_worker import FakeWorker
 from tests.gateway.harness import Gateway, Tenant
 from tests.gateway.strict import strict, strict_each
 from tests.gateway.test_files import jsonl, upload
-from tests.gateway.test_fine_tuning import PAIR
+from tests.gateway.test_job_requests import PAIR
 
 
 @pytest.mark.parametrize("method", ["supervised", "dpo"])

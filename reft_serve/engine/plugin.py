@@ -117,7 +117,7 @@ def _patch_workers() -> None:
     from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
     from vllm.v1.worker.worker_base import WorkerBase
 
-    from reft_serve.engine import configuration, loras, runners, seeds
+    from reft_serve.engine import configuration, loras, pipelines, runners, seeds
 
     _wrap(BaseModelLoader, "create_model", configuration.building_without_lora)
     for name in ("bgmv_expand", "bgmv_expand_slice"):
@@ -126,6 +126,7 @@ def _patch_workers() -> None:
     _wrap(LoRAModelRunnerMixin, "load_lora_model", runners.with_manager)
     _wrap(LoRAModelRunnerMixin, "set_active_loras", runners.preparing_rows)
     _wrap(GPUModelRunner, "_determine_batch_execution_and_padding", runners.dispatching_by_rows)
+    _wrap(GPUModelRunner, "sync_and_gather_intermediate_tensors", pipelines.making_buffers)
     _wrap(GPUModelRunner, "_sample", seeds.rewinding_generators)
     _wrap(GPUModelRunner, "_bookkeeping_sync", seeds.hiding_generators)
     WorkerBase.reft_counters = runners.reft_counters

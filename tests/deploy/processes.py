@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import httpx
@@ -22,14 +22,22 @@ class Container:
     """One container of a workload, running here.
 
     `places` says what stands for what: each of its keys, found in a word of the command or in a variable, is replaced.
+    `added` are variables that a controller or the machine adds to those of the manifest, `more` words after its command.
     """
 
     def __init__(
-        self, of: Workload, folder: Path, places: Mapping[str, str], secrets: Mapping[str, str], port: int | None = None
+        self,
+        of: Workload,
+        folder: Path,
+        places: Mapping[str, str],
+        secrets: Mapping[str, str],
+        port: int | None = None,
+        added: Mapping[str, str] | None = None,
+        more: Sequence[str] = (),
     ) -> None:
-        self.of, self.port, self.log = of, port, folder / f"{of.name}.log"
-        found = environment(of, secrets)
-        self.words = [_moved(word, places) for word in command(of, found)]
+        self.of, self.port, self.log, self._places = of, port, folder / f"{of.name}.log", places
+        found = environment(of, secrets) | dict(added or {})
+        self.words = [_moved(word, places) for word in [*command(of, found), *more]]
         variables = {name: _moved(value, places) for name, value in found.items()}
         # Of this process's own environment only what a machine needs: what the manifest forgets is missing here too.
         own = {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "OMP_NUM_THREADS") if name in os.environ}
@@ -63,6 +71,11 @@ class Container:
             assert self.process.poll() is None, self.tail()
             assert time.monotonic() < deadline, f"the {name} probe never succeeded: {self.tail()}"
             time.sleep(0.1)
+
+    def hook(self, name: str) -> subprocess.Popen[bytes]:
+        """Start the command of a lifecycle hook beside it."""
+        words = [_moved(word, self._places) for word in self.of.container["lifecycle"][name]["exec"]["command"]]
+        return subprocess.Popen(words, env=self.environment, cwd="/")
 
     def finish(self, seconds: float) -> int:
         """Wait for its end."""

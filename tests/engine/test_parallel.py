@@ -70,9 +70,6 @@ def two_ranks(settings: dict[str, str], **options: Any) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         one_memory_node(patch)
         with running_engine("tiny-llama", settings, max_num_batched_tokens=64, max_num_seqs=64, **options) as engine:
-            # Where nothing is compiled, vLLM leaves out the warm-up that makes the buffers between a pipeline's ranks, and
-            # fails in the first step.
-            engine.collective_rpc("execute_dummy_batch")
             yield engine
 
 

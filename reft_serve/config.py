@@ -65,6 +65,11 @@ class ServeSettings(BaseSettings):
         default=None, description="1 or true: adapters can be loaded over HTTP, LoRAs among them."
     )
     vllm_cpu_kvcache_space: str | None = Field(default=None, description="GiB of KV cache on a machine without a GPU.")
+    onednn_primitive_cache_capacity: str | None = Field(
+        default=None,
+        description="Kernels that oneDNN keeps on a machine without a GPU, of about 0.3 MB each: one for every shape of a "
+        "layer and number of tokens in a step. oneDNN's own default is 1,024.",
+    )
 
 
 def _not_a_truth(value: object) -> object:

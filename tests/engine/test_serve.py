@@ -38,7 +38,12 @@ MODEL = GOLDEN / "models" / "tiny-llama"
 SAVE = GOLDEN / "adapters" / "tiny-llama" / "loreft_f3l3_tied"
 UNTIED = GOLDEN / "adapters" / "tiny-llama" / "loreft_f5l5"
 READ = ("REFT_LORA", "REFT_MAX_RANK", "REFT_MAX_INTERVENTIONS", "REFT_HOME")
-VLLM_READ = ("VLLM_PLUGINS", "VLLM_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_CPU_KVCACHE_SPACE")
+VLLM_READ = (
+    "VLLM_PLUGINS",
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING",
+    "VLLM_CPU_KVCACHE_SPACE",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -156,12 +161,13 @@ def test_lora_is_left_to_the_engine_where_more_may_come(
 def test_a_choice_in_the_environment_stands(make: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REFT_LORA", "on")
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "4")
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1024")
     assert planned(f"a={make()}").environment == {}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-def test_a_machine_without_a_gpu_gets_a_small_cache() -> None:
-    assert planned().environment == {"VLLM_CPU_KVCACHE_SPACE": "1"}
+def test_a_machine_without_a_gpu_gets_small_caches() -> None:
+    assert planned().environment == {"VLLM_CPU_KVCACHE_SPACE": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
 
 
 def test_a_pyreft_save_is_converted_once(home: Path) -> None:

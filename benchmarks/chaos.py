@@ -8,7 +8,7 @@ process's own start included. (SQLite has no connections: there a process dies i
 lock, after half a second.) One fault ends the run with status 1.
 
 The engine is the fake one, or vLLM with the shipped model, greedy and in float32. There its core is killed alone, too, and
-the server ends by itself.
+the server ends by itself. `undecided` are its answers that went their own way where two tokens were as good as equal.
 
   scripts/bench chaos                         SQLite
   scripts/bench chaos --database postgres     a private PostgreSQL, from Debian's packages
@@ -92,6 +92,7 @@ def _summary(rounds: list[Round]) -> dict[str, Any]:
     return {
         "kills": len(rounds),
         "streams": dict(sum((each.ended for each in rounds), Counter[str]())),
+        "undecided": sum(each.undecided for each in rounds),
         "faults": [fault for each in rounds for fault in each.faults],
         "recovery_seconds": {"median": statistics.median(recoveries), "largest": max(recoveries)},
     }

@@ -14,7 +14,7 @@ from pathlib import Path
 import reft_serve.demo
 from tests.gateway.harness import adapter_files
 
-TOKEN_SECONDS, TOKENS = 0.02, 50
+_TOKEN_SECONDS = 0.02
 _DEMO = Path(reft_serve.demo.__file__).parent
 _CORE = b"EngineCore"
 _NOTICE_SECONDS = 60.0
@@ -63,16 +63,17 @@ def _name(pid: int) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class EngineKind:
-    """An engine by its port, an adapter for it, and how long it may take to start."""
+    """An engine by its port, an adapter for it, the tokens of a stream, and how long it may take to start."""
 
     command: Callable[[int], list[str]]
     adapter: Callable[[], dict[str, bytes]]
+    tokens: int
     start_seconds: float
     settings: dict[str, str] = field(default_factory=dict)
 
 
 def _fake(port: int) -> list[str]:
-    return [sys.executable, "-m", "tests.gateway.engine_process", str(port), str(TOKEN_SECONDS)]
+    return [sys.executable, "-m", "tests.gateway.engine_process", str(port), str(_TOKEN_SECONDS)]
 
 
 def _real(port: int) -> list[str]:
@@ -87,5 +88,6 @@ def _shipped() -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (_DEMO / "adapters" / "birds").iterdir()}
 
 
-FAKE = EngineKind(_fake, lambda: adapter_files(1), 60.0)
-REAL = EngineKind(_real, _shipped, 240.0, {"REFT_LORA": "off", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"})
+FAKE = EngineKind(_fake, lambda: adapter_files(1), 50, 60.0)
+# So many that most have not left the engine yet when a share of them has come.
+REAL = EngineKind(_real, _shipped, 400, 240.0, {"REFT_LORA": "off", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"})

@@ -1,7 +1,8 @@
 """Streams, in the middle of which something is killed, and the judge of what is left.
 
 An answer follows from model and prompt (the fake engine's are made so, a real one's are greedy), so that every piece of an
-answer can be told right from wrong.
+answer can be told right from wrong. Only where a real engine's two likeliest tokens are as good as equal do the last bits of
+its sums decide, which differ from batch to batch: from there on an answer may go its own way, and is counted as undecided.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import random
 import re
 import subprocess
@@ -18,7 +20,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import aiohttp
 import httpx
@@ -27,9 +29,11 @@ from sqlalchemy import func, select, text
 from reft_serve.database.connection import Database
 from reft_serve.database.models import Admission, Usage
 from tests.gateway.harness import first_key
-from tests.gateway.killable import FAKE, TOKEN_SECONDS, TOKENS, EngineKind, Kept
+from tests.gateway.killable import FAKE, EngineKind, Kept
 from tests.gateway.test_process import free_port
 
+_SPREAD_SECONDS = 0.5
+_TIE = 1e-4  # in logprobs, which differ by about 1e-5 from batch to batch
 _RUNNING = re.compile(rb"^vllm:num_requests_(?:running|waiting)(?:\{.*\})? ([0-9.e+]+)$", re.MULTILINE)
 
 
@@ -42,6 +46,8 @@ class Seen:
     request_id: str | None
     words: tuple[str, ...]
     ended: str
+    # By how much each token was likelier than the next best; empty where the engine has no likelihoods.
+    gaps: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +57,7 @@ class Round:
     ended: Counter[str]
     recovery_seconds: float
     faults: list[str]
+    undecided: int = 0
 
 
 @dataclass
@@ -63,13 +70,13 @@ class Scene:
     engine_url: str
     engine: Kept
     gateway: Kept
-    start_seconds: float
+    kind: EngineKind
     key: str
     key_id: str
     probe_key: str
     models: tuple[str, ...] = ("base", "birds")
     delivered: int = 0
-    reference: dict[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)
+    reference: dict[tuple[str, str], Seen] = field(default_factory=dict)
 
     async def play(self, streams: int, kill: Callable[[], None] | None, share: float) -> Round:
         """Streams from all sides, `kill` once this share of their tokens has come, and what is left when all is quiet."""
@@ -78,7 +85,7 @@ class Scene:
             storm = [asyncio.create_task(self._stream(client, k, streams)) for k in range(streams)]
             recovery = 0.0
             if kill is not None:
-                while self.delivered < share * streams * TOKENS:
+                while self.delivered < share * streams * self.kind.tokens:
                     await asyncio.sleep(0.005)
                 begun = time.monotonic()
                 await asyncio.to_thread(kill)
@@ -86,22 +93,25 @@ class Scene:
                 recovery = time.monotonic() - begun
             seen = await asyncio.gather(*storm)
             await self._answered(client)
-            faults = [*self._wrong(seen), *await self._miscounted(seen, known), *await self._orphans(client)]
+            others = [(each, self._compared(each)) for each in seen]
+            faults = [f"{each.request_id}: a wrong answer" for each, other in others if other == "wrong"]
+            faults += [*await self._miscounted(seen, known), *await self._orphans(client)]
         if not self.reference:
-            self.reference = {(each.model, each.prompt): each.words for each in seen}
-        return Round(Counter(each.ended for each in seen), recovery, faults)
+            self.reference = {(each.model, each.prompt): each for each in seen}
+        undecided = sum(other == "undecided" for _, other in others)
+        return Round(Counter(each.ended for each in seen), recovery, faults, undecided)
 
     def _client(self) -> aiohttp.ClientSession:
-        timeout = aiohttp.ClientTimeout(total=self.start_seconds)
+        timeout = aiohttp.ClientTimeout(total=self.kind.start_seconds)
         return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout)
 
     async def _stream(self, client: aiohttp.ClientSession, number: int, streams: int) -> Seen:
         model, prompt = self.models[number % len(self.models)], f"prompt {number}"
-        await asyncio.sleep(random.random() * TOKENS * TOKEN_SECONDS / 2)
+        await asyncio.sleep(random.random() * _SPREAD_SECONDS)
         # With logprobs a real engine names the tokens of a chunk, which may be several, or none that is text yet.
-        body = {"model": model, "prompt": prompt, "max_tokens": TOKENS, "stream": True, "logprobs": 0, "temperature": 0}
-        body["ignore_eos"] = True
-        identity, words, ended = None, [], "cut"
+        body = {"model": model, "prompt": prompt, "max_tokens": self.kind.tokens, "stream": True, "logprobs": 2}
+        body |= {"temperature": 0, "ignore_eos": True}
+        identity, words, gaps, ended = None, [], [], "cut"
         with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError):
             async with client.post(f"{self.url}/v1/completions", json=body, headers=_bearer(self.key)) as answer:
                 identity = answer.headers["x-request-id"]
@@ -112,16 +122,17 @@ class Scene:
                         ended = "failed"
                     elif line.startswith(b"data: {"):
                         for choice in json.loads(line[6:])["choices"]:
-                            said = (choice["logprobs"] or {}).get("tokens") or [choice["text"]]
-                            words += said
-                            self.delivered += len(said)
+                            told = choice["logprobs"] or {"tokens": [choice["text"]], "top_logprobs": []}
+                            words += told["tokens"]
+                            gaps += [_gap(likeliest) for likeliest in told["top_logprobs"]]
+                            self.delivered += len(told["tokens"])
                     elif line.startswith(b"data: [DONE]"):
                         ended = "whole"
-        return Seen(model, prompt, identity, tuple(words), ended)
+        return Seen(model, prompt, identity, tuple(words), ended, tuple(gaps))
 
     async def _answered(self, client: aiohttp.ClientSession) -> None:
         """Return once every model is answered."""
-        deadline = time.monotonic() + self.start_seconds
+        deadline = time.monotonic() + self.kind.start_seconds
         for model in self.models:
             body = {"model": model, "prompt": "x", "max_tokens": 1}
             while True:
@@ -134,11 +145,17 @@ class Scene:
                 assert time.monotonic() < deadline, "no answer came any more"
                 await asyncio.sleep(0.05)
 
-    def _wrong(self, seen: list[Seen]) -> Iterator[str]:
-        for each in seen:
-            right = self.reference.get((each.model, each.prompt), each.words)
-            if each.words != right[: len(each.words)] or (each.ended == "whole" and len(each.words) != TOKENS):
-                yield f"{each.request_id}: a wrong answer"
+    def _compared(self, seen: Seen) -> Literal["right", "undecided", "wrong"]:
+        """How what a caller had compares with the undisturbed answer."""
+        tokens = self.kind.tokens
+        if len(seen.words) > tokens or (seen.ended == "whole" and len(seen.words) < tokens):
+            return "wrong"
+        right = self.reference.get((seen.model, seen.prompt), seen)
+        pairs = enumerate(zip(seen.words, right.words, strict=False))
+        place = next((place for place, (word, wanted) in pairs if word != wanted), None)
+        if place is None:
+            return "right"
+        return "undecided" if right.gaps and right.gaps[place] < _TIE else "wrong"
 
     async def _miscounted(self, seen: list[Seen], known: set[str]) -> list[str]:
         faults = []
@@ -154,13 +171,23 @@ class Scene:
         faults += [f"{lost}: not counted" for lost in begun - rows.keys()]
         for identity, each in answered.items():
             row = rows.get(identity)
-            if row is not None and not _fits(each, row):
+            if row is not None and not self._fits(each, row):
                 told = f"{row.status} with {row.completion_tokens} tokens"
                 faults.append(f"{identity}: {each.ended} after {len(each.words)} tokens, counted as {told}")
         unknown = len(rows) - len(answered.keys() & rows.keys())
         if unknown > sum(each.request_id is None for each in seen):
             faults.append(f"{unknown} records of requests that nobody made")
         return faults
+
+    def _fits(self, seen: Seen, row: Usage) -> bool:
+        if seen.ended == "whole":
+            return row.status == "completed" and row.completion_tokens == self.kind.tokens
+        if seen.ended == "failed":
+            return row.status == "failed" and row.completion_tokens == len(seen.words)
+        if seen.ended == "refused":
+            return row.status == "failed" and row.completion_tokens == 0
+        # The gateway died: it may have counted the whole before the caller had its end.
+        return row.status == "interrupted" or (row.status == "completed" and row.completion_tokens == self.kind.tokens)
 
     async def _orphans(self, client: aiohttp.ClientSession) -> list[str]:
         deadline = time.monotonic() + 5
@@ -219,17 +246,6 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def _fits(seen: Seen, row: Usage) -> bool:
-    if seen.ended == "whole":
-        return row.status == "completed" and row.completion_tokens == TOKENS
-    if seen.ended == "failed":
-        return row.status == "failed" and row.completion_tokens == len(seen.words)
-    if seen.ended == "refused":
-        return row.status == "failed" and row.completion_tokens == 0
-    # The gateway died: it may have counted the whole before the caller had its end.
-    return row.status == "interrupted" or (row.status == "completed" and row.completion_tokens == TOKENS)
-
-
 @contextlib.contextmanager
 def scene(folder: Path, database: str, kind: EngineKind = FAKE) -> Iterator[Scene]:
     """All of it, running, with the answers that are right."""
@@ -252,7 +268,7 @@ def scene(folder: Path, database: str, kind: EngineKind = FAKE) -> Iterator[Scen
             http.post("/v1/adapters", data={"name": "birds"}, files=files).raise_for_status()
             storm, probe = (http.post("/v1/keys", json={}).raise_for_status().json() for _ in range(2))
         yield Scene(
-            folder, database, url, engine_url, engine, gateway, kind.start_seconds, storm["secret"], storm["id"],
+            folder, database, url, engine_url, engine, gateway, kind, storm["secret"], storm["id"],
             probe["secret"],
         )  # fmt: skip
 
@@ -266,6 +282,11 @@ def _wait(http: httpx.Client, folder: Path, seconds: float) -> None:
         logs = (folder / "gateway.log", folder / "engine.log")
         assert time.monotonic() < deadline, "".join(log.read_text()[-4000:] for log in logs)
         time.sleep(0.05)
+
+
+def _gap(likeliest: dict[str, float]) -> float:
+    best, second, *_ = *sorted(likeliest.values(), reverse=True), -math.inf  # two tokens may have one text
+    return best - second
 
 
 def _bearer(key: str) -> dict[str, str]:

@@ -8,6 +8,8 @@ import shlex
 import subprocess
 from pathlib import Path
 
+import yaml
+
 from reft_serve.config import GatewaySettings
 from reft_serve.gateway.app import create_app
 from tests.deploy.manifests import OVERLAYS, ROOT, environment, rendered, workloads
@@ -91,6 +93,16 @@ def test_the_key_that_is_made_for_prometheus_is_the_one_that_it_sends() -> None:
         if "authorization" in end
     ]
     assert sent == [{"name": "reft-metrics", "key": re.findall(r"--from-literal=(\w+)=", creating)[0]}]
+
+
+def test_the_rule_that_is_applied_holds_the_alerts() -> None:
+    (making,) = [line for line in lines() if "PrometheusRule" in line]
+    pipeline, _, applying = making.rpartition(" | ")
+    assert applying == "kubectl apply -f -"
+    done = subprocess.run(["bash", "-c", pipeline], cwd=ROOT, capture_output=True, text=True, timeout=20, check=True)
+    rule = yaml.safe_load(done.stdout)
+    assert (rule["apiVersion"], rule["kind"]) == ("monitoring.coreos.com/v1", "PrometheusRule")
+    assert rule["spec"] == yaml.safe_load((ROOT / "deploy" / "prometheus" / "alerts.yml").read_text())
 
 
 def test_requests_name_routes_that_there_are(tmp_path: Path) -> None:

@@ -198,11 +198,11 @@ def process(command: list[str], port: int, **settings: str) -> Iterator[int]:
             running.wait()
 
 
-async def first_key(url: str) -> str:
+async def first_key(url: str, role: keys.Role = "inference") -> str:
     database = Database(url)
     await migrate(database)
     async with database.writing() as session:
-        _, secret = await keys.create_key(session, await tenants.create_tenant(session, "bench"), "inference")
+        _, secret = await keys.create_key(session, await tenants.create_tenant(session, f"bench-{role}"), role)
     await database.close()
     return secret
 

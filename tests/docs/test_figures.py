@@ -78,6 +78,16 @@ FIGURES: list[tuple[str, str, Callable[[Result], str]]] = [
         f"of CPU time per streamed token and {r['gateway_cpu_ms_per_request']:.1f} ms per request",
     ),
     (
+        "docs/load.md", "gateway-memory",
+        lambda r: f"has {r['resident_mb'][0]:.0f} MB before the first request and {r['resident_mb'][3]:.0f} MB after "
+        f"{3 * r['arguments']['requests']:,}, when",
+    ),
+    (
+        "docs/load.md", "gateway-memory",
+        lambda r: f"the {(r['arguments']['rounds'] - 3) * r['arguments']['requests']:,} requests after that, streamed and "
+        f"whole, with Prometheus reading along, add {r['resident_mb'][-1] / r['resident_mb'][3] - 1:.1%}".replace("%", " %"),
+    ),
+    (
         "docs/load.md", "up",
         lambda r: f"took {max(each['first answer'] for each in r['seconds']['first']):.0f} s on two cores without a GPU, and "
         f"{max(each['first answer'] for each in r['seconds']['later']):.0f} s when",

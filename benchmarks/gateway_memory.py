@@ -1,8 +1,8 @@
 """Whether the gateway keeps anything of the requests that it has answered: its resident memory while they pass.
 
 Streams, whole answers and Prometheus' scrapes go through a gateway as it runs by default, each request logged and counted in
-SQLite, to the fake engine, which answers at once. Memory grows while pools and SQLite's page caches fill, and is to stay
-where it is from then on, however many requests come.
+SQLite, to the fake engine, which answers at once. Memory grows while pools and caches fill, and is to stay where it is
+from then on, however many requests come.
 
   scripts/bench gateway_memory
 """

@@ -33,6 +33,7 @@ def main() -> None:
     plan = Plan(
         AdapterPlan("loreft", setup["rank"], None, PositionRule(setup["positions"])),
         epochs=1, batch=setup["batch"], accumulate=setup["accumulate"], dtype=setup["dtype"], shuffle=False,
+        compile=setup.get("compile", False),
     )  # fmt: skip
     model = build(Path(setup["base"]), plan)
     packed = model.can_pack(512)

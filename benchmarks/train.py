@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="turns of each side")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--compile", action="store_true", help="our side as with `reft-serve train --compile`")
     parser.add_argument("--out", default="train", help="name of the result")
     parser.add_argument("--note", default="", help="kept with the rows, such as what else ran on the machine")
     parser.add_argument("--add", action="store_true", help="keep the other rows that the result has")
@@ -96,14 +97,15 @@ def _cases(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
         batch, accumulate, steps = (16, 2, 3) if model == "shipped" else (16, 1, 1)
         setup = {
             "base": str(path.resolve()), "dtype": args.dtype, "threads": args.threads, "rank": _RANK,
-            "positions": _POSITIONS, "batch": batch, "accumulate": accumulate,
+            "positions": _POSITIONS, "batch": batch, "accumulate": accumulate, "compile": args.compile,
         }  # fmt: skip
         ours = [sys.executable, "-m", "benchmarks._train_ours"]
         theirs = [args.pyreft, str(Path(__file__).parent / "_train_pyreft.py")]
         with side(ours, setup) as us, side(theirs, setup) as them:
             profiles = {"ours": _profile(us, sets), "pyreft": _profile(them, sets)}
             for name, rows in sets.items():
-                case = Case(model, name, rows, batch, accumulate, steps)
+                label = f"{model}, compiled" if args.compile else model
+                case = Case(label, name, rows, batch, accumulate, steps)
                 yield _compare(case, us, them, args.rounds) | {"profile": profiles, "note": args.note}
 
 

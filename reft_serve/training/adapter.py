@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ def build(base: Path, plan: Plan) -> EditedModel:
     """The base model in the plan's dtype, with interventions (and a LoRA) as the plan's seed draws them.
 
     Raises:
-        ClientError: float16 without a GPU, or layers that the base has not.
+        ClientError: float16 without a GPU, compiling without a compiler, or layers that the base has not.
         BaseModelInvalid: the base is no language model (a classification head, say), or none that can be edited.
     """
     device = this_process().device
@@ -42,13 +44,17 @@ def build(base: Path, plan: Plan) -> EditedModel:
         raise ClientError(
             "float16 needs a GPU, where the loss is scaled so that small gradients do not vanish; choose bfloat16 or float32"
         )
+    if plan.compile and device.type == "cpu" and shutil.which(compiler := os.environ.get("CXX", "g++")) is None:
+        raise ClientError(
+            f"compiling needs a C++ compiler and {compiler} is not found: install one, or leave out --compile"
+        )
     facts = read_base_model(base)
     lm = _language_model(base, facts, plan.dtype)
     set_seed(plan.seed)
     edits = _edits(plan.adapter, facts)
     if plan.lora is not None:
         lm = lora.wrap(lm, plan.lora)
-    model = EditedModel(lm, edits, gradient_checkpointing=plan.gradient_checkpointing)
+    model = EditedModel(lm, edits, gradient_checkpointing=plan.gradient_checkpointing, compiled=plan.compile)
     return model.to(device)
 
 

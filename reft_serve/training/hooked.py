@@ -53,12 +53,15 @@ class EditedModel(nn.Module):
             LoRA's apart, and it stays in evaluation mode.
         edits: in the order in which they act at one layer.
         gradient_checkpointing: recompute each layer's activations in the backward pass.
+        compiled: let torch.compile join the small operations of each layer. What is between the layers stays as it is.
     """
 
     # transformers' Trainer then counts the targets of a whole optimiser step.
     accepts_loss_kwargs = True
 
-    def __init__(self, lm: Any, edits: Sequence[Edit], *, gradient_checkpointing: bool = False) -> None:
+    def __init__(
+        self, lm: Any, edits: Sequence[Edit], *, gradient_checkpointing: bool = False, compiled: bool = False
+    ) -> None:
         super().__init__()
         self.lm = lm
         self.edits = tuple(edits)
@@ -72,6 +75,9 @@ class EditedModel(nn.Module):
         self._checkpointing = gradient_checkpointing
         if gradient_checkpointing:
             self.lm.gradient_checkpointing_enable({"use_reentrant": False})
+        for layer in self._layers if compiled else ():
+            # Its forward, and not the module, whose hooks edit what leaves it.
+            layer.forward = torch.compile(layer.forward, dynamic=True)
         for number in sorted({edit.layer for edit in edits}):
             self._layers[number].register_forward_hook(partial(self._edit, number))
         for name in _TOKENWISE:
@@ -149,7 +155,7 @@ class EditedModel(nn.Module):
         width = batch.input_ids.shape[1]
         column_Y = batch.target_rows % width
         kept, place_Y = torch.unique(column_Y, return_inverse=True)
-        extra = {"packed_lengths": batch.lengths} if batch.packed else {}
+        extra = {"packed_lengths": torch.tensor(batch.lengths)} if batch.packed else {}
         # No attention mask: padding is on the right, where no target looks.
         out = self.lm(
             input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, logits_to_keep=kept, **extra

@@ -55,6 +55,7 @@ class Plan:
         warmup: share of all steps during which the learning rate rises.
         clip: largest norm of the gradient; 0 for none.
         dtype: of the frozen base; interventions are float32.
+        compile: the base's layers, by torch.compile; a run then begins later and goes faster.
         shuffle: False takes the examples in their order, each epoch alike.
         save_every: optimiser steps between checkpoints, validation among them; None for once per epoch.
         keep: checkpoints to keep, the newest and the best; None for all.
@@ -75,6 +76,7 @@ class Plan:
     clip: float = 1.0
     dtype: DType = "float32"
     gradient_checkpointing: bool = False
+    compile: bool = False
     seed: int = 42
     shuffle: bool = True
     save_every: int | None = None

@@ -127,14 +127,21 @@ def test_a_lora_is_trained_and_saved_beside_the_edits(tmp_path: Path) -> None:
     assert not torch.allclose(both, model.base_score(batch), atol=0.1), "the base alone is without both halves"
 
 
-def test_gradient_checkpointing_changes_no_weight(tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", [{"gradient_checkpointing": True}, {"compile": True}])
+def test_how_layers_are_run_changes_no_weight(change: dict[str, bool], tmp_path: Path) -> None:
     plan = Plan(SHAPE, epochs=2, batch=4, learning_rate=1e-2)
-    for name, one in (("plain", plan), ("saving", replace(plan, gradient_checkpointing=True))):
-        train(BASE, one, examples(12), tmp_path / name)
-    plain, saving = (read_adapter(tmp_path / name / "adapter").weights for name in ("plain", "saving"))
-    for mine, theirs in zip(plain, saving, strict=True):
+    for name, one in (("plain", plan), ("changed", replace(plan, **change))):
+        train(BASE, one, examples(12), tmp_path / name, held_out=examples(3))
+    plain, changed = (read_adapter(tmp_path / name / "adapter").weights for name in ("plain", "changed"))
+    for mine, theirs in zip(plain, changed, strict=True):
         for name, tensor in mine.tensors().items():
             assert torch.allclose(tensor, theirs.tensors()[name], atol=1e-6), name
+
+
+def test_compiling_without_a_compiler_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ClientError, match="no-such-compiler is not found"):
+        train(BASE, Plan(SHAPE, compile=True), examples(3), tmp_path / "run")
 
 
 def test_how_a_step_is_cut_changes_only_the_rounding(tmp_path: Path) -> None:

@@ -47,7 +47,8 @@ class LoraPlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One training run.
+    """One training run. What a later version adds has as its default what was done before, so that it goes on with runs that
+    an earlier one has begun.
 
     Args:
         batch: examples of a micro-batch. accumulate: micro-batches of an optimiser step.

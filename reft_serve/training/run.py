@@ -35,7 +35,7 @@ from reft_serve.training.dpo import Dpo
 from reft_serve.training.examples import Example, Preference
 from reft_serve.training.hooked import EditedModel
 from reft_serve.training.objectives import Objective, Supervised
-from reft_serve.training.plan import Plan
+from reft_serve.training.plan import LoraPlan, Plan
 from reft_serve.training.processes import this_process
 from reft_serve.training.trainer import ReftTrainer, Watcher, arguments
 
@@ -147,10 +147,19 @@ def _objective(plan: Plan, items: Sequence[Example | Preference]) -> Objective[A
 def _asked(facts: BaseFacts, plan: Plan, items: Items, held_out: Items) -> dict[str, Any]:
     """What must be the same for a run to be resumed."""
     digests = [hashlib.sha256(repr(list(data)).encode()).hexdigest() for data in (items, held_out)]
-    same_plan = asdict(replace(plan, report_to=()))  # who is told changes nothing
-    wanted = {"base": facts.model_dump(), "plan": same_plan, "data": digests[0], "held_out": digests[1]}
-    same: dict[str, Any] = json.loads(json.dumps(wanted))
-    return same
+    return {"base": facts.model_dump(), "plan": _recorded(plan), "data": digests[0], "held_out": digests[1]}
+
+
+def _recorded(plan: Plan) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(json.dumps(asdict(replace(plan, report_to=()))))  # who is told changes nothing
+    return found
+
+
+def _filled(recorded: Any, defaults: Any) -> Any:
+    """What an earlier version recorded, and, for what that did not know of, the defaults, which are what it did."""
+    if not (isinstance(recorded, dict) and isinstance(defaults, dict)):
+        return recorded
+    return defaults | {name: _filled(value, defaults.get(name)) for name, value in recorded.items()}
 
 
 def _claim(out: Path, asked: dict[str, Any], resume: bool) -> None:
@@ -158,6 +167,7 @@ def _claim(out: Path, asked: dict[str, Any], resume: bool) -> None:
     record = out / _RUN
     if record.exists() and resume:
         found = json.loads(record.read_text())
+        found["plan"] = _filled(found.get("plan"), _recorded(Plan(lora=LoraPlan())))
         wrong = [name for name in asked if asked[name] != found.get(name)]
         if wrong:
             raise ClientError(f"{out} holds another run: its {' and '.join(wrong)} differ, so it cannot be resumed")

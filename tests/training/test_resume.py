@@ -17,7 +17,7 @@ from reft_serve.errors import AdapterExists, ClientError
 from reft_serve.interventions.positions import PositionRule
 from reft_serve.training import checkpoints
 from reft_serve.training.examples import IGNORED, Example
-from reft_serve.training.plan import AdapterPlan, Plan
+from reft_serve.training.plan import AdapterPlan, LoraPlan, Plan
 from reft_serve.training.run import train
 from tests.conftest import GOLDEN
 
@@ -137,3 +137,19 @@ def test_only_the_same_run_is_resumed(unbroken: Path) -> None:
         train(BASE, PLAN, examples(2, 22), unbroken, held_out=examples(3, 5), resume=True)
     with pytest.raises(AdapterExists, match="is not empty"):
         train(BASE, PLAN, examples(0, 22), unbroken)
+
+
+@pytest.mark.parametrize("lora", [None, LoraPlan(2, 4.0)])
+def test_a_run_that_an_earlier_version_began_goes_on(tmp_path: Path, lora: LoraPlan | None) -> None:
+    plan = replace(PLAN, epochs=1, lora=lora)
+    train(BASE, plan, examples(0, 6), tmp_path / "run")
+    record = tmp_path / "run" / "run.json"
+    told = json.loads(record.read_text())
+    del told["plan"]["compile"], told["plan"]["adapter"]["activation"]
+    if lora is not None:
+        del told["plan"]["lora"]["targets"]
+    record.write_text(json.dumps(told))
+    train(BASE, plan, examples(0, 6), tmp_path / "run", resume=True)
+    for other in (replace(plan, compile=True), replace(plan, lora=LoraPlan(4, 4.0))):
+        with pytest.raises(ClientError, match="its plan differ"):
+            train(BASE, other, examples(0, 6), tmp_path / "run", resume=True)

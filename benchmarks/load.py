@@ -10,7 +10,7 @@ Where Debian's package `prometheus` is installed, one watches the run, and the p
 its own expressions.
 
   scripts/bench load                               a minute at each of some rates
-  scripts/bench load --rates 1 --minutes 30 --tag soak
+  scripts/bench load --rates 0.5 --minutes 32 --hurry 8000 --warm-up 2 --tag soak
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ WORDS = _VOCABULARY.split()
 FLAGS = f"--dtype float32 --max-num-seqs 64 --kv-cache-memory-bytes {256 << 20}"
 SCRAPE_SECONDS = 5
 MEMORY_SECONDS, SLOPE_SECONDS = 10.0, 300.0
+CONNECTIONS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +159,22 @@ async def drive(deployment: Deployment, tenants: Sequence[Tenant], run: Run, cha
         watching_memory.cancel()
 
 
+async def hurry(deployment: Deployment, tenants: Sequence[Tenant], count: int, chance: random.Random) -> None:
+    """Send `count` short requests as fast as some connections take them, and count nothing: what fills with use (kernels for
+    each number of tokens, caches of the database) is full then.
+    """
+    left = iter(range(count))
+
+    async def one(client: httpx.AsyncClient) -> None:
+        for _ in left:
+            tenant = chance.choice(tenants)
+            prompt = _words(chance, chance.randint(1, 200))
+            await ask(client, Arrival(0, tenant, chance.choice(tenant.models), prompt, False, 2), time.perf_counter())
+
+    async with httpx.AsyncClient(base_url=deployment.url, timeout=600, trust_env=False) as client:
+        await asyncio.gather(*(one(client) for _ in range(CONNECTIONS)))
+
+
 async def _watch_memory(deployment: Deployment, run: Run, begun: float) -> None:
     while True:
         run.memory.append((time.perf_counter() - begun, deployment.memory()))
@@ -241,6 +258,7 @@ def main() -> None:
         try:
             tenants = [deployment.tenant(f"tenant-{k}", args.adapters, k) for k in range(args.tenants)]
             with watching(folder, deployment, SCRAPE_SECONDS) as prometheus:
+                asyncio.run(hurry(deployment, tenants, args.hurry, chance))
                 asyncio.run(drive(deployment, tenants, Run(rates[0], 20), chance))  # not counted
                 for run in runs:
                     asyncio.run(drive(deployment, tenants, run, chance))
@@ -262,6 +280,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rates", default="1,2,4,8,16", help="requests per second, one run each")
     parser.add_argument("--minutes", type=float, default=1.0, help="of each run")
     parser.add_argument("--warm-up", type=float, default=10.0, help="minutes before memory's growth is looked at")
+    parser.add_argument("--hurry", type=int, default=0, help="requests sent before all runs, as fast as they are taken")
     parser.add_argument("--tenants", type=int, default=3)
     parser.add_argument("--adapters", type=int, default=12, help="of each tenant")
     parser.add_argument("--first-token", type=float, default=0.5, help="seconds, for goodput")

@@ -90,7 +90,7 @@ class Lesson:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One arm on one lesson. `size` in bytes on disk, `seconds` of training, `loss` per held-out token."""
+    """One arm on one lesson. `size` in bytes on disk, `seconds` of processor time to train, `loss` per held-out token."""
 
     method: str
     rank: int
@@ -257,9 +257,9 @@ def _fit(model: EditedModel, plan: Plan, lesson: Lesson, folder: Path) -> float:
         packed=packed,
         watchers=(),
     )
-    started = time.perf_counter()
+    started = time.process_time()
     trainer.train()
-    return time.perf_counter() - started
+    return time.process_time() - started
 
 
 def _loss(model: EditedModel, examples: Sequence[Example], rule: PositionRule) -> float:
@@ -284,7 +284,7 @@ def _mean(arm: Arm, results: Sequence[Result]) -> dict[str, Any]:
 
 def _table(rows: Sequence[dict[str, Any]]) -> Table:
     table = Table()
-    for column in ("method", "rank", "parameters", "bytes", "seconds", "held-out loss", "score", "95 % interval"):
+    for column in ("method", "rank", "parameters", "bytes", "processor s", "held-out loss", "score", "95 % interval"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for row in rows:
         sizes = (f"{row['rank']}", f"{row['parameters']:,}", f"{row['size']:,}", f"{row['seconds']:.0f}")

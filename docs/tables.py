@@ -190,7 +190,7 @@ def methods() -> str:
         f"| {row['seconds']:.0f} s | {row['loss']:.3f} | {row['score']:.1%} ({row['low']:.1%} to {row['high']:.1%}) |"
         for row in json.loads((RESULTS / "methods.json").read_text())["rows"]
     ]
-    head = "| method | rank | trained parameters | size | training | held-out loss | score (95 %) |"
+    head = "| method | rank | trained parameters | size | training, processor time | held-out loss | score (95 %) |"
     return "\n".join([head, "|---|---|---|---|---|---|---|", *rows])
 
 

@@ -88,10 +88,10 @@ def _known(settings: dict[str, Any], path: Path) -> dict[tuple[str, str], dict[s
 
 def _cases(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
     """Every row of the table, as it is measured."""
-    sets = {name: _read(Path(file), name) for name, file in (text.split("=", 1) for text in args.data)} or {
-        "long-tailed": _long_tailed(400)
-    }
-    sets |= {f"all {length}": _fixed(int(length), 400) for length in args.lengths.split(",") if length}
+    # Fixed lengths first: a process keeps some of the memory that longer examples took.
+    sets = {f"all {length}": _fixed(int(length), 400) for length in args.lengths.split(",") if length}
+    files = {name: _read(Path(file), name) for name, file in (text.split("=", 1) for text in args.data)}
+    sets |= files or {"long-tailed": _long_tailed(400)}
     for model in args.models.split(","):
         path = MODEL if model == "shipped" else _random_model(folder / model)
         batch, accumulate, steps = (16, 2, 3) if model == "shipped" else (16, 1, 1)
@@ -102,11 +102,12 @@ def _cases(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
         ours = [sys.executable, "-m", "benchmarks._train_ours"]
         theirs = [args.pyreft, str(Path(__file__).parent / "_train_pyreft.py")]
         with side(ours, setup) as us, side(theirs, setup) as them:
-            profiles = {"ours": _profile(us, sets), "pyreft": _profile(them, sets)}
             for name, rows in sets.items():
                 label = f"{model}, compiled" if args.compile else model
                 case = Case(label, name, rows, batch, accumulate, steps)
-                yield _compare(case, us, them, args.rounds) | {"profile": profiles, "note": args.note}
+                measured = _compare(case, us, them, args.rounds)
+                profiles = {"ours": _profile(us, rows), "pyreft": _profile(them, rows)}
+                yield measured | {"profile": profiles, "note": args.note}
 
 
 def _compare(case: Case, us: subprocess.Popen[str], them: subprocess.Popen[str], rounds: int) -> dict[str, Any]:
@@ -136,9 +137,9 @@ def _compare(case: Case, us: subprocess.Popen[str], them: subprocess.Popen[str],
     }  # fmt: skip
 
 
-def _profile(side: subprocess.Popen[str], sets: dict[str, Rows]) -> list[Any]:
-    """Milliseconds of one step on the first data set, by operation: the largest."""
-    profile: list[Any] = ask(side, {"examples": next(iter(sets.values()))[:16], "profile": True})["profile"]
+def _profile(side: subprocess.Popen[str], rows: Rows) -> list[Any]:
+    """Milliseconds of one step of four examples, by operation: the largest."""
+    profile: list[Any] = ask(side, {"examples": rows[:4], "profile": True})["profile"]
     return profile
 
 

@@ -4,13 +4,14 @@ Registered with transformers under `PACKED`, so that any model with exchangeable
 is transformers' own `sdpa`, causal and without a mask. Neighbours of about equal length share one call, those that are
 shorter with padding on the right, where no token of theirs looks.
 
-Letters: N tokens of the batch, C examples of a call, L its longest example, H heads, D width of a head.
+Letters: N tokens of the batch, Y of them with a loss, C examples of a call, L its longest example, Q the most of an example's
+tokens with a loss, H heads, D width of a head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -18,16 +19,25 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-__all__ = ["PACKED", "install"]
+__all__ = ["PACKED", "install", "look_from_targets"]
 
 PACKED = "reft_packed"
 # Examples share a call where the shortest has this share of the longest's tokens: small calls cost more than some padding.
 _ALIKE = 0.8
+# Where fewer tokens than this share have a loss, the last layer looks from them alone. It needs a mask, which does the work
+# that being causal saves.
+_FEW = 0.25
+_FROM_TARGETS = "reft_looks_from_targets"
 
 
 def install() -> None:
     """Make `PACKED` known to transformers; again is harmless."""
     AttentionInterface.register(PACKED, _attend)
+
+
+def look_from_targets(module: nn.Module) -> None:
+    """Say of the last layer's attention that nobody reads what other tokens than those with a loss get from it."""
+    setattr(module, _FROM_TARGETS, True)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -38,23 +48,70 @@ def _attend(
     value: Tensor,
     attention_mask: Tensor | None,
     packed_lengths: Tensor | None = None,
+    packed_targets: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attend from query (1, H, N, D); `packed_lengths`, int64 (examples,) on the CPU, comes as an argument of the model's
-    own forward.
+    """Attend from query (1, H, N, D). As arguments of the model's own forward come `packed_lengths`, int64 (examples,) on the
+    CPU, and `packed_targets`, int64 (Y,): the tokens with a loss, in their order.
     """
     options.pop("is_causal", None)
     if packed_lengths is None:
         return _whole(module, query, key, value, attention_mask, options), None
+    rows = [t.squeeze(0).transpose(0, 1) for t in (query, key, value)]
+    attend = partial(_whole, module, options=options)
     calls = list(_calls(packed_lengths.tolist()))
+    few = packed_targets is not None and 0 < len(packed_targets) < _FEW * query.shape[2]
+    # On a CPU alone, since counting targets would wait for another device.
+    if few and query.device.type == "cpu" and getattr(module, _FROM_TARGETS, False):
+        assert packed_targets is not None
+        return _from_targets(attend, rows, calls, packed_lengths, packed_targets).unsqueeze(0), None
+    return _from_all(attend, rows, calls).unsqueeze(0), None
+
+
+def _from_all(attend: Callable[..., Tensor], rows: Sequence[Tensor], calls: Sequence[tuple[int, ...]]) -> Tensor:
+    """(N, H, D) from the queries, keys and values (N, H, D)."""
     # Split, not sliced: the gradient of each slice would be as large as the whole.
     sizes = [sum(lengths) for lengths in calls]
-    pieces = (torch.split(t.squeeze(0).transpose(0, 1), sizes) for t in (query, key, value))
     outputs = []
-    for lengths, *parts in zip(calls, *pieces, strict=True):
+    for lengths, *parts in zip(calls, *(torch.split(t_NHD, sizes) for t_NHD in rows), strict=True):
         q, k, v = (_apart(t, lengths).transpose(1, 2) for t in parts)
-        outputs.append(_together(_whole(module, q, k, v, None, options), lengths))
-    return torch.cat(outputs).unsqueeze(0), None
+        outputs.append(_together(attend(q, k, v, None), lengths))
+    return torch.cat(outputs)
+
+
+def _from_targets(
+    attend: Callable[..., Tensor],
+    rows: Sequence[Tensor],
+    calls: Sequence[tuple[int, ...]],
+    lengths: Tensor,
+    targets_Y: Tensor,
+) -> Tensor:
+    """As `_from_all`, with zeros for all other tokens."""
+    queries, keys, values = rows
+    ends = lengths.cumsum(0)
+    example_Y = torch.bucketize(targets_Y, ends, right=True)
+    position_Y = targets_Y - (ends - lengths)[example_Y]
+    count_C = torch.bincount(example_Y, minlength=len(lengths))
+    turn_Y = torch.arange(len(targets_Y)) - (count_C.cumsum(0) - count_C)[example_Y]
+    sizes = [sum(call) for call in calls]
+    counts = torch.split(count_C, [len(call) for call in calls])
+    taken = [int(count.sum()) for count in counts]
+    pieces = zip(
+        calls, counts, *(torch.split(t, taken) for t in (_unpad(queries, targets_Y), position_Y, turn_Y)),
+        *(torch.split(t, sizes) for t in (keys, values)), strict=True,
+    )  # fmt: skip
+    outputs = []
+    for call, count, q_YHD, position, turn, k_NHD, v_NHD in pieces:
+        most = int(count.max())
+        if not most:
+            continue
+        place_Y = torch.arange(len(call)).repeat_interleave(count) * most + turn
+        at_CQ = torch.zeros(len(call) * most, dtype=torch.long).index_copy_(0, place_Y, position).view(len(call), most)
+        mask = torch.arange(max(call)) <= at_CQ[:, None, :, None]
+        q_CQHD = _pad(q_YHD, place_Y, len(call) * most).view(len(call), most, *q_YHD.shape[1:])
+        k, v = (_apart(t, call).transpose(1, 2) for t in (k_NHD, v_NHD))
+        outputs.append(_unpad(attend(q_CQHD.transpose(1, 2), k, v, mask).flatten(0, 1), place_Y))
+    return _pad(torch.cat(outputs), targets_Y, len(queries))
 
 
 def _calls(lengths: Sequence[int]) -> Iterator[tuple[int, ...]]:

@@ -82,6 +82,9 @@ class EditedModel(nn.Module):
             self._layers[number].register_forward_hook(partial(self._edit, number))
         for name in _TOKENWISE:
             _at_targets(self._layers[-1], name, self._targets)
+        for name, part in self._layers[-1].named_children():
+            if name in _ATTENTION:
+                attention.look_from_targets(part)
         self.train()
 
     @property
@@ -155,7 +158,9 @@ class EditedModel(nn.Module):
         width = batch.input_ids.shape[1]
         column_Y = batch.target_rows % width
         kept, place_Y = torch.unique(column_Y, return_inverse=True)
-        extra = {"packed_lengths": torch.tensor(batch.lengths)} if batch.packed else {}
+        extra = (
+            {"packed_lengths": torch.tensor(batch.lengths), "packed_targets": batch.target_rows} if batch.packed else {}
+        )
         # No attention mask: padding is on the right, where no target looks.
         out = self.lm(
             input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, logits_to_keep=kept, **extra

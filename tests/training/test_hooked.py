@@ -33,7 +33,7 @@ def edited(name: str, rule: PositionRule) -> EditedModel:
 
 def examples() -> list[Example]:
     choose, found = random.Random(2), []
-    for prompt_len, length in ((9, 14), (1, 6), (9, 14), (30, 33), (4, 4)):
+    for prompt_len, length in ((9, 14), (1, 6), (9, 14), (30, 33), (4, 4), (10, 12), (90, 92)):
         ids = tuple(choose.randint(3, 255) for _ in range(length))
         found.append(Example(ids, (IGNORED,) * prompt_len + ids[prompt_len:], prompt_len))
     return found
@@ -50,14 +50,16 @@ def learnt(
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule.spec}-{rule.phase}")
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2"])
-def test_however_examples_are_laid_out(name: str, rule: PositionRule) -> None:
+# With the longest prompt few tokens have a loss, and the last layer looks from those alone.
+@pytest.mark.parametrize("longest", [[], [6]], ids=["many", "few"])
+def test_however_examples_are_laid_out(name: str, rule: PositionRule, longest: list[int]) -> None:
     model = edited(name, rule)
-    order = [0, 2, 3, 1]  # the last example has no token with a loss
-    batch = [examples()[i] for i in (*order, 4)]
+    # Three of about one length, which share a call of attention; the last example has no token with a loss.
+    batch = [examples()[i] for i in (*longest, 0, 5, 2, 3, 1, 4)]
     padded = learnt(model, [batch], rule, packed=False)
     # One by one, transformers' own whole forward on the edited layers.
     single = torch.cat([_whole(model, example, rule) for example in batch])
-    assert model.can_pack(40)
+    assert model.can_pack(100)
     packed = learnt(model, [batch], rule, packed=True)
     assert torch.allclose(padded[0], single, atol=2e-5)
     assert torch.allclose(packed[0], single, atol=2e-5)

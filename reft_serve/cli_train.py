@@ -68,7 +68,7 @@ def train(
     ] = False,
     compiled: Annotated[
         bool,
-        typer.Option("--compile", help="torch.compile: half a minute at the start, then faster by a tenth or more."),
+        typer.Option("--compile", help="torch.compile: slower to start, then up to a tenth faster, in less memory."),
     ] = False,
     max_tokens: Annotated[
         int | None, typer.Option(metavar="N", help=f"Longer examples are left out and counted. [{_MAX_TOKENS}]")

@@ -363,16 +363,16 @@ def test_the_quick_start_does_what_it_says(up: Up, block: Block) -> None:
 
 def test_a_caller_that_leaves_frees_the_engine(up: Up) -> None:
     stream = up.openai.completions.create(
-        model="birds", prompt=PROMPT, max_tokens=400, stream=True, extra_body={"ignore_eos": True}
+        model="birds", prompt=PROMPT, max_tokens=900, stream=True, extra_body={"ignore_eos": True}
     )
     next(stream)
     stream.close()
-    wait_for(lambda: up.http.get("/v1/admin/engines").json()["data"][0]["in_flight"] == 0, 5)
+    wait_for(lambda: up.http.get("/v1/admin/engines").json()["data"][0]["in_flight"] == 0, 20)
 
     def statuses() -> set[str]:
         return {each["group"]["status"] for each in up.http.get("/v1/usage?group_by=status").json()["data"]}
 
-    wait_for(lambda: "cancelled" in statuses())
+    wait_for(lambda: "cancelled" in statuses(), 20)
 
 
 def test_an_engine_that_dies_breaks_its_streams_off_with_an_error_that_the_client_raises(up: Up) -> None:

@@ -156,16 +156,17 @@ class EditedModel(nn.Module):
         # Kept until the next call: recomputing a layer in the backward pass asks for it again.
         self._batch, self._live = batch, edited
         width = batch.input_ids.shape[1]
-        column_Y = batch.target_rows % width
-        kept, place_Y = torch.unique(column_Y, return_inverse=True)
-        extra = (
-            {"packed_lengths": torch.tensor(batch.lengths), "packed_targets": batch.target_rows} if batch.packed else {}
-        )
+        if batch.packed:
+            # The columns kept are the targets in their order: no copy, and no scattered sum in the backward pass.
+            kept = batch.target_rows
+            extra = {"packed_lengths": torch.tensor(batch.lengths), "packed_targets": batch.target_rows}
+        else:
+            kept, place_Y = torch.unique(batch.target_rows % width, return_inverse=True)
+            extra = {}
         # No attention mask: padding is on the right, where no target looks.
         out = self.lm(
             input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, logits_to_keep=kept, **extra
         )
-        # Packed, the columns kept are the targets in their order: no copy, and no scattered sum in the backward pass.
         logits_YV: Tensor = out.logits[0] if batch.packed else out.logits[batch.target_rows // width, place_Y]
         return logits_YV.float()
 

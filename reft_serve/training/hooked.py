@@ -53,7 +53,8 @@ class EditedModel(nn.Module):
             LoRA's apart, and it stays in evaluation mode.
         edits: in the order in which they act at one layer.
         gradient_checkpointing: recompute each layer's activations in the backward pass.
-        compiled: let torch.compile join the small operations of each layer. What is between the layers stays as it is.
+        compiled: let torch.compile join the small operations of each layer but the last. What is between the layers stays
+            as it is.
     """
 
     # transformers' Trainer then counts the targets of a whole optimiser step.
@@ -75,7 +76,8 @@ class EditedModel(nn.Module):
         self._checkpointing = gradient_checkpointing
         if gradient_checkpointing:
             self.lm.gradient_checkpointing_enable({"use_reentrant": False})
-        for layer in self._layers if compiled else ():
+        # Not the last: it would be given the graph of the others, which lacks the hooks that leave work out of it.
+        for layer in self._layers[:-1] if compiled else ():
             # Its forward, and not the module, whose hooks edit what leaves it.
             layer.forward = torch.compile(layer.forward, dynamic=True)
         for number in sorted({edit.layer for edit in edits}):

@@ -22,7 +22,7 @@ from reft_serve.interventions.positions import Part, PositionRule
 from reft_serve.training import lora
 from reft_serve.training.hooked import Edit, EditedModel
 from reft_serve.training.plan import AdapterPlan, DType, Plan
-from reft_serve.training.processes import this_process
+from reft_serve.training.processes import keep_freed_memory, this_process
 
 __all__ = ["build", "publish_version", "restore"]
 
@@ -40,6 +40,8 @@ def build(base: Path, plan: Plan) -> EditedModel:
         BaseModelInvalid: the base is no language model (a classification head, say), or none that can be edited.
     """
     device = this_process().device
+    if device.type == "cpu":
+        keep_freed_memory()
     if plan.dtype == "float16" and device.type == "cpu":
         raise ClientError(
             "float16 needs a GPU, where the loss is scaled so that small gradients do not vanish; choose bfloat16 or float32"

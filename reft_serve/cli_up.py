@@ -48,10 +48,10 @@ class _Child:
             begun = time.monotonic()
             if self.socket is not None:  # a killed process leaves it, and the next one could not bind
                 self.socket.unlink(missing_ok=True)
-            # A session of its own: Ctrl-C reaches us alone, and we end the children in their order.
-            self.process = await asyncio.create_subprocess_exec(
-                *self.command, env=self.environment, start_new_session=True
-            )
+            # A group of its own: Ctrl-C reaches us alone, and we end the children in their order. Not a session of its own:
+            # Linux shares cores out by session (sched_autogroup), and the engine's, which waits by polling, kept the
+            # gateway's from a core for a tenth of a second and more at a time.
+            self.process = await asyncio.create_subprocess_exec(*self.command, env=self.environment, process_group=0)
             code = await self.process.wait()
             if self.stopping:
                 return
@@ -159,7 +159,10 @@ def _starts_sooner_eager(model: str, passed: Sequence[str]) -> bool:
 async def _run(children: list[_Child], host: str, port: int, folder: Path) -> int:
     begun = time.monotonic()
     ending = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # under nohup it is ignored; else the terminal has gone
+        numbers.append(signal.SIGHUP)
+    for number in numbers:
         asyncio.get_running_loop().add_signal_handler(number, ending.set)
     engine, *others = children
     kept = [asyncio.create_task(engine.keep())]

@@ -88,7 +88,9 @@ class TenantLimits(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    requests_per_minute: _AtLeastOne | None = Field(default=None, description="Inference requests per minute.")
+    requests_per_minute: _AtLeastOne | None = Field(
+        default=None, description="Inference requests per minute; a sixth of them, but at least ten, in ten seconds."
+    )
     tokens_per_minute: _AtLeastOne | None = Field(default=None, description="Tokens per minute, prompts and answers.")
     concurrent_requests: _AtLeastOne | None = Field(default=None, description="Requests under way at once.")
     adapters: _Count | None = Field(default=None, description="Adapters that a tenant may own.")

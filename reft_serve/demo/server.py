@@ -41,7 +41,7 @@ async def serving(arguments: Sequence[str]) -> AsyncIterator[AsyncOpenAI]:
     client = AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", http_client=http, timeout=120)
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env=child_environment(_QUIET), start_new_session=True
+            command, stdout=log, stderr=subprocess.STDOUT, env=child_environment(_QUIET), process_group=0
         )
         try:
             await _ready(process, client.with_options(max_retries=0, timeout=5), log)

@@ -2,7 +2,8 @@
 
 Requests of one version go to one engine as long as that engine is not much busier than the others (rendezvous hashing with
 bounded load, Mirrokni et al. 2016), so that its slots and its prefix cache are used well. Where nothing is free, tenants take
-turns by the work they have had (virtual token counter, Sheng et al. 2024), not by how often they ask.
+turns by the work they have had (virtual token counter, Sheng et al. 2024), not by how often they ask. No tenant gets all
+places of an engine, so that whoever asks little need not wait for the end of another's answers.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from reft_serve.observability import QUEUE_SECONDS, QUEUED
 __all__ = ["Fleet"]
 
 _SLACK = 1.25
+# One place in so many is kept from a tenant that has the others. Engines of fewer places have none to spare.
+_KEPT = 8
 _UNLOAD_POLL_SECONDS = 0.1
 # An engine that is down is looked at this often: nobody waits for it, and everybody for its return.
 _UNWELL_PROBE_SECONDS = 0.25
@@ -44,7 +47,9 @@ class Fleet:
     def __init__(self, members: Membership, capacity: int, queue_seconds: float, probe_seconds: float) -> None:
         self._members = members
         self._capacity, self._queue_seconds, self._probe_seconds = capacity, queue_seconds, probe_seconds
+        self._most = capacity - capacity // _KEPT
         self._reserved: Counter[Engine] = Counter()
+        self._held: Counter[tuple[Engine, str]] = Counter()
         self._queues: dict[str, deque[_Waiter]] = {}
         self._served: defaultdict[str, float] = defaultdict(float)
         self._active: defaultdict[str, int] = defaultdict(int)
@@ -127,7 +132,7 @@ class Fleet:
             try:
                 yield engine
             finally:
-                self._release(engine)
+                self._release(engine, tenant)
                 self._dispatch()
         finally:
             self._active[tenant] -= 1
@@ -144,10 +149,10 @@ class Fleet:
     async def _place(self, waiter: _Waiter) -> Engine:
         if not any(self._is_open(engine) for engine in self.engines if engine not in waiter.excluded):
             raise EngineUnavailable("no engine is up at the moment; try again")
-        if not self._queues and (engine := self._pick(waiter)) is not None:
-            self._reserved[engine] += 1
-            return engine
         self._queues.setdefault(waiter.tenant, deque()).append(waiter)
+        self._dispatch()
+        if waiter.turn.done():
+            return waiter.turn.result()
         QUEUED.set(self.waiting)
         try:
             return await asyncio.wait_for(waiter.turn, self._queue_seconds)
@@ -155,7 +160,7 @@ class Fleet:
             raise Overloaded("every engine was busy for too long; try again", self._queue_seconds / 4) from exc
         except asyncio.CancelledError:
             if waiter.turn.done() and not waiter.turn.cancelled():  # its turn came as its caller left
-                self._release(waiter.turn.result())
+                self._release(waiter.turn.result(), waiter.tenant)
                 self._dispatch()
             raise
         finally:
@@ -181,6 +186,7 @@ class Fleet:
             else:
                 return
             self._reserved[engine] += 1
+            self._held[engine, tenant] += 1
             self._served[tenant] += 1.0  # its tokens are not known yet
             self._queues[tenant].popleft()
             if not self._queues[tenant]:
@@ -188,20 +194,28 @@ class Fleet:
             if not waiter.turn.done():
                 waiter.turn.set_result(engine)
             else:
-                self._release(engine)
+                self._release(engine, tenant)
 
-    def _release(self, engine: Engine) -> None:
+    def _release(self, engine: Engine, tenant: str) -> None:
         self._reserved[engine] -= 1
+        self._held[engine, tenant] -= 1
+        # Nothing stays of engines and tenants that go.
         if not self._reserved[engine]:
             del self._reserved[engine]
+        if not self._held[engine, tenant]:
+            del self._held[engine, tenant]
 
     def _is_open(self, engine: Engine) -> bool:
         return engine.healthy and not engine.draining
 
     def _pick(self, waiter: _Waiter) -> Engine | None:
-        """The first engine by rendezvous that is not overloaded, or None where all are full."""
+        """The first engine by rendezvous that is not overloaded, or None where all are full, or full of this tenant's."""
         able = [engine for engine in self.engines if self._is_open(engine) and engine not in waiter.excluded]
-        free = [engine for engine in able if self._reserved[engine] < self._capacity]
+        free = [
+            engine
+            for engine in able
+            if self._reserved[engine] < self._capacity and self._held[engine, waiter.tenant] < self._most
+        ]
         if not free:
             return None
         if len(free) == 1:

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from limits import RateLimitItemPerMinute
+from limits import RateLimitItemPerMinute, RateLimitItemPerSecond
 from limits.aio.strategies import FixedWindowRateLimiter, SlidingWindowCounterRateLimiter
 from limits.errors import StorageError
 from limits.storage import storage_from_string
@@ -23,6 +23,8 @@ from reft_serve.observability import LIMITED, BoundedNames
 __all__ = ["Quotas", "Spending", "limits_of"]
 
 _log = logging.getLogger(__name__)
+# A minute's requests do not all come at once: in each ten seconds a sixth of them, but at least ten.
+_BURST_SECONDS, _BURST_LEAST = 10, 10
 
 
 def limits_of(defaults: TenantLimits, own: Mapping[str, Any]) -> TenantLimits:
@@ -94,14 +96,7 @@ class Quotas:
 
     async def _take(self, caller: Principal, holder: tuple[str, str], limits: TenantLimits, spending: Spending) -> None:
         if limits.requests_per_minute is not None:
-            item = RateLimitItemPerMinute(limits.requests_per_minute, namespace="reft-requests")
-            granted = await self._requests.hit(item, *holder)
-            stats = await self._requests.get_window_stats(item, *holder)
-            _tell(spending.headers, "requests", item.amount, stats.remaining, stats.reset_time)
-            if not granted:
-                raise self._limited(
-                    caller, "requests_per_minute", f"{item.amount} requests per minute", _until(stats.reset_time)
-                )
+            await self._take_request(caller, holder, limits.requests_per_minute, spending)
         if limits.tokens_per_minute is not None:
             item = RateLimitItemPerMinute(limits.tokens_per_minute, namespace="reft-tokens")
             granted = await self._tokens.hit(item, *holder, cost=max(1, spending.estimate))
@@ -113,6 +108,20 @@ class Quotas:
                     caller, "tokens_per_minute", f"{item.amount} tokens per minute", _until(stats.reset_time)
                 )
             _tell(spending.headers, "tokens", item.amount, stats.remaining, stats.reset_time)
+
+    async def _take_request(self, caller: Principal, holder: tuple[str, str], most: int, spending: Spending) -> None:
+        item = RateLimitItemPerMinute(most, namespace="reft-requests")
+        at_once = max(_BURST_LEAST, -(-most * _BURST_SECONDS // 60))
+        burst = RateLimitItemPerSecond(at_once, _BURST_SECONDS, namespace="reft-bursts")
+        if not await self._requests.hit(burst, *holder):
+            stats = await self._requests.get_window_stats(burst, *holder)
+            told = f"{most} requests per minute, which lets {at_once} through in {_BURST_SECONDS} s,"
+            raise self._limited(caller, "requests_per_minute", told, _until(stats.reset_time))
+        granted = await self._requests.hit(item, *holder)
+        stats = await self._requests.get_window_stats(item, *holder)
+        _tell(spending.headers, "requests", most, stats.remaining, stats.reset_time)
+        if not granted:
+            raise self._limited(caller, "requests_per_minute", f"{most} requests per minute", _until(stats.reset_time))
 
     async def settle(self, spending: Spending, tokens: int) -> None:
         """Let the buckets hold what was used instead of what was estimated. Where they do not answer the estimate stays: an

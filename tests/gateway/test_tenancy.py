@@ -15,6 +15,7 @@ import pytest
 from reft_serve.gateway.edge import OPEN_PATHS
 from reft_serve.gateway.fake_engine import FakeEngine
 from tests.gateway.harness import Gateway, Tenant, running
+from tests.gateway.test_inference import wait_for
 
 
 def operations(gateway: Gateway) -> list[tuple[str, str]]:
@@ -215,6 +216,17 @@ def test_requests_per_minute_are_limited_and_told(make_tenant: Callable[..., Ten
         tenant.say("base")
 
 
+def test_a_minutes_requests_may_not_all_come_at_once(make_tenant: Callable[..., Tenant]) -> None:
+    tenant = make_tenant(limits={"requests_per_minute": 66})
+    body = {"model": "base", "prompt": "x", "max_tokens": 1}
+    answers = [tenant.http.post("/v1/completions", json=body) for _ in range(13)]
+    assert [answer.status_code for answer in answers[:11]] == [200] * 11
+    assert answers[10].headers["x-ratelimit-remaining-requests"] == "55"
+    assert answers[12].status_code == 429
+    assert "lets 11 through in 10 s" in answers[12].json()["error"]["message"]
+    assert 1 <= int(answers[12].headers["retry-after"]) <= 10
+
+
 def test_tokens_are_reserved_before_and_settled_after(engine: FakeEngine, make_tenant: Callable[..., Tenant]) -> None:
     tenant = make_tenant(limits={"tokens_per_minute": 100})
     engine.default_tokens = 16
@@ -285,3 +297,26 @@ def test_a_tenant_that_floods_does_not_hold_up_another(tmp_path: Path) -> None:
             thread.join()
         assert after - before <= 16
         assert before < 30
+
+
+def test_one_tenant_never_has_all_places_of_an_engine(tmp_path: Path) -> None:
+    with running(tmp_path, in_flight_per_engine=8) as (gateway, (engine,)):
+        loud, quiet = gateway.tenant("loud"), gateway.tenant("quiet")
+        engine.token_seconds = 0.2
+        body = {"model": "base", "prompt": "x", "max_tokens": 5}
+
+        def ask(tenant: Tenant) -> None:
+            with gateway.http(tenant.key) as client:
+                assert client.post("/v1/completions", json=body).status_code == 200
+
+        threads = [threading.Thread(target=ask, args=(loud,)) for _ in range(14)]
+        for thread in threads:
+            thread.start()
+        wait_for(lambda: engine.running == 7)
+        time.sleep(0.1)
+        assert engine.running == 7
+        other = threading.Thread(target=ask, args=(quiet,))
+        other.start()
+        wait_for(lambda: engine.running == 8, 0.5)
+        for thread in (*threads, other):
+            thread.join()

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated
 
@@ -133,7 +134,10 @@ def _children(
     given = child_environment({})
     engine = {**quiet, **traced, **given, **ours}
     gateway = [sys.executable, "-m", "reft_serve.cli_gateway", "--host", host, "--port", str(port)]
-    children = [_Child("engine", serve, engine, socket), _Child("gateway", gateway, {**given, **settings})]
+    children = [
+        _Child("engine", serve, engine, socket),
+        _Child("gateway", gateway, {**_places(passed), **given, **settings}),
+    ]
     missing = [package for package in _TRAINING if importlib.util.find_spec(package) is None]
     if missing:
         _say(f"no fine-tuning: {missing[0]} is not installed; pip install 'reft-serve[train]'")
@@ -142,6 +146,15 @@ def _children(
     worker = ["nice", "-n", "10", sys.executable, "-m", "reft_serve.cli_worker"]
     training = {"REFT_MODEL": model, "REFT_WORK": str(folder / "work"), "REFT_DRAIN_SECONDS": "30"}
     return [*children, _Child("worker", worker, {**given, **settings, **training})]
+
+
+def _places(passed: Sequence[str]) -> dict[str, str]:
+    """As many requests at once as the engine works on: beyond these it has a queue of its own, which knows no tenants."""
+    for flag, following in zip_longest(passed, passed[1:], fillvalue=""):
+        name, equals, value = flag.partition("=")
+        if name.replace("_", "-") == "--max-num-seqs":
+            return {"REFT_IN_FLIGHT_PER_ENGINE": value if equals else following}
+    return {}
 
 
 def _starts_sooner_eager(model: str, passed: Sequence[str]) -> bool:

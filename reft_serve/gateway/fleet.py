@@ -28,6 +28,8 @@ __all__ = ["Fleet"]
 _SLACK = 1.25
 # One place in so many is kept from a tenant that has the others. Engines of fewer places have none to spare.
 _KEPT = 8
+# How much the last request of a tenant changes what its next one is expected to take.
+_NEWS = 0.2
 _UNLOAD_POLL_SECONDS = 0.1
 # An engine that is down is looked at this often: nobody waits for it, and everybody for its return.
 _UNWELL_PROBE_SECONDS = 0.25
@@ -38,6 +40,7 @@ class _Waiter:
     tenant: str
     affinity: str
     excluded: frozenset[Engine]
+    expected: float = 0.0
     turn: asyncio.Future[Engine] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
@@ -52,6 +55,7 @@ class Fleet:
         self._held: Counter[tuple[Engine, str]] = Counter()
         self._queues: dict[str, deque[_Waiter]] = {}
         self._served: defaultdict[str, float] = defaultdict(float)
+        self._usual: defaultdict[str, float] = defaultdict(lambda: 1.0)
         self._active: defaultdict[str, int] = defaultdict(int)
         self._probing: asyncio.Task[None] | None = None
 
@@ -108,8 +112,9 @@ class Fleet:
         return sum(len(queue) for queue in self._queues.values())
 
     def charge(self, tenant: str, tokens: float) -> None:
-        """Note the work that a tenant has had."""
+        """Note the work that a request of a tenant has been."""
         self._served[tenant] += tokens
+        self._usual[tenant] += _NEWS * (tokens - self._usual[tenant])
 
     @asynccontextmanager
     async def engine(self, tenant: str, affinity: str, excluded: frozenset[Engine]) -> AsyncIterator[Engine]:
@@ -127,12 +132,13 @@ class Fleet:
         begun = time.monotonic()
         self._enter(tenant)
         try:
-            engine = await self._place(_Waiter(tenant, affinity, excluded))
+            waiter = _Waiter(tenant, affinity, excluded)
+            engine = await self._place(waiter)
             QUEUE_SECONDS.observe(time.monotonic() - begun)
             try:
                 yield engine
             finally:
-                self._release(engine, tenant)
+                self._release(engine, waiter)
                 self._dispatch()
         finally:
             self._active[tenant] -= 1
@@ -160,7 +166,7 @@ class Fleet:
             raise Overloaded("every engine was busy for too long; try again", self._queue_seconds / 4) from exc
         except asyncio.CancelledError:
             if waiter.turn.done() and not waiter.turn.cancelled():  # its turn came as its caller left
-                self._release(waiter.turn.result(), waiter.tenant)
+                self._release(waiter.turn.result(), waiter)
                 self._dispatch()
             raise
         finally:
@@ -187,16 +193,20 @@ class Fleet:
                 return
             self._reserved[engine] += 1
             self._held[engine, tenant] += 1
-            self._served[tenant] += 1.0  # its tokens are not known yet
+            # Until its tokens are known. Else a tenant that is behind would get every place for as long as answers take.
+            waiter.expected = self._usual[tenant]
+            self._served[tenant] += waiter.expected
             self._queues[tenant].popleft()
             if not self._queues[tenant]:
                 del self._queues[tenant]
             if not waiter.turn.done():
                 waiter.turn.set_result(engine)
             else:
-                self._release(engine, tenant)
+                self._release(engine, waiter)
 
-    def _release(self, engine: Engine, tenant: str) -> None:
+    def _release(self, engine: Engine, waiter: _Waiter) -> None:
+        tenant = waiter.tenant
+        self._served[tenant] -= waiter.expected
         self._reserved[engine] -= 1
         self._held[engine, tenant] -= 1
         # Nothing stays of engines and tenants that go.

@@ -44,7 +44,7 @@ class Container:
         self.environment = own | {"HOME": str(folder), "PATH": f"{BIN}:/usr/bin:/bin"} | variables
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                self.words, env=self.environment, cwd="/", stdout=log, stderr=log, start_new_session=True
+                self.words, env=self.environment, cwd="/", stdout=log, stderr=log, process_group=0
             )
 
     @property

@@ -30,7 +30,7 @@ class Kept:
     def _start(self) -> subprocess.Popen[bytes]:
         with self._log.open("ab") as log:
             return subprocess.Popen(
-                self._command, env=os.environ | self._settings, stdout=log, stderr=log, start_new_session=True
+                self._command, env=os.environ | self._settings, stdout=log, stderr=log, process_group=0
             )
 
     def kill(self) -> None:

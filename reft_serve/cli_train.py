@@ -68,7 +68,9 @@ def train(
     ] = False,
     compiled: Annotated[
         bool,
-        typer.Option("--compile", help="torch.compile: slower to start, then up to a tenth faster, in less memory."),
+        typer.Option(
+            "--compile", help="torch.compile: slower to start, then up to a seventh faster, mostly in less memory."
+        ),
     ] = False,
     max_tokens: Annotated[
         int | None, typer.Option(metavar="N", help=f"Longer examples are left out and counted. [{_MAX_TOKENS}]")

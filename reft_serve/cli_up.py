@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated
 
@@ -150,11 +149,11 @@ def _children(
 
 def _places(passed: Sequence[str]) -> dict[str, str]:
     """As many requests at once as the engine works on: beyond these it has a queue of its own, which knows no tenants."""
-    for flag, following in zip_longest(passed, passed[1:], fillvalue=""):
-        name, equals, value = flag.partition("=")
-        if name.replace("_", "-") == "--max-num-seqs":
-            return {"REFT_IN_FLIGHT_PER_ENGINE": value if equals else following}
-    return {}
+    from reft_serve.engine.flags import flag_values
+
+    given = flag_values(passed).get("--max-num-seqs", "")
+    # Whatever else is for vLLM to refuse.
+    return {"REFT_IN_FLIGHT_PER_ENGINE": given} if given.isdecimal() and int(given) else {}
 
 
 def _starts_sooner_eager(model: str, passed: Sequence[str]) -> bool:

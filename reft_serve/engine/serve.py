@@ -14,7 +14,6 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
-from itertools import zip_longest
 from pathlib import Path
 from typing import NoReturn
 
@@ -30,6 +29,7 @@ from reft_serve.adapters.lora import holds_lora
 from reft_serve.adapters.manifest import BaseFacts, Limits
 from reft_serve.adapters.pyreft import is_pyreft
 from reft_serve.config import EngineSettings, ServeSettings, child_environment, read_settings
+from reft_serve.engine.flags import flag_values
 from reft_serve.errors import (
     AdapterExists,
     AdapterInvalid,
@@ -99,7 +99,7 @@ def plan(request: ServeRequest) -> Plan:
         raise ClientError(f"the model comes first: reft-serve serve MODEL {request.model} ...")
     _check_engine(ours)
     passed, lora_modules = _split_modules(request.passed)
-    flags = _flag_values(passed)
+    flags = flag_values(passed)
     base = _base_facts(request.model)
     taken = {request.model, flags.get("--served-model-name")}
     served = _served(request, taken, base, settings)
@@ -268,16 +268,6 @@ def _split_modules(passed: Sequence[str]) -> tuple[list[str], list[str]]:
                 continue
         (modules if inside else kept).append(argument)
     return kept, modules
-
-
-def _flag_values(passed: Sequence[str]) -> dict[str, str]:
-    """Each flag and the value that follows each, as far as one can tell without its parser."""
-    found = {}
-    for argument, following in zip_longest(passed, passed[1:], fillvalue=""):
-        if argument.startswith("--"):
-            flag, equals, value = argument.partition("=")
-            found[flag.replace("_", "-")] = value if equals else following
-    return found
 
 
 def _lora_flags(count: int, flags: dict[str, str]) -> tuple[list[str], list[str]]:

@@ -62,7 +62,7 @@ class Quotas:
         """Take a request, a place and `estimate` tokens for as long as the block lasts.
 
         Raises:
-            RateLimited: a limit of the tenant or the key is used up; nothing was taken then.
+            RateLimited: a limit of the tenant or the key is used up; no tokens were taken then.
             DatabaseUnusable: the limits cannot be counted.
         """
         holders = [("tenant", caller.tenant_id, self.limits(caller))]

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from reft_serve.cli_admin import app
-from reft_serve.cli_up import _Child
+from reft_serve.cli_up import _Child, _places
 from reft_serve.errors import Conflict, NotFound, RequestInvalid
 from tests.gateway.harness import running
 from tests.gateway.test_inference import wait_for
@@ -85,6 +85,24 @@ def test_what_the_command_line_changes_a_running_gateway_soon_knows(
         monkeypatch.setenv("REFT_DATABASE", gateway.settings.database)
         run(CliRunner(), "tenant", "disable", "acme")
         wait_for(lambda: tenant.http.get("/v1/models").status_code == 401, 2)
+
+
+@pytest.mark.parametrize(
+    ("passed", "places"),
+    [
+        (["--max-num-seqs", "64"], "64"),
+        (["--seed", "1", "--max_num_seqs=8"], "8"),
+        (["--max-num-seqs", "4", "--max-num-seqs", "6"], "6"),
+        ([], None),
+        (["--max-num-seqs"], None),
+        (["--max-num-seqs", "0"], None),
+        (["--max-num-seqs", "-1"], None),
+        (["--max-num-seqs", "many"], None),
+        (["--max-num-seqs="], None),
+    ],
+)
+def test_an_engine_gets_as_many_requests_as_it_works_on(passed: list[str], places: str | None) -> None:
+    assert _places(passed).get("REFT_IN_FLIGHT_PER_ENGINE") == places
 
 
 def test_a_child_that_ends_is_started_again_until_it_is_stopped(tmp_path: Path) -> None:

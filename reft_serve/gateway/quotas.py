@@ -73,11 +73,14 @@ class Quotas:
             for kind, name, limits in holders:
                 self._check_at_once(caller, (kind, name), limits, taken)
             spending = Spending(estimate)
-            for kind, name, limits in holders:
-                try:
+            try:
+                for kind, name, limits in holders:
                     await self._take(caller, (kind, name), limits, spending)
-                except StorageError as exc:
-                    raise DatabaseUnusable("what is used of the limits cannot be counted; try again") from exc
+            except RateLimited:
+                await self.settle(spending, 0)
+                raise
+            except StorageError as exc:
+                raise DatabaseUnusable("what is used of the limits cannot be counted; try again") from exc
             yield spending
         finally:
             for holder in taken:
@@ -103,7 +106,6 @@ class Quotas:
             stats = await self._tokens.get_window_stats(item, *holder)
             spending.tokens.append((item, holder, stats.reset_time))
             if not granted:
-                await self.settle(spending, 0)
                 raise self._limited(
                     caller, "tokens_per_minute", f"{item.amount} tokens per minute", _until(stats.reset_time)
                 )

@@ -263,6 +263,15 @@ def test_requests_at_once_are_limited_and_places_come_back(
     assert tenant.http.post("/v1/completions", json=body).status_code == 200
 
 
+def test_what_a_key_is_refused_costs_its_tenant_no_tokens(make_tenant: Callable[..., Tenant]) -> None:
+    tenant = make_tenant(limits={"tokens_per_minute": 1000})
+    made = tenant.http.post("/v1/keys", json={"limits": {"requests_per_minute": 1}}).json()["secret"]
+    limited = tenant.gateway.http(made)
+    body = {"model": "base", "prompt": "x", "max_tokens": 200}
+    assert [limited.post("/v1/completions", json=body).status_code for _ in range(9)] == [200] + [429] * 8
+    assert tenant.http.post("/v1/completions", json=body).status_code == 200
+
+
 def test_choices_and_output_tokens_are_limited(make_tenant: Callable[..., Tenant]) -> None:
     tenant = make_tenant(limits={"choices": 2, "output_tokens": 10})
     for options in ({"n": 3}, {"max_tokens": 11}):

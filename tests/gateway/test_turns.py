@@ -46,3 +46,23 @@ def test_a_tenant_that_is_behind_gets_what_it_lacks_and_no_more() -> None:
         return found
 
     assert asyncio.run(shares()) in ({"behind": 4, "ahead": 2}, {"behind": 5, "ahead": 1})
+
+
+def test_versions_are_shared_out_evenly_and_keep_their_engines_when_one_leaves() -> None:
+    async def homes(count: int) -> list[str]:
+        members = Membership(tuple(f"http://127.0.0.1:{port}" for port in range(1, count + 1)), None)
+        await members.look_up()
+        for engine in members.engines:
+            engine.healthy = True
+        fleet, found = Fleet(members, 6, 5.0, 5.0), []
+        for k in range(300):
+            async with fleet.engine("acme", f"adapter-{k}", frozenset[Engine]()) as engine:
+                found.append(engine.url)
+        await fleet.close()
+        return found
+
+    three, two = asyncio.run(homes(3)), asyncio.run(homes(2))
+    assert all(80 < count < 120 for count in Counter(three).values())
+    left = "http://127.0.0.1:3"
+    assert all(now == then for now, then in zip(two, three, strict=True) if then != left)
+    assert set(two) == set(three) - {left}

@@ -9,6 +9,7 @@ index in the flattened (B * T) grid.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,7 +20,7 @@ from torch.utils.data import Sampler
 from reft_serve.interventions.positions import Part, PositionRule
 from reft_serve.training.examples import IGNORED, Example
 
-__all__ = ["Batch", "StepSampler", "collate", "split_evenly"]
+__all__ = ["Batch", "StepSampler", "collate", "micro_batches"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,17 +90,20 @@ def collate(examples: Sequence[Example], rule: PositionRule, *, packed: bool) ->
 
 class StepSampler(Sampler[list[int]]):
     """Micro-batches of indices. Which examples share an optimiser step is chance, as without packing; how a step is cut
-    into micro-batches follows their lengths, so that all micro-batches hold about as many tokens.
+    into micro-batches follows their lengths.
 
     Order is a function of the seed and the epoch alone, which resuming relies on.
 
     Args:
         lengths: tokens of each example.
-        batch: most examples of a micro-batch. micro_batches: of one optimiser step, all processes together.
+        batch: most examples of a micro-batch. accumulate: micro-batches that each process takes for one optimiser step.
     """
 
-    def __init__(self, lengths: Sequence[int], batch: int, micro_batches: int, seed: int, *, shuffle: bool) -> None:
-        self._lengths, self._batch, self._micro_batches = lengths, batch, micro_batches
+    def __init__(
+        self, lengths: Sequence[int], batch: int, accumulate: int, seed: int, *, shuffle: bool, processes: int = 1
+    ) -> None:
+        self._lengths, self._batch, self._processes = lengths, batch, processes
+        self._per_step = batch * accumulate * processes
         self._seed, self._shuffle = seed, shuffle
         # Which epoch comes next. Not a `set_epoch`: accelerate would call that, and forgets the epoch of a resumed run.
         self.epoch = 0
@@ -107,15 +111,14 @@ class StepSampler(Sampler[list[int]]):
         self.batch_size, self.drop_last = batch, False
 
     def __len__(self) -> int:
-        whole, rest = divmod(len(self._lengths), self._batch * self._micro_batches)
-        return whole * self._micro_batches + -(-rest // self._batch)
+        # A step is a whole number of micro-batches.
+        return math.ceil(len(self._lengths) / self._batch)
 
     def __iter__(self) -> Iterator[list[int]]:
         order = self._order()
-        per_step = self._batch * self._micro_batches
-        for start in range(0, len(order), per_step):
-            step = order[start : start + per_step]
-            yield from split_evenly(step, self._lengths, -(-len(step) // self._batch))
+        for start in range(0, len(order), self._per_step):
+            step = order[start : start + self._per_step]
+            yield from micro_batches(step, self._lengths, self._batch, self._processes)
 
     def _order(self) -> list[int]:
         if not self._shuffle:
@@ -125,13 +128,17 @@ class StepSampler(Sampler[list[int]]):
         return order
 
 
-def split_evenly(indices: Sequence[int], lengths: Sequence[int], parts: int) -> list[list[int]]:
-    """Cut `indices` into `parts` of equal count (within one) and about equal tokens, the longest first in each, so that
-    equal lengths are neighbours.
+def micro_batches(indices: Sequence[int], lengths: Sequence[int], batch: int, processes: int) -> Iterator[list[int]]:
+    """Cut `indices` into parts of at most `batch`, of examples of like length, the longest first.
+
+    Those that `processes` take at the same time hold about as many tokens, so that none waits for another.
     """
     ordered = sorted(indices, key=lambda i: (-lengths[i], i))
-    dealt: list[list[int]] = [[] for _ in range(parts)]
-    for place, index in enumerate(ordered):
-        turn, column = divmod(place, parts)
-        dealt[column if turn % 2 == 0 else parts - 1 - column].append(index)
-    return dealt
+    for start in range(0, len(ordered), batch * processes):
+        together = ordered[start : start + batch * processes]
+        parts = -(-len(together) // batch)
+        dealt: list[list[int]] = [[] for _ in range(parts)]
+        for place, index in enumerate(together):
+            turn, column = divmod(place, parts)
+            dealt[column if turn % 2 == 0 else parts - 1 - column].append(index)
+        yield from dealt

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -19,7 +20,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from reft_serve.errors import ClientError
 from reft_serve.training import checkpoints
-from reft_serve.training.batching import Batch, StepSampler, collate, split_evenly
+from reft_serve.training.batching import Batch, StepSampler, collate, micro_batches
 from reft_serve.training.examples import Example
 from reft_serve.training.hooked import EditedModel
 from reft_serve.training.objectives import Objective
@@ -135,8 +136,8 @@ class ReftTrainer(Trainer, Generic[Item]):  # type: ignore[misc]
         """Batches of `StepSampler`, shared out over the processes by accelerate."""
         plan, world = self._plan, self.accelerator.num_processes
         sampler = StepSampler(
-            self._lengths, plan.batch, plan.accumulate * world, plan.seed, shuffle=plan.shuffle
-        )  # fmt: skip
+            self._lengths, plan.batch, plan.accumulate, plan.seed, shuffle=plan.shuffle, processes=world
+        )
         self._sampler = sampler
         loader: Any = DataLoader(self.train_dataset, batch_sampler=sampler, collate_fn=self._collate)
         return self.accelerator.prepare(loader)
@@ -174,9 +175,9 @@ class ReftTrainer(Trainer, Generic[Item]):  # type: ignore[misc]
         items: Sequence[Item] = self.eval_dataset
         lengths = [self._objective.tokens(item) for item in items]
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        parts = split_evenly(range(len(items)), lengths, -(-len(items) // self._plan.batch))
+        parts = micro_batches(range(len(items)), lengths, self._plan.batch, world)
         total = torch.zeros(self._objective.width, dtype=torch.float64, device=self.args.device)
-        for part in parts[rank::world]:
+        for part in islice(parts, rank, None, world):
             batch = self._collate([items[i] for i in part])["batch"].to(self.args.device)
             total += self._objective.sums(model, batch)
         summed: Tensor = self.accelerator.reduce(total, "sum")

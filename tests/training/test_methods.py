@@ -24,7 +24,7 @@ from reft_serve.errors import AdapterInvalid, BaseModelInvalid, ClientError
 from reft_serve.interventions.kinds import edit
 from reft_serve.interventions.positions import PositionRule
 from reft_serve.training.adapter import build, restore
-from reft_serve.training.batching import StepSampler, collate, split_evenly
+from reft_serve.training.batching import StepSampler, collate, micro_batches
 from reft_serve.training.examples import IGNORED, Example, Preference
 from reft_serve.training.plan import AdapterPlan, LoraPlan, Plan, parse_layers
 from reft_serve.training.run import train
@@ -251,14 +251,26 @@ def test_the_trainer_moves_on_to_the_next_epochs_order(tmp_path: Path) -> None:
     assert len(firsts) == 2
 
 
-def test_a_step_is_split_into_parts_of_like_size() -> None:
+def test_a_micro_batch_holds_like_lengths_and_processes_have_like_work() -> None:
     choose = random.Random(1)
-    lengths = [choose.randint(5, 200) for _ in range(32)]
-    parts = split_evenly(range(32), lengths, 4)
-    assert sorted(itertools.chain(*parts)) == list(range(32))
-    assert {len(part) for part in parts} == {8}
-    sizes = [sum(lengths[i] for i in part) for part in parts]
-    assert max(sizes) < 1.15 * min(sizes)
+    lengths = [choose.randint(5, 200) for _ in range(64)]
+    alone, shared = (list(micro_batches(range(64), lengths, 8, processes)) for processes in (1, 4))
+    for parts in (alone, shared):
+        assert sorted(itertools.chain(*parts)) == list(range(64))
+        assert {len(part) for part in parts} == {8}
+    for longer, shorter in itertools.pairwise(alone):
+        assert min(lengths[i] for i in longer) >= max(lengths[i] for i in shorter)
+    for start in (0, 4):
+        sizes = [sum(lengths[i] for i in part) for part in shared[start : start + 4]]
+        assert max(sizes) < 1.1 * min(sizes)
+
+
+@pytest.mark.parametrize(("count", "processes"), [(1, 2), (7, 1), (9, 2), (10, 2), (33, 3)])
+def test_an_epoch_has_as_many_micro_batches_as_it_says(count: int, processes: int) -> None:
+    sampler = StepSampler([5] * count, 4, 2, seed=1, shuffle=True, processes=processes)
+    batches = list(sampler)
+    assert len(batches) == len(sampler) == -(-count // 4)
+    assert all(0 < len(batch) <= 4 for batch in batches)
 
 
 @pytest.mark.parametrize(

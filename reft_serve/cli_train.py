@@ -72,6 +72,10 @@ def train(
             "--compile", help="torch.compile: slower to start, then up to a seventh faster, mostly in less memory."
         ),
     ] = False,
+    keep_states: Annotated[
+        float | None,
+        typer.Option(metavar="GIB", help="Memory for what the base gives below the lowest edited layer; 0: none. [1]"),
+    ] = None,
     max_tokens: Annotated[
         int | None, typer.Option(metavar="N", help=f"Longer examples are left out and counted. [{_MAX_TOKENS}]")
     ] = None,
@@ -95,6 +99,7 @@ def train(
     run = _given(
         method=method, dpo_beta=dpo_beta, epochs=epochs, max_steps=max_steps, batch=batch, accumulate=accumulate,
         learning_rate=lr, schedule=schedule, warmup=warmup, clip=clip, dtype=dtype, seed=seed, save_every=save_every,
+        keep_states=keep_states,
     )  # fmt: skip
     reports = tuple(report_to.split(",")) if report_to else ()
     plan = replace(

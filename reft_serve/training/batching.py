@@ -27,13 +27,15 @@ __all__ = ["Batch", "StepSampler", "collate", "micro_batches"]
 class Batch:
     """Some examples as tensors.
 
-    lengths: of the examples. packed: whether they lie end to end in one row.
+    token_ids: of each example. lengths: how many. packed: whether they lie end to end in one row.
     rows: the edited tokens of each part of the position rule.
     target_rows: tokens whose next token has a loss; target_ids that next token; target_weights its factor; target_of the
         example that it belongs to. All (Y,).
     reference: log-probability of each example's targets under the base model, where the method compares with it.
+    states: what leaves the lowest edited layer before its edit, (B, T, D), where that is known.
     """
 
+    token_ids: tuple[tuple[int, ...], ...]
     input_ids: Tensor
     position_ids: Tensor
     lengths: tuple[int, ...]
@@ -44,6 +46,7 @@ class Batch:
     target_weights: Tensor
     target_of: Tensor
     reference: Tensor | None = None
+    states: Tensor | None = None
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         """The batch on `device`; accelerate calls it by this name."""
@@ -62,7 +65,8 @@ class Batch:
 
 def collate(examples: Sequence[Example], rule: PositionRule, *, packed: bool) -> Batch:
     """Lay `examples` out. Positions are those of serving: `rule.spans` of each prompt's length."""
-    lengths = tuple(len(example.input_ids) for example in examples)
+    token_ids = tuple(example.input_ids for example in examples)
+    lengths = tuple(map(len, token_ids))
     width = sum(lengths) if packed else max(lengths)
     ids_BT = torch.zeros(1 if packed else len(examples), width, dtype=torch.long)
     positions_BT = torch.zeros_like(ids_BT)
@@ -85,7 +89,7 @@ def collate(examples: Sequence[Example], rule: PositionRule, *, packed: bool) ->
     rows, ids, of = (torch.tensor(columns[i], dtype=torch.long) for i in (0, 1, 3))
     edited = (torch.tensor(parts[Part.PREFIX], dtype=torch.long), torch.tensor(parts[Part.SUFFIX], dtype=torch.long))
     weights = torch.tensor(columns[2], dtype=torch.float32)
-    return Batch(ids_BT, positions_BT, lengths, packed, edited, rows, ids, weights, of)
+    return Batch(token_ids, ids_BT, positions_BT, lengths, packed, edited, rows, ids, weights, of)
 
 
 class StepSampler(Sampler[list[int]]):

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -72,7 +72,8 @@ class EditedModel(nn.Module):
         self._layers = _decoder_layers(lm)
         self._batch: Batch | None = None
         self.hits = torch.zeros((), dtype=torch.long)
-        self._live = True
+        self._live, self._stopping = True, False
+        self.depth, self.lowest = len(self._layers), min((edit.layer for edit in edits), default=len(self._layers) - 1)
         self._checkpointing = gradient_checkpointing
         if gradient_checkpointing:
             self.lm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -80,6 +81,8 @@ class EditedModel(nn.Module):
         for layer in self._layers[:-1] if compiled else ():
             # Its forward, and not the module, whose hooks edit what leaves it.
             layer.forward = torch.compile(layer.forward, dynamic=True)
+        for layer in self._layers[: self.lowest + 1]:
+            layer.forward = self._unless_known(layer.forward)
         for number in sorted({edit.layer for edit in edits}):
             self._layers[number].register_forward_hook(partial(self._edit, number))
         for name in _TOKENWISE:
@@ -94,6 +97,12 @@ class EditedModel(nn.Module):
         """Where the base model is."""
         found: torch.device = self.lm.device
         return found
+
+    @property
+    def state_bytes(self) -> int:
+        """Of one token's hidden state."""
+        size: int = self.lm.config.get_text_config().hidden_size * self.lm.dtype.itemsize
+        return size
 
     def train(self, mode: bool = True) -> EditedModel:
         """Interventions and LoRA train; the base never leaves evaluation mode."""
@@ -124,6 +133,18 @@ class EditedModel(nn.Module):
         """As `forward`, of the base model alone."""
         with getattr(self.lm, "disable_adapter", nullcontext)():
             return _chosen(self._logits(batch, edited=False), batch.target_ids)[0]
+
+    @torch.no_grad()
+    def frozen_states(self, batch: Batch) -> Tensor:
+        """What leaves the lowest edited layer before its edit, (B, T, D). No layer above is run."""
+        self._stopping = True
+        try:
+            self._logits(batch)
+        except _Reached as reached:
+            return reached.states
+        finally:
+            self._stopping = False
+        raise AssertionError("the forward pass went by the lowest edited layer")
 
     def can_pack(self, longest: int) -> bool:
         """Whether packed batches give this model's answers for examples of up to `longest` tokens; if so, it is made
@@ -177,15 +198,31 @@ class EditedModel(nn.Module):
         return self._batch.target_rows
 
     def _edit(self, layer: int, _module: nn.Module, _inputs: object, output: Any) -> Any:
+        h_BTD: Tensor = output[0] if isinstance(output, tuple) else output
+        if self._stopping:
+            raise _Reached(h_BTD)
         if not self._live:
             return output
-        h_BTD: Tensor = output[0] if isinstance(output, tuple) else output
         h_ND = h_BTD.flatten(0, 1)
         for edit in self.edits:
             if edit.layer == layer:
                 h_ND = change(h_ND, self._rows(edit), edit.module)
         edited = h_ND.view_as(h_BTD)
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
+
+    def _unless_known(self, forward: Any) -> Any:
+        """A layer's forward, which is left out where what leaves the lowest edited layer is known."""
+        sort: list[type] = []
+
+        @wraps(forward)
+        def known(hidden_states: Tensor, *args: Any, **options: Any) -> Any:
+            if self._batch is None or self._batch.states is None:
+                output = forward(hidden_states, *args, **options)
+                sort[:] = [type(output)]
+                return output
+            return (self._batch.states,) if sort == [tuple] else self._batch.states
+
+        return known
 
     def _rows(self, edit: Edit) -> Tensor:
         assert self._batch is not None
@@ -194,6 +231,14 @@ class EditedModel(nn.Module):
             return rows_E
         # Above the last layer no token looks at another. Without rows the module still runs, and its gradient is zero.
         return rows_E[torch.isin(rows_E, self._batch.target_rows)]
+
+
+class _Reached(Exception):
+    """Ends a forward pass that has come as far as it should."""
+
+    def __init__(self, states: Tensor) -> None:
+        super().__init__()
+        self.states = states
 
 
 def _chosen(logits_YV: Tensor, ids_Y: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,9 +271,13 @@ def _at_targets(layer: nn.Module, name: str, targets: Any) -> None:
     shape: list[torch.Size] = []
 
     def narrow(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        h_BTD, *rest = inputs
-        shape[:] = [h_BTD.shape[:2]]
-        return (h_BTD.flatten(0, 1).index_select(0, targets()).unsqueeze(0), *rest)
+        # Not the first alone: Bloom's MLP takes what it is added to as well.
+        size = inputs[0].shape[:2]
+        shape[:] = [size]
+        return tuple(
+            each.flatten(0, 1).index_select(0, targets()).unsqueeze(0) if each.shape[:2] == size else each
+            for each in inputs
+        )
 
     def widen(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
         (size,) = shape

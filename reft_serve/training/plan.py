@@ -47,8 +47,8 @@ class LoraPlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One training run. What a later version adds has as its default what was done before, so that it goes on with runs that
-    an earlier one has begun.
+    """One training run. What a later version adds has as its default what was done before, or comes to the same but for
+    rounding, so that it goes on with runs that an earlier one has begun.
 
     Args:
         batch: examples of a micro-batch. accumulate: micro-batches of an optimiser step.
@@ -56,6 +56,8 @@ class Plan:
         warmup: share of all steps during which the learning rate rises.
         clip: largest norm of the gradient; 0 for none.
         dtype: of the frozen base; interventions are float32.
+        keep_states: GiB of main memory for what leaves the lowest edited layer before its edit. Each epoch would compute it
+            anew; it is kept where all of it fits. 0 for none.
         compile: the base's layers, by torch.compile; a run then begins later and goes faster.
         shuffle: False takes the examples in their order, each epoch alike.
         save_every: optimiser steps between checkpoints, validation among them; None for once per epoch.
@@ -77,6 +79,7 @@ class Plan:
     clip: float = 1.0
     dtype: DType = "float32"
     gradient_checkpointing: bool = False
+    keep_states: float = 1.0
     compile: bool = False
     seed: int = 42
     shuffle: bool = True
@@ -116,8 +119,9 @@ class Plan:
         for name, share in (("warm-up", self.warmup), ("dropout", self.adapter.dropout)):
             if not 0 <= share < 1:
                 yield f"{name} must be a share from 0 to below 1, not {share}"
-        if self.clip < 0:
-            yield f"clip must not be negative, not {self.clip}"
+        for name, amount in (("clip", self.clip), ("keep states", self.keep_states)):
+            if not amount >= 0:
+                yield f"{name} must not be negative, not {amount}"
 
 
 def _flat(values: dict[str, object], prefix: str = "") -> Iterator[tuple[str, str | int | float | bool | None]]:

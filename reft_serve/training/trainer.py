@@ -22,6 +22,7 @@ from reft_serve.errors import ClientError
 from reft_serve.training import checkpoints
 from reft_serve.training.batching import Batch, StepSampler, collate, micro_batches
 from reft_serve.training.examples import Example
+from reft_serve.training.frozen import FrozenStates, worth_keeping
 from reft_serve.training.hooked import EditedModel
 from reft_serve.training.objectives import Objective
 from reft_serve.training.parameters import load_parameters, save_parameters
@@ -126,6 +127,9 @@ class ReftTrainer(Trainer, Generic[Item]):  # type: ignore[misc]
         super().__init__(
             model, settings, data_collator=self._collate, train_dataset=items, eval_dataset=held_out or None
         )
+        tokens = [*self._lengths, *map(objective.tokens, held_out)]
+        kept = worth_keeping(model, plan, tokens, self.accelerator.num_processes)
+        self._states = FrozenStates(model) if kept else None
         self.loss_is_scaled_for_ga = True
         self.remove_callback(PrinterCallback)
         self.add_callback(_Epochs(self))
@@ -150,7 +154,7 @@ class ReftTrainer(Trainer, Generic[Item]):  # type: ignore[misc]
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
         """The objective's loss of a micro-batch, for gradients that accelerate will average over the processes."""
-        batch: Batch = inputs["batch"]
+        batch = self._with_states(inputs["batch"])
         assert num_items_in_batch is not None
         processes: int = self.accelerator.num_processes
         tokens = torch.tensor(sum(batch.lengths), device=self.args.device)
@@ -178,10 +182,13 @@ class ReftTrainer(Trainer, Generic[Item]):  # type: ignore[misc]
         parts = micro_batches(range(len(items)), lengths, self._plan.batch, world)
         total = torch.zeros(self._objective.width, dtype=torch.float64, device=self.args.device)
         for part in islice(parts, rank, None, world):
-            batch = self._collate([items[i] for i in part])["batch"].to(self.args.device)
+            batch = self._with_states(self._collate([items[i] for i in part])["batch"].to(self.args.device))
             total += self._objective.sums(model, batch)
         summed: Tensor = self.accelerator.reduce(total, "sum")
         return summed
+
+    def _with_states(self, batch: Batch) -> Batch:
+        return batch if self._states is None else self._states.join(batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Tell the callbacks; nothing is kept, since a checkpoint would hold it all."""

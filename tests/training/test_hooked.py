@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from reft_serve.training.batching import collate
 from reft_serve.training.examples import IGNORED, Example
 from reft_serve.training.hooked import Edit, EditedModel
 from tests.conftest import GOLDEN
+from tests.engine.family_models import FAMILIES
 
 RULES = [PositionRule("f3+l3", tied=False), PositionRule("all", phase="all"), PositionRule("0,-1")]
 
@@ -111,3 +113,25 @@ def test_only_the_interventions_learn() -> None:
     assert learning
     assert all(name.startswith("interventions.") for name in learning)
     assert not model.lm.training
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_left_out_changes_no_familys_answers(name: str, tmp_path: Path) -> None:
+    FAMILIES[name].build(tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    width, vocabulary = (getattr(plain.config.get_text_config(), key) for key in ("hidden_size", "vocab_size"))
+    model = EditedModel(
+        AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32),
+        [Edit(1, Part.PREFIX, Intervention("loreft", width, 3))],
+    )
+    some = []
+    for each in examples()[:3]:
+        ids = tuple(i % vocabulary for i in each.input_ids)
+        some.append(Example(ids, (IGNORED,) * each.prompt_len + ids[each.prompt_len :], each.prompt_len))
+    expected = []
+    for each in some:
+        with torch.no_grad():
+            logprobs = plain(torch.tensor([each.input_ids])).logits[0].log_softmax(-1)
+        expected += [logprobs[t - 1, each.input_ids[t]] for t in range(each.prompt_len, len(each.input_ids))]
+    got = model.base_score(collate(some, PositionRule("f1"), packed=model.can_pack(64)))
+    assert torch.allclose(got, torch.stack(expected), atol=1e-4)

@@ -31,8 +31,8 @@ def main() -> None:
     setup = json.loads(sys.stdin.readline())
     torch.set_num_threads(setup["threads"])
     plan = Plan(
-        AdapterPlan("loreft", setup["rank"], None, PositionRule(setup["positions"])),
-        epochs=1, batch=setup["batch"], accumulate=setup["accumulate"], dtype=setup["dtype"], shuffle=False,
+        AdapterPlan("loreft", setup["rank"], setup["layers"], PositionRule(setup["positions"])),
+        epochs=setup["epochs"], batch=setup["batch"], accumulate=setup["accumulate"], dtype=setup["dtype"], shuffle=False,
         compile=setup.get("compile", False),
     )  # fmt: skip
     model = build(Path(setup["base"]), plan)
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def timed_steps(model: Any, plan: Any, rows: Rows, *, packed: bool) -> list[tuple[float, float]]:
-    """Train once through `rows`; when each step ended, by the clock and by the processor's time."""
+    """Train on `rows`; when each step ended, by the clock and by the processor's time."""
     ends: list[tuple[float, float]] = []
 
     class Clock(TrainerCallback):  # type: ignore[misc]

@@ -71,27 +71,25 @@ def as_pyreft(ids, prompt_len, count):
 
 def build():
     base = AutoModelForCausalLM.from_pretrained(setup["base"], torch_dtype=DTYPE).to(DEVICE)
-    layers, width = base.config.num_hidden_layers, base.config.hidden_size
-    edits = [
-        pyreft.LoreftIntervention(embed_dim=width, low_rank_dimension=setup["rank"], dtype=DTYPE) for _ in range(layers)
-    ]
+    layers, width = setup.get("layers") or range(base.config.num_hidden_layers), base.config.hidden_size
+    edits = [pyreft.LoreftIntervention(embed_dim=width, low_rank_dimension=setup["rank"], dtype=DTYPE) for _ in layers]
     representations = [
         {"layer": k, "component": "block_output", "low_rank_dimension": setup["rank"], "intervention": edit}
-        for k, edit in enumerate(edits)
+        for k, edit in zip(layers, edits, strict=True)
     ]
     model = pyreft.get_reft_model(base, pyreft.ReftConfig(representations=representations), set_device=False)
     if DEVICE != "cpu":
         model.set_device(DEVICE)
-    return model, layers
+    return model, len(layers)
 
 
 def train(model, layers, job):
     clock = Clock()
     arguments = TrainingArguments(
         output_dir="/tmp/pyreft-bench", per_device_train_batch_size=setup["batch"],
-        gradient_accumulation_steps=setup["accumulate"], num_train_epochs=1, learning_rate=9e-4, warmup_ratio=0.1,
-        use_cpu=DEVICE == "cpu", save_strategy="no", report_to="none", logging_steps=1, disable_tqdm=True,
-        remove_unused_columns=False,
+        gradient_accumulation_steps=setup["accumulate"], num_train_epochs=setup.get("epochs", 1),
+        learning_rate=9e-4, warmup_ratio=0.1, use_cpu=DEVICE == "cpu", save_strategy="no", report_to="none",
+        logging_steps=1, disable_tqdm=True, remove_unused_columns=False,
     )  # fmt: skip
     collator = pyreft.reft_trainer.make_data_collator(Pad(), None)
     data = [as_pyreft(ids, prompt_len, layers) for ids, prompt_len in job["examples"]]

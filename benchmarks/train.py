@@ -9,6 +9,7 @@ given; and at fixed lengths, where no example is padded and nothing is gained by
 
   scripts/bench train --pyreft ENV/bin/python [--data commonsense=FILE ...]   about twenty minutes on two cores
   scripts/bench train ... --models 100m --add                                 one part of it, put to the result so far
+  scripts/bench train ... --layers 3 --epochs 4 --add                         few layers, and the data several times
 
 `tests/training/fixtures/record_pyreft.py` says how to make pyreft's environment.
 """
@@ -48,6 +49,7 @@ class Case:
     batch: int
     accumulate: int
     steps: int
+    epochs: int
 
 
 def main() -> None:
@@ -58,6 +60,8 @@ def main() -> None:
     parser.add_argument("--models", default="shipped,100m")
     parser.add_argument("--lengths", default="64,256", help="fixed lengths to try")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each side")
+    parser.add_argument("--layers", default="", metavar="N,N", help="edit these layers, not all")
+    parser.add_argument("--epochs", type=int, default=1, help="times through a turn's examples")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compile", action="store_true", help="our side as with `reft-serve train --compile`")
@@ -98,23 +102,26 @@ def _cases(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
         setup = {
             "base": str(path.resolve()), "dtype": args.dtype, "threads": args.threads, "rank": _RANK,
             "positions": _POSITIONS, "batch": batch, "accumulate": accumulate, "compile": args.compile,
+            "layers": [int(layer) for layer in args.layers.split(",") if layer] or None, "epochs": args.epochs,
         }  # fmt: skip
         ours = [sys.executable, "-m", "benchmarks._train_ours"]
         theirs = [args.pyreft, str(Path(__file__).parent / "_train_pyreft.py")]
         with side(ours, setup) as us, side(theirs, setup) as them:
             for name, rows in sets.items():
                 label = f"{model}, compiled" if args.compile else model
-                case = Case(label, name, rows, batch, accumulate, steps)
+                label += f", layers {args.layers}" if args.layers else ""
+                label += f", {args.epochs} epochs" if args.epochs > 1 else ""
+                case = Case(label, name, rows, batch, accumulate, steps, args.epochs)
                 measured = _compare(case, us, them, args.rounds)
                 profiles = {"ours": _profile(us, rows), "pyreft": _profile(them, rows)}
                 yield measured | {"profile": profiles, "note": args.note}
 
 
 def _compare(case: Case, us: subprocess.Popen[str], them: subprocess.Popen[str], rounds: int) -> dict[str, Any]:
-    choose, per_turn = random.Random(1), case.batch * case.accumulate * case.steps
-    turns = []
+    choose, different = random.Random(1), case.batch * case.accumulate * case.steps
+    per_turn, turns = different * case.epochs, []
     for turn in range(rounds + 1):
-        job = {"examples": choose.sample(case.rows, per_turn)}
+        job = {"examples": choose.sample(case.rows, different)}
         # The side that begins changes, so that neither has the other's warm caches or a drifting clock to thank.
         sides = (us, them) if turn % 2 else (them, us)
         answers = {id(side): ask(side, job) for side in sides}

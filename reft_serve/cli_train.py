@@ -69,7 +69,7 @@ def train(
     compiled: Annotated[
         bool,
         typer.Option(
-            "--compile", help="torch.compile: slower to start, then up to a seventh faster, mostly in less memory."
+            "--compile", help="torch.compile: half a minute slower to start, then a little faster. For long runs."
         ),
     ] = False,
     keep_states: Annotated[

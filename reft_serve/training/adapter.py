@@ -19,7 +19,7 @@ from reft_serve.errors import AdapterUnsupported, BaseModelInvalid, ClientError
 from reft_serve.interventions.kinds import Weights
 from reft_serve.interventions.modules import Intervention
 from reft_serve.interventions.positions import Part, PositionRule
-from reft_serve.training import lora, norms
+from reft_serve.training import lora, passes
 from reft_serve.training.hooked import Edit, EditedModel
 from reft_serve.training.plan import AdapterPlan, DType, Plan
 from reft_serve.training.processes import keep_freed_memory, this_process
@@ -58,7 +58,7 @@ def build(base: Path, plan: Plan) -> EditedModel:
         lm = lora.wrap(lm, plan.lora)
     model = EditedModel(lm, edits, gradient_checkpointing=plan.gradient_checkpointing, compiled=plan.compile)
     if device.type == "cpu" and not plan.compile:
-        norms.join_passes(model.lm)
+        passes.join_passes(model.lm)
     return model.to(device)
 
 

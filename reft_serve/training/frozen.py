@@ -17,12 +17,9 @@ from reft_serve.interventions.positions import PositionRule
 from reft_serve.training.batching import Batch, collate
 from reft_serve.training.examples import Example
 from reft_serve.training.hooked import EditedModel
-from reft_serve.training.plan import Plan
+from reft_serve.training.plan import Plan, much_is_below
 
 __all__ = ["FrozenStates", "worth_keeping"]
-
-# Share of the layers that must lie below the edits, the lowest edited one included: less is not worth the memory.
-_MUCH = 0.25
 
 
 def worth_keeping(model: EditedModel, plan: Plan, lengths: Sequence[int], processes: int) -> bool:
@@ -33,7 +30,7 @@ def worth_keeping(model: EditedModel, plan: Plan, lengths: Sequence[int], proces
     steps_per_epoch = len(lengths) / (plan.batch * plan.accumulate * processes)
     epochs = plan.epochs if plan.max_steps is None else plan.max_steps / steps_per_epoch
     size = sum(lengths) * model.state_bytes / 2**30
-    much = model.lowest + 1 >= _MUCH * model.depth
+    much = much_is_below(model.lowest, model.depth)
     return epochs > processes and much and size <= plan.keep_states and plan.lora is None and plan.dtype != "float16"
 
 

@@ -106,6 +106,8 @@ class EditedModel(nn.Module):
 
     def train(self, mode: bool = True) -> EditedModel:
         """Interventions and LoRA train; the base never leaves evaluation mode."""
+        if mode == self.training and not self.lm.training:
+            return self  # the Trainer says so before each micro-batch
         super().train(mode)
         self.lm.eval()
         for name, module in self.lm.named_modules():

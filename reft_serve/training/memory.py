@@ -11,6 +11,7 @@ from typing import Any
 
 from reft_serve.database.hyperparameters import DpoHyperparameters
 from reft_serve.training.choices import most_tokens
+from reft_serve.training.plan import Plan, much_is_below
 
 __all__ = ["context_of", "estimate"]
 
@@ -21,7 +22,8 @@ _WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 
 
 def estimate(base: Path, asked: DpoHyperparameters, *, gpu: bool) -> int:
-    """Bytes at the peak: the frozen base, what its forward pass keeps for the backward one, logits, and the process.
+    """Bytes at the peak: the frozen base, what its forward pass keeps for the backward one, logits, and the process; on a CPU
+    also what the run may keep from one epoch to the next.
 
     Raises:
         OSError, ValueError: the model's `config.json` or weights cannot be read.
@@ -39,7 +41,9 @@ def estimate(base: Path, asked: DpoHyperparameters, *, gpu: bool) -> int:
     kept = tokens * layers * (10 * hidden + 4 * inner) * width
     # Answers are a part of the tokens; a quarter of them is more than chats have.
     logits = tokens // 4 * int(config.get("vocab_size") or 1) * (width + 8)
-    return parameters * width + kept + logits + (_CUDA if gpu else _PROCESS)
+    lowest = min(asked.layers) if isinstance(asked.layers, list | tuple) else 0
+    states = int(Plan().keep_states * 2**30) if not gpu and much_is_below(lowest, layers) else 0
+    return parameters * width + kept + logits + states + (_CUDA if gpu else _PROCESS)
 
 
 def context_of(base: Path) -> int | None:

@@ -11,7 +11,7 @@ from reft_serve.interventions.positions import PositionRule
 from reft_serve.interventions.vocabulary import ACTIVATION_CODES, KINDS, Kind
 from reft_serve.training.recipes import Recipe
 
-__all__ = ["AdapterPlan", "DType", "LoraPlan", "Method", "Plan", "Schedule", "parse_layers", "plan_of"]
+__all__ = ["AdapterPlan", "DType", "LoraPlan", "Method", "Plan", "Schedule", "much_is_below", "parse_layers", "plan_of"]
 
 DType = Literal["float32", "bfloat16", "float16"]
 Method = Literal["supervised", "dpo"]
@@ -161,6 +161,13 @@ def plan_of(recipe: Recipe) -> Plan:
         clip=training.max_grad_norm,
         seed=training.seed,
     )
+
+
+def much_is_below(lowest: int, layers: int) -> bool:
+    """Whether a quarter of the layers or more give the same in each epoch where `lowest` is the lowest edited one: less is
+    not worth the memory that keeping it takes.
+    """
+    return 4 * (lowest + 1) >= layers
 
 
 def parse_layers(text: str, layers: int) -> tuple[int, ...] | None:

@@ -66,6 +66,8 @@ def test_memory_grows_with_what_a_step_holds_and_is_not_told_for_what_is_not_the
     much = estimate(MODEL, read_hyperparameters({"batch_size": 64, "accumulation": 1}), gpu=False)
     assert 700 << 20 < little < 1 << 30
     assert much > 3 * little
+    few = read_hyperparameters({"batch_size": 1, "accumulation": 1, "max_tokens": 64, "layers": [1]})
+    assert (estimate(MODEL, few, gpu=False) - little) == 1 << 30
     for wrong in ("", "{", '{"hidden_size": "x"}'):
         (tmp_path / "config.json").write_text(wrong)
         with pytest.raises((OSError, ValueError)):

@@ -64,9 +64,9 @@ def test_each_adapter_answers_in_its_own_way(up: Up) -> None:
 
 def test_a_version_answers_within_two_seconds_of_its_upload(up: Up) -> None:
     took = []
-    for name in ("tears", "sweat", "blood"):  # the best of three, since others may have the cores
+    for name in ("tears", "tears-again", "tears-once-more"):  # the best of three, since others may have the cores
         begun = time.monotonic()
-        assert up.upload(name).status_code == 201
+        assert up.upload("tears", name).status_code == 201
         up.say(name, max_tokens=1)
         took.append(time.monotonic() - begun)
     assert min(took) < 2

@@ -262,7 +262,9 @@ async def test_a_full_disk_sends_a_job_back_and_holds_the_others(
             while True:
                 filler.write(bytes(1 << 20))
         await until_told(place, job_id, "back to the queue, to go on from its last checkpoint")
+        await place.until(job_id, "queued")
         await until(lambda: worker.unready is not None and "No space left" in worker.unready)
+        await asyncio.sleep(0.5)
         assert (await place.find(job_id)).status == "queued"
         (small_disk / "filler").unlink()
         job = await place.until(job_id, "succeeded")

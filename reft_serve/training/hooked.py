@@ -90,7 +90,7 @@ class EditedModel(nn.Module):
         for name, part in self._layers[-1].named_children():
             if name in _ATTENTION:
                 attention.look_from_targets(part)
-        self.train()
+        self._switch(True)
 
     @property
     def device(self) -> torch.device:
@@ -106,8 +106,11 @@ class EditedModel(nn.Module):
 
     def train(self, mode: bool = True) -> EditedModel:
         """Interventions and LoRA train; the base never leaves evaluation mode."""
-        if mode == self.training and not self.lm.training:
-            return self  # the Trainer says so before each micro-batch
+        if mode != self.training or self.lm.training:  # the Trainer says so before each micro-batch
+            self._switch(mode)
+        return self
+
+    def _switch(self, mode: bool) -> None:
         super().train(mode)
         self.lm.eval()
         for name, module in self.lm.named_modules():
@@ -117,7 +120,6 @@ class EditedModel(nn.Module):
             for layer in self._layers:
                 # transformers recomputes a layer only where this is set; its parts stay in evaluation mode.
                 layer.training = mode
-        return self
 
     def forward(self, batch: Batch) -> Tensor:
         """Log-probabilities (Y,) in float32 of `batch.target_ids`; `hits` is then how many of these were the likeliest."""

@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
+from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -136,6 +137,18 @@ def test_how_layers_are_run_changes_no_weight(change: dict[str, bool], tmp_path:
     for mine, theirs in zip(plain, changed, strict=True):
         for name, tensor in mine.tensors().items():
             assert torch.allclose(tensor, theirs.tensors()[name], atol=1e-6), name
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_layers_are_computed_again_from_the_first_step_where_that_is_asked(checkpointing: bool) -> None:
+    model = build(BASE, Plan(SHAPE, gradient_checkpointing=checkpointing))
+    ran: list[nn.Module] = []
+    for layer in model.lm.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda module, _: ran.append(module))
+    model.train()
+    model(collate(examples(3), SHAPE.rule, packed=False)).sum().backward()
+    # Nothing is recorded of the first layer, below the lowest edit.
+    assert [ran.count(layer.mlp) for layer in model.lm.model.layers[1:]] == [1 + checkpointing] * 3
 
 
 def test_compiling_without_a_compiler_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ __all__ = ["Batch", "StepSampler", "collate", "micro_batches"]
 class Batch:
     """Some examples as tensors.
 
-    token_ids: of each example. lengths: how many. packed: whether they lie end to end in one row.
+    token_ids: of each example. packed: whether they lie end to end in one row.
     rows: the edited tokens of each part of the position rule.
     target_rows: tokens whose next token has a loss; target_ids that next token; target_weights its factor; target_of the
         example that it belongs to. All (Y,).
@@ -38,7 +38,6 @@ class Batch:
     token_ids: tuple[tuple[int, ...], ...]
     input_ids: Tensor
     position_ids: Tensor
-    lengths: tuple[int, ...]
     packed: bool
     rows: tuple[Tensor, Tensor]
     target_rows: Tensor
@@ -47,6 +46,11 @@ class Batch:
     target_of: Tensor
     reference: Tensor | None = None
     states: Tensor | None = None
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each example."""
+        return tuple(map(len, self.token_ids))
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         """The batch on `device`; accelerate calls it by this name."""
@@ -66,7 +70,7 @@ class Batch:
 def collate(examples: Sequence[Example], rule: PositionRule, *, packed: bool) -> Batch:
     """Lay `examples` out. Positions are those of serving: `rule.spans` of each prompt's length."""
     token_ids = tuple(example.input_ids for example in examples)
-    lengths = tuple(map(len, token_ids))
+    lengths = [len(ids) for ids in token_ids]
     width = sum(lengths) if packed else max(lengths)
     ids_BT = torch.zeros(1 if packed else len(examples), width, dtype=torch.long)
     positions_BT = torch.zeros_like(ids_BT)
@@ -89,7 +93,7 @@ def collate(examples: Sequence[Example], rule: PositionRule, *, packed: bool) ->
     rows, ids, of = (torch.tensor(columns[i], dtype=torch.long) for i in (0, 1, 3))
     edited = (torch.tensor(parts[Part.PREFIX], dtype=torch.long), torch.tensor(parts[Part.SUFFIX], dtype=torch.long))
     weights = torch.tensor(columns[2], dtype=torch.float32)
-    return Batch(token_ids, ids_BT, positions_BT, lengths, packed, edited, rows, ids, weights, of)
+    return Batch(token_ids, ids_BT, positions_BT, packed, edited, rows, ids, weights, of)
 
 
 class StepSampler(Sampler[list[int]]):

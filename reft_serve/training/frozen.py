@@ -22,16 +22,17 @@ from reft_serve.training.plan import Plan, much_is_below
 __all__ = ["FrozenStates", "worth_keeping"]
 
 
-def worth_keeping(model: EditedModel, plan: Plan, lengths: Sequence[int], processes: int) -> bool:
-    """Whether examples of these `lengths` come again, save enough work, and fit into `plan.keep_states` GiB.
+def worth_keeping(model: EditedModel, plan: Plan, examples: int, tokens: int, processes: int) -> bool:
+    """Whether an epoch's `examples` come again, enough work is saved, and the `tokens` that are read fit into
+    `plan.keep_states` GiB.
 
     Not with a LoRA, which learns below too. Not in float16, where the Trainer's autocast has other roundings than ours.
     """
-    steps_per_epoch = len(lengths) / (plan.batch * plan.accumulate * processes)
+    steps_per_epoch = examples / (plan.batch * plan.accumulate * processes)
     epochs = plan.epochs if plan.max_steps is None else plan.max_steps / steps_per_epoch
-    size = sum(lengths) * model.state_bytes / 2**30
+    fit = tokens * model.state_bytes / 2**30 <= plan.keep_states
     much = much_is_below(model.lowest, model.depth)
-    return epochs > processes and much and size <= plan.keep_states and plan.lora is None and plan.dtype != "float16"
+    return epochs > processes and much and fit and plan.lora is None and plan.dtype != "float16"
 
 
 class FrozenStates:
@@ -43,10 +44,11 @@ class FrozenStates:
 
     def join(self, batch: Batch) -> Batch:
         """The batch with its states; those that are met for the first time are computed."""
-        new = sorted({ids for ids in batch.token_ids if ids not in self._kept})
+        new = [ids for ids in dict.fromkeys(batch.token_ids) if ids not in self._kept]
         # On a CPU one by one, since in other company they would be other bits, and a resumed run meets them in another.
-        alone = self._model.device.type == "cpu"
-        for ids in [[each] for each in new] if alone else [new] if new else []:
+        some = 1 if self._model.device.type == "cpu" else len(batch.token_ids)
+        for start in range(0, len(new), some):
+            ids = new[start : start + some]
             self._kept.update(zip(ids, self._compute(ids, packed=batch.packed), strict=True))
         rows = [self._kept[ids] for ids in batch.token_ids]
         states_BTD = torch.cat(rows).unsqueeze(0) if batch.packed else pad_sequence(rows, batch_first=True)

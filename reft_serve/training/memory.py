@@ -41,7 +41,7 @@ def estimate(base: Path, asked: DpoHyperparameters, *, gpu: bool) -> int:
     kept = tokens * layers * (10 * hidden + 4 * inner) * width
     # Answers are a part of the tokens; a quarter of them is more than chats have.
     logits = tokens // 4 * int(config.get("vocab_size") or 1) * (width + 8)
-    lowest = min(asked.layers) if isinstance(asked.layers, list | tuple) else 0
+    lowest = min(asked.layers) if isinstance(asked.layers, list) else 0
     states = int(Plan().keep_states * 2**30) if not gpu and much_is_below(lowest, layers) else 0
     return parameters * width + kept + logits + states + (_CUDA if gpu else _PROCESS)
 

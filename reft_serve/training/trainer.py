@@ -127,8 +127,8 @@ class ReftTrainer(Trainer, Generic[Item]):  # type: ignore[misc]
         super().__init__(
             model, settings, data_collator=self._collate, train_dataset=items, eval_dataset=held_out or None
         )
-        tokens = [*self._lengths, *map(objective.tokens, held_out)]
-        kept = worth_keeping(model, plan, tokens, self.accelerator.num_processes)
+        tokens = sum(self._lengths) + sum(map(objective.tokens, held_out))
+        kept = worth_keeping(model, plan, len(items), tokens, self.accelerator.num_processes)
         self._states = FrozenStates(model) if kept else None
         self.loss_is_scaled_for_ga = True
         self.remove_callback(PrinterCallback)

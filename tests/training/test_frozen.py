@@ -23,6 +23,7 @@ from reft_serve.training.plan import AdapterPlan, LoraPlan, Plan
 from reft_serve.training.run import train
 from tests.conftest import GOLDEN
 from tests.engine.family_models import FAMILIES
+from tests.training.test_hooked import learnt
 from tests.training.test_methods import BASE, StopsAt, examples, metrics, pairs
 
 RULE = PositionRule("f3+l3")
@@ -41,13 +42,6 @@ def examples_of(model: EditedModel, count: int) -> list[Example]:
     vocabulary = model.lm.config.get_text_config().vocab_size
     all_ids = [tuple(i % vocabulary for i in each.input_ids) for each in examples(count)]
     return [Example(ids, ids, len(ids) // 2 + 1) for ids in all_ids]
-
-
-def learnt(model: EditedModel, batch: Any) -> tuple[Tensor, list[Tensor]]:
-    model.zero_grad()
-    logprobs = model(batch)
-    (logprobs * torch.linspace(0.5, 1, len(logprobs))).sum().backward()
-    return logprobs.detach(), [p.grad.clone() for p in model.interventions.parameters() if p.grad is not None]
 
 
 def check_equal(model: EditedModel, *, packed: bool) -> None:
@@ -137,10 +131,16 @@ def test_states_are_kept_where_they_come_again_and_fit(change: dict[str, Any], p
     model = build(BASE, Plan(UPPER))
     assert model.state_bytes == 64 * 4
     plan = replace(Plan(UPPER, epochs=3, batch=16), **change)
-    assert worth_keeping(model, plan, [100] * 64, processes) is kept
+    assert worth_keeping(model, plan, 64, 64 * 100, processes) is kept
+
+
+def test_what_is_held_out_takes_memory_and_makes_no_epoch_longer() -> None:
+    model, plan = build(BASE, Plan(UPPER)), Plan(UPPER, max_steps=5, batch=16)
+    assert worth_keeping(model, plan, 64, 1000 * 100, 1)
+    assert not worth_keeping(model, replace(plan, keep_states=0.001), 64, 1000 * 100, 1)
 
 
 def test_little_is_saved_where_all_of_many_layers_are_edited() -> None:
     model = build(BASE, Plan(UPPER))
     model.lowest, model.depth = 0, 6
-    assert not worth_keeping(model, Plan(UPPER), [100] * 64, 1)
+    assert not worth_keeping(model, Plan(UPPER), 64, 64 * 100, 1)

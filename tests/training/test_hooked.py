@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from reft_serve.interventions.modules import Intervention
 from reft_serve.interventions.positions import Part, PositionRule
-from reft_serve.training.batching import collate
+from reft_serve.training.batching import Batch, collate
 from reft_serve.training.examples import IGNORED, Example
 from reft_serve.training.hooked import Edit, EditedModel
 from tests.conftest import GOLDEN
@@ -41,11 +41,10 @@ def examples() -> list[Example]:
     return found
 
 
-def learnt(
-    model: EditedModel, batches: list[list[Example]], rule: PositionRule, *, packed: bool
-) -> tuple[Tensor, list[Tensor]]:
+def learnt(model: EditedModel, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+    """Log-probabilities of the targets, and what a weighted sum of them gives as gradients of the interventions."""
     model.zero_grad()
-    logprobs = torch.cat([model(collate(batch, rule, packed=packed)) for batch in batches])
+    logprobs = model(batch)
     (logprobs * torch.linspace(0.5, 1, len(logprobs))).sum().backward()
     return logprobs.detach(), [p.grad.clone() for p in model.interventions.parameters() if p.grad is not None]
 
@@ -58,11 +57,11 @@ def test_however_examples_are_laid_out(name: str, rule: PositionRule, longest: l
     model = edited(name, rule)
     # Three of about one length, which share a call of attention; the last example has no token with a loss.
     batch = [examples()[i] for i in (*longest, 0, 5, 2, 3, 1, 4)]
-    padded = learnt(model, [batch], rule, packed=False)
+    padded = learnt(model, collate(batch, rule, packed=False))
     # One by one, transformers' own whole forward on the edited layers.
     single = torch.cat([_whole(model, example, rule) for example in batch])
     assert model.can_pack(100)
-    packed = learnt(model, [batch], rule, packed=True)
+    packed = learnt(model, collate(batch, rule, packed=True))
     assert torch.allclose(padded[0], single, atol=2e-5)
     assert torch.allclose(packed[0], single, atol=2e-5)
     for mine, theirs in zip(packed[1], padded[1], strict=True):

@@ -306,8 +306,8 @@ def test_a_report_that_is_not_installed_is_named(tmp_path: Path) -> None:
 
 
 def test_every_wrong_value_of_a_plan_is_told_at_once() -> None:
-    plan = Plan(replace(SHAPE, rank=0, dropout=1.0), batch=0, warmup=-1.0, clip=-1.0)
+    plan = Plan(replace(SHAPE, rank=0, dropout=1.0), batch=0, warmup=-1.0, clip=-1.0, keep_states=float("nan"))
     with pytest.raises(ClientError) as caught:
         plan.check()
-    for name in ("rank", "dropout", "batch", "warm-up", "clip"):
+    for name in ("rank", "dropout", "batch", "warm-up", "clip", "keep states"):
         assert name in str(caught.value)

@@ -63,13 +63,10 @@ def test_each_adapter_answers_in_its_own_way(up: Up) -> None:
 
 
 def test_a_version_answers_within_two_seconds_of_its_upload(up: Up) -> None:
-    took = []
-    for name in ("tears", "tears-again", "tears-once-more"):  # the best of three, since others may have the cores
-        begun = time.monotonic()
-        assert up.upload("tears", name).status_code == 201
-        up.say(name, max_tokens=1)
-        took.append(time.monotonic() - begun)
-    assert min(took) < 2
+    begun = time.monotonic()
+    assert up.upload("tears").status_code == 201
+    up.say("tears", max_tokens=1)
+    assert time.monotonic() - begun < 2
 
 
 def test_what_is_under_way_ends_with_the_version_that_it_began_with(up: Up) -> None:

@@ -21,20 +21,20 @@ def shares(engines: list[FakeEngine]) -> list[int]:
     return [engine.counts["requests"] for engine in engines]
 
 
-def test_requests_of_one_version_go_to_one_engine_and_not_all_to_the_same(tmp_path: Path) -> None:
+def test_requests_of_one_version_go_to_one_engine_and_many_versions_spread(tmp_path: Path) -> None:
     with running(tmp_path, engines=3) as (gateway, engines):
         tenant = gateway.tenant("acme")
-        for k in range(12):
+        for k in range(40):  # which engine each calls home is chance: of 40 an engine lacks one in four million runs
             tenant.upload(f"a{k}", k + 1)
         homes = []
-        for k in range(12):
+        for k in range(40):
             before = shares(engines)
             for _ in range(3):
                 tenant.say(f"a{k}", max_tokens=1)
             moved = [now - then for now, then in zip(shares(engines), before, strict=True)]
             assert sorted(moved) == [0, 0, 3]
             homes.append(moved.index(3))
-        assert len(set(homes)) > 1
+        assert len(set(homes)) == 3
 
 
 def test_a_busy_engine_lets_others_help(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from docs import pictures, tables
 from tests.docs.blocks import ROOT, Block, blocks
 
-PAGES = ["README.md", "docs/load.md", "docs/quick-start.md", "docs/tenancy.md", "docs/contributing.md"]
+PAGES = ["README.md", "docs/load.md", "docs/quick-start.md", "docs/tenancy.md", "CONTRIBUTING.md"]
 RUNNABLE = [block for page in PAGES for block in blocks(page) if block.how == "yes"]
 
 

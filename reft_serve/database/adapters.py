@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 from collections.abc import Sequence
 from typing import Any
@@ -12,12 +11,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from reft_serve.database.insertion import insert_new
 from reft_serve.database.models import Adapter, Alias, Share, Tenant, Version, new_id, now_ms
+from reft_serve.database.names import PRODUCTION, check_adapter_name, check_alias_name
 from reft_serve.errors import Conflict, NotFound, RequestInvalid
 
 __all__ = [
-    "ADAPTER_NAME",
-    "ALIAS_NAME",
-    "PRODUCTION",
     "Counts",
     "add_version",
     "delete_adapter",
@@ -37,9 +34,6 @@ __all__ = [
     "unshare",
 ]
 
-ADAPTER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
-ALIAS_NAME = r"^[a-z][a-z0-9-]{0,30}$"
-PRODUCTION = "production"
 Counts = tuple[int, int]
 
 
@@ -126,10 +120,9 @@ async def add_version(
         label: the end of its `ft:` name; random where none is given.
 
     Raises:
-        RequestInvalid: the name cannot be an adapter's.
+        RequestInvalid: the name cannot be an adapter's, or is reserved.
     """
-    if not re.match(ADAPTER_NAME, name):
-        raise RequestInvalid(f"{name[:80]!r} is not an adapter's name: up to 63 letters, digits and . _ -", "name")
+    check_adapter_name(name, base_name, tenant.name)
     row = {"id": new_id("adp"), "tenant_id": tenant.id, "name": name, "next_number": 1, "created_ms": now_ms()}
     await session.execute(insert_new(session.get_bind().dialect, Adapter, ["tenant_id", "name"]), [row])
     adapter = await find_adapter(session, tenant.id, name)
@@ -148,7 +141,13 @@ async def add_version(
 
 
 async def set_alias(
-    session: AsyncSession, adapter: Adapter, name: str, version: Version, traffic: float | None = None
+    session: AsyncSession,
+    adapter: Adapter,
+    name: str,
+    version: Version,
+    traffic: float | None = None,
+    *,
+    base_name: str = "base",
 ) -> Alias:
     """Let an alias name a version; it remembers what it named before.
 
@@ -158,14 +157,12 @@ async def set_alias(
         name: the alias's.
         version: what it names from now on.
         traffic: the share of the bare name's requests that it takes; None leaves it as it is.
+        base_name: how the base model is called in public.
 
     Raises:
-        RequestInvalid: not an alias's name, or shares that would add up to more than 1.
+        RequestInvalid: the name cannot be an alias's, or shares that would add up to more than 1.
     """
-    if not re.match(ALIAS_NAME, name):
-        raise RequestInvalid(
-            f"{name[:80]!r} is not an alias's name: up to 31 of a-z, 0-9 and '-', a letter first", "alias"
-        )
+    check_alias_name(name, base_name, adapter.name)
     if traffic and name == PRODUCTION:
         raise RequestInvalid("production takes what the other aliases leave; give them the share", "share")
     alias = await session.get(Alias, (adapter.id, name), with_for_update={"of": Alias})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -10,9 +9,9 @@ from typing import Any, Literal
 from sqlalchemy import Select, exists, func, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from reft_serve.database.adapters import ADAPTER_NAME
 from reft_serve.database.files import find_file
 from reft_serve.database.models import Checkpoint, Event, Job, Tenant, new_id
+from reft_serve.database.names import check_adapter_name
 from reft_serve.database.outcomes import FINAL, end, tell
 from reft_serve.errors import Conflict, NotFound, RequestInvalid
 
@@ -54,17 +53,14 @@ async def create_job(session: AsyncSession, tenant: Tenant, key_id: str | None, 
 
     Raises:
         NotFound: a file is not there.
-        RequestInvalid: the suffix is no adapter's name, or too long for the names here.
+        RequestInvalid: the suffix is no adapter's name, is reserved, or is too long for the names here.
     """
     for file_id in (wanted.training_file_id, wanted.validation_file_id):
         if file_id is not None:
             await find_file(session, tenant.id, file_id, keep=True)
     job_id = new_id("ftjob", "-")
     adapter = wanted.suffix or f"job-{job_id[-8:]}"
-    if not re.match(ADAPTER_NAME, adapter):
-        raise RequestInvalid(
-            f"{adapter[:80]!r} cannot be the name of what is trained: up to 63 letters, digits and . _ -", "suffix"
-        )
+    check_adapter_name(adapter, wanted.model, tenant.name, "suffix")
     longest = _MODEL_ID - len(f"ft:{wanted.model}:{tenant.name}:") - _LABEL
     if len(adapter) > longest:
         raise RequestInvalid(f"the suffix makes the model's name too long: give at most {longest} characters", "suffix")

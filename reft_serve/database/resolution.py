@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from sqlalchemy import or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from reft_serve.database.adapters import PRODUCTION, find_version, list_aliases, list_versions, may_use
+from reft_serve.database.adapters import find_version, list_aliases, list_versions, may_use
 from reft_serve.database.models import Adapter, Tenant, Version
+from reft_serve.database.names import PRODUCTION
 from reft_serve.database.permissions import is_permitted
 from reft_serve.errors import NotFound
 

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from reft_serve.adapters.engine_card import EngineCard, read_card
+from reft_serve.database.names import ENGINE_PREFIX
 from reft_serve.errors import AdapterInvalid, EngineFailed, EngineUnavailable
 from reft_serve.gateway.upstream import Http, Upstream
 from reft_serve.observability import ENGINE_IN_FLIGHT, ENGINE_UP, LOAD_SECONDS, LOADS
 
 __all__ = ["NAME_PREFIX", "Engine", "engine_name", "message_of"]
 
-NAME_PREFIX = "reft-v-"
+NAME_PREFIX = ENGINE_PREFIX
 _PROBE_SECONDS, _LOAD_SECONDS = 5.0, 60.0
 
 

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from reft_serve.database import models
-from reft_serve.database.adapters import ADAPTER_NAME
 from reft_serve.database.hyperparameters import DpoHyperparameters, SupervisedHyperparameters
+from reft_serve.database.names import ADAPTER_NAME
 from reft_serve.database.outcomes import FINAL
 
 __all__ = [

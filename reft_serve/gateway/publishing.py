@@ -15,6 +15,7 @@ from reft_serve.adapters.structure import check_structure
 from reft_serve.database import adapters, audit, files
 from reft_serve.database.keys import Principal
 from reft_serve.database.models import Version
+from reft_serve.database.names import check_adapter_name, check_alias_name
 from reft_serve.database.tenants import find_tenant
 from reft_serve.errors import AdapterInvalid, NotFound, RateLimited
 from reft_serve.gateway.engine import engine_name
@@ -40,11 +41,12 @@ async def publish(services: Services, caller: Principal, actor: audit.Actor, upl
 
     Raises:
         AdapterInvalid: every fault of it.
-        RequestInvalid, RequestTooLarge: it is not an adapter's files.
+        RequestInvalid, RequestTooLarge: a name is reserved, or it is not an adapter's files.
         RateLimited: the tenant has no room for it.
         EngineUnavailable: no engine is up to check it.
         StoreUnusable: the store cannot take it.
     """
+    _check_names(services, caller, upload)
     with ExitStack() as stack:
         staged = await asyncio.to_thread(lambda: stack.enter_context(services.store.staging()))
         size, manifest = await asyncio.to_thread(_prepare, services, staged, upload)
@@ -56,6 +58,14 @@ async def publish(services: Services, caller: Principal, actor: audit.Actor, upl
         except BaseException:
             services.later(retire(services, [digest]))
             raise
+
+
+def _check_names(services: Services, caller: Principal, upload: Upload) -> None:
+    """Refuse reserved names before any file of the upload is read."""
+    base = services.settings.base_model
+    check_adapter_name(upload.name, base, caller.tenant)
+    if upload.alias is not None:
+        check_alias_name(upload.alias, base, upload.name)
 
 
 def _prepare(services: Services, staged: Path, upload: Upload) -> tuple[int, Manifest]:
@@ -106,7 +116,9 @@ async def _record(
             source="upload", facts=manifest.summary(), base_name=services.settings.base_model,
         )  # fmt: skip
         if upload.alias is not None:
-            await adapters.set_alias(session, version.adapter, upload.alias, version)
+            await adapters.set_alias(
+                session, version.adapter, upload.alias, version, base_name=services.settings.base_model
+            )
         audit.record(
             session, actor, "version.create", f"{upload.name}@{version.number}", tenant.id,
             digest=digest, bytes=size, alias=upload.alias,

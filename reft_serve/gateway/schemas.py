@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from reft_serve.config import TenantLimits
 from reft_serve.database import models
-from reft_serve.database.adapters import ADAPTER_NAME, ALIAS_NAME
 from reft_serve.database.keys import ROLES, Role, Scope
+from reft_serve.database.names import ADAPTER_NAME, ALIAS_NAME
 from reft_serve.database.tenants import TENANT_NAME
 from reft_serve.gateway.numbers import WHOLE
 

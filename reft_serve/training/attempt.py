@@ -156,6 +156,7 @@ class Attempt:
     async def _prepare(self, folder: Path) -> JobSpec | None:
         """What its process needs; None where it is not wanted any more."""
         claim, around = self.claim, self._around
+        inputs.check_name(claim)
         files = [("training_file", claim.training_file_id), ("validation_file", claim.validation_file_id)]
         paths = [await inputs.fetch_file(around, file_id, param, folder) for param, file_id in files if file_id]
         await inputs.fetch_checkpoint(around, claim, folder)

@@ -9,13 +9,14 @@ from pathlib import Path
 from reft_serve.adapters.blobs import Blob
 from reft_serve.database.files import key_of_blob, needed_file
 from reft_serve.database.jobs import Claim
+from reft_serve.database.names import check_adapter_name
 from reft_serve.database.outcomes import Failed
-from reft_serve.errors import BlobMissing, NotFound, StoreUnusable
+from reft_serve.errors import BlobMissing, NotFound, RequestInvalid, StoreUnusable
 from reft_serve.training import archive
 from reft_serve.training.child import RUN
 from reft_serve.training.surroundings import Surroundings
 
-__all__ = ["Unfit", "checkpoint_key", "checkpoints_of", "fetch_checkpoint", "fetch_file"]
+__all__ = ["Unfit", "check_name", "checkpoint_key", "checkpoints_of", "fetch_checkpoint", "fetch_file"]
 
 
 class Unfit(Exception):
@@ -24,6 +25,18 @@ class Unfit(Exception):
     def __init__(self, failure: Failed) -> None:
         self.failure = failure
         super().__init__(failure.message)
+
+
+def check_name(claim: Claim) -> None:
+    """Whether the version that the job makes can have its name, asked before it is trained.
+
+    Raises:
+        Unfit: the name is reserved, which an earlier version of reft-serve did not ask.
+    """
+    try:
+        check_adapter_name(claim.adapter, claim.model, claim.tenant, "suffix")
+    except RequestInvalid as exc:
+        raise Unfit(Failed("reserved_name", f"{exc}: create a new job with another suffix", "suffix")) from exc
 
 
 async def fetch_file(around: Surroundings, file_id: str, param: str, folder: Path) -> Path:

@@ -65,11 +65,13 @@ class Bar:
         )  # fmt: skip
         self._progress = Progress(*columns, console=console)
         self._task = self._progress.add_task("training", total=None, numbers="")
-        self._started, self._first_tokens = time.monotonic(), 0.0
+        # When tokens were first counted, and how many there were: a resumed run brings those of earlier days.
+        self._first: tuple[float, float] | None = None
         self._held_out = ""
 
     def started(self, step: int, steps: int) -> None:
         """Show the bar."""
+        self._first = (time.monotonic(), 0.0) if step == 0 else None
         self._progress.update(self._task, completed=step, total=steps)
         self._progress.start()
 
@@ -79,9 +81,17 @@ class Bar:
             self._held_out = f"  held-out {metrics['eval_loss']:.4f}"
         if "loss" not in metrics:
             return
-        rate = metrics["tokens"] / max(time.monotonic() - self._started, 1e-9)
-        numbers = f"loss {metrics['loss']:.4f}{self._held_out}  {rate:,.0f} tokens/s"
+        numbers = f"loss {metrics['loss']:.4f}{self._held_out}{self._rate(metrics['tokens'])}"
         self._progress.update(self._task, completed=step, numbers=numbers)
+
+    def _rate(self, tokens: float) -> str:
+        """Tokens per second since this process began; nothing yet at the first step of a resumed run."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (now, tokens)
+            return ""
+        since, first = self._first
+        return f"  {(tokens - first) / max(now - since, 1e-9):,.0f} tokens/s"
 
     def saved(self, step: int, path: Path) -> None:
         """Nothing."""

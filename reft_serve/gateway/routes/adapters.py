@@ -14,9 +14,9 @@ from fastapi.responses import StreamingResponse
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from reft_serve.database import adapters, audit
-from reft_serve.database.adapters import ADAPTER_NAME, ALIAS_NAME
 from reft_serve.database.keys import Principal
 from reft_serve.database.models import Adapter
+from reft_serve.database.names import ADAPTER_NAME, ALIAS_NAME
 from reft_serve.database.tenants import find_tenant
 from reft_serve.errors import NotFound
 from reft_serve.gateway import publishing
@@ -159,7 +159,9 @@ async def put_alias(
     async with services.database.writing() as session:
         adapter = await adapters.find_adapter(session, caller.tenant_id, name)
         version = await adapters.find_version(session, adapter, body.version)
-        changed = await adapters.set_alias(session, adapter, alias, version, body.share)
+        changed = await adapters.set_alias(
+            session, adapter, alias, version, body.share, base_name=services.settings.base_model
+        )
         audit.record(
             session, actor_of(request), "alias.set", f"{name}@{alias}", caller.tenant_id,
             version=version.number, share=changed.share,

@@ -14,13 +14,15 @@ from reft_serve.gateway.numbers import WHOLE
 
 __all__ = ["ChatBody", "CompletionBody", "EmbeddingBody", "InferenceBody", "ResponseBody"]
 
+# Lists stop at their first fault: an error for each element of each branch of a union would take gigabytes.
+_FIRST = Field(fail_fast=True)
 _Name = Annotated[str, Field(min_length=1, max_length=512)]
 _Penalty = Annotated[float, Field(ge=-2, le=2)]
 _Count = Annotated[int, Field(ge=1, le=1 << 24), WHOLE]
 # Whole numbers beyond 2**53 are not the same to every JSON reader.
 _Seed = Annotated[int, Field(ge=-(1 << 53), le=1 << 53), WHOLE]
 _Token = Annotated[int, Field(ge=0, lt=1 << 31), WHOLE]
-_Stop = str | Annotated[list[str], Field(max_length=16)]
+_Stop = str | Annotated[list[str], Field(max_length=16), _FIRST]
 _Object = dict[str, Any]
 
 
@@ -58,7 +60,7 @@ class _Sampling(InferenceBody):
     top_k: Annotated[int, Field(ge=-1, lt=1 << 31), WHOLE] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    stop_token_ids: Annotated[list[_Token], Field(max_length=128)] | None = None
+    stop_token_ids: Annotated[list[_Token], Field(max_length=128), _FIRST] | None = None
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
@@ -86,9 +88,11 @@ class CompletionBody(_Generation):
 
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1, max_length=64)]
-        | Annotated[list[_Token], Field(min_length=1)]
-        | Annotated[list[Annotated[list[_Token], Field(min_length=1)]], Field(min_length=1, max_length=64)]
+        | Annotated[list[str], Field(min_length=1, max_length=64), _FIRST]
+        | Annotated[list[_Token], Field(min_length=1), _FIRST]
+        | Annotated[
+            list[Annotated[list[_Token], Field(min_length=1), _FIRST]], Field(min_length=1, max_length=64), _FIRST
+        ]
     )
     max_tokens: Annotated[int, Field(ge=0, le=1 << 24), WHOLE] | None = None
     echo: bool | None = None
@@ -112,23 +116,23 @@ class _Message(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
     role: Literal["developer", "system", "user", "assistant", "tool", "function"]
-    content: str | list[_TextPart] | None = None
+    content: str | Annotated[list[_TextPart], _FIRST] | None = None
 
 
 class ChatBody(_Generation, _Hints):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[_Message], Field(min_length=1, max_length=4096)]
+    messages: Annotated[list[_Message], Field(min_length=1, max_length=4096), _FIRST]
     max_tokens: _Count | None = None
     max_completion_tokens: _Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
-    tools: Annotated[list[_Object], Field(max_length=256)] | None = None
+    tools: Annotated[list[_Object], Field(max_length=256), _FIRST] | None = None
     tool_choice: Literal["none", "auto", "required"] | _Object | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
     store: Literal[False] | None = Field(default=None, exclude=True)
-    modalities: list[Literal["text"]] | None = Field(default=None, exclude=True)
+    modalities: Annotated[list[Literal["text"]], _FIRST] | None = Field(default=None, exclude=True)
 
 
 class _InputPart(BaseModel):
@@ -140,23 +144,23 @@ class _InputPart(BaseModel):
 class _InputItem(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
-    content: str | list[_InputPart] | None = None
+    content: str | Annotated[list[_InputPart], _FIRST] | None = None
 
 
 class ResponseBody(_Sampling, _Hints):
     """POST /v1/responses. Nothing is stored, so there is no `previous_response_id`."""
 
-    input: str | Annotated[list[_InputItem], Field(min_length=1, max_length=4096)]
+    input: str | Annotated[list[_InputItem], Field(min_length=1, max_length=4096), _FIRST]
     instructions: str | None = None
     max_output_tokens: _Count | None = None
-    tools: Annotated[list[_Object], Field(max_length=256)] | None = None
+    tools: Annotated[list[_Object], Field(max_length=256), _FIRST] | None = None
     tool_choice: Literal["none", "auto", "required"] | _Object | None = None
     parallel_tool_calls: bool | None = None
     reasoning: _Object | None = None
     text: _Object | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     truncation: Literal["auto", "disabled"] | None = None
-    include: list[str] | None = None
+    include: Annotated[list[str], Field(max_length=64), _FIRST] | None = None
     max_tool_calls: _Count | None = None
     store: bool | None = None
     background: Literal[False] | None = Field(default=None, exclude=True)
@@ -168,9 +172,9 @@ class EmbeddingBody(InferenceBody):
 
     input: (
         str
-        | Annotated[list[str], Field(min_length=1, max_length=2048)]
-        | Annotated[list[_Token], Field(min_length=1)]
-        | Annotated[list[list[_Token]], Field(min_length=1, max_length=2048)]
+        | Annotated[list[str], Field(min_length=1, max_length=2048), _FIRST]
+        | Annotated[list[_Token], Field(min_length=1), _FIRST]
+        | Annotated[list[Annotated[list[_Token], _FIRST]], Field(min_length=1, max_length=2048), _FIRST]
     )
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: _Count | None = None

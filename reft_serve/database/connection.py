@@ -23,7 +23,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
 from reft_serve.errors import DatabaseUnusable
 
-__all__ = ["FAILURES", "Database", "check_schema", "migrate", "revision_of"]
+__all__ = ["CLOSE_SECONDS", "FAILURES", "Database", "check_schema", "migrate", "revision_of"]
 
 # What a session raises while the database is away, or breaks off: to try again makes sense.
 FAILURES: tuple[type[Exception], ...] = (
@@ -37,6 +37,8 @@ _MIGRATIONS = Path(__file__).with_name("migrations")
 # Any number does, as long as nothing else of ours locks it.
 _MIGRATION_LOCK = 0x5EF7
 _TABLE_LOCK_SECONDS = 5
+CLOSE_SECONDS = 5.0
+"""How long the end of a process waits for a database that does not answer."""
 _T = TypeVar("_T")
 
 
@@ -116,7 +118,17 @@ class Database:
             raise DatabaseUnusable(f"the database does not answer: {_reason(exc)}") from exc
 
     async def close(self) -> None:
-        """Close every connection."""
+        """Close every connection, within about `CLOSE_SECONDS`: those of a database that cannot be reached are dropped."""
+        closing = asyncio.ensure_future(self._close())
+        await asyncio.wait([closing], timeout=CLOSE_SECONDS)
+        if not closing.done():
+            _log.warning("the database did not close its connections in time, so they are dropped")
+            closing.cancel()
+            await asyncio.wait([closing], timeout=CLOSE_SECONDS / 5)
+        elif closing.exception() is not None:
+            _log.warning("the database's connections could not be closed", exc_info=closing.exception())
+
+    async def _close(self) -> None:
         await self.engine.dispose()
         if self._thread is not None:
             await self._thread.close()

@@ -7,10 +7,12 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from reft_serve import __version__
 from reft_serve.adapters.base_model import read_base_model
 from reft_serve.adapters.blobs import BlobStore
 from reft_serve.adapters.store import AdapterStore
@@ -31,6 +33,7 @@ __all__ = ["Worker", "running"]
 _log = logging.getLogger(__name__)
 _LONGEST_PAUSE = 60.0
 _SPARE = 64 << 20
+_TURN_SECONDS = 1.5
 _PASSING: tuple[type[Exception], ...] = (BaseModelInvalid, ServiceError, *TROUBLE)
 
 
@@ -68,9 +71,13 @@ class Worker:
     async def run(self) -> None:
         """Work until `end`."""
         settings = self._around.settings
+        _log.info(
+            "the worker starts",
+            extra={"data": {"worker": settings.worker_name, "model": str(self._around.base), "version": __version__}},
+        )
         while not self._ending.is_set():
             self._ticked = time.monotonic()
-            await self._turn()
+            await self._unless_ending(self._turn())
             JOBS_RUNNING.set(len(self._attempts))
             JOB_MEMORY.set(sum(attempt.memory for attempt in self._attempts.values()))
             WORKER_READY.set(self.unready is None)
@@ -78,6 +85,18 @@ class Worker:
             await asyncio.wait(waking, timeout=settings.poll_seconds, return_when=asyncio.FIRST_COMPLETED)
             waking[0].cancel()
         await self._drain(settings.drain_seconds)
+
+    async def _unless_ending(self, turn: Coroutine[Any, Any, None]) -> None:
+        """Await a look at the queue; once the worker ends, no longer than a moment, since the database may be away."""
+        looking, ending = asyncio.create_task(turn), asyncio.create_task(self._ending.wait())
+        await asyncio.wait([looking, ending], return_when=asyncio.FIRST_COMPLETED)
+        ending.cancel()
+        if not looking.done():
+            await asyncio.wait([looking], timeout=_TURN_SECONDS)
+            looking.cancel()
+            await asyncio.wait([looking], timeout=_TURN_SECONDS)
+        elif looking.exception() is not None:
+            looking.result()
 
     async def _turn(self) -> None:
         """One look at the queue. Trouble makes the next looks rarer, so that it is told and not spread."""

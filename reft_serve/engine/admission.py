@@ -50,7 +50,7 @@ class Admission:
         self._pinned: set[int] = set()
         self._held: set[str] = set()
         self._ahead: dict[str, Folded] = {}
-        # By identity: two strengths of one version are two adapters to a batch.
+        # By identity: two strengths, or two prompt ends, of one version are two adapters to a batch.
         self._requests: Counter[Identity] = Counter()
         self._ids: dict[Identity, int] = {}
 

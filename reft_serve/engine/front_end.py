@@ -17,12 +17,13 @@ from vllm.lora.utils import get_adapter_absolute_path
 from reft_serve.adapters.directory import CONFIG, is_adapter, read_adapter
 from reft_serve.adapters.engine_card import CARD_KEY
 from reft_serve.engine.facts import base_facts, engine_card, limits_of, rank_faults, settings_of
-from reft_serve.engine.identity import Identity, bound_request, identity_of, with_strength
+from reft_serve.engine.identity import Identity, bound_request, identity_of, with_prompt_tokens, with_strength
 from reft_serve.errors import AdapterUnsupported, ClientError
 
-__all__ = ["STRENGTH", "Binder", "binder_of"]
+__all__ = ["PROMPT_TOKENS", "STRENGTH", "Binder", "binder_of"]
 
 STRENGTH = "reft_strength"
+PROMPT_TOKENS = "reft_prompt_tokens"
 _MOST = 100.0
 
 
@@ -135,9 +136,14 @@ def binding_inputs(original: Any) -> Callable[..., Any]:
 
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         call = signature.bind(self, *args, **kwargs)
+        params = call.arguments["params"]
         bound = binder_of(self).bind(call.arguments.get("lora_request"))
-        call.arguments["lora_request"] = _at_strength(bound, strength_of(call.arguments["params"]))
-        return original(*call.args, **call.kwargs)
+        call.arguments["lora_request"] = _at_strength(bound, strength_of(params))
+        prompt_tokens = prompt_tokens_of(params, call.arguments["request_id"])
+        request = original(*call.args, **call.kwargs)
+        if prompt_tokens is not None:
+            _end_prompt(request, prompt_tokens)
+        return request
 
     return process_inputs
 
@@ -158,6 +164,42 @@ def strength_of(params: Any) -> float | None:
             value=str(given)[:100],
         )
     return float(given)
+
+
+def prompt_tokens_of(params: Any, request_id: str) -> int | None:
+    """How many of a request's tokens are its prompt for the position rule; None if it does not say.
+
+    Raises:
+        VLLMValidationError: it is not a number of tokens, or the list has none for this prompt.
+    """
+    given = (getattr(params, "extra_args", None) or {}).get(PROMPT_TOKENS)
+    if isinstance(given, list):
+        # One request of the server may have several prompts, with one `extra_args` for all. It numbers their ids.
+        at = request_id.rpartition("-")[2] if len(given) > 1 else "0"
+        given = given[int(at)] if at.isdecimal() and int(at) < len(given) else given
+    if given is None or (isinstance(given, int) and not isinstance(given, bool) and given >= 1):
+        return given
+    raise _wrong_prompt_tokens(
+        "must be the number of tokens, at least 1, before the answer; a list has one per prompt", given
+    )
+
+
+def _end_prompt(request: Any, prompt_tokens: int) -> None:
+    ids, embeds = request.prompt_token_ids, request.prompt_embeds
+    total = len(ids) if ids is not None else len(embeds)
+    if prompt_tokens > total:
+        raise _wrong_prompt_tokens(
+            f"is {prompt_tokens}, and the prompt with its answer has {total} tokens", prompt_tokens
+        )
+    identity = identity_of(request.lora_request)
+    # A request that names the end that its edits have anyway is no other adapter to a batch.
+    if identity is not None and identity.rule.spans(prompt_tokens) != identity.rule.spans(total):
+        request.lora_request = with_prompt_tokens(request.lora_request, prompt_tokens)
+
+
+def _wrong_prompt_tokens(fault: str, given: object) -> VLLMValidationError:
+    parameter = f"vllm_xargs.{PROMPT_TOKENS}"
+    return VLLMValidationError(f"{PROMPT_TOKENS} {fault}", parameter=parameter, value=str(given)[:100])
 
 
 def _at_strength(bound: LoRARequest | None, strength: float | None) -> LoRARequest | None:

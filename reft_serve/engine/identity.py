@@ -1,4 +1,5 @@
-"""What of an adapter travels with each request: its digest, its position rule and the strength that was asked for.
+"""What of an adapter travels with each request: its digest, its position rule, and the strength and the prompt's end that
+were asked for.
 
 The front end reads and checks a directory once and binds every request to what it found. From there the request itself
 says which edits it gets, so the scheduler needs no file for its prefix-cache keys, the worker can tell whether it holds
@@ -13,7 +14,7 @@ from functools import lru_cache
 
 from vllm.lora.request import LoRARequest
 
-from reft_serve.interventions.positions import PositionRule
+from reft_serve.interventions.positions import PositionRule, Span
 
 __all__ = [
     "FIRST_ID",
@@ -25,6 +26,7 @@ __all__ = [
     "identity_of",
     "lora_id_of",
     "with_engine_id",
+    "with_prompt_tokens",
     "with_strength",
 ]
 
@@ -42,12 +44,20 @@ IDS = 1 << 28
 class Identity:
     """One immutable version: its digest (sha256 in hex), where it edits, whether it holds a LoRA, and the factor on its
     edits, which is not one on the LoRA.
+
+    prompt_tokens: where the prompt ends for the position rule, if the tokens after it are an answer to be scored. None:
+        where the request's own prompt ends.
     """
 
     digest: str
     rule: PositionRule
     lora: bool = False
     strength: float = 1.0
+    prompt_tokens: int | None = None
+
+    def spans(self, prompt_len: int) -> list[Span]:
+        """The edited tokens of a request with `prompt_len` prompt tokens, as `PositionRule.spans`; none at strength 0."""
+        return self.rule.spans(self.prompt_tokens or prompt_len) if self.strength else []
 
     @property
     def engine_id(self) -> int:
@@ -74,6 +84,13 @@ def with_strength(request: LoRARequest, strength: float) -> LoRARequest:
     identity = identity_of(request)
     assert identity is not None
     return bound_request(request, request.lora_path, replace(identity, strength=strength))
+
+
+def with_prompt_tokens(request: LoRARequest, prompt_tokens: int) -> LoRARequest:
+    """A bound request whose prompt ends after `prompt_tokens` tokens, for the position rule."""
+    identity = identity_of(request)
+    assert identity is not None
+    return bound_request(request, request.lora_path, replace(identity, prompt_tokens=prompt_tokens))
 
 
 def with_engine_id(request: LoRARequest, engine_id: int) -> LoRARequest:

@@ -5,8 +5,8 @@ hash to its parent's, so a block needs a key of its own only for the edits *insi
 the block's tokens are edited. A block before the first edited token therefore has no key, is the base model's, and is
 shared by all adapters and the base; one after edited prefix tokens differs by digest through its parents; one that
 reaches the suffix differs by where the suffix starts, and so by the prompt's length. Short prompts, whose halves are
-clamped, need nothing more. A strength other than 1 is part of the edits, and so of their blocks' keys. A LoRA acts on
-every token, so an adapter that holds one shares no block.
+clamped, need nothing more, nor do requests that name their prompt's end. A strength other than 1 is part of the edits, and
+so of their blocks' keys. A LoRA acts on every token, so an adapter that holds one shares no block.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 from vllm.v1.request import Request
 
 from reft_serve.engine.identity import Identity, identity_of
-from reft_serve.interventions.positions import PositionRule
 
 __all__ = ["edited_in", "extra_keys", "shared_tokens"]
 
@@ -26,14 +25,14 @@ def extra_keys(request: Request, start: int, end: int) -> list[tuple[str, str]] 
     identity = identity_of(request.lora_request)
     if identity is None:
         return None
-    edited = edited_in(identity.rule, request.num_prompt_tokens, start, end) if identity.strength else ()
+    edited = edited_in(identity, request.num_prompt_tokens, start, end)
     times = "" if identity.strength == 1 or not edited else f"*{identity.strength!r}"
     return [("lora", f"reft:{identity.digest}{times}:{edited}")] if edited or identity.lora else []
 
 
-def edited_in(rule: PositionRule, prompt_len: int, start: int, end: int) -> tuple[tuple[int, ...], ...]:
+def edited_in(identity: Identity, prompt_len: int, start: int, end: int) -> tuple[tuple[int, ...], ...]:
     """The edited spans inside [start, end), as (start, stop, part)."""
-    clipped = ((max(s.start, start), min(s.stop, end), int(s.part)) for s in rule.spans(prompt_len))
+    clipped = ((max(s.start, start), min(s.stop, end), int(s.part)) for s in identity.spans(prompt_len))
     return tuple(span for span in clipped if span[0] < span[1])
 
 
@@ -43,8 +42,7 @@ def shared_tokens(identity: Identity, prompt_len: int, cached: int, block: int) 
     """
     if identity.lora:
         return 0
-    spans = identity.rule.spans(prompt_len) if identity.strength else ()
-    first = min((span.start for span in spans), default=cached)
+    first = min((span.start for span in identity.spans(prompt_len)), default=cached)
     return cached if cached <= first else first - first % block
 
 

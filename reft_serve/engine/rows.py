@@ -46,11 +46,9 @@ def rows_of(requests: list[StepRequest], slot_of: Callable[[StepRequest], int]) 
     keys: list[NDArray[np.int32]] = []
     scales: list[NDArray[np.float32]] = []
     for request in requests:
-        if not request.identity.strength:
-            continue
         begin, end = request.computed, request.computed + request.scheduled
         shift, slot = request.first_row - begin, -1
-        for span in request.identity.rule.spans(request.prompt_len):
+        for span in request.identity.spans(request.prompt_len):
             low, high = max(span.start, begin), min(span.stop, end)
             if low < high:
                 slot = slot_of(request) if slot < 0 else slot

@@ -67,6 +67,7 @@ class Ask:
     adapter: a number into the work's adapters, or -1 for the base. None goes on as `follows` was asked: the same adapter,
         strength and salt.
     follows: an earlier wave's request (a number into them all), whose prompt and answer this prompt starts with.
+    end: the part of the tokens that is the prompt for the position rule, the rest being an answer to score; None: all.
     """
 
     adapter: int | None
@@ -76,6 +77,7 @@ class Ask:
     salt: str | None
     strength: float
     max_tokens: int
+    end: float | None
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,7 @@ def works(draw: st.DrawFn, widest: int = 24) -> Work:
         salt=st.sampled_from([None, None, None, None, "a", "b"]),
         strength=st.sampled_from([1.0, 1.0, 1.0, 1.0, 0.5, 0.5, -1.5, 0.0]),
         max_tokens=st.sampled_from([1, 2, 3, 4, 6, LONGEST_ANSWER]),
+        end=st.sampled_from([None, None, None, None, 0.0, 0.5, 0.9]),
     )
     sizes = [draw(st.integers(1, widest)) for _ in range(draw(st.integers(1, 5)))]
     return Work(tuple(made), tuple(tuple(draw(st.lists(asks, min_size=n, max_size=n))) for n in sizes))

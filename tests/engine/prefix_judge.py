@@ -43,6 +43,7 @@ class Tally:
     answer_hits: int = 0
     salted_hits: int = 0
     scaled_hits: int = 0
+    ended_hits: int = 0
     near_ties: int = 0
     compared: int = 0
     largest_difference: float = 0.0
@@ -59,6 +60,10 @@ class Request:
     digest: str | None
     prior: int
 
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.tokens) if self.ask.end is None else max(int(self.ask.end * len(self.tokens)), 1)
+
     def contents(self, tokens: tuple[int, ...], count: int) -> list[Content]:
         """The first `count` blocks of the prompt and what follows it."""
         return [(self.ask.salt, tokens[:end], self._edits(end)) for end in range(BLOCK, (count + 1) * BLOCK, BLOCK)]
@@ -66,7 +71,7 @@ class Request:
     def _edits(self, end: int) -> tuple[Any, ...]:
         if self.rule is None or self.ask.strength == 0:
             return ()
-        length = len(self.tokens)
+        length = self.prompt_tokens
         prefix, suffix = self.rule.indices(length) if self.rule.phase != "generated" else ([], [])
         later = range(length, end) if self.rule.edits_generated else range(0)
         edits = [(i, Part.PREFIX) for i in (*prefix, *later)] + [(i, Part.SUFFIX) for i in suffix]
@@ -139,6 +144,7 @@ class Judge:
         edited = any(content[2] for content in hits)
         tally.edited_hits += edited
         tally.scaled_hits += edited and request.ask.strength != 1
+        tally.ended_hits += edited and request.ask.end is not None
         tally.answer_hits += cached > request.prior > 0
         tally.salted_hits += bool(hits) and request.ask.salt is not None
 
@@ -215,7 +221,7 @@ def _generate(engine: Any, requests: list[Request], adapters: Sequence[_Written]
             ignore_eos=True,
             logprobs=4,
             detokenize=False,
-            extra_args=None if r.adapter < 0 or r.ask.strength == 1 else {"reft_strength": r.ask.strength},
+            extra_args=_extra_args(r),
         )
         for r in requests
     ]
@@ -229,6 +235,14 @@ def _generate(engine: Any, requests: list[Request], adapters: Sequence[_Written]
         use_tqdm=False,
     )
     return outputs
+
+
+def _extra_args(request: Request) -> dict[str, Any] | None:
+    if request.adapter < 0:
+        return None
+    strength = {} if request.ask.strength == 1 else {"reft_strength": request.ask.strength}
+    end = {} if request.ask.end is None else {"reft_prompt_tokens": request.prompt_tokens}
+    return strength | end or None
 
 
 @contextmanager

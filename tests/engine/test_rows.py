@@ -53,6 +53,18 @@ def test_chunks_of_any_size_edit_the_same_tokens(
     assert seen == edited(rule, prompt_len, length)
 
 
+@given(rule=RULES, prompt_len=st.integers(1, 60), answer=st.integers(0, 20), chunk=st.integers(1, 25))
+def test_a_named_end_of_the_prompt_edits_what_a_prompt_of_that_length_would_be_edited(
+    rule: PositionRule, prompt_len: int, answer: int, chunk: int
+) -> None:
+    length, identity, seen = prompt_len + answer, Identity("0" * 64, rule, prompt_tokens=prompt_len), set()
+    for computed in range(0, length, chunk):
+        rows = rows_of([StepRequest(identity, "", length, computed, min(chunk, length - computed), 0)], lambda _: 3)
+        if rows is not None:
+            seen |= {(int(row) + computed, int(key) - 6) for row, key in zip(rows.row_T, rows.key_T, strict=True)}
+    assert seen == edited(rule, prompt_len, length)
+
+
 def test_a_step_without_edits_asks_for_no_slot() -> None:
     request = StepRequest(Identity("0" * 64, PositionRule("f2")), "", 10, 5, 5, 0)
     assert rows_of([request], lambda _: 1 // 0) is None
@@ -65,7 +77,9 @@ def test_blocks_share_a_key_exactly_when_their_edits_agree_up_to_their_end(
     total = 96
 
     def chain(prompt_len: int) -> list[tuple[object, ...]]:
-        keys = [edited_in(rule, prompt_len, start, start + block) for start in range(0, total, block)]
+        keys = [
+            edited_in(Identity("0" * 64, rule), prompt_len, start, start + block) for start in range(0, total, block)
+        ]
         return [tuple(keys[: i + 1]) for i in range(len(keys))]
 
     for i, (mine, other) in enumerate(zip(chain(lengths[0]), chain(lengths[1]), strict=True)):
@@ -75,7 +89,7 @@ def test_blocks_share_a_key_exactly_when_their_edits_agree_up_to_their_end(
 
 
 def test_blocks_before_the_first_edit_have_no_key() -> None:
-    rule = PositionRule("l5")
+    rule = Identity("0" * 64, PositionRule("l5"))
     assert edited_in(rule, 100, 0, 64) == ()
     assert edited_in(rule, 100, 80, 96) == ((95, 96, Part.PREFIX),)
     assert edited_in(rule, 100, 96, 112) == ((96, 100, Part.PREFIX),)

@@ -1,7 +1,7 @@
 """The rows of a data file: its format found, every row checked, every fault in one report. No torch, no transformers.
 
 ==============  =========================================================================================
-`chat`          OpenAI's fine-tuning rows: `messages`, with an optional `weight` of 0 or 1 on an assistant turn
+`chat`          OpenAI's fine-tuning rows: `messages`, with an optional `weight` of 0 or 1 on an assistant turn, and `tools`
 `completion`    `prompt` and `completion`
 `preference`    OpenAI's DPO rows: `input.messages`, `preferred_output`, `non_preferred_output`
 `instruction`   Alpaca's and LLM-Adapters' rows: `instruction`, `input`, `output`, `answer`
@@ -9,7 +9,7 @@
 ==============  =========================================================================================
 
 The first rows decide which of them a file is in; a row of another is a fault. Keys beside those of the format are
-allowed where they cannot change what is learnt (`id`, `task`), and refused where they can (`tools`).
+ignored in a row (`id`, `task`) and refused in a turn. `conversations` says which forms of a turn are taken.
 """
 
 from __future__ import annotations
@@ -22,10 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any, BinaryIO, ClassVar, Literal
 
 from pydantic import (
-    AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
     ValidationInfo,
@@ -33,6 +30,17 @@ from pydantic import (
     model_validator,
 )
 
+from reft_serve.datafiles.conversations import (
+    MAX_TOOLS,
+    DataModel,
+    FilledText,
+    Message,
+    Messages,
+    Text,
+    Tool,
+    normal_conversation,
+    not_a_bool,
+)
 from reft_serve.datafiles.faults import Faults, kind_of, sentence
 from reft_serve.datafiles.lines import Limits, read_values
 from reft_serve.errors import DataInvalid
@@ -63,80 +71,20 @@ _GLUE_KEYS = (
 _SENTENCES = tuple(dict.fromkeys(key for keys in _GLUE_KEYS for key in keys))
 
 
-def _sound(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as exc:
-        raise ValueError(f"holds half of a surrogate pair ({text[exc.start]!r}), which is no character") from exc
-    return text
+_Tools = Annotated[tuple[Tool, ...], Field(strict=False, max_length=MAX_TOOLS)] | None
 
 
-def _filled(text: str) -> str:
-    if not text.strip():
-        raise ValueError("is empty")
-    return text
-
-
-def _no_bool(value: object) -> object:
-    """Python takes True for 1; JSON does not."""
-    if isinstance(value, bool):
-        raise ValueError("must be a number, not true or false")
-    return value
-
-
-def _absent(value: object) -> object:
-    if value:
-        raise ValueError("is not supported: tools and function calls cannot be trained on")
-    return value
-
-
-_Text = Annotated[str, AfterValidator(_sound)]
-_Filled = Annotated[_Text, AfterValidator(_filled)]
-_NoTools = Annotated[Any, BeforeValidator(_absent)]
-
-
-class _Row(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
-
-
-class Message(_Row):
-    """One turn. `weight` is 0 on an assistant turn that is context only."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: _Filled
-    name: _Filled | None = None
-    weight: Annotated[Literal[0, 1] | None, BeforeValidator(_no_bool)] = None
-    tool_calls: _NoTools = None
-    function_call: _NoTools = None
-
-    @model_validator(mode="after")
-    def _weighed(self) -> Message:
-        if self.weight is not None and self.role != "assistant":
-            raise ValueError(f"has a weight, but its role is {self.role}: only assistant turns are learnt")
-        return self
-
-
-def _some(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    if not messages:
-        raise ValueError("is empty")
-    return messages
-
-
-_Messages = Annotated[tuple[Message, ...], Field(strict=False), AfterValidator(_some)]
-
-
-class _WithTools(_Row):
-    tools: _NoTools = None
-    functions: _NoTools = None
-
-
-class Chat(_WithTools):
+class Chat(DataModel):
     """A conversation; each assistant turn of weight 1 is learnt from the turns before it."""
 
     format: ClassVar[Format] = "chat"
-    messages: _Messages
+    messages: Messages
+    tools: _Tools = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _normal(cls, row: Any) -> Any:
+        return normal_conversation(row, "messages") if isinstance(row, dict) else row
 
     @field_validator("messages")
     @classmethod
@@ -158,16 +106,22 @@ class Chat(_WithTools):
         return [i for i, turn in enumerate(self.messages) if turn.role == "assistant" and turn.weight != 0]
 
 
-class Completion(_Row):
+class Completion(DataModel):
     """A text and how it goes on."""
 
     format: ClassVar[Format] = "completion"
-    prompt: _Filled
-    completion: _Filled
+    prompt: FilledText
+    completion: FilledText
 
 
-class _Question(_WithTools):
-    messages: _Messages
+class _Question(DataModel):
+    messages: Messages
+    tools: _Tools = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _normal(cls, question: Any) -> Any:
+        return normal_conversation(question, "messages") if isinstance(question, dict) else question
 
     @field_validator("messages")
     @classmethod
@@ -177,13 +131,19 @@ class _Question(_WithTools):
         return messages
 
 
-class PreferencePair(_Row):
+class PreferencePair(DataModel):
     """A conversation and two answers to it, the first of them better."""
 
     format: ClassVar[Format] = "preference"
     input: _Question
-    preferred_output: _Messages
-    non_preferred_output: _Messages
+    preferred_output: Messages
+    non_preferred_output: Messages
+
+    @model_validator(mode="before")
+    @classmethod
+    def _normal(cls, row: Any) -> Any:
+        outputs = ("preferred_output", "non_preferred_output")
+        return normal_conversation(row, *outputs) if isinstance(row, dict) else row
 
     @field_validator("preferred_output", "non_preferred_output")
     @classmethod
@@ -196,20 +156,21 @@ class PreferencePair(_Row):
 
     @model_validator(mode="after")
     def _differ(self) -> PreferencePair:
-        if self.preferred_output[0].content == self.non_preferred_output[0].content:
+        better, worse = self.preferred_output[0], self.non_preferred_output[0]
+        if (better.content, better.tool_calls) == (worse.content, worse.tool_calls):
             raise ValueError("preferred_output and non_preferred_output are equal, so there is nothing to prefer")
         return self
 
 
-class Instruction(_Row):
+class Instruction(DataModel):
     """A task for the assistant. `output` is the whole answer, `answer` what a checker compares."""
 
     format: ClassVar[Format] = "instruction"
-    instruction: _Filled
-    input: _Text = ""
-    output: _Text = ""
-    answer: _Text = ""
-    task: _Text | None = None
+    instruction: FilledText
+    input: Text = ""
+    output: Text = ""
+    answer: Text = ""
+    task: Text | None = None
 
     @model_validator(mode="after")
     def _answered(self, info: ValidationInfo) -> Instruction:
@@ -219,19 +180,19 @@ class Instruction(_Row):
         return self
 
 
-class Glue(_Row):
+class Glue(DataModel):
     """One or two sentences and their class, or their score where `label` is a fraction."""
 
     format: ClassVar[Format] = "glue"
-    label: Annotated[float, BeforeValidator(_no_bool)]
-    sentence: _Filled | None = None
-    sentence1: _Filled | None = None
-    sentence2: _Filled | None = None
-    premise: _Filled | None = None
-    hypothesis: _Filled | None = None
-    question: _Filled | None = None
-    question1: _Filled | None = None
-    question2: _Filled | None = None
+    label: Annotated[float, BeforeValidator(not_a_bool)]
+    sentence: FilledText | None = None
+    sentence1: FilledText | None = None
+    sentence2: FilledText | None = None
+    premise: FilledText | None = None
+    hypothesis: FilledText | None = None
+    question: FilledText | None = None
+    question1: FilledText | None = None
+    question2: FilledText | None = None
 
     @field_validator("label")
     @classmethod
@@ -266,6 +227,7 @@ _KEYS: tuple[tuple[Format, frozenset[str]], ...] = (
     ("instruction", frozenset({"instruction"})),
     ("glue", frozenset(_SENTENCES) - {"question"}),
 )
+_ALL_KEYS = frozenset().union(*(keys for _, keys in _KEYS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,7 +294,8 @@ def _rows(stream: BinaryIO, limits: Limits, faults: Faults) -> Iterator[tuple[in
             faults.add(f"is a {found} row in a file of {chosen} rows", line)
         else:
             try:
-                yield line, _MODELS[found].model_validate(value, context={"unanswered": limits.unanswered})
+                given = {key: held for key, held in value.items() if held is not None}  # null means not given
+                yield line, _MODELS[found].model_validate(given, context={"unanswered": limits.unanswered})
             except ValidationError as exc:
                 for error in exc.errors(include_url=False):
                     faults.add(sentence(error), line)
@@ -350,7 +313,8 @@ def _objects(stream: BinaryIO, limits: Limits, faults: Faults) -> Iterator[tuple
 
 
 def _format(value: dict[str, Any]) -> Format | None:
-    return next((format_ for format_, keys in _KEYS if not keys.isdisjoint(value)), None)
+    given = {key for key in _ALL_KEYS & value.keys() if value[key] is not None}
+    return next((format_ for format_, keys in _KEYS if not keys.isdisjoint(given)), None)
 
 
 def _keys(value: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ since a position rule sees each of them as the end of a prompt of its own.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -16,8 +17,9 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from reft_serve.datafiles.conversations import Message, Tool
 from reft_serve.datafiles.faults import Faults
-from reft_serve.datafiles.formats import Chat, Message, PreferencePair, Rows
+from reft_serve.datafiles.formats import Chat, PreferencePair, Rows
 from reft_serve.errors import DataInvalid
 from reft_serve.training.examples import IGNORED, Example, Preference
 from reft_serve.training.recipes import Task, load_recipe
@@ -115,9 +117,10 @@ def _chat_texts(rows: Rows, tokenizer: PreTrainedTokenizerBase, faults: Faults) 
         try:
             if isinstance(row, Chat):
                 for turn in row.learnt:
-                    yield template.text(line, row.messages[:turn], row.messages[turn : turn + 1])
+                    yield template.text(line, row.messages[:turn], row.messages[turn : turn + 1], row.tools)
             elif isinstance(row, PreferencePair):
-                yield template.text(line, row.input.messages, row.preferred_output + row.non_preferred_output)
+                answers = row.preferred_output + row.non_preferred_output
+                yield template.text(line, row.input.messages, answers, row.input.tools)
         except TemplateError as exc:
             faults.add(f"the base's chat template refuses the conversation: {exc}", line)
 
@@ -132,20 +135,27 @@ class _Template:
         self._takes_parts = False
         self._takes_parts = "woof" not in self._shown("woof")
 
-    def text(self, line: int, history: Sequence[Message], answers: Sequence[Message]) -> _Text:
+    def text(
+        self, line: int, history: Sequence[Message], answers: Sequence[Message], tools: Sequence[Tool] | None
+    ) -> _Text:
         """A prompt and its answers. Raises TemplateError where the template refuses the conversation."""
         turns = self._turns(history)
-        prompt = self._render(turns, add_generation_prompt=True)
-        return _Text(line, prompt, tuple(self._answer(prompt, turns, answer) for answer in answers))
+        shown = None if tools is None else [tool.model_dump(exclude_none=True) for tool in tools]
+        prompt = self._render(turns, shown, add_generation_prompt=True)
+        return _Text(line, prompt, tuple(self._answer(prompt, turns, answer, shown) for answer in answers))
 
-    def _answer(self, prompt: str, turns: list[_Turn], answer: Message) -> str:
+    def _answer(self, prompt: str, turns: list[_Turn], answer: Message, tools: list[_Turn] | None) -> str:
         """What follows the prompt once the answer is rendered; the bare answer where that rewrites what came before."""
-        whole = self._render([*turns, {"role": answer.role, "content": answer.content}])
-        return whole.removeprefix(prompt) if whole.startswith(prompt) else answer.content
+        whole = self._render([*turns, _turn(answer, _SAID)], tools)
+        if whole.startswith(prompt):
+            return whole.removeprefix(prompt)
+        if answer.content is None:
+            raise TemplateError("it rewrites the prompt of a turn that calls tools")
+        return answer.content
 
     def _turns(self, messages: Sequence[Message]) -> list[_Turn]:
         """Where the template does not speak of developers, their turns become system turns, and those one at the start."""
-        turns = [message.model_dump(include={"role", "content", "name"}, exclude_none=True) for message in messages]
+        turns = [_turn(message, _SAID | {"name"}) for message in messages]
         if self._knows_developers or not any(turn["role"] == "developer" for turn in turns):
             return turns
         turns = [turn | {"role": "system"} if turn["role"] == "developer" else turn for turn in turns]
@@ -157,22 +167,31 @@ class _Template:
 
     def _shown(self, content: str) -> str:
         try:
-            return self._render([{"role": "user", "content": content}])
+            return self._render([{"role": "user", "content": content}], None)
         except TemplateError:
             return content
 
-    def _render(self, turns: list[_Turn], *, add_generation_prompt: bool = False) -> str:
+    def _render(self, turns: list[_Turn], tools: list[_Turn] | None, *, add_generation_prompt: bool = False) -> str:
         given: list[Any] = turns
         if self._takes_parts:  # a template that goes through a list of parts, and finds none in a text
-            given = [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+            given = [turn | {"content": [{"type": "text", "text": turn["content"] or ""}]} for turn in turns]
         rendered: str = self._tokenizer.apply_chat_template(
-            given, tokenize=False, add_generation_prompt=add_generation_prompt
+            given, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
         )
         return rendered
 
 
-_Turn = dict[str, str]
+_Turn = dict[str, Any]
 _Ids = tuple[int, ...]
+_SAID = frozenset({"role", "content", "tool_calls", "tool_call_id"})
+
+
+def _turn(message: Message, keys: frozenset[str]) -> _Turn:
+    """A turn as vLLM gives it to a template: the arguments of tool calls are objects there."""
+    turn: _Turn = {"content": None} | message.model_dump(include=set(keys), exclude_none=True)
+    for call in turn.get("tool_calls", ()):
+        call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+    return turn
 
 
 def _tokens(

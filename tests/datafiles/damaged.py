@@ -58,7 +58,23 @@ def _pair(name: str, fault: str, **changes: Any) -> Damaged:
     return Damaged(name, lines(pair(), pair(**changes)), (f"line 2: {fault}",))
 
 
-TOOLS = "is not supported: tools and function calls cannot be trained on"
+TOOL = {"type": "function", "function": {"name": "open_hours", "parameters": {"type": "object"}}}
+
+
+def call(number: int = 1, arguments: str = '{"day": "Monday"}') -> dict[str, Any]:
+    return {"id": f"call_{number}", "type": "function", "function": {"name": "open_hours", "arguments": arguments}}
+
+
+def tool(call_id: str, content: str = "9 to 5") -> dict[str, Any]:
+    return {"role": "tool", "tool_call_id": call_id, "content": content}
+
+
+def deep_tool(depth: int) -> dict[str, Any]:
+    parameters: dict[str, Any] = {}
+    for _ in range(depth):
+        parameters = {"properties": parameters}
+    return {"type": "function", "function": {"name": "f", "parameters": parameters}}
+
 
 DAMAGED = [
     # The file
@@ -136,15 +152,18 @@ DAMAGED = [
     _row("no role", chat({"content": "hi"}, assistant()), 'messages[0] has no "role"'),
     _row("no content", chat({"role": "user"}, assistant()), 'messages[0] has no "content"'),
     _row("unknown role", chat({"role": "bot", "content": "hi"}, assistant()),
-         "messages[0].role must be 'system', 'developer', 'user' or 'assistant', not 'bot'"),
+         "messages[0].role must be 'system', 'developer', 'user', 'assistant' or 'tool', not 'bot'"),
     _row("role of a wrong type", chat({"role": 3, "content": "hi"}, assistant()),
-         "messages[0].role must be 'system', 'developer', 'user' or 'assistant', not 3"),
-    _row("a tool's turn", chat(user(), {"role": "tool", "content": "4"}, assistant()),
-         "messages[1].role must be 'system', 'developer', 'user' or 'assistant', not 'tool'"),
+         "messages[0].role must be 'system', 'developer', 'user', 'assistant' or 'tool', not 3"),
+    _row("a tool's turn without its call", chat(user(), tool("call_1"), assistant()),
+         "messages answers in turn 1 a tool call that the assistant's last turn before it did not make"),
+    _row("a tool's turn without an id", chat(user(), {"role": "tool", "content": "4"}, assistant()),
+         'messages[1] has no "tool_call_id", but its role is tool'),
     _row("empty content", chat(user(" \n"), assistant()), "messages[0].content is empty"),
-    _row("null content", chat(user(), assistant(None)), "messages[1].content must be text, not null"),
-    _row("content in parts", chat(user([{"type": "text", "text": "hi"}]), assistant()),
-         "messages[0].content must be text, not a list"),
+    _row("null content", chat(user(), assistant(None)), 'messages[1] has no "content"'),
+    _row("content in other parts", chat(user([{"type": "image_url", "image_url": {"url": "x"}}]), assistant()),
+         'messages[0].content holds a part 0 that is not {"type": "text", "text": "..."}: only text can be trained on'),
+    _row("too many turns", chat(*[user()] * 2049), "has 2,049 messages: at most 2,048 are allowed"),
     _row("no assistant turn", chat(user()), "messages has no assistant turn, so there is nothing to learn"),
     _row("last turn not the assistant's", chat(user(), assistant(), user()),
          "messages ends with a user turn: the last turn must be the assistant's"),
@@ -159,10 +178,24 @@ DAMAGED = [
     _row("weight of a user", chat(user() | {"weight": 1}, assistant()),
          "messages[0] has a weight, but its role is user: only assistant turns are learnt"),
     _row("misspelt key", chat(user(), assistant(wieght=1)), "messages[1] has an unknown key 'wieght'"),
-    _row("tool calls", chat(user(), assistant(tool_calls=[{"id": "a"}])), f"messages[1].tool_calls {TOOLS}"),
-    _row("a function call", chat(user(), assistant(function_call={"name": "f"})), f"messages[1].function_call {TOOLS}"),
-    _row("tools", chat(tools=[{"type": "function"}]), f"tools {TOOLS}"),
-    _row("functions", chat(functions=[{"name": "f"}]), f"functions {TOOLS}"),
+    _row("a tool call without its function", chat(user(), assistant(tool_calls=[{"id": "a"}])),
+         'messages[1].tool_calls[0] has no "function"'),
+    _row("arguments that are no JSON", chat(user(), assistant(tool_calls=[call(arguments="day=Monday")])),
+         "messages[1].tool_calls[0].function.arguments is not JSON"),
+    _row("arguments that are a list", chat(user(), assistant(tool_calls=[call(arguments="[]")])),
+         "messages[1].tool_calls[0].function.arguments is the JSON of a list, not of an object"),
+    _row("tool calls of a user", chat(user() | {"tool_calls": [call()]}, assistant()),
+         "messages[0] has tool calls, but its role is user: only the assistant calls tools"),
+    _row("a refusal", chat(user(), assistant(refusal="No.")),
+         "messages[1].refusal is not supported: it cannot be trained on"),
+    _row("a tool without its function", chat(tools=[{"type": "function"}]), 'tools[0] has no "function"'),
+    _row("another kind of tool", chat(tools=[{"type": "web_search", "function": {"name": "f"}}]),
+         "tools[0].type must be 'function', not 'web_search'"),
+    _row("too many tools", chat(tools=[TOOL] * 129), "has 129 tools: at most 128 are allowed"),
+    _row("parameters that are too deep", chat(tools=[deep_tool(40)]),
+         "tools[0].function.parameters is nested more than 32 levels deep"),
+    _row("parameters of a wrong type", chat(functions=[{"name": "f", "parameters": []}]),
+         "tools[0].function.parameters must be an object, not a list"),
     # The other formats
     Damaged("no completion", lines(completion(), {"prompt": "A dog says"}), ('line 2: has no "completion"',)),
     Damaged("empty completion", lines(completion(), completion(completion="")), ("line 2: completion is empty",)),
@@ -176,7 +209,8 @@ DAMAGED = [
     _pair("output of a user", "preferred_output has a user turn: it must be the assistant's", preferred_output=[user()]),
     _pair("question with its answer", "input.messages ends with an assistant turn: the answers belong in the two outputs",
           input={"messages": [user(), assistant()]}),
-    _pair("preference with tools", f"input.tools {TOOLS}", input={"messages": [user()], "tools": [{}]}),
+    _pair("preference with tools", 'input.tools[0] has no "function"',
+          input={"messages": [user()], "tools": [{"type": "function"}]}),
     Damaged("preference without input", lines(pair(), {k: v for k, v in pair().items() if k != "input"}),
             ('line 2: has no "input"',)),
     Damaged("instruction without an answer", lines({"instruction": "Bark.", "input": "", "output": ""}),

@@ -21,14 +21,17 @@ from reft_serve.errors import NotFound, RequestInvalid
 
 __all__ = [
     "EVENT_TYPES",
+    "PENDING_PER_WEBHOOK",
+    "WEBHOOKS_PER_TENANT",
+    "DueWebhook",
     "EventType",
     "Parcel",
     "add_webhook",
     "claim_deliveries",
+    "due_webhooks",
     "enqueue",
     "find_webhook",
     "forget_deliveries",
-    "is_any_due",
     "list_webhooks",
     "new_secret",
     "parcel_of",
@@ -42,7 +45,9 @@ EVENT_TYPES: tuple[EventType, ...] = (
     "fine_tuning.job.failed",
     "fine_tuning.job.cancelled",
 )
-_MOST_WEBHOOKS = 20
+WEBHOOKS_PER_TENANT = 20
+# Deliveries that wait for one webhook; events beyond them are not sent to it.
+PENDING_PER_WEBHOOK = 1000
 _DAY_MS = 86_400_000
 
 
@@ -51,6 +56,8 @@ class Parcel:
     """One event for one webhook. `secrets`: each of them signs it."""
 
     id: str
+    tenant_id: str
+    webhook_id: str
     url: str
     body: str
     secrets: tuple[str, ...]
@@ -58,6 +65,15 @@ class Parcel:
 
     def __repr__(self) -> str:
         return f"Parcel({self.id}, attempt {self.attempts})"
+
+
+@dataclass(frozen=True, slots=True)
+class DueWebhook:
+    """A webhook with a delivery whose time has come, the first of them at `since_ms`."""
+
+    id: str
+    tenant_id: str
+    since_ms: int
 
 
 def new_secret() -> str:
@@ -74,7 +90,7 @@ async def add_webhook(
         RequestInvalid: the tenant has as many as it may.
     """
     count = await session.scalar(select(func.count()).select_from(Webhook).where(Webhook.tenant_id == tenant_id))
-    if (count or 0) >= _MOST_WEBHOOKS:
+    if (count or 0) >= WEBHOOKS_PER_TENANT:
         raise RequestInvalid(f"there are {count} webhooks, which is the most; delete one first")
     made = Webhook(
         id=new_id("we"), tenant_id=tenant_id, name=name, url=url,
@@ -122,9 +138,14 @@ def rotate_secret(webhook: Webhook, keep_old: bool) -> None:
 
 
 async def enqueue(session: AsyncSession, tenant_id: str, event_type: str, data: Mapping[str, Any]) -> None:
-    """Have every webhook of the tenant that wants such events told."""
+    """Send an event to every webhook of the tenant that subscribes to its type and has fewer than PENDING_PER_WEBHOOK
+    deliveries waiting.
+    """
     found = (await session.scalars(select(Webhook).where(Webhook.tenant_id == tenant_id))).all()
     wanting = [webhook for webhook in found if event_type in webhook.event_types]
+    if wanting:
+        full = await _full(session, [webhook.id for webhook in wanting])
+        wanting = [webhook for webhook in wanting if webhook.id not in full]
     if wanting:
         body = body_of(event_type, data)
         session.add_all(
@@ -143,19 +164,25 @@ def parcel_of(webhook: Webhook, body: str, delivery_id: str | None = None, attem
     signing = [webhook.secret]
     if webhook.old_secret is not None and (webhook.old_until_ms or 0) > now_ms():
         signing.append(webhook.old_secret)
-    return Parcel(delivery_id or new_id("msg"), webhook.url, body, tuple(signing), attempts)
+    delivery = delivery_id or new_id("msg")
+    return Parcel(delivery, webhook.tenant_id, webhook.id, webhook.url, body, tuple(signing), attempts)
 
 
-async def is_any_due(session: AsyncSession) -> bool:
-    """Whether a delivery's time has come."""
-    return bool(await session.scalar(select(Delivery.id).where(*_due()).limit(1)))
+async def due_webhooks(session: AsyncSession) -> list[DueWebhook]:
+    """The webhooks that have a delivery whose time has come, the one that has waited longest first."""
+    since = func.min(Delivery.next_ms)
+    query = select(Webhook.id, Webhook.tenant_id, since).join(Delivery, Delivery.webhook_id == Webhook.id)
+    query = query.where(*_due()).group_by(Webhook.id, Webhook.tenant_id).order_by(since, Webhook.id)
+    return [DueWebhook(*row) for row in (await session.execute(query)).all()]
 
 
-async def claim_deliveries(session: AsyncSession, lease_seconds: float, limit: int = 20) -> list[Parcel]:
-    """Take deliveries whose time has come. One that is not settled within the lease is tried again by whoever comes."""
-    query = select(Delivery).where(*_due())
-    query = query.order_by(Delivery.next_ms, Delivery.id).limit(limit).with_for_update(of=Delivery, skip_locked=True)
-    found = (await session.scalars(query)).all()
+async def claim_deliveries(session: AsyncSession, webhook_ids: Sequence[str], lease_seconds: float) -> list[Parcel]:
+    """Take the first due delivery of each webhook. One that is not settled within the lease is taken again by any gateway."""
+    place = func.row_number().over(partition_by=Delivery.webhook_id, order_by=(Delivery.next_ms, Delivery.id))
+    ranked = select(Delivery.id, place.label("place")).where(*_due(), Delivery.webhook_id.in_(webhook_ids)).subquery()
+    first = select(ranked.c.id).where(ranked.c.place == 1)
+    query = select(Delivery).where(Delivery.id.in_(first), *_due())
+    found = (await session.scalars(query.with_for_update(of=Delivery, skip_locked=True))).all()
     for delivery in found:
         delivery.attempts += 1
         delivery.next_ms = now_ms() + int(lease_seconds * 1000)
@@ -181,6 +208,12 @@ async def settle_delivery(
 async def forget_deliveries(session: AsyncSession, before_ms: int) -> None:
     """Remove the rows of deliveries that ended before then."""
     await session.execute(delete(Delivery).where(Delivery.status != "pending", Delivery.finished_ms < before_ms))
+
+
+async def _full(session: AsyncSession, webhook_ids: Sequence[str]) -> set[str]:
+    waiting = select(Delivery.webhook_id).where(Delivery.webhook_id.in_(webhook_ids), Delivery.status == "pending")
+    waiting = waiting.group_by(Delivery.webhook_id).having(func.count() >= PENDING_PER_WEBHOOK)
+    return set((await session.scalars(waiting)).all())
 
 
 def _due() -> tuple[ColumnElement[bool], ...]:

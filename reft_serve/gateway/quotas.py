@@ -125,6 +125,24 @@ class Quotas:
         if not granted:
             raise self._limited(caller, "requests_per_minute", f"{most} requests per minute", _until(stats.reset_time))
 
+    async def take(self, caller: Principal, what: str, most: int) -> None:
+        """Count one use of something that the caller's tenant may use `most` times per minute.
+
+        Raises:
+            RateLimited: it has been used so often in the last minute.
+            DatabaseUnusable: the limits cannot be counted.
+        """
+        item = RateLimitItemPerMinute(most, namespace=f"reft-{what}")
+        holder = ("tenant", caller.tenant_id)
+        try:
+            if not await self._requests.hit(item, *holder):
+                stats = await self._requests.get_window_stats(item, *holder)
+                raise self._limited(
+                    caller, what.replace(" ", "_"), f"{most} {what} per minute", _until(stats.reset_time)
+                )
+        except StorageError as exc:
+            raise DatabaseUnusable("Usage limits cannot be checked right now; try again") from exc
+
     async def settle(self, spending: Spending, tokens: int) -> None:
         """Let the buckets hold what was used instead of what was estimated. Where they do not answer the estimate stays: an
         answer that is there must not be lost for it.

@@ -95,10 +95,10 @@ class EventTypesOut(BaseModel):
 
 
 class WebhookTestOut(BaseModel):
-    """What was answered to a sample."""
+    """The answer to a sample event. `success`: whether its status is 2xx."""
 
     object: Literal["webhook_endpoint.test"] = "webhook_endpoint.test"
     webhook_endpoint_id: str
     event_type: str
     status_code: int
-    success: Literal[True] = True
+    success: bool

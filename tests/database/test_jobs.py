@@ -436,18 +436,18 @@ async def test_a_delivery_is_tried_until_it_is_settled_and_by_one_at_a_time(data
         webhook = await webhooks.add_webhook(session, tenant.id, "w", "https://x.example/", webhooks.EVENT_TYPES)
         await webhooks.enqueue(session, tenant.id, "fine_tuning.job.failed", {"id": "ftjob-1"})
     async with database.writing() as session:
-        (stale,) = await webhooks.claim_deliveries(session, 0.0)
+        (stale,) = await webhooks.claim_deliveries(session, [webhook.id], 0.0)
     await asyncio.sleep(0.01)
     async with database.writing() as session:
-        (first,) = await webhooks.claim_deliveries(session, 60)
-        assert await webhooks.claim_deliveries(session, 60) == []
+        (first,) = await webhooks.claim_deliveries(session, [webhook.id], 60)
+        assert await webhooks.claim_deliveries(session, [webhook.id], 60) == []
         assert (first.id, first.body, first.attempts) == (stale.id, stale.body, 2)
         assert webhook.secret not in repr(first)
         await webhooks.settle_delivery(session, stale, "200", delivered=True, again_in_seconds=None)
         await webhooks.settle_delivery(session, first, "500", delivered=False, again_in_seconds=0)
     await asyncio.sleep(0.01)
     async with database.writing() as session:
-        (third,) = await webhooks.claim_deliveries(session, 60)
+        (third,) = await webhooks.claim_deliveries(session, [webhook.id], 60)
         await webhooks.settle_delivery(session, third, "200", delivered=True, again_in_seconds=None)
     async with database.writing() as session:
         row = await session.scalar(select(Delivery))

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import http.server
 import ipaddress
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import openai
 import pytest
+from sqlalchemy import func, insert, select
 
 from reft_serve.config import GatewaySettings
+from reft_serve.database.models import Delivery, now_ms
 from reft_serve.database.outcomes import Cancelled, Failed
+from reft_serve.database.webhooks import PENDING_PER_WEBHOOK, DueWebhook
 from reft_serve.errors import RequestInvalid
-from reft_serve.gateway.notifying import _check_address, check_url
+from reft_serve.gateway.addresses import is_public
+from reft_serve.gateway.notifying import SENDERS_PER_TENANT, check_url, choose
+from reft_serve.gateway.routes.webhooks import TESTS_PER_MINUTE
 from tests.gateway.fake_worker import FakeWorker
 from tests.gateway.harness import Gateway, Tenant, running
 from tests.gateway.test_files import upload
@@ -168,7 +175,12 @@ def test_endpoints_are_made_listed_changed_rotated_and_deleted(lax: Gateway, rec
         "http://example.com/", "https://127.0.0.1/", "https://10.0.0.1/", "https://169.254.169.254/latest", "https://[::1]/",
         "https://[::ffff:127.0.0.1]/", "https://[64:ff9b::7f00:1]/", "https://[2002:7f00:1::]/", "https://0.0.0.0/",
         "https://224.0.0.1/", "https://user:word@example.com/", "https://:443/", "https://x:99999/", "ftp://example.com/",
-        "https://[fe80::1]/", "https://100.64.0.1/", f"https://{'a' * 64}.example/", "https://a..example/",
+        "https://[fe80::1]/", "https://100.64.0.1/", "https://[fec0::1]/", "https://[::ffff:0:127.0.0.1]/",
+        "https://[::127.0.0.1]/", "https://[64:ff9b:1::a9fe:a9fe]/", "https://192.0.0.192/", "https://168.63.129.16/",
+        "https://[fd00:ec2::254]/", "https://100.100.100.200/", "https://[2001::1]/", "https://[2001:db8::1]/",
+        "https://[ff0e::1]/", "https://[2002:808:808::1]/", "https://[5f00::1]/", "https://[64:ff9b::a9fe:a9fe]/",
+        "https://[::ffff:168.63.129.16]/", "https://198.18.0.1/", "https://255.255.255.255/", "https://8.8.8.8:25/",
+        "https://example.com:22/", f"https://{'a' * 64}.example/", "https://a..example/",
     ],
 )  # fmt: skip
 def test_a_url_that_is_not_public_is_refused(tenant: Tenant, url: str) -> None:
@@ -189,10 +201,11 @@ def test_a_name_that_stands_for_a_private_address_is_not_sent_to(tenant: Tenant,
     assert receiver.got == []
 
 
-@pytest.mark.parametrize("address", ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8"])
+@pytest.mark.parametrize("address", ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"])
 def test_public_addresses_are_taken(address: str) -> None:
     settings = GatewaySettings()
-    _check_address(ipaddress.ip_address(address), settings)
+    assert is_public(ipaddress.ip_address(address))
+    check_url("https://example.com:8443/", settings)
     check_url(f"https://[{address}]/" if ":" in address else f"https://{address}/", settings)
     with pytest.raises(RequestInvalid):
         check_url(f"http://{address}/", settings)
@@ -206,3 +219,81 @@ def test_only_owners_have_webhooks_and_not_without_end(make_tenant: Callable[...
         tenant.openai.webhooks.create(name="w", url="https://example.com/", event_types=ALL)
     with pytest.raises(openai.BadRequestError, match="20 webhooks"):
         tenant.openai.webhooks.create(name="w", url="https://example.com/", event_types=ALL)
+
+
+def test_a_test_reports_the_answer_and_has_a_limit(lax: Gateway, receiver: Receiver) -> None:
+    tenant = lax.tenant("tester")
+    made = tenant.openai.webhooks.create(name="w", url=receiver.url, event_types=ALL)
+    receiver.answers = [204, 307, 500]
+    told = [tenant.openai.webhooks.test(made.id, event_type="fine_tuning.job.failed") for _ in range(3)]
+    assert [(each.status_code, each.success) for each in told] == [(204, True), (307, False), (500, False)]
+    for _ in range(TESTS_PER_MINUTE - 3):
+        tenant.openai.webhooks.test(made.id, event_type="fine_tuning.job.failed")
+    with pytest.raises(openai.RateLimitError):
+        tenant.openai.webhooks.test(made.id, event_type="fine_tuning.job.failed")
+    assert len(receiver.got) == TESTS_PER_MINUTE
+
+
+@pytest.fixture
+def silent() -> Iterator[tuple[str, list[socket.socket]]]:
+    """A server that takes connections and never answers; its URL, and the connections."""
+    listening, taken = socket.create_server(("127.0.0.1", 0), backlog=256), []
+
+    def accept() -> None:
+        while True:
+            try:
+                taken.append(listening.accept()[0])
+            except OSError:
+                return
+
+    threading.Thread(target=accept, daemon=True).start()
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}", taken
+    listening.close()
+    for each in taken:
+        each.close()
+
+
+def test_silent_endpoints_of_one_tenant_delay_no_other(
+    lax: Gateway, receiver: Receiver, silent: tuple[str, list[socket.socket]]
+) -> None:
+    url, connections = silent
+    hostile, victim = lax.tenant("silent"), lax.tenant("victim")
+    for k in range(20):
+        hostile.openai.webhooks.create(name="w", url=f"{url}/{k}", event_types=ALL)
+    victim.openai.webhooks.create(name="w", url=receiver.url, event_types=ALL)
+    for _ in range(3):
+        end_one(hostile, "waiting")
+    wait_for(lambda: len(connections) == SENDERS_PER_TENANT)
+    begun = time.monotonic()
+    end_one(victim, "waiting")
+    wait_for(lambda: len(receiver.got) == 1, 10)
+    assert time.monotonic() - begun < 5
+    assert len(connections) == SENDERS_PER_TENANT
+
+
+def test_senders_are_shared_between_tenants_and_endpoints() -> None:
+    due = [DueWebhook(f"a{k}", "a", k) for k in range(20)] + [DueWebhook("b0", "b", 50), DueWebhook("c0", "c", 60)]
+    assert choose(due, (), {}, 3) == ["a0", "b0", "c0"]
+    assert choose(due, {"a0"}, {"a": 1}, 100) == ["b0", "c0", "a1", "a2", "a3"]
+    assert choose(due, (), {"a": SENDERS_PER_TENANT}, 100) == ["b0", "c0"]
+    assert choose(due, (), {}, 0) == []
+
+
+def test_events_that_wait_for_a_webhook_are_bounded(gateway: Gateway, tenant: Tenant) -> None:
+    made = tenant.openai.webhooks.create(name="w", url="https://example.com/", event_types=ALL)
+    worker = FakeWorker(gateway.settings)
+
+    async def fill(session: Any) -> None:
+        later = now_ms() + 3_600_000
+        rows = [
+            {"id": f"msg_{made.id}{k}", "webhook_id": made.id, "event_type": ALL[0], "body": "{}", "next_ms": later}
+            for k in range(PENDING_PER_WEBHOOK)
+        ]
+        await session.execute(insert(Delivery), rows)
+
+    async def count(session: Any) -> Any:
+        return await session.scalar(select(func.count()).select_from(Delivery).where(Delivery.webhook_id == made.id))
+
+    worker.act(fill)
+    end_one(tenant, "waiting")
+    assert worker.act(count) == PENDING_PER_WEBHOOK

@@ -27,9 +27,10 @@ from reft_serve.gateway.webhook_schemas import (
     WebhookTestOut,
 )
 
-__all__ = ["router"]
+__all__ = ["TESTS_PER_MINUTE", "router"]
 
 router = APIRouter(prefix="/v1", tags=["webhooks"])
+TESTS_PER_MINUTE = 20
 _ID = r"^we_[0-9a-f]{24}$"
 _Caller = Annotated[Principal, Depends(requires("webhooks"))]
 _Services = Annotated[Services, Depends(services_of)]
@@ -114,11 +115,14 @@ async def rotate(
 
 @router.post("/webhook_endpoints/{webhook}/test")
 async def test(webhook: _Webhook, body: WebhookTestIn, caller: _Caller, services: _Services) -> WebhookTestOut:
-    """Send a sample event now, and say what was answered."""
+    """Send a sample event now and report the answer. `success` is true for a status of 2xx."""
+    await services.quotas.take(caller, "webhook tests", TESTS_PER_MINUTE)
     async with services.database.reading() as session:
         found = await webhooks.find_webhook(session, caller.tenant_id, webhook)
     sample = webhooks.body_of(body.event_type, {"id": "ftjob-0123456789abcdef01234567"})
-    status, outcome = await services.notifier.send(webhooks.parcel_of(found, sample))
+    status, outcome = await services.notifier.test(webhooks.parcel_of(found, sample))
     if status is None:
         raise RequestInvalid(f"the endpoint could not be reached: {outcome}")
-    return WebhookTestOut(webhook_endpoint_id=webhook, event_type=body.event_type, status_code=status)
+    return WebhookTestOut(
+        webhook_endpoint_id=webhook, event_type=body.event_type, status_code=status, success=200 <= status < 300
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -159,16 +160,21 @@ def _run(
 
     from reft_serve.datafiles.formats import read_rows
     from reft_serve.training.data import encode
-    from reft_serve.training.processes import this_process
+    from reft_serve.training.processes import of_main_process, this_process
     from reft_serve.training.report import Bar
-    from reft_serve.training.run import train
+    from reft_serve.training.run import started_at, train
 
     console = Console(quiet=not this_process().is_main_process)
     logging.disable_progress_bar()
     tokenizer: Any = AutoTokenizer.from_pretrained(base)
     task = None if recipe is None else recipe.task
+    started = of_main_process((started_at(out) if resume else None) or datetime.now())
     # Both files are read whole before anything heavy starts, so that every fault is told at once.
-    read = [encode(read_rows(path), tokenizer, max_tokens=max_tokens, task=task) for path in (data, validation) if path]
+    read = [
+        encode(read_rows(path), tokenizer, max_tokens=max_tokens, task=task, now=started)
+        for path in (data, validation)
+        if path
+    ]
     for note in (note for found in read for note in found.notes()):
         console.print(f"note: {note}", markup=False, highlight=False)
     if not method_given and read[0].preferences:
@@ -176,7 +182,10 @@ def _run(
     items, held_out, *_ = [(found.preferences or found.examples) for found in read] + [()]
     bar = Bar(console)
     try:
-        outcome = train(base, plan, items, out, held_out=held_out, resume=resume, watchers=[bar])
+        outcome = train(
+            base, plan, items, out, held_out=held_out, resume=resume, watchers=[bar],
+            fingerprints=[found.fingerprint for found in read], started=started,
+        )  # fmt: skip
     finally:
         bar.stop()
     _show(console, outcome, out)

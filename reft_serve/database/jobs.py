@@ -58,6 +58,7 @@ class Claim:
         resolved: what an attempt before found "auto" to be; empty at first.
         step: as far as any attempt has come.
         adapter: the name that the version will have.
+        started_ms: when the first attempt began.
     """
 
     id: str
@@ -77,6 +78,7 @@ class Claim:
     attempts: int
     step: int
     created_ms: int
+    started_ms: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,5 +348,5 @@ def _claimed(job: Job) -> Claim:
         method=job.method, hyperparameters=job.hyperparameters, resolved=job.resolved,
         training_file_id=job.training_file_id, validation_file_id=job.validation_file_id, seed=job.seed,
         metadata=job.metadata_, integrations=job.integrations, adapter=job.adapter, attempts=job.attempts,
-        step=job.step, created_ms=job.created_ms,
+        step=job.step, created_ms=job.created_ms, started_ms=job.started_ms or now_ms(),
     )  # fmt: skip

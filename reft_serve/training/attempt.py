@@ -14,6 +14,7 @@ import logging
 import signal
 import time
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -166,6 +167,7 @@ class Attempt:
             job=claim.id, folder=str(folder), base=str(around.base), training=str(paths[0]),
             validation=str(paths[1]) if paths[1:] else None, method=claim.method.get("type", "supervised"),
             hyperparameters=dict(claim.hyperparameters), resolved=dict(claim.resolved), seed=claim.seed,
+            started=datetime.fromtimestamp(claim.started_ms / 1000, UTC).replace(tzinfo=None),
             device=self.place.device, threads=self.place.threads, reports=_reports(claim),
         )  # fmt: skip
 

@@ -8,9 +8,11 @@ since a position rule sees each of them as the end of a prompt of its own.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import islice
 from typing import Any
 
@@ -36,6 +38,7 @@ class TrainingData:
 
     Args:
         too_long: the lines of examples that were left out, once for each example.
+        fingerprint: of the rows, the task, the tokenizer and its chat template, so not of the date that a template writes.
     """
 
     where: str
@@ -43,6 +46,7 @@ class TrainingData:
     preferences: tuple[Preference, ...]
     too_long: tuple[int, ...]
     max_tokens: int
+    fingerprint: str
 
     def notes(self) -> list[str]:
         """What a person must know of the examples left out; empty where there are none."""
@@ -67,13 +71,19 @@ class _Text:
 
 
 def encode(
-    rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int, task: Task | None = None
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_tokens: int,
+    task: Task | None = None,
+    now: datetime | None = None,
 ) -> TrainingData:
     """The examples of a checked file, in its order.
 
     Args:
         max_tokens: the most tokens of an example, prompt and answer; longer ones are left out and counted.
         task: prompts and answers of instruction and GLUE rows; Alpaca's unless given. The others bring their own.
+        now: what a chat template takes for the present time; a run that is resumed gives the time of its start.
 
     Raises:
         DataInvalid: with every fault of the file: a row that the task or the chat template cannot take, or no example left.
@@ -82,7 +92,7 @@ def encode(
     chats = rows.format in ("chat", "preference")
     if chats and not tokenizer.chat_template:
         raise DataInvalid(rows.where, ["it holds chats, but the base's tokenizer has no chat template"])
-    texts = list(_chat_texts(rows, tokenizer, faults) if chats else _task_texts(rows, task, faults))
+    texts = list(_chat_texts(rows, tokenizer, now, faults) if chats else _task_texts(rows, task, faults))
     if faults:
         raise DataInvalid(rows.where, faults.sentences())
     examples, preferences, too_long = [], [], []
@@ -96,7 +106,18 @@ def encode(
             examples.append(Example(prompt_ids + answers[0], labels, len(prompt_ids)))
     if not examples and not preferences:
         raise DataInvalid(rows.where, [f"every example is longer than {max_tokens:,} tokens"])
-    return TrainingData(rows.where, tuple(examples), tuple(preferences), tuple(too_long), max_tokens)
+    fingerprint = _fingerprint(rows, tokenizer, max_tokens, task)
+    return TrainingData(rows.where, tuple(examples), tuple(preferences), tuple(too_long), max_tokens, fingerprint)
+
+
+def _fingerprint(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_tokens: int, task: Task | None) -> str:
+    """Everything that decides the tokens, except the time at which a chat template is rendered."""
+    digest = hashlib.sha256()
+    facts = (max_tokens, task, tokenizer.chat_template, sorted(tokenizer.get_vocab().items()), rows.format)
+    digest.update(repr(facts).encode())
+    for row in rows.rows:
+        digest.update(repr(row).encode())
+    return digest.hexdigest()
 
 
 def _task_texts(rows: Rows, task: Task | None, faults: Faults) -> Iterator[_Text]:
@@ -111,8 +132,10 @@ def _task_texts(rows: Rows, task: Task | None, faults: Faults) -> Iterator[_Text
             faults.add(str(exc), line)
 
 
-def _chat_texts(rows: Rows, tokenizer: PreTrainedTokenizerBase, faults: Faults) -> Iterator[_Text]:
-    template = _Template(tokenizer)
+def _chat_texts(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, now: datetime | None, faults: Faults
+) -> Iterator[_Text]:
+    template = _Template(tokenizer, now or datetime.now())
     for line, row in rows.rows:
         try:
             if isinstance(row, Chat):
@@ -128,8 +151,8 @@ def _chat_texts(rows: Rows, tokenizer: PreTrainedTokenizerBase, faults: Faults) 
 class _Template:
     """A tokenizer's chat template, given conversations as vLLM gives them (vllm/renderers/hf.py)."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, now: datetime) -> None:
+        self._tokenizer, self._now = tokenizer, now
         source = tokenizer.get_chat_template()
         self._knows_developers = "'developer'" in source or '"developer"' in source
         self._takes_parts = False
@@ -176,7 +199,11 @@ class _Template:
         if self._takes_parts:  # a template that goes through a list of parts, and finds none in a text
             given = [turn | {"content": [{"type": "text", "text": turn["content"] or ""}]} for turn in turns]
         rendered: str = self._tokenizer.apply_chat_template(
-            given, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+            given,
+            tools=tools,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            strftime_now=self._now.strftime,
         )
         return rendered
 

@@ -100,7 +100,7 @@ def _run(spec: JobSpec, talk: _Talk) -> Ended:
     base, folder = Path(spec.base), Path(spec.folder)
     asked = read_hyperparameters(spec.hyperparameters)
     longest = choices.most_tokens(asked, memory.context_of(base))
-    training, held_out = _data(spec, _tokenizer(base), longest, talk)
+    training, held_out, fingerprints = _data(spec, _tokenizer(base), longest, talk)
     resolved = spec.resolved
     if not resolved:
         lengths = (_tokens(item) for item in training)
@@ -112,7 +112,8 @@ def _run(spec: JobSpec, talk: _Talk) -> Ended:
     plan = choices.plan_from(resolved, _reports(spec, talk))
     follower = _Follower(talk, folder)
     outcome = train(
-        base, plan, training, folder / RUN, held_out=held_out, resume=True, watchers=[follower], plot=False
+        base, plan, training, folder / RUN, held_out=held_out, resume=True, watchers=[follower], plot=False,
+        fingerprints=fingerprints, started=spec.started,
     )  # fmt: skip
     return Ended(
         done=outcome.adapter is not None,
@@ -123,19 +124,19 @@ def _run(spec: JobSpec, talk: _Talk) -> Ended:
     )
 
 
-def _data(spec: JobSpec, tokenizer: Any, longest: int, talk: _Talk) -> tuple[_Items, _Items]:
-    """The training and the held-out items; both files are read whole before anything heavy starts."""
+def _data(spec: JobSpec, tokenizer: Any, longest: int, talk: _Talk) -> tuple[_Items, _Items, list[str]]:
+    """The training and the held-out items, and their fingerprints; both files are read whole before anything heavy starts."""
     found: list[TrainingData] = []
     for param, path in (("training_file", spec.training), ("validation_file", spec.validation)):
         if path is not None:
             try:
-                found.append(encode(read_rows(Path(path)), tokenizer, max_tokens=longest))
+                found.append(encode(read_rows(Path(path)), tokenizer, max_tokens=longest, now=spec.started))
             except DataInvalid as exc:
                 raise _Unusable(param, exc) from exc
     for note in (note for each in found for note in each.notes()):
         talk.tell(Noted(message=_public(note, spec)))
     training, held_out, *_ = [(each.preferences or each.examples) for each in found] + [()]
-    return training, held_out
+    return training, held_out, [each.fingerprint for each in found]
 
 
 class _Unusable(ClientError):

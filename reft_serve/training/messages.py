@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
@@ -27,6 +28,7 @@ class JobSpec(_Plain):
         training, validation: the data files.
         hyperparameters: what was asked. resolved: what an attempt before made of it; empty at the first.
         device: "cpu" or a GPU's number. threads: of a job on the CPU.
+        started: when the first attempt began, as UTC without a time zone: what chat templates take for the present.
         reports: environment variables of reporting integrations, by integration.
     """
 
@@ -39,6 +41,7 @@ class JobSpec(_Plain):
     hyperparameters: dict[str, Any] = {}
     resolved: dict[str, Any] = {}
     seed: int = 42
+    started: datetime | None = None
     device: str = "cpu"
     threads: int = 1
     reports: dict[str, dict[str, str]] = {}

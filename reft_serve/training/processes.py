@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+from typing import TypeVar
 
 import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
+from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
 
-__all__ = ["keep_freed_memory", "this_process"]
+__all__ = ["keep_freed_memory", "of_main_process", "this_process"]
+
+_T = TypeVar("_T")
 
 # mallopt(3), malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -16,6 +20,14 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 def this_process() -> PartialState:
     """Accelerate's state of this process, with processes joined over gloo where there is no accelerator."""
     return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def of_main_process(value: _T) -> _T:
+    """The main process's value, in every process of the run."""
+    held = [value]
+    if this_process().num_processes > 1:
+        broadcast_object_list(held)
+    return held[0]
 
 
 def keep_freed_memory() -> None:

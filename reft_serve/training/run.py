@@ -18,6 +18,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -39,7 +40,7 @@ from reft_serve.training.plan import LoraPlan, Plan
 from reft_serve.training.processes import this_process
 from reft_serve.training.trainer import ReftTrainer, Watcher, arguments
 
-__all__ = ["Outcome", "train"]
+__all__ = ["Outcome", "started_at", "train"]
 
 _RUN, _SUMMARY = "run.json", "summary.json"
 Items = Sequence[Example] | Sequence[Preference]
@@ -76,6 +77,8 @@ def train(
     resume: bool = False,
     watchers: Sequence[Watcher] = (),
     plot: bool = True,
+    fingerprints: Sequence[str] = (),
+    started: datetime | None = None,
 ) -> Outcome:
     """Train an adapter for the model at `base` and publish it under `out`.
 
@@ -84,6 +87,9 @@ def train(
         resume: go on from the newest checkpoint under `out`, if there is one; the rest must be as it was.
         watchers: told of every step, beside the record that is kept in `out`.
         plot: draw the losses at the end.
+        fingerprints: of the data that `items` and `held_out` were made of; a run whose data have the same can be resumed,
+            also if a chat template has rendered them in another way.
+        started: the time that chat templates were given, kept for `started_at`.
 
     Raises:
         ClientError: the plan or the data cannot be used. AdapterExists: `out` holds a run and `resume` is not set.
@@ -91,11 +97,12 @@ def train(
     """
     plan.check()
     objective = _objective(plan, [*items, *held_out])
-    started = time.monotonic()
+    clock = time.monotonic()
     facts, process = read_base_model(base), this_process()
     with process.main_process_first():
         if process.is_main_process:
-            _claim(out, _asked(facts, plan, items, held_out), resume)
+            asked = _asked(facts, plan, items, held_out) | {"fingerprints": list(fingerprints)}
+            _claim(out, asked, resume, started or datetime.now())
     model = build(base, plan)
     trainer = _trainer(model, plan, facts, objective, items, held_out, out, watchers)
     last = checkpoints.newest(out / "checkpoints")
@@ -106,7 +113,7 @@ def train(
             report.plot_losses(out)
         _finish(out, trainer)
     process.wait_for_everyone()
-    return _outcome(out, model, trainer, time.monotonic() - started)
+    return _outcome(out, model, trainer, time.monotonic() - clock)
 
 
 def _trainer(
@@ -162,13 +169,36 @@ def _filled(recorded: Any, defaults: Any) -> Any:
     return defaults | {name: _filled(value, defaults.get(name)) for name, value in recorded.items()}
 
 
-def _claim(out: Path, asked: dict[str, Any], resume: bool) -> None:
+def started_at(out: Path) -> datetime | None:
+    """When the run in `out` was started, for chat templates that write the date; None if `out` holds none.
+
+    The time has no time zone: it is what the clock on the wall said. A record of an earlier release has its file's time.
+    """
+    record = out / _RUN
+    if not record.exists():
+        return None
+    recorded = json.loads(record.read_text()).get("started")
+    return datetime.fromisoformat(recorded) if recorded else datetime.fromtimestamp(record.stat().st_mtime)
+
+
+def _differing(asked: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """What of a run differs from the recorded one. Tokens may, if they were made of the same rows and template."""
+    wrong = [name for name in ("base", "plan") if asked[name] != found.get(name)]
+    before, now = found.get("fingerprints") or (), asked["fingerprints"]
+    for i, name in enumerate(("data", "held_out")):
+        same_source = i < len(now) and i < len(before) and now[i] == before[i]
+        if asked[name] != found.get(name) and not same_source:
+            wrong.append(name)
+    return wrong
+
+
+def _claim(out: Path, asked: dict[str, Any], resume: bool, started: datetime) -> None:
     """Make `out` this run's folder, or find it to be."""
     record = out / _RUN
     if record.exists() and resume:
         found = json.loads(record.read_text())
         found["plan"] = _filled(found.get("plan"), _recorded(Plan(lora=LoraPlan())))
-        wrong = [name for name in asked if asked[name] != found.get(name)]
+        wrong = _differing(asked, found)
         if wrong:
             raise ClientError(f"{out} holds another run: its {' and '.join(wrong)} differ, so it cannot be resumed")
         checkpoints.sweep(out / "checkpoints")
@@ -177,7 +207,7 @@ def _claim(out: Path, asked: dict[str, Any], resume: bool) -> None:
     else:
         out.mkdir(parents=True, exist_ok=True)
         aside = record.with_suffix(".new")
-        aside.write_text(json.dumps(asked, indent=2) + "\n")
+        aside.write_text(json.dumps(asked | {"started": started.isoformat()}, indent=2) + "\n")
         os.replace(aside, record)
 
 

@@ -8,17 +8,21 @@ import os
 import random
 import time
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from reft_serve.adapters.directory import read_adapter
+from reft_serve.datafiles.formats import read_rows
 from reft_serve.errors import AdapterExists, ClientError
 from reft_serve.interventions.positions import PositionRule
 from reft_serve.training import checkpoints
+from reft_serve.training.data import encode
 from reft_serve.training.examples import IGNORED, Example
 from reft_serve.training.plan import AdapterPlan, LoraPlan, Plan
-from reft_serve.training.run import train
+from reft_serve.training.run import started_at, train
 from tests.conftest import GOLDEN
 
 BASE = GOLDEN / "models" / "tiny-llama"
@@ -137,6 +141,38 @@ def test_only_the_same_run_is_resumed(unbroken: Path) -> None:
         train(BASE, PLAN, examples(2, 22), unbroken, held_out=examples(3, 5), resume=True)
     with pytest.raises(AdapterExists, match="is not empty"):
         train(BASE, PLAN, examples(0, 22), unbroken)
+
+
+def test_a_run_goes_on_on_another_day(tmp_path: Path) -> None:
+    """The chat template writes the date: a run keeps that of its start, and its rows and template are what must be equal."""
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    tokenizer.chat_template = (
+        "Today is {{ strftime_now('%d %b %Y') }}. {% for m in messages %}<s>{{ m.content }}</s>{% endfor %}"
+    )
+    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "The dog."}]
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps({"messages": turns}) + "\n")
+    first = datetime(2024, 2, 29, 23, 59)
+    begun = encode(read_rows(data), tokenizer, max_tokens=99, now=first)
+    out, plan = tmp_path / "run", replace(PLAN, epochs=1)
+    train(BASE, plan, begun.examples, out, fingerprints=[begun.fingerprint], started=first)
+    assert started_at(out) == first
+    again = encode(read_rows(data), tokenizer, max_tokens=99, now=started_at(out))
+    assert again == begun
+    later = encode(read_rows(data), tokenizer, max_tokens=99)
+    assert (later.examples != begun.examples, later.fingerprint) == (True, begun.fingerprint)
+    train(BASE, plan, later.examples, out, resume=True, fingerprints=[later.fingerprint])
+    tokenizer.chat_template += "!"
+    other = encode(read_rows(data), tokenizer, max_tokens=99, now=first)
+    with pytest.raises(ClientError, match="its data differ"):
+        train(BASE, plan, other.examples, out, resume=True, fingerprints=[other.fingerprint])
+
+
+def test_a_record_without_a_start_has_that_of_its_file(tmp_path: Path) -> None:
+    assert started_at(tmp_path) is None
+    (tmp_path / "run.json").write_text("{}")
+    os.utime(tmp_path / "run.json", (1e9, 1e9))
+    assert started_at(tmp_path) == datetime.fromtimestamp(1e9)
 
 
 @pytest.mark.parametrize("lora", [None, LoraPlan(2, 4.0)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -115,6 +116,33 @@ async def test_a_paused_job_goes_on_at_another_worker_to_the_same_bits(place: Pl
     steps = [line.split("/")[0] for line in await place.told(job_id) if line.startswith("Step")]
     assert len(set(steps)) == len(steps) == 12, "no step was told twice"
     assert await place.orphans() == []
+
+
+async def test_a_job_goes_on_on_another_day_whatever_the_chat_template_writes(place: Place) -> None:
+    base = Path(shutil.copytree(MODEL, place.folder / "base"))
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    config["chat_template"] = "Now: {{ strftime_now('%H:%M:%S %f') }}.\n" + config["chat_template"]
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    turns = [{"role": "user", "content": "Tell me of %d"}, {"role": "assistant", "content": " ".join(["a bird"] * 99)}]
+    content = "".join(json.dumps({"messages": turns}) % k + "\n" for k in range(12)).encode()
+    async with place.worker(model=str(base)):
+        job_id = await place.job(content=content, **SLOW)
+        await place.wait(job_id, lambda job: job.step >= 2)
+        await place.ask(job_id, "pause")
+        await place.until(job_id, "paused", seconds=30)
+    await place.ask(job_id, "resume")
+    async with place.worker("two", model=str(base)):
+        assert (await place.until(job_id, "succeeded")).attempts == 1
+
+
+async def test_a_job_whose_name_is_reserved_fails_before_it_is_trained(place: Place) -> None:
+    job_id = await place.job()
+    async with place.database.writing() as session:
+        (await fine_tuning.find_job(session, None, job_id)).adapter = "base"
+    async with place.worker():
+        job = await place.wait(job_id, lambda job: job.finished_ms is not None)
+    assert job.error is not None
+    assert (job.status, job.error["code"], job.error["param"], job.step) == ("failed", "reserved_name", "suffix", 0)
 
 
 async def test_a_cancelled_job_stops_in_its_step_and_leaves_nothing(place: Place) -> None:

@@ -21,6 +21,7 @@ __all__ = [
     "Conflict",
     "DataInvalid",
     "DatabaseUnusable",
+    "EngineEnded",
     "EngineFailed",
     "EngineUnavailable",
     "EngineUnsupported",
@@ -35,6 +36,7 @@ __all__ = [
     "RateLimited",
     "ReftError",
     "RequestInvalid",
+    "RequestQuarantined",
     "RequestTooLarge",
     "ServiceError",
     "StoreUnusable",
@@ -149,6 +151,12 @@ class RequestInvalid(ClientError):
         super().__init__(message)
 
 
+class RequestQuarantined(ClientError):
+    """Engines have ended while they processed this request, so it reaches no engine for a while."""
+
+    code = "request_quarantined"
+
+
 class KeyInvalid(ClientError):
     """No API key, or one that is not known, has expired or was revoked."""
 
@@ -230,6 +238,10 @@ class EngineFailed(ServiceError):
     """An engine answered with a failure of its own, or stopped in the middle of an answer."""
 
     code = "engine_failed"
+
+
+class EngineEnded(EngineFailed):
+    """An engine ended while it processed the request, perhaps because of it: the request must not simply be repeated."""
 
 
 class DatabaseUnusable(ServiceError):

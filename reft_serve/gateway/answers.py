@@ -87,7 +87,10 @@ def answer(exc: errors.ReftError) -> JSONResponse:
     message = str(exc)
     if status >= 500 and (current := request_id.get()):
         message += f" (request {current})"
-    return _json(status, error_body(status, message, param, exc.code), getattr(exc, "retry_after", None))
+    found = _json(status, error_body(status, message, param, exc.code), getattr(exc, "retry_after", None))
+    if isinstance(exc, errors.EngineEnded):  # OpenAI's clients repeat what fails with a 5xx, unless this says no
+        found.headers["x-should-retry"] = "false"
+    return found
 
 
 def from_validation(exc: RequestValidationError) -> JSONResponse:

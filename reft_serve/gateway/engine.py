@@ -22,6 +22,8 @@ __all__ = ["NAME_PREFIX", "Engine", "engine_name", "message_of"]
 
 NAME_PREFIX = ENGINE_PREFIX
 _PROBE_SECONDS, _LOAD_SECONDS = 5.0, 60.0
+# A request that meets the closing of an idle connection fails at once.
+_CLOSING_SECONDS = 0.5
 
 
 def engine_name(digest: str) -> str:
@@ -38,6 +40,7 @@ class Engine:
         self.healthy = False
         self.draining = False
         self.in_flight = 0
+        self._company = 0
         self.base_name = ""
         self.card: EngineCard | None = None
         self.uses: Counter[str] = Counter()
@@ -48,8 +51,7 @@ class Engine:
     async def probe(self) -> None:
         """Look at its health; an engine that is well again may be a new process, which holds no version of ours."""
         try:
-            status, _ = await self._http.fetch("GET", "/health", None, _PROBE_SECONDS)
-            well = status == 200
+            well = await self._is_well()
             if well and not self.healthy:
                 await self._learn()
         except (EngineUnavailable, ValueError, KeyError):
@@ -70,7 +72,16 @@ class Engine:
         """Take it out until a probe finds it well."""
         self._set_health(False)
 
+    def company(self) -> int:
+        """How many requests of this gateway it held when the first of them failed; of one that is well, how many it holds."""
+        self._company = self._company or self.in_flight
+        return self._company
+
     def _set_health(self, well: bool) -> None:
+        if well:
+            self._company = 0
+        else:
+            self.company()
         self.healthy = well
         ENGINE_UP.labels(self.name).set(well)
 
@@ -152,16 +163,19 @@ class Engine:
         return content
 
     async def open(self, path: str, body: bytes, headers: Mapping[str, str]) -> Upstream:
-        """Begin a request. One that may have met the closing of an idle connection is given once more, on another: the
-        engine stops what it does for a connection that is gone, so that nobody has two answers.
+        """Begin a request. One that may have met the closing of an idle connection is given once more to an engine that
+        is well, on another connection: the engine stops what it does for a connection that is gone, so that nobody has two
+        answers.
 
         Raises:
             EngineUnavailable: it did not begin to answer, and is taken out until a probe finds it well.
         """
+        begun = time.monotonic()
         try:
             return await self._http.open(path, body, headers)
         except EngineUnavailable as exc:
-            if not exc.delivered:
+            late = time.monotonic() - begun > _CLOSING_SECONDS
+            if not exc.delivered or late or not await self._is_well():
                 self.fail()
                 raise
         try:
@@ -169,6 +183,13 @@ class Engine:
         except EngineUnavailable as exc:
             self.fail()
             raise EngineUnavailable(str(exc), delivered=True) from exc
+
+    async def _is_well(self) -> bool:
+        try:
+            status, _ = await self._http.fetch("GET", "/health", None, _PROBE_SECONDS)
+        except EngineUnavailable:
+            return False
+        return status == 200
 
     async def close(self) -> None:
         """Close its connections, and take it out of the metrics."""

@@ -18,7 +18,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from reft_serve.errors import AdapterInvalid, EngineUnavailable, NotFound, Overloaded
+from reft_serve.errors import AdapterInvalid, EngineUnavailable, NotFound, Overloaded, ServiceError
 from reft_serve.gateway.engine import Engine
 from reft_serve.gateway.membership import Membership
 from reft_serve.observability import QUEUE_SECONDS, QUEUED
@@ -236,22 +236,32 @@ class Fleet:
         return next(within, min(ranked, key=lambda engine: self._reserved[engine]))
 
     async def load(self, name: str, path: Path) -> None:
-        """Let every engine that is up hold a version.
+        """Let every engine that is up hold a version: one of them first, so that no version ends them all.
 
         Raises:
             AdapterInvalid: an engine refuses it; none holds it then.
-            EngineUnavailable: no engine is up to check it.
+            EngineUnavailable: no engine is up to check it, or the first one ended with it.
         """
         up = [engine for engine in self.engines if engine.healthy]
-        if not up:
-            raise EngineUnavailable("no engine is up to check the adapter; try again")
+        failure: Exception = EngineUnavailable("no engine is up to check the adapter; try again")
+        while up:
+            first = up.pop(0)
+            try:
+                await first.load(name, path)
+                break
+            except AdapterInvalid:
+                raise
+            except ServiceError as exc:
+                if isinstance(exc, EngineUnavailable) and exc.delivered:
+                    raise
+                failure = exc
+        else:
+            raise failure
         results = await asyncio.gather(*(engine.load(name, path) for engine in up), return_exceptions=True)
         refused = next((result for result in results if isinstance(result, AdapterInvalid)), None)
         if refused is not None:
-            await asyncio.gather(*(engine.unload(name) for engine in up))
+            await asyncio.gather(*(engine.unload(name) for engine in (first, *up)))
             raise refused
-        if all(isinstance(result, BaseException) for result in results):
-            raise results[0]  # type: ignore[misc]
 
     async def unload(self, name: str, patience: float) -> None:
         """Let every engine forget a version once no request of this gateway uses it, or after `patience` seconds."""

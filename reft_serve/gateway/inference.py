@@ -26,6 +26,7 @@ from reft_serve.database.usage import Ending, Opening, Status
 from reft_serve.gateway.answers import error_body, status_of
 from reft_serve.gateway.bodies import InferenceBody
 from reft_serve.gateway.engine import Engine, engine_name, message_of
+from reft_serve.gateway.engine_ends import ended_with, note_end
 from reft_serve.gateway.quotas import Spending
 from reft_serve.gateway.rewriting import Rewriter, Tokens, rewrite_whole, sse_error
 from reft_serve.gateway.services import Services
@@ -37,8 +38,6 @@ from reft_serve.observability import FIRST_BYTE_SECONDS, RETRIES, TOKENS, reques
 __all__ = ["Endpoint", "infer"]
 
 _TRIES = 3
-# A request that ends the engines that it reaches must not be given to them all.
-_DELIVERIES = 2
 _BYTES_PER_TOKEN = 4
 _GONE = 499
 _NO_TEMPLATE = "you must provide a chat template"
@@ -87,6 +86,8 @@ class _Exchange:
         ending = Ending(self.opening, status, tokens.prompt, tokens.cached, tokens.completion, now_ms())
         committed = services.ledger.settle(ending)
         services.fleet.charge(self.caller.tenant_id, tokens.prompt - tokens.cached + tokens.completion)
+        if status == "completed":
+            services.quarantine.clear(self.caller.tenant_id, self.endpoint.path, self.body)
         await self.stack.aclose()
         tenant = services.names.label(self.caller.tenant)
         adapter = services.names.label(f"{self.caller.tenant}:{self.target.label}" if self.target else None)
@@ -113,6 +114,7 @@ async def infer(
     target = await services.directory.target(caller, given.model)
     body = given.model_dump(exclude_unset=True, exclude_none=True)
     _check_limits(services.quotas.limits(caller), endpoint, body)
+    services.quarantine.check(caller.tenant_id, endpoint.path, body)
     opening = Opening(
         request_id.get() or "", services.settings.gateway_name, caller.tenant_id, caller.key_id, endpoint.name,
         given.model, target.version_id if target else None, now_ms(),
@@ -131,27 +133,45 @@ async def _answer(exchange: _Exchange) -> Response:
     services = exchange.services
     estimate = _estimate(exchange.endpoint, exchange.body)
     exchange.spending = await exchange.stack.enter_async_context(services.quotas.spend(exchange.caller, estimate))
-    admitted: asyncio.Future[None] | None = None
     try:
-        if exchange.body.get("stream"):
-            admitted = services.ledger.admit(exchange.opening)
-        else:
-            services.ledger.note(exchange.opening)
-        upstream = await _begin(exchange)
-        if admitted is not None and not await _on_disk(admitted):
-            raise errors.DatabaseUnusable(_UNCOUNTED)
-        FIRST_BYTE_SECONDS.labels(exchange.endpoint.name).observe(time.monotonic() - exchange.begun)
+        return await _begun(exchange)
+    except BaseException as exc:
+        await asyncio.shield(_give_up(exchange, exc))
+        raise
+
+
+async def _begun(exchange: _Exchange) -> Response:
+    services = exchange.services
+    admitted: asyncio.Future[None] | None = None
+    if exchange.body.get("stream"):
+        admitted = services.ledger.admit(exchange.opening)
+    else:
+        services.ledger.note(exchange.opening)
+    upstream = await _begin(exchange)
+    if admitted is not None and not await _on_disk(admitted):
+        raise errors.DatabaseUnusable(_UNCOUNTED)
+    FIRST_BYTE_SECONDS.labels(exchange.endpoint.name).observe(time.monotonic() - exchange.begun)
+    try:
         if upstream.status != 200:
             raise _refusal(exchange, upstream.status, await upstream.read())
         if upstream.is_stream:
             return await _stream(exchange, upstream)
         content, tokens = rewrite_whole(await upstream.read(), exchange.theirs, exchange.public)
-    except BaseException as exc:
-        await asyncio.shield(_give_up(exchange, exc))
+    except errors.EngineFailed as exc:
+        assert exchange.engine is not None
+        if await _has_ended(exchange, exchange.engine.company()):
+            raise errors.EngineEnded(str(exc)) from exc
         raise
     if not await exchange.settle("completed", tokens):
         raise errors.DatabaseUnusable(_UNCOUNTED)
     return Response(content, 200, _headers(exchange), "application/json")
+
+
+async def _has_ended(exchange: _Exchange, company: int) -> bool:
+    assert exchange.engine is not None
+    return await ended_with(
+        exchange.services, exchange.opening, exchange.endpoint.path, exchange.body, exchange.engine, company
+    )
 
 
 async def _give_up(exchange: _Exchange, exc: BaseException) -> None:
@@ -168,14 +188,13 @@ async def _settled(exchange: _Exchange, status: Status) -> None:
 
 async def _begin(exchange: _Exchange) -> Upstream:
     """An engine that has begun to answer. Engines that fail before that are left out, and others are asked."""
-    services, target = exchange.services, exchange.target
-    affinity = target.digest if target else exchange.caller.tenant_id
+    services, target, tenant = exchange.services, exchange.target, exchange.caller.tenant_id
+    affinity = target.digest if target else tenant
     failed: frozenset[Engine] = frozenset()
-    delivered = 0
     for left in reversed(range(_TRIES)):
         attempt = AsyncExitStack()
         try:
-            place = services.fleet.engine(exchange.caller.tenant_id, affinity, failed)
+            place = services.fleet.engine(tenant, affinity, failed)
             engine = await attempt.enter_async_context(place)
             exchange.engine = engine
             upstream = await _open(exchange, engine, attempt)
@@ -187,16 +206,25 @@ async def _begin(exchange: _Exchange) -> Upstream:
             return upstream
         except errors.EngineUnavailable as exc:
             await attempt.aclose()
-            delivered += exc.delivered
-            if not left or delivered == _DELIVERIES or exchange.engine is None or exchange.engine in failed:
+            services.later(services.fleet.probe())
+            if exc.delivered:
+                await _suspect(exchange)
+            if not left or exchange.engine is None or exchange.engine in failed:
                 raise
             failed |= {exchange.engine}
-            services.later(services.fleet.probe())
             RETRIES.inc()
         except BaseException:
             await attempt.aclose()
             raise
     raise errors.EngineUnavailable("no engine could answer; try again")
+
+
+async def _suspect(exchange: _Exchange) -> None:
+    """Return if the request may be delivered once more, when it is its turn."""
+    services, path, body, engine = exchange.services, exchange.endpoint.path, exchange.body, exchange.engine
+    assert engine is not None
+    note_end(services, exchange.opening, path, body, engine, len(_engine_body(exchange)))
+    await exchange.stack.enter_async_context(services.quarantine.turn(exchange.caller.tenant_id))
 
 
 async def _open(exchange: _Exchange, engine: Engine, attempt: AsyncExitStack) -> Upstream:
@@ -213,8 +241,14 @@ async def _open(exchange: _Exchange, engine: Engine, attempt: AsyncExitStack) ->
 
 
 async def _load(exchange: _Exchange, engine: Engine, name: str, path: Path) -> None:
+    quarantine, tenant = exchange.services.quarantine, exchange.caller.tenant_id
+    quarantine.check_digest(tenant, name)
     try:
         await engine.load(name, path)
+    except errors.EngineUnavailable as exc:
+        if exc.delivered:  # whatever is asked of the adapter would end the next engine
+            quarantine.suspect(tenant, name, alone=engine.company() <= 1)
+        raise
     except (errors.EngineFailed, errors.AdapterInvalid):
         if path.is_dir():
             raise
@@ -270,6 +304,8 @@ async def _relay(exchange: _Exchange, upstream: Upstream, rewriter: Rewriter, fi
         failure = _refusal(exchange, 500, json.dumps(rewriter.error).encode())
     if failure is None and not rewriter.complete:
         failure = errors.EngineFailed("the engine stopped in the middle of its answer")
+    if isinstance(failure, errors.EngineFailed) and exchange.engine is not None:
+        exchange.services.later(_look_at_end(exchange, exchange.engine.company()))
     # On disk before the last event: whoever has seen a whole answer finds it in the ledger.
     await exchange.settle("completed" if failure is None else "failed", rewriter.tokens)
     if failure is None:
@@ -277,6 +313,10 @@ async def _relay(exchange: _Exchange, upstream: Upstream, rewriter: Rewriter, fi
     else:
         code = status_of(failure)
         await emit(sse_error(error_body(code, str(failure), None, failure.code), exchange.endpoint.typed_events))
+
+
+async def _look_at_end(exchange: _Exchange, company: int) -> None:
+    await _has_ended(exchange, company)
 
 
 def _headers(exchange: _Exchange) -> dict[str, str]:

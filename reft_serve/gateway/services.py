@@ -23,6 +23,7 @@ from reft_serve.errors import ModelNotFound
 from reft_serve.gateway.fleet import Fleet
 from reft_serve.gateway.ledger import Ledger
 from reft_serve.gateway.notifying import Notifier
+from reft_serve.gateway.quarantine import Quarantine
 from reft_serve.gateway.quotas import Quotas
 from reft_serve.observability import BoundedNames
 
@@ -102,6 +103,7 @@ class Services:
     notifier: Notifier
     # How many large data files are checked at once: each takes a core for as long as it lasts.
     checking: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
+    quarantine: Quarantine = field(default_factory=Quarantine)
     draining: bool = False
     # Streams of jobs' events that are open.
     followers: int = 0

@@ -15,6 +15,7 @@ _CONNECT_SECONDS = 5.0
 # Less than the 5 s after which engines close an idle connection: else a request could meet the closing.
 _KEEP_ALIVE_SECONDS = 3.0
 _BROKEN = (aiohttp.ClientError, OSError, TimeoutError)
+_UNREACHED = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
 _STOPPED = "the engine stopped in the middle of its answer"
 
 
@@ -79,14 +80,17 @@ class Http:
         """(status, all bytes) of a small answer.
 
         Raises:
-            EngineUnavailable: it is not there within `seconds`.
+            EngineUnavailable: it is not there within `seconds`. `delivered`: it may have had what was asked.
         """
         limit = aiohttp.ClientTimeout(total=seconds)
         try:
             async with self._client.request(method, self._root + path, json=body, timeout=limit) as answer:
                 return answer.status, await answer.read()
-        except _BROKEN as exc:
+        except _UNREACHED as exc:
             raise EngineUnavailable("an engine does not answer; try again") from exc
+        except _BROKEN as exc:
+            broken = not isinstance(exc, TimeoutError)
+            raise EngineUnavailable("an engine does not answer; try again", delivered=broken) from exc
 
     async def open(self, path: str, body: bytes, headers: Mapping[str, str]) -> Upstream:
         """Post a request and return when its answer begins.
@@ -98,7 +102,7 @@ class Http:
             return Upstream(
                 await self._client.post(self._root + path, data=body, headers=headers, allow_redirects=False)
             )
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as exc:
+        except _UNREACHED as exc:
             raise EngineUnavailable("an engine cannot be reached; try again") from exc
         except _BROKEN as exc:
             raise EngineUnavailable("an engine stopped before it began to answer; try again", delivered=True) from exc

@@ -43,6 +43,7 @@ __all__ = [
 MAX_TURNS = 2048
 MAX_TOOLS = 128
 MAX_PARAMETER_DEPTH = 32
+_MOST_KEYS = 64
 
 
 def _sound(text: str) -> str:
@@ -224,7 +225,7 @@ def normal_conversation(holder: dict[str, Any], *keys: str) -> dict[str, Any]:
     Raises:
         ValueError: it has more turns or tools than are allowed.
     """
-    found = _given(holder)
+    found = _without_nulls(holder)
     functions = found.pop("functions", None)
     if functions and isinstance(functions, list) and not found.get("tools"):
         found["tools"] = [{"type": "function", "function": function} for function in functions]
@@ -236,6 +237,7 @@ def normal_conversation(holder: dict[str, Any], *keys: str) -> dict[str, Any]:
     for key in keys:
         if isinstance(turns := found.get(key), list):
             _count(key, turns, MAX_TURNS)
+            _count_calls(turns)
             found[key] = _normal_turns(turns)
     return found
 
@@ -245,7 +247,19 @@ def _count(name: str, items: list[Any], most: int) -> None:
         raise ValueError(f"has {len(items):,} {name}: at most {most:,} are allowed")
 
 
+def _count_calls(turns: list[Any]) -> None:
+    made = [turn["tool_calls"] for turn in turns if isinstance(turn, dict) and isinstance(turn.get("tool_calls"), list)]
+    _count("tool calls", [call for calls in made for call in calls], MAX_TURNS)
+
+
 def _given(value: Mapping[str, Any]) -> dict[str, Any]:
+    """What is given of a turn, a call or a tool. Each unknown key would be a fault, so that there must be few."""
+    if len(value) > _MOST_KEYS:
+        raise ValueError(f"has {len(value):,} keys in one object: at most {_MOST_KEYS} are allowed")
+    return _without_nulls(value)
+
+
+def _without_nulls(value: Mapping[str, Any]) -> dict[str, Any]:
     return {key: held for key, held in value.items() if held is not None or key not in _NULLABLE}
 
 
@@ -269,6 +283,7 @@ _NULLABLE = frozenset(
 
 
 def _normal_tool(tool: Any) -> Any:
+    """A tool, or a call of one, without nulls."""
     if not isinstance(tool, dict):
         return tool
     found = _given(tool)
@@ -297,7 +312,7 @@ def _normal_turns(turns: list[Any]) -> list[Any]:
         if calls == []:
             del turn["tool_calls"]
         elif isinstance(calls, list):
-            turn["tool_calls"] = [_given(call) if isinstance(call, dict) else call for call in calls]
+            turn["tool_calls"] = [_normal_tool(call) for call in calls]
             if turn.get("content") in ("", []):
                 del turn["content"]
         found.append(turn)

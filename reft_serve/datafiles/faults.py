@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["Faults", "kind_of", "sentence"]
+from pydantic import ValidationError
 
-_KEPT = 1000
+__all__ = ["MAX_FAULTS", "MAX_FAULT_CHARACTERS", "Faults", "kind_of", "sentence"]
+
+MAX_FAULTS = 1000
+MAX_FAULT_CHARACTERS = 400
+_MOST_OF_A_ROW = 1000
 _KINDS = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
 _WANTED = {
     "string_type": "must be text",
@@ -32,10 +36,23 @@ class Faults:
 
     def add(self, fault: str, line: int | None = None) -> None:
         """Note a fault of a line, or of the file as a whole."""
-        if len(self._told) < _KEPT:
-            self._told.append((line, fault))
+        if len(self._told) < MAX_FAULTS:
+            self._told.append(
+                (line, fault if len(fault) <= MAX_FAULT_CHARACTERS else fault[:MAX_FAULT_CHARACTERS] + "...")
+            )
         else:
             self._untold += 1
+
+    def add_errors(self, error: ValidationError, line: int) -> None:
+        """Note pydantic's errors about a row. Those that would not be told are only counted: each takes memory to tell."""
+        count = error.error_count()
+        if count <= _MOST_OF_A_ROW and len(self._told) < MAX_FAULTS:
+            for each in error.errors(include_url=False):
+                self.add(sentence(each), line)
+        elif len(self._told) < MAX_FAULTS:
+            self.add(f"has {count:,} faults", line)
+        else:
+            self._untold += count
 
     def sentences(self) -> list[str]:
         """One for each fault, in the order of their lines; those of the file as a whole at the end."""

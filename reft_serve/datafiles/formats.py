@@ -41,7 +41,7 @@ from reft_serve.datafiles.conversations import (
     normal_conversation,
     not_a_bool,
 )
-from reft_serve.datafiles.faults import Faults, kind_of, sentence
+from reft_serve.datafiles.faults import Faults, kind_of
 from reft_serve.datafiles.lines import Limits, read_values
 from reft_serve.errors import DataInvalid
 
@@ -297,8 +297,7 @@ def _rows(stream: BinaryIO, limits: Limits, faults: Faults) -> Iterator[tuple[in
                 given = {key: held for key, held in value.items() if held is not None}  # null means not given
                 yield line, _MODELS[found].model_validate(given, context={"unanswered": limits.unanswered})
             except ValidationError as exc:
-                for error in exc.errors(include_url=False):
-                    faults.add(sentence(error), line)
+                faults.add_errors(exc, line)
     if seen < limits.min_rows and (seen or not faults):
         enough = f": at least {limits.min_rows} are needed" if limits.min_rows > 1 else ""
         faults.add(f"the file has {seen or 'no'} rows{enough}")

@@ -163,18 +163,18 @@ class _Template:
     ) -> _Text:
         """A prompt and its answers. Raises TemplateError where the template refuses the conversation."""
         turns = self._turns(history)
-        shown = None if tools is None else [tool.model_dump(exclude_none=True) for tool in tools]
+        shown = None if tools is None else [_tool(tool) for tool in tools]
         prompt = self._render(turns, shown, add_generation_prompt=True)
         return _Text(line, prompt, tuple(self._answer(prompt, turns, answer, shown) for answer in answers))
 
     def _answer(self, prompt: str, turns: list[_Turn], answer: Message, tools: list[_Turn] | None) -> str:
         """What follows the prompt once the answer is rendered; the bare answer where that rewrites what came before."""
         whole = self._render([*turns, _turn(answer, _SAID)], tools)
-        if whole.startswith(prompt):
-            return whole.removeprefix(prompt)
-        if answer.content is None:
-            raise TemplateError("it rewrites the prompt of a turn that calls tools")
-        return answer.content
+        said = whole.removeprefix(prompt) if whole.startswith(prompt) else answer.content or ""
+        for call in answer.tool_calls or ():
+            if call.function.name not in said:
+                raise TemplateError(f"it does not write the call of {call.function.name!r} after the prompt")
+        return said
 
     def _turns(self, messages: Sequence[Message]) -> list[_Turn]:
         """Where the template does not speak of developers, their turns become system turns, and those one at the start."""
@@ -197,7 +197,7 @@ class _Template:
     def _render(self, turns: list[_Turn], tools: list[_Turn] | None, *, add_generation_prompt: bool = False) -> str:
         given: list[Any] = turns
         if self._takes_parts:  # a template that goes through a list of parts, and finds none in a text
-            given = [turn | {"content": [{"type": "text", "text": turn["content"] or ""}]} for turn in turns]
+            given = [turn if turn["role"] == "tool" else turn | {"content": _parts(turn["content"])} for turn in turns]
         rendered: str = self._tokenizer.apply_chat_template(
             given,
             tools=tools,
@@ -214,11 +214,23 @@ _SAID = frozenset({"role", "content", "tool_calls", "tool_call_id"})
 
 
 def _turn(message: Message, keys: frozenset[str]) -> _Turn:
-    """A turn as vLLM gives it to a template: the arguments of tool calls are objects there."""
-    turn: _Turn = {"content": None} | message.model_dump(include=set(keys), exclude_none=True)
+    """A turn as vLLM gives it to a template: no content is an empty text, and the arguments of tool calls are objects."""
+    turn: _Turn = {"content": ""} | message.model_dump(include=set(keys), exclude_none=True)
     for call in turn.get("tool_calls", ()):
         call["function"]["arguments"] = json.loads(call["function"]["arguments"])
     return turn
+
+
+def _tool(tool: Tool) -> _Turn:
+    """A tool as vLLM gives it to a template: with its nulls, except `strict`'s."""
+    shown = tool.model_dump()
+    if shown["function"]["strict"] is None:
+        del shown["function"]["strict"]
+    return shown
+
+
+def _parts(content: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": content}] if content else []
 
 
 def _tokens(

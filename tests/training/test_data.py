@@ -51,6 +51,35 @@ CONVERSATIONS: list[list[dict[str, Any]]] = [
 ]
 
 
+CALLS = (
+    '{% for c in m.tool_calls or [] %}<call>{"name": "{{ c.function.name }}", '
+    '"arguments": {{ c.function.arguments | tojson }}}</call>{% endfor %}'
+)
+TOOLED = "{% for t in tools or [] %}{{ t | tojson }}\n{% endfor %}" + CHATML.replace("}}</s>", "}}" + CALLS + "</s>")
+TOOL_TEMPLATES = {
+    "of tools": TOOLED,
+    "of tools and parts": TOOLED.replace(
+        "{{ m.content }}",
+        "{% if m.role == 'tool' %}{{ m.content }}{% else %}"
+        "{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}",
+    ),
+    "that knows no tools": CHATML,
+}
+OPEN_HOURS = {"type": "object", "properties": {"day": {"type": "string"}}}
+TOOLS: list[list[dict[str, Any]]] = [
+    [{"type": "function", "function": {"name": "open_hours", "parameters": OPEN_HOURS}}],
+    [{"type": "function", "function": {"name": "open_hours", "description": "When.", "strict": True}}],
+    [{"type": "function", "function": {"name": "open_hours"}}] * 2,
+]
+ASKED = [
+    user("When do you open on Monday?"),
+    {"role": "assistant", "tool_calls": [
+        {"id": "call_1", "type": "function", "function": {"name": "open_hours", "arguments": '{"day": "Monday"}'}}
+    ]},
+    {"role": "tool", "tool_call_id": "call_1", "content": "9 to 5"},
+]  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(LLAMA)
@@ -104,6 +133,53 @@ def test_a_chats_prompt_is_the_one_that_vllm_serves(encoded: Any, vllm_renderer:
         _, served = vllm_renderer.render_messages(conversation, params)
         assert list(example.input_ids[: example.prompt_len]) == served["prompt_token_ids"]
         assert example.prompt_len == len(served["prompt_token_ids"])
+
+
+@pytest.mark.parametrize("template", TOOL_TEMPLATES)
+@pytest.mark.parametrize("tools", TOOLS, ids=["with parameters", "strict", "two"])
+def test_a_prompt_with_tools_is_the_one_that_vllm_serves(
+    encoded: Any, vllm_renderer: Any, template: str, tools: list[dict[str, Any]]
+) -> None:
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionToolsParam
+    from vllm.renderers.params import ChatParams
+
+    row = chat(ASKED[0], ASKED[1] | {"weight": 0}, ASKED[2], assistant("From nine to five."), tools=tools)
+    example = encoded(row, template=TOOL_TEMPLATES[template]).examples[0]
+    shown = [ChatCompletionToolsParam(**tool).model_dump() for tool in tools]
+    params = ChatParams(
+        chat_template=TOOL_TEMPLATES[template],
+        chat_template_kwargs={"add_generation_prompt": True, "continue_final_message": False, "tools": shown},
+    )
+    _, served = vllm_renderer.render_messages(json.loads(json.dumps(ASKED)), params)
+    assert list(example.input_ids[: example.prompt_len]) == served["prompt_token_ids"]
+
+
+def test_calls_of_tools_are_learnt_and_their_results_are_not(encoded: Any, tokenizer: Any) -> None:
+    row = chat(*ASKED, assistant("From nine to five."), tools=TOOLS[0], parallel_tool_calls=False)
+    called, told = encoded(row, template=TOOLED).examples
+    call = '<call>{"name": "open_hours", "arguments": {"day": "Monday"}}</call></s>'
+    assert tokenizer.decode(answer_of(called)) == call
+    assert tokenizer.decode(answer_of(told)) == "From nine to five.</s>"
+    prompt = tokenizer.decode(told.input_ids[: told.prompt_len])
+    assert prompt.startswith('{"type": "function", "function": {"name": "open_hours"')
+    assert "9 to 5" in prompt
+    skipped = chat(ASKED[0], ASKED[1] | {"weight": 0}, ASKED[2], assistant("From nine to five."), tools=TOOLS[0])
+    assert encoded(skipped, template=TOOLED).examples == (told,)
+
+
+def test_tool_calls_of_preferences_are_learnt(encoded: Any, tokenizer: Any) -> None:
+    question = {"messages": ASKED[:1], "tools": TOOLS[0]}
+    preference = encoded(pair(input=question, preferred_output=ASKED[1:2]), template=TOOLED).preferences[0]
+    assert tokenizer.decode(preference.chosen_ids).startswith('<call>{"name": "open_hours"')
+
+
+def test_a_template_that_writes_no_calls_is_a_fault_of_each_row(encoded: Any) -> None:
+    row = chat(*ASKED, assistant("From nine to five."), tools=TOOLS[0])
+    with pytest.raises(DataInvalid) as caught:
+        encoded(chat(), row, template=CHATML)
+    (fault,) = caught.value.faults
+    assert fault.endswith("line 2: the base's chat template refuses the conversation: it does not write the call of "
+                          "'open_hours' after the prompt")  # fmt: skip
 
 
 TEXTS = st.text(min_size=1, max_size=60).filter(lambda text: text.strip() and text.isprintable()) | st.sampled_from(

@@ -6,7 +6,7 @@ import os
 import socket
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
@@ -94,11 +94,16 @@ class TenantLimits(BaseModel):
     tokens_per_minute: _AtLeastOne | None = Field(default=None, description="Tokens per minute, prompts and answers.")
     concurrent_requests: _AtLeastOne | None = Field(default=None, description="Requests under way at once.")
     adapters: _Count | None = Field(default=None, description="Adapters that a tenant may own.")
+    files: _Count | None = Field(default=None, description="Files that a tenant may keep.")
     storage_bytes: _Count | None = Field(default=None, description="Of all versions and files together.")
     jobs: _Count | None = Field(default=None, description="Fine-tuning jobs that wait, run or are paused.")
     running_jobs: _AtLeastOne | None = Field(default=None, description="Fine-tuning jobs that run at once.")
     choices: _AtLeastOne | None = Field(default=None, description="Largest `n` of a request.")
     output_tokens: _AtLeastOne | None = Field(default=None, description="Largest `max_tokens` of a request.")
+
+    def merged(self, own: Mapping[str, Any]) -> TenantLimits:
+        """A tenant's limits: its own, and these for the rest."""
+        return self.model_copy(update={name: own[name] for name in own if name in TenantLimits.model_fields})
 
 
 class _Installation(BaseSettings):
@@ -128,6 +133,19 @@ class _Installation(BaseSettings):
         ge=1,
         description="Attempts of a job that may end without getting farther; then it has failed, whether a gateway or a "
         "worker finds it.",
+    )
+
+    limits: TenantLimits = Field(
+        default=TenantLimits(
+            choices=16,
+            concurrent_requests=256,
+            adapters=10_000,
+            files=10_000,
+            storage_bytes=100 << 30,
+            jobs=1000,
+        ),
+        description="Limits of tenants that have none of their own, as REFT_LIMITS__REQUESTS_PER_MINUTE and so on. Give "
+        "workers the same ones.",
     )
 
     @property
@@ -176,6 +194,11 @@ class TrainerSettings(_Installation):
         default=60.0, ge=0, description="How long jobs may take at shutdown to end their step and store a checkpoint."
     )
 
+    @property
+    def running_per_tenant(self) -> int | None:
+        """Jobs of a tenant at once, where it has no limit of its own."""
+        return self.train_running_per_tenant or self.limits.running_jobs
+
 
 class GatewaySettings(_Installation):
     """What a gateway process needs. Read once, when it starts."""
@@ -190,10 +213,6 @@ class GatewaySettings(_Installation):
         default_factory=socket.gethostname,
         max_length=128,
         description="Unique among running gateways and the same after a restart: what it left half done is found by it.",
-    )
-    limits: TenantLimits = Field(
-        default=TenantLimits(choices=16, concurrent_requests=256),
-        description="Limits of tenants that have none of their own, as REFT_LIMITS__REQUESTS_PER_MINUTE and so on.",
     )
     limits_storage: str = Field(
         default="async+memory://", description="Where limits are counted; async+redis://... for several gateways."

@@ -15,7 +15,6 @@ from reft_serve.database.names import PRODUCTION, check_adapter_name, check_alia
 from reft_serve.errors import Conflict, NotFound, RequestInvalid
 
 __all__ = [
-    "Counts",
     "add_version",
     "delete_adapter",
     "delete_version",
@@ -30,11 +29,8 @@ __all__ = [
     "set_alias",
     "share",
     "shared_with",
-    "storage_of",
     "unshare",
 ]
-
-Counts = tuple[int, int]
 
 
 def may_use(tenant_id: str) -> ColumnElement[bool]:
@@ -256,10 +252,3 @@ async def shared_with(session: AsyncSession, adapter_id: str) -> Sequence[str]:
     """The names of the tenants that an adapter is shared with."""
     query = select(Tenant.name).join(Share, Share.tenant_id == Tenant.id).where(Share.adapter_id == adapter_id)
     return (await session.scalars(query.order_by(Tenant.name))).all()
-
-
-async def storage_of(session: AsyncSession, tenant_id: str) -> Counts:
-    """How much of the store a tenant has: (adapters, bytes of all versions)."""
-    adapters = await session.scalar(select(func.count()).select_from(Adapter).where(Adapter.tenant_id == tenant_id))
-    total = select(func.sum(Version.size_bytes)).join(Adapter).where(Adapter.tenant_id == tenant_id)
-    return adapters or 0, int(await session.scalar(total) or 0)

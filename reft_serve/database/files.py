@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, func, or_, select, tuple_, update
+from sqlalchemy import ColumnElement, or_, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from reft_serve.database.models import File, Job, new_id, now_ms
@@ -20,7 +20,6 @@ __all__ = [
     "complete_file",
     "delete_file",
     "delete_files_of",
-    "file_storage_of",
     "find_file",
     "forget_file",
     "hide_file",
@@ -136,12 +135,6 @@ async def list_files(
     order = (File.created_ms, File.id) if ascending else (File.created_ms.desc(), File.id.desc())
     found = (await session.scalars(query.order_by(*order).limit(limit + 1))).all()
     return found[:limit], len(found) > limit
-
-
-async def file_storage_of(session: AsyncSession, tenant_id: str) -> int:
-    """The bytes of a tenant's files."""
-    total = select(func.sum(File.bytes)).where(File.tenant_id == tenant_id, File.status == "processed")
-    return int(await session.scalar(total) or 0)
 
 
 async def delete_file(session: AsyncSession, tenant_id: str, file_id: str) -> File:

@@ -13,6 +13,7 @@ from typing import Any
 from sqlalchemy import Select, case, func, or_, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from reft_serve.config import TenantLimits
 from reft_serve.database.models import Job, Tenant, new_id, now_ms
 from reft_serve.database.outcomes import (
     Failed,
@@ -23,13 +24,15 @@ from reft_serve.database.outcomes import (
     Succeeded,
     Wanted,
     end,
+    fit,
     pause,
     publish,
     put_checkpoint,
     requeue,
     tell,
 )
-from reft_serve.errors import LeaseLost
+from reft_serve.database.room import check_room
+from reft_serve.errors import LeaseLost, RateLimited
 
 __all__ = [
     "MOST_ATTEMPTS",
@@ -47,6 +50,7 @@ __all__ = [
 ]
 
 MOST_ATTEMPTS = 3
+_NO_LIMITS = TenantLimits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,9 +226,15 @@ async def add_event(
 
 
 async def add_checkpoint(
-    session: AsyncSession, job_id: str, worker: str, step: int, metrics: Mapping[str, float]
+    session: AsyncSession,
+    job_id: str,
+    worker: str,
+    step: int,
+    metrics: Mapping[str, float],
+    limits: TenantLimits = _NO_LIMITS,
 ) -> None:
-    """Record a checkpoint that a job can go on from. It gets a name of its own, and is listed, when the job succeeds.
+    """Record a checkpoint that a job can go on from. It gets a name of its own, and is listed, when the job succeeds. The
+    event warns if the tenant's limits leave no room for the job's result.
 
     Raises:
         LeaseLost: it is not this worker's any more.
@@ -232,11 +242,19 @@ async def add_checkpoint(
     job = await _held(session, job_id, worker)
     await put_checkpoint(session, job, step, metrics, None)
     tell(session, job, f"Checkpoint saved at step {step}")
+    try:
+        own = limits.merged(job.tenant.limits)
+        await check_room(session, job.tenant_id, own, size=1, adapter=job.adapter, versions=1)
+    except RateLimited as exc:
+        tell(session, job, f"The result could not be kept if the job ended now: {exc}", "warn")
     await session.flush()
 
 
-async def finish(session: AsyncSession, job_id: str, worker: str, outcome: Outcome) -> Status:
-    """End the job's run, with everything that belongs to it, at once; the answer is how it ended.
+async def finish(
+    session: AsyncSession, job_id: str, worker: str, outcome: Outcome, limits: TenantLimits = _NO_LIMITS
+) -> Status:
+    """End the job's run, with everything that belongs to it, at once; the answer is how it ended. A result that the tenant's
+    limits (`limits` where it has none of its own) leave no room for is a failure; checkpoints beyond them are left out.
 
     A cancel that was asked for before wins over success: then nothing is published, and the answer is "cancelled".
     The caller of a success holds `Database.lock` of each digest and has seen that its files are there.
@@ -245,6 +263,8 @@ async def finish(session: AsyncSession, job_id: str, worker: str, outcome: Outco
         LeaseLost: it is not this worker's any more.
     """
     job = await _held(session, job_id, worker)
+    if isinstance(outcome, Succeeded) and job.wanted != "cancel":
+        outcome = await fit(session, job, outcome, limits)
     if isinstance(outcome, Failed):
         job.error = {"code": outcome.code, "message": outcome.message, "param": outcome.param}
         job.traceback = outcome.traceback

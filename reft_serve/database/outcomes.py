@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from reft_serve.config import TenantLimits
 from reft_serve.database import audit, webhooks
 from reft_serve.database.adapters import add_version
 from reft_serve.database.files import WrittenFile, complete_file
 from reft_serve.database.models import Checkpoint, Event, Job, Version, new_id, now_ms
+from reft_serve.database.room import check_room, lock_room
+from reft_serve.errors import RateLimited
 
 __all__ = [
     "FINAL",
@@ -27,6 +30,7 @@ __all__ = [
     "Succeeded",
     "Wanted",
     "end",
+    "fit",
     "pause",
     "publish",
     "put_checkpoint",
@@ -157,6 +161,37 @@ async def put_checkpoint(
         found = Checkpoint(id=new_id("ftckpt", "-"), job_id=job.id, step=step)
         session.add(found)
     found.metrics, found.version_id = dict(metrics), version_id
+
+
+async def fit(session: AsyncSession, job: Job, outcome: Succeeded, limits: TenantLimits) -> Succeeded | Failed:
+    """What of a run's result the tenant's limits leave room for: the latest checkpoints first; a failure if not even the
+    result itself.
+
+    Args:
+        session: a writing one.
+        job: the job, whose row this transaction has locked.
+        outcome: all that the run has made.
+        limits: of tenants that have none of their own.
+    """
+    limits = limits.merged(job.tenant.limits)
+    await lock_room(session, job.tenant_id)
+    size = outcome.version.size_bytes + (outcome.result.bytes if outcome.result is not None else 0)
+    kept: list[NewCheckpoint] = []
+    try:
+        await check_room(session, job.tenant_id, limits, size=size, adapter=job.adapter, versions=1)
+    except RateLimited as exc:
+        return Failed("limit_reached", f"The result cannot be kept: {exc}")
+    for checkpoint in sorted(outcome.checkpoints, key=lambda each: -each.step):
+        size += checkpoint.version.size_bytes
+        try:
+            count = len(kept) + 2
+            await check_room(session, job.tenant_id, limits, size=size, adapter=job.adapter, versions=count)
+        except RateLimited as exc:
+            left = len(outcome.checkpoints) - len(kept)
+            tell(session, job, f"{left} of {len(outcome.checkpoints)} checkpoints are not kept: {exc}", "warn")
+            break
+        kept.append(checkpoint)
+    return replace(outcome, checkpoints=kept)
 
 
 async def _add_version(session: AsyncSession, job: Job, made: NewVersion, label: str) -> Version:

@@ -8,16 +8,16 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from fastapi import UploadFile
-from sqlalchemy.ext.asyncio import AsyncSession
 
-from reft_serve.database import adapters, audit, files
+from reft_serve.database import audit, files
 from reft_serve.database.files import WrittenFile, key_of_blob
 from reft_serve.database.keys import Principal
 from reft_serve.database.models import File, now_ms
+from reft_serve.database.room import check_room, lock_room
 from reft_serve.datafiles.apart import check_apart
 from reft_serve.datafiles.formats import check_rows
 from reft_serve.datafiles.lines import Limits
-from reft_serve.errors import RateLimited, RequestTooLarge
+from reft_serve.errors import RequestTooLarge
 from reft_serve.gateway.services import Services
 
 __all__ = ["drop", "opened", "sweep", "take"]
@@ -51,7 +51,9 @@ async def take(
     seconds = expires_seconds if expires_seconds is not None else services.settings.file_seconds
     expires_ms = None if seconds is None else now_ms() + seconds * 1000
     async with services.database.writing() as session:
-        await _check_room(services, caller, session, upload.size or 0)
+        await lock_room(session, caller.tenant_id)
+        limits = services.quotas.limits(caller)
+        await check_room(session, caller.tenant_id, limits, size=upload.size or 0, files=1)
         file_id = await files.start_file(
             session,
             caller.tenant_id,
@@ -120,24 +122,14 @@ async def _written(
     written = await services.blobs.write(key_of_blob(file_id), _chunks(upload), services.settings.max_file_bytes)
     whole = WrittenFile(file_id, written.size, written.sha256, facts.format, facts.rows)
     async with services.database.writing() as session:
-        # So that of two uploads at once the second one sees the first.
-        await services.database.lock(session, f"storage:{caller.tenant_id}")
-        await _check_room(services, caller, session, written.size)
+        await lock_room(session, caller.tenant_id)
+        await check_room(session, caller.tenant_id, services.quotas.limits(caller), size=written.size)
         made = await files.complete_file(session, whole)
         audit.record(
             session, actor, "file.create", made.id, caller.tenant_id,
             bytes=made.bytes, sha256=made.sha256, rows=facts.rows,
         )  # fmt: skip
     return made
-
-
-async def _check_room(services: Services, caller: Principal, session: AsyncSession, size: int) -> None:
-    most = services.quotas.limits(caller).storage_bytes
-    if most is None:
-        return
-    _, versions = await adapters.storage_of(session, caller.tenant_id)
-    if versions + await files.file_storage_of(session, caller.tenant_id) + size > most:
-        raise RateLimited(f"the limit of {most} bytes of storage is used up; delete a file or a version first", 60.0)
 
 
 async def _give_up(services: Services, file_id: str) -> None:

@@ -7,10 +7,11 @@ from typing import Any, Literal
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from reft_serve.database import adapters, audit, files, fine_tuning
+from reft_serve.database import audit, files, fine_tuning
 from reft_serve.database.hyperparameters import Hyperparameters, read_hyperparameters
 from reft_serve.database.keys import Principal
 from reft_serve.database.models import File, Job
+from reft_serve.database.room import check_adapters_of_jobs, check_room
 from reft_serve.database.tenants import find_tenant
 from reft_serve.errors import NotAllowed, NotFound, RateLimited, RequestInvalid
 from reft_serve.gateway.fitting import misfit
@@ -122,10 +123,5 @@ async def _check_room(services: Services, caller: Principal, session: AsyncSessi
     limits = services.quotas.limits(caller)
     if limits.jobs is not None and await fine_tuning.unfinished_jobs_of(session, caller.tenant_id) >= limits.jobs:
         raise RateLimited(f"the limit of {limits.jobs} unfinished jobs is used up; wait, or cancel one first", 60.0)
-    if limits.adapters is not None:
-        count, _ = await adapters.storage_of(session, caller.tenant_id)
-        is_new = suffix is None or all(
-            adapter.name != suffix for adapter in await adapters.list_adapters(session, caller.tenant_id)
-        )
-        if is_new and count >= limits.adapters:
-            raise RateLimited(f"the limit of {limits.adapters} adapters is used up; delete one first", 60.0)
+    await check_adapters_of_jobs(session, caller.tenant_id, limits, suffix)
+    await check_room(session, caller.tenant_id, limits, size=1)  # a result has at least this

@@ -12,12 +12,13 @@ from fastapi import UploadFile
 
 from reft_serve.adapters.manifest import Manifest
 from reft_serve.adapters.structure import check_structure
-from reft_serve.database import adapters, audit, files
+from reft_serve.database import adapters, audit
 from reft_serve.database.keys import Principal
 from reft_serve.database.models import Version
 from reft_serve.database.names import check_adapter_name, check_alias_name
+from reft_serve.database.room import check_room, lock_room
 from reft_serve.database.tenants import find_tenant
-from reft_serve.errors import AdapterInvalid, NotFound, RateLimited
+from reft_serve.errors import AdapterInvalid, RateLimited
 from reft_serve.gateway.engine import engine_name
 from reft_serve.gateway.services import Services
 from reft_serve.gateway.uploads import unpack
@@ -50,7 +51,9 @@ async def publish(services: Services, caller: Principal, actor: audit.Actor, upl
     with ExitStack() as stack:
         staged = await asyncio.to_thread(lambda: stack.enter_context(services.store.staging()))
         size, manifest = await asyncio.to_thread(_prepare, services, staged, upload)
-        await _check_room(services, caller, upload.name, size)
+        async with services.database.reading() as session:  # again in `_record`: this one spares the work
+            limits = services.quotas.limits(caller)
+            await check_room(session, caller.tenant_id, limits, size=size, adapter=upload.name, versions=1)
         digest = await asyncio.to_thread(services.store.publish, staged)
         try:
             await _load(services, upload.name, digest)
@@ -73,23 +76,6 @@ def _prepare(services: Services, staged: Path, upload: Upload) -> tuple[int, Man
     return size, check_structure(staged, upload.name)
 
 
-async def _check_room(services: Services, caller: Principal, name: str, size: int) -> None:
-    limits = services.quotas.limits(caller)
-    async with services.database.reading() as session:
-        count, total = await adapters.storage_of(session, caller.tenant_id)
-        total += await files.file_storage_of(session, caller.tenant_id)
-        try:
-            await adapters.find_adapter(session, caller.tenant_id, name)
-        except NotFound:
-            count += 1
-    if limits.adapters is not None and count > limits.adapters:
-        raise RateLimited(f"the limit of {limits.adapters} adapters is used up; delete one first", 60.0)
-    if limits.storage_bytes is not None and total + size > limits.storage_bytes:
-        raise RateLimited(
-            f"the limit of {limits.storage_bytes} bytes of storage is used up; delete a file or a version first", 60.0
-        )
-
-
 async def _load(services: Services, name: str, digest: str) -> None:
     try:
         await services.fleet.load(engine_name(digest), services.store.path(digest))
@@ -107,7 +93,10 @@ async def _record(
     manifest: Manifest,
 ) -> Version:
     async with services.database.writing() as session:
+        await lock_room(session, caller.tenant_id)
         await services.database.lock(session, digest)
+        limits = services.quotas.limits(caller)
+        await check_room(session, caller.tenant_id, limits, size=size, adapter=upload.name, versions=1)
         if not services.store.path(digest).is_dir():  # its last owner removed it in this moment
             raise RateLimited("the same adapter was deleted at this moment; upload it again", 1.0)
         tenant = await find_tenant(session, caller.tenant_id)

@@ -29,7 +29,7 @@ _BURST_SECONDS, _BURST_LEAST = 10, 10
 
 def limits_of(defaults: TenantLimits, own: Mapping[str, Any]) -> TenantLimits:
     """A tenant's limits: its own where it has some, the defaults elsewhere."""
-    return defaults.model_copy(update={k: v for k, v in own.items() if k in TenantLimits.model_fields})
+    return defaults.merged(own)
 
 
 @dataclass(slots=True)

@@ -20,6 +20,7 @@ from reft_serve.database import adapters, files
 from reft_serve.database.files import WrittenFile
 from reft_serve.database.jobs import Claim, finish
 from reft_serve.database.outcomes import NewCheckpoint, NewVersion, Status, Succeeded
+from reft_serve.database.room import lock_room
 from reft_serve.training import checkpoints
 from reft_serve.training.report import METRICS, read_metrics
 from reft_serve.training.surroundings import Surroundings
@@ -57,16 +58,16 @@ async def publish(around: Surroundings, claim: Claim, run: Path, tokens: int) ->
         result = await _write_result(around, claim, run)
         outcome = Succeeded(made[0].version, steps, tokens, result)
         async with around.database.writing() as session:
+            await lock_room(session, claim.tenant_id)
             for each in sorted({each.version.digest: each for each in made}.values(), key=lambda e: e.version.digest):
                 await around.database.lock(session, each.version.digest)
                 if not around.store.path(each.version.digest).is_dir():  # its last owner removed it in this moment
                     await asyncio.to_thread(_store, around, each.source)
-            status = await finish(session, claim.id, claim.worker, outcome)
+            status = await finish(session, claim.id, claim.worker, outcome, around.settings.limits)
     except BaseException:
         await asyncio.shield(_forgive(around, made))
         raise
-    if status != "succeeded":
-        await retract(around, (each.version.digest for each in made))
+    await retract(around, (each.version.digest for each in made))  # what was not named: all, or some checkpoints
     return status
 
 

@@ -61,7 +61,10 @@ class Uploads:
         deadline = time.monotonic() + self._around.settings.patience_seconds
         try:
             await patiently(lambda: blobs.put(path, checkpoint_key(claim.id, step)), lambda: deadline)
-            await self._lease.write(lambda session: jobs.add_checkpoint(session, claim.id, claim.worker, step, metrics))
+            limits = self._around.settings.limits
+            await self._lease.write(
+                lambda session: jobs.add_checkpoint(session, claim.id, claim.worker, step, metrics, limits)
+            )
             for blob in await checkpoints_of(self._around, claim.id):
                 if blob.key < checkpoint_key(claim.id, step):
                     await blobs.delete(blob.key)

@@ -153,7 +153,7 @@ class Worker:
         claimed = time.monotonic()
         async with around.database.writing() as session:
             claim = await jobs.claim(
-                session, settings.worker_name, settings.lease_seconds, place.free, settings.train_running_per_tenant,
+                session, settings.worker_name, settings.lease_seconds, place.free, settings.running_per_tenant,
                 settings.train_attempts,
             )  # fmt: skip
         if claim is None:

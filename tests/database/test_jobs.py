@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from sqlalchemy import select, update
 
+from reft_serve.config import TenantLimits
 from reft_serve.database import audit, files, fine_tuning, jobs, resolution, tenants, webhooks
 from reft_serve.database.adapters import list_versions
 from reft_serve.database.connection import Database
-from reft_serve.database.models import Adapter, Checkpoint, Delivery, Event, File, Job, Tenant, now_ms
+from reft_serve.database.models import Adapter, Checkpoint, Delivery, Event, File, Job, Tenant, Version, now_ms
 from reft_serve.database.outcomes import (
     FINAL,
     Cancelled,
@@ -26,6 +27,7 @@ from reft_serve.database.outcomes import (
     Paused,
     Succeeded,
 )
+from reft_serve.database.room import stored_bytes
 from reft_serve.errors import Conflict, LeaseLost, NotFound, RequestInvalid
 
 pytestmark = pytest.mark.anyio
@@ -413,7 +415,53 @@ async def test_what_was_left_half_way_is_swept_and_what_is_whole_is_not(database
         await files.forget_file(session, whole)
         listed, more = await files.list_files(session, tenant.id)
         assert ([file.id for file in listed], more) == ([whole], False)
-        assert await files.file_storage_of(session, tenant.id) == 5
+        assert await stored_bytes(session, tenant.id) == 5
+
+
+async def test_a_result_is_held_to_the_tenants_limits(database: Database) -> None:
+    # A data file has 5 bytes, the result 10, each of its two checkpoints 9.
+    ends = {5 + 10 + 18: 3, 5 + 10 + 17: 2, 5 + 10: 1, 5 + 9: 0}
+    for room, versions in ends.items():
+        tenant = await make_tenant(database, f"t{room}", storage_bytes=room)
+        job_id = await make_job(database, tenant)
+        mine = await held(database)
+        status = await finish(database, mine, DONE)
+        assert status == ("succeeded" if versions else "failed")
+        async with database.reading() as session:
+            assert await stored_bytes(session, tenant.id) <= room
+            kept = [version.source for version in (await session.scalars(select(Version))).all()]
+            steps = [each.step for each in (await fine_tuning.list_checkpoints(session, job_id))[0]]
+        assert kept.count(job_id) == versions
+        assert steps == [2, 1][: max(0, versions - 1)]
+        job, events = await state(database, job_id), await told(database, job_id)
+        if not versions:
+            assert (job.error or {})["code"] == "limit_reached"
+            assert "14 bytes of storage is used up" in (job.error or {})["message"]
+        elif versions < 3:
+            assert any(f"{3 - versions} of 2 checkpoints are not kept" in message for message in events)
+
+
+async def test_results_that_end_at_once_see_one_another(database: Database) -> None:
+    tenant = await make_tenant(database, "acme", adapters=2)
+    data = await make_file(database, tenant)
+    for _ in range(5):
+        await make_job(database, tenant, data)
+    mine = [await held(database) for _ in range(5)]
+    ends = await asyncio.gather(*(finish(database, each, Succeeded(VERSION, [], 1)) for each in mine))
+    assert sorted(ends) == ["failed"] * 3 + ["succeeded"] * 2
+    async with database.reading() as session:
+        assert len((await session.scalars(select(Adapter))).all()) == 2
+
+
+async def test_a_checkpoint_warns_that_the_result_will_not_fit(database: Database) -> None:
+    tenant = await make_tenant(database, "acme")
+    job_id = await make_job(database, tenant)
+    mine = await held(database)
+    for limits in (TenantLimits(storage_bytes=100), TenantLimits(storage_bytes=5)):
+        async with database.writing() as session:
+            await jobs.add_checkpoint(session, mine.id, mine.worker, 1, {}, limits)
+    warned = [message for message in await told(database, job_id) if "could not be kept" in message]
+    assert len(warned) == 1
 
 
 async def test_a_tenants_files_are_swept_after_it(database: Database) -> None:

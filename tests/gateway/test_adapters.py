@@ -7,6 +7,7 @@ import json
 import tarfile
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -231,6 +232,16 @@ def test_room_is_limited_by_count_and_bytes(make_tenant: Callable[..., Tenant]) 
     small = make_tenant(limits={"storage_bytes": 1000})
     assert small.upload("a").status_code == 201
     assert small.upload("a", 2).status_code == 429
+
+
+def test_limits_hold_for_uploads_at_once(gateway: Gateway, make_tenant: Callable[..., Tenant]) -> None:
+    tenant = make_tenant(limits={"adapters": 1, "storage_bytes": 1000})
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda k: tenant.upload(f"n{k}", seed=k + 1).status_code, range(8)))
+    assert sorted(answers) == [201] + [429] * 7
+    (kept,) = tenant.http.get("/v1/adapters").json()["data"]
+    assert sum(version["bytes"] for version in kept["versions"]) <= 1000
+    wait_for(lambda: not list((gateway.settings.store / ".staging").iterdir()))
 
 
 def test_without_an_engine_nothing_is_published_unchecked(engine: FakeEngine, gateway: Gateway, tenant: Tenant) -> None:

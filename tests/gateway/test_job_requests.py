@@ -111,3 +111,17 @@ def test_unfinished_jobs_and_adapters_are_limited(worker: FakeWorker, make_tenan
     with pytest.raises(openai.RateLimitError, match="limit of 1 adapters"):
         create(few, training_file=data, suffix="b")
     create(few, training_file=data, suffix="a")
+    waiting = make_tenant(limits={"adapters": 1})
+    data = upload(waiting).id
+    create(waiting, training_file=data, suffix="a")
+    for suffix in ("b", None):  # the job that waits will make the one that is left
+        with pytest.raises(openai.RateLimitError, match="limit of 1 adapters"):
+            create(waiting, training_file=data, suffix=suffix)
+    full = make_tenant(limits={"storage_bytes": len(jsonl())})
+    data = upload(full).id
+    with pytest.raises(openai.RateLimitError, match="bytes of storage is used up"):
+        create(full, training_file=data)
+    one_file = make_tenant(limits={"files": 1})
+    upload(one_file)
+    with pytest.raises(openai.RateLimitError, match="limit of 1 files"):
+        upload(one_file)

@@ -6,10 +6,14 @@ programs; the message is one sentence for people. No HTTP and no logging here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+from itertools import islice
 from typing import ClassVar
 
 __all__ = [
+    "MAX_ADAPTER_FAULTS",
+    "MAX_FAULT_CHARACTERS",
     "AdapterChanged",
     "AdapterExists",
     "AdapterInvalid",
@@ -79,18 +83,40 @@ class AdapterExists(ClientError):
     code = "adapter_exists"
 
 
+MAX_ADAPTER_FAULTS = 20
+MAX_FAULT_CHARACTERS = 400
+
+
 class AdapterInvalid(ClientError):
-    """An adapter that fails its checks. `faults` lists every fault found, not only the first."""
+    """An adapter that fails its checks. `faults` lists the first faults found, not only one, and counts the rest."""
 
     code = "adapter_invalid"
 
     def __init__(self, where: str, faults: Iterable[str]) -> None:
         self.where = where
-        self.faults = tuple(faults)
+        self.faults = _first_faults(faults)
         super().__init__(f"adapter {where} cannot be used: " + "; ".join(self.faults))
 
     def __reduce__(self) -> tuple[type, tuple[str, tuple[str, ...]]]:
         return type(self), (self.where, self.faults)  # it may come from a worker's process
+
+
+def _first_faults(faults: Iterable[str]) -> tuple[str, ...]:
+    found = iter(faults)
+    listed = [_clipped(fault) for fault in islice(found, MAX_ADAPTER_FAULTS + 1)]
+    if len(listed) <= MAX_ADAPTER_FAULTS:
+        return tuple(listed)
+    rest = len(listed) - MAX_ADAPTER_FAULTS + sum(1 for _ in found)
+    # An error that is made of another's faults keeps the sentence that counts the rest.
+    last = listed.pop()
+    return (*listed, last if rest == 1 and _REST.fullmatch(last) else f"and {rest:,} more faults")
+
+
+def _clipped(fault: str) -> str:
+    return fault if len(fault) <= MAX_FAULT_CHARACTERS else fault[:MAX_FAULT_CHARACTERS] + "..."
+
+
+_REST = re.compile(r"and [0-9,]+ more faults")
 
 
 class AdapterUnsupported(AdapterInvalid):

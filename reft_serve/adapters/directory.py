@@ -8,7 +8,7 @@ digests are equal adapters, wherever they lie.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from reft_serve.adapters.structure import (
     tensor_faults,
 )
 from reft_serve.adapters.tensors import entries_of, parse_tensors
-from reft_serve.errors import AdapterChanged, AdapterInvalid, AdapterNotFound
+from reft_serve.errors import AdapterChanged, AdapterInvalid, AdapterNotFound, AdapterUnsupported
 from reft_serve.interventions.kinds import Weights, fold
 from reft_serve.interventions.vocabulary import ORTHONORMAL, optional_tensors, required_tensors
 
@@ -67,20 +67,27 @@ def is_adapter(path: Path) -> bool:
     return os.path.lexists(path / CONFIG)
 
 
-def read_adapter(path: Path, max_bytes: int = 1 << 30) -> Adapter:
+def read_adapter(
+    path: Path, max_bytes: int = 1 << 30, unsupported: Callable[[Manifest], Sequence[str]] | None = None
+) -> Adapter:
     """Read and check a directory; what comes back can be served as far as the adapter alone can tell.
 
     Args:
         path: the directory. Its files must be plain ones: a link could point anywhere.
         max_bytes: largest tensor file to take into memory.
+        unsupported: why an engine cannot serve a manifest; asked before the tensors are computed with, whose cost grows
+            with the rank.
 
     Raises:
         AdapterNotFound: no directory, or no `reft_config.json` in it.
+        AdapterUnsupported: what `unsupported` reports.
         AdapterInvalid: every fault found: manifest, missing or unknown tensors, shapes, dtypes, NaN or Inf, a truncated
             or oversized file, links, and adapters that would change nothing.
     """
     files = _read_files(path, max_bytes)
     manifest = parse_manifest(files[CONFIG], str(path))
+    if unsupported is not None and (faults := unsupported(manifest)):
+        raise AdapterUnsupported(str(path), faults)
     weights, warnings = check_tensors(manifest, parse_tensors(files[TENSORS], TENSORS, str(path)), str(path))
     lora = None
     if LORA_CONFIG in files:

@@ -12,9 +12,14 @@ from typing import Any, BinaryIO
 from reft_serve.adapters.files import open_plain
 from reft_serve.errors import AdapterInvalid
 
-__all__ = ["Entry", "read_header"]
+__all__ = ["MAX_DIMENSION", "MAX_DIMENSIONS", "MAX_HEADER_BYTES", "MAX_TENSORS", "Entry", "header_bytes", "read_header"]
 
-_MAX_HEADER_BYTES = 16 << 20
+MAX_HEADER_BYTES = 8 << 20
+MAX_TENSORS = 65_536
+MAX_DIMENSIONS = 8
+# Most of one dimension; so the product of all of them is a small number of machine words.
+MAX_DIMENSION = 1 << 40
+_MAX_DIGITS = 20
 # By the names of the file format: the name that torch has for the type, and its bytes.
 _DTYPES = {
     **{"F64": ("float64", 8), "I64": ("int64", 8), "U64": ("uint64", 8), "C64": ("complex64", 8)},
@@ -47,24 +52,38 @@ def read_header(file: Path, where: str) -> dict[str, Entry]:
             raise AdapterInvalid(where, [f"{file.name} is damaged or not a safetensors file ({reason})"]) from exc
 
 
+def header_bytes(file: Path, where: str) -> int:
+    """How many bytes a safetensors file says that its header has; whether that is so is for `read_header` to check.
+
+    Raises:
+        AdapterInvalid: it is no plain file.
+    """
+    with open_plain(file, where) as opened:
+        return int.from_bytes(opened.read(8), "little")
+
+
 def _entries(opened: BinaryIO, size: int) -> dict[str, Entry]:
     length = int.from_bytes(opened.read(8), "little")
-    if size < 8 or length > min(_MAX_HEADER_BYTES, size - 8):
+    if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
         raise ValueError("its header is longer than the file, or than is taken")
-    header: Any = json.loads(opened.read(length))
+    header: Any = json.loads(opened.read(length), parse_int=_whole, object_pairs_hook=_object)
     if not isinstance(header, dict):
         raise ValueError("its header is not a JSON object")
     header.pop("__metadata__", None)
+    if len(header) > MAX_TENSORS:
+        raise ValueError(f"it has {len(header):,} tensors and at most {MAX_TENSORS:,} are taken")
     extents, entries = [], {}
     for name, entry in header.items():
-        shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
+        shape, (begin, end) = entry["shape"], entry["data_offsets"]
         dtype, width = _DTYPES[entry["dtype"]]
-        if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
-            raise ValueError(f"tensor {name[:80]!r} has a shape or an extent that is no number")
+        if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
+            raise ValueError(f"tensor {name[:80]!r} has a shape that is no list of at most {MAX_DIMENSIONS} dimensions")
+        if not all(type(n) is int and 0 <= n < MAX_DIMENSION for n in (*shape, begin, end)):
+            raise ValueError(f"tensor {name[:80]!r} has a shape or an extent that is no number below {MAX_DIMENSION}")
         if end - begin != math.prod(shape) * width:
             raise ValueError(f"tensor {name[:80]!r} has more or fewer bytes than its shape")
         extents.append((begin, end))
-        entries[name] = Entry(dtype, shape)
+        entries[name] = Entry(dtype, tuple(shape))
     at = 0
     for begin, end in sorted(extents):
         if begin != at:
@@ -73,3 +92,16 @@ def _entries(opened: BinaryIO, size: int) -> dict[str, Entry]:
     if at != size - 8 - length:
         raise ValueError(f"it has {size - 8 - length} bytes of tensors and its header tells of {at}")
     return entries
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"its header has a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _object(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    held = dict(items)
+    if len(held) < len(items):
+        raise ValueError("its header has a key twice in one object")
+    return held

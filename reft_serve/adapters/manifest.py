@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from reft_serve.errors import AdapterInvalid
+from reft_serve.errors import MAX_ADAPTER_FAULTS, AdapterInvalid
 from reft_serve.interventions.positions import PositionRule
 from reft_serve.interventions.vocabulary import (
     ACTIVATION_CODES,
@@ -22,9 +22,26 @@ from reft_serve.interventions.vocabulary import (
     unit_rank,
 )
 
-__all__ = ["BaseFacts", "DType", "InterventionSpec", "Limits", "Manifest", "Part", "manifest_faults", "parse_manifest"]
+__all__ = [
+    "MAX_INTERVENTIONS",
+    "MAX_KEYS",
+    "MAX_PROVENANCE",
+    "BaseFacts",
+    "DType",
+    "InterventionSpec",
+    "Limits",
+    "Manifest",
+    "Part",
+    "manifest_faults",
+    "parse_manifest",
+]
 
 MAX_PASSES = 4
+MAX_INTERVENTIONS = 8192
+# Entries of one object, and of `provenance`.
+MAX_KEYS = 32
+MAX_PROVENANCE = 128
+_MOST_ERRORS = 1000
 Part = Literal["both", "prefix", "suffix"]
 DType = Literal["float32", "bfloat16", "float16"]
 _Count = Annotated[int, Field(ge=1, le=1 << 24)]
@@ -85,7 +102,9 @@ class Manifest(_Frozen):
 
     format_version: Literal[1] = 1
     base_model: BaseFacts
-    interventions: Annotated[tuple[InterventionSpec, ...], Field(min_length=1, max_length=8192, strict=False)]
+    interventions: Annotated[
+        tuple[InterventionSpec, ...], Field(min_length=1, max_length=MAX_INTERVENTIONS, strict=False)
+    ]
     positions: PositionRule
     provenance: dict[str, str | int | float | bool | None] = {}
 
@@ -199,21 +218,60 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
         raise ValueError(f"{constant} is not a JSON number")
 
     try:
-        strict = json.dumps(json.loads(text, parse_constant=refuse))
+        data = json.loads(text, parse_constant=refuse)
+        strict = json.dumps(data)
     except (ValueError, RecursionError) as exc:
         raise AdapterInvalid(where, [f"reft_config.json is not JSON: {str(exc)[:200]}"]) from exc
+    faults = _size_faults(data)
+    if faults:
+        raise AdapterInvalid(where, faults)
     try:
         manifest = Manifest.model_validate_json(strict)
     except ValidationError as exc:
-        raise AdapterInvalid(where, [_sentence(dict(error)) for error in exc.errors()]) from exc
+        raise AdapterInvalid(where, _error_faults(exc, data)) from exc
     faults = manifest_faults(manifest)
     if faults:
         raise AdapterInvalid(where, faults)
     return manifest
 
 
+def _size_faults(data: Any) -> list[str]:
+    """What has too many parts to be validated: each part would be a fault of its own, and each fault takes memory."""
+    if not isinstance(data, dict):
+        return []
+    sizes = [("the top level", data, MAX_KEYS), ("provenance", data.get("provenance"), MAX_PROVENANCE)]
+    sizes += [(name, data.get(name), MAX_KEYS) for name in ("base_model", "positions")]
+    specs = data.get("interventions")
+    if isinstance(specs, list):
+        sizes.append(("interventions", specs, MAX_INTERVENTIONS))
+        sizes += [(f"interventions.{k}", spec, MAX_KEYS) for k, spec in enumerate(specs[:MAX_INTERVENTIONS])]
+    return [
+        f"reft_config.json, {place}: it has {len(held):,} entries and at most {most:,} are taken"
+        for place, held, most in sizes
+        if isinstance(held, dict | list) and len(held) > most
+    ]
+
+
+def _error_faults(error: ValidationError, data: Any) -> list[str]:
+    """Pydantic's errors in our words; of very many the first, as each takes memory to tell."""
+    count = error.error_count()
+    if count <= _MOST_ERRORS:
+        return [_sentence(dict(each)) for each in error.errors(include_url=False)]
+    faults: list[str] = []
+    for k, spec in enumerate(data["interventions"]):  # nothing else in a manifest can have so many
+        try:
+            InterventionSpec.model_validate(spec)
+        except ValidationError as exc:
+            for each in exc.errors(include_url=False):
+                faults.append(_sentence({**each, "loc": ("interventions", k, *each["loc"])}))
+        if len(faults) >= MAX_ADAPTER_FAULTS:
+            break
+    return [*faults[:MAX_ADAPTER_FAULTS], f"and {max(count - MAX_ADAPTER_FAULTS, 1):,} more faults"]
+
+
 def _sentence(error: dict[str, Any]) -> str:
     place = ".".join(repr(part)[:64].strip("'") for part in error["loc"]) or "the top level"
-    value = repr(error.get("input"))
-    given = "" if error["type"] in ("missing", "value_error", "model_type") or len(value) > 60 else f", not {value}"
+    value = error.get("input")
+    short = value is None or (isinstance(value, str | int | float) and len(repr(value)) <= 60)
+    given = f", not {value!r}" if short and error["type"] not in ("missing", "value_error", "model_type") else ""
     return f"reft_config.json, {place}: {error['msg'].removeprefix('Value error, ')}{given}"

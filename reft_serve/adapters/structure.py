@@ -37,6 +37,7 @@ FILES = (CONFIG, TENSORS, LORA_CONFIG, LORA_TENSORS)
 MAX_CONFIG_BYTES = 4 << 20
 LORA_NAME = re.compile(r"base_model\.model\.(.{1,512})\.lora_([AB])\.weight")
 _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d{1,6})\.")
+_MOST_RANK = 1 << 24
 _FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
 
 
@@ -146,8 +147,8 @@ def _lora_config_faults(content: bytes) -> list[str]:
         told = str(config.get("peft_type"))[:40]
         faults.append(f"{LORA_CONFIG}: peft_type is {told!r}; only LORA is served beside ReFT")
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= _MOST_RANK:
         faults.append(f"{LORA_CONFIG}: r must be a whole number from 1, and it is {str(rank)[:40]}")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not -math.inf < alpha < math.inf:
         faults.append(f"{LORA_CONFIG}: lora_alpha must be a number, and it is {str(alpha)[:40]}")
     return faults

@@ -16,6 +16,7 @@ from vllm.lora.utils import get_adapter_absolute_path
 
 from reft_serve.adapters.directory import CONFIG, is_adapter, read_adapter
 from reft_serve.adapters.engine_card import CARD_KEY
+from reft_serve.adapters.manifest import Manifest
 from reft_serve.engine.facts import base_facts, engine_card, limits_of, rank_faults, settings_of
 from reft_serve.engine.identity import Identity, bound_request, identity_of, with_prompt_tokens, with_strength
 from reft_serve.errors import AdapterUnsupported, ClientError
@@ -84,15 +85,17 @@ class Binder:
         path = Path(get_adapter_absolute_path(request.lora_path))
         if not is_adapter(path):
             return self._as_lora(request, path)
-        adapter = read_adapter(path, settings_of(self._config).max_adapter_bytes)
-        faults = limits_of(self._config).faults(adapter.manifest, base_facts(self._config))
-        faults += rank_faults(self._config, adapter.manifest.interventions)
-        if adapter.lora is not None:
-            faults += self._lora_faults(path)
+        adapter = read_adapter(path, settings_of(self._config).max_adapter_bytes, self._faults)
+        faults = self._lora_faults(path) if adapter.lora is not None else []
         if faults:
             raise AdapterUnsupported(str(path), faults)
         lora = adapter.lora is not None
         return bound_request(request, str(path), Identity(adapter.digest, adapter.manifest.positions, lora))
+
+    def _faults(self, manifest: Manifest) -> list[str]:
+        """Why this engine cannot serve the interventions."""
+        faults = limits_of(self._config).faults(manifest, base_facts(self._config))
+        return faults + rank_faults(self._config, manifest.interventions)
 
     def _lora_faults(self, path: Path) -> list[str]:
         """Why this engine cannot serve the LoRA of a directory that holds both, as far as vLLM can tell by its config."""

@@ -36,6 +36,7 @@ Phase = Literal["prompt", "all", "generated"]
 _FIRST_LAST = re.compile(r"(?:f(\d{1,6}))?(\+)?(?:l(\d{1,6}))?", re.ASCII)
 _INDICES = re.compile(r"-?\d{1,9}(,-?\d{1,9})*", re.ASCII)
 _MAX_INDICES = 4096
+_MAX_CHARACTERS = 12 * _MAX_INDICES
 _END = 1 << 62
 
 
@@ -75,6 +76,10 @@ class PositionRule:
     phase: Phase = "prompt"
 
     def __post_init__(self) -> None:
+        if len(self.spec) > _MAX_CHARACTERS:
+            raise PositionsInvalid(
+                f"positions have {len(self.spec):,} characters: at most {_MAX_CHARACTERS:,} are allowed"
+            )
         kind, numbers = _parse(self.spec)
         untiable = kind == "fl" and all(numbers)
         if not self.tied and not untiable:

@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 
 from reft_serve import config, observability
 from reft_serve.engine import metrics
+from reft_serve.gateway import client_fields
 from reft_serve.gateway.app import create_app
 
 DOCS = Path(__file__).parent
@@ -150,6 +151,23 @@ def endpoints() -> str:
     return "\n".join(["| endpoint | |", "|---|---|", *rows])
 
 
+def ignored() -> str:
+    """A table of the fields that requests may hold and that ask for nothing here."""
+    rows = []
+    for kind, fields in client_fields.IGNORED.items():
+        reasons: dict[str, list[str]] = {}
+        for name, reason in fields.items():
+            reasons.setdefault(reason, []).append(f"`{name}`")
+        rows += [f"| {kind} | {', '.join(names)} | {reason} |" for reason, names in reasons.items()]
+    return "\n".join(["| in | fields | because |", "|---|---|---|", *rows])
+
+
+def refused() -> str:
+    """A table of the fields of OpenAI's client that are refused."""
+    rows = [f"| `{name}` | {reason} |" for name, reason in client_fields.REFUSED.items()]
+    return "\n".join(["| field | because |", "|---|---|", *rows])
+
+
 def images() -> str:
     """A table of the images that are not ours: the variable of Compose or the build argument that each is pinned by."""
     folder = DOCS.parent / "docker"
@@ -218,6 +236,7 @@ def filled(page: str) -> str:
 def _table(name: str) -> str:
     made = {
         "demo": demo, "load": load, "soak": soak, "endpoints": endpoints, "images": images,
+        "ignored": ignored, "refused": refused,
         "training": training, "methods": methods, "rotation": rotation,
     }.get(name)  # fmt: skip
     if made is not None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from reft_serve.errors import ServiceError
@@ -200,6 +200,14 @@ class TrainerSettings(_Installation):
         return self.train_running_per_tenant or self.limits.running_jobs
 
 
+# Arguments of Transformers' apply_chat_template, which an engine would pass on.
+_RENDERING = frozenset({
+    "add_generation_prompt", "chat_template", "conversation", "continue_final_message", "documents", "max_length", "messages",
+    "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "tokenize", "tokenizer_kwargs", "tools",
+    "truncation",
+})  # fmt: skip
+
+
 class GatewaySettings(_Installation):
     """What a gateway process needs. Read once, when it starts."""
 
@@ -250,6 +258,27 @@ class GatewaySettings(_Installation):
     drain_seconds: float = Field(default=30.0, ge=0, description="How long requests under way may go on at shutdown.")
     named_labels: int = Field(default=100, ge=0, description="Tenants and adapters that metrics name; the rest: other.")
     otlp_endpoint: str | None = Field(default=None, description="Where traces go, for instance http://HOST:4318.")
+
+    max_strength: float = Field(
+        default=100.0, ge=0, le=100, description="Largest `reft_strength` of a request, either way."
+    )
+    chat_template_kwargs: str = Field(
+        default="enable_thinking,thinking",
+        description="Arguments of the chat template that a request may give in `chat_template_kwargs`, comma-separated.",
+    )
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _harmless(cls, names: str) -> str:
+        found = {name.strip() for name in names.split(",")} & _RENDERING
+        if found:
+            raise ValueError(f"{sorted(found)[0]} decides what is rendered, so no request may give it")
+        return names
+
+    @property
+    def template_arguments(self) -> tuple[str, ...]:
+        """The names of `chat_template_kwargs`, one by one."""
+        return tuple(name.strip() for name in self.chat_template_kwargs.split(",") if name.strip())
 
     @property
     def engine_urls(self) -> tuple[str, ...]:

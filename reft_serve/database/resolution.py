@@ -29,6 +29,8 @@ class Target:
     digest: str
     label: str
     """For people: `adapter@number`."""
+    positions: str | None = None
+    """Its position rule, if that is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,8 @@ async def resolve(session: AsyncSession, tenant_id: str, model: str) -> Route | 
 
 
 def _target(version: Version) -> Target:
-    return Target(version.id, version.digest, f"{version.adapter.name}@{version.number}")
+    label = f"{version.adapter.name}@{version.number}"
+    return Target(version.id, version.digest, label, (version.facts or {}).get("positions"))
 
 
 def _only(version: Version) -> Route:

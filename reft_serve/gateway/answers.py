@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from reft_serve import errors
+from reft_serve.gateway.client_fields import REFUSED
 from reft_serve.observability import request_id
 
 __all__ = ["RESPONSES", "ErrorAnswer", "answer", "error_body", "from_http", "from_validation", "status_of"]
@@ -112,7 +113,10 @@ def from_http(exc: HTTPException) -> JSONResponse:
 
 def _sentence(fault: Mapping[str, Any]) -> str:
     message = str(fault["msg"]).removeprefix("Value error, ")
-    return "it is not a known field" if fault["type"] == "extra_forbidden" else message[:300]
+    if fault["type"] == "extra_forbidden":
+        name = fault["loc"][-1]
+        return f"it is not served: {REFUSED[name]}" if name in REFUSED else "it is not a known field"
+    return message[:300]
 
 
 def _json(status: int, body: dict[str, Any], retry_after: float | None = None) -> JSONResponse:

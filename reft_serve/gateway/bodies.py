@@ -1,18 +1,43 @@
 """What inference requests may hold: OpenAI's fields, and vLLM's sampling fields that touch nobody else's request.
 
-A field that is not here is refused, so that nothing reaches an engine unseen (templates, other requests' ids, priorities,
-transfers, media to fetch). Ranges and meanings are the engine's to judge.
+A field that is neither here nor among the ignored ones (`client_fields`) is refused, so that nothing reaches an engine unseen
+(templates, other requests' ids, priorities, transfers, media to fetch). Ranges and meanings are the engine's to judge.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Discriminator, Field, Tag
 
+from reft_serve.gateway.client_fields import ignored_in
+from reft_serve.gateway.messages import (
+    ChatMessage,
+    ChatTool,
+    ChatToolChoice,
+    InputItem,
+    ResponseTool,
+    ResponseToolChoice,
+)
 from reft_serve.gateway.numbers import WHOLE
+from reft_serve.gateway.request_model import NULLS_ARE_ABSENT, RequestModel
 
-__all__ = ["ChatBody", "CompletionBody", "EmbeddingBody", "InferenceBody", "ResponseBody"]
+__all__ = [
+    "MAX_STRENGTH",
+    "MAX_TEMPLATE_ARGUMENTS",
+    "MAX_TEMPLATE_VALUE",
+    "ChatBody",
+    "CompletionBody",
+    "EmbeddingBody",
+    "InferenceBody",
+    "ResponseBody",
+]
+
+MAX_STRENGTH = 100.0
+"""As engines have it, either way."""
+MAX_TEMPLATE_ARGUMENTS = 16
+MAX_TEMPLATE_VALUE = 256
+"""Characters of one argument of the chat template."""
 
 # Lists stop at their first fault: an error for each element of each branch of a union would take gigabytes.
 _FIRST = Field(fail_fast=True)
@@ -24,22 +49,31 @@ _Seed = Annotated[int, Field(ge=-(1 << 53), le=1 << 53), WHOLE]
 _Token = Annotated[int, Field(ge=0, lt=1 << 31), WHOLE]
 _Stop = str | Annotated[list[str], Field(max_length=16), _FIRST]
 _Object = dict[str, Any]
+_Strength = Annotated[float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH)]
+_Scalar = bool | int | float | Annotated[str, Field(max_length=MAX_TEMPLATE_VALUE)]
+_TemplateArguments = Annotated[
+    dict[Annotated[str, Field(max_length=64)], _Scalar],
+    Field(
+        max_length=MAX_TEMPLATE_ARGUMENTS,
+        json_schema_extra={"propertyNames": {"enum": ["enable_thinking", "thinking"]}},
+    ),
+    *NULLS_ARE_ABSENT,
+]
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class InferenceBody(_Body):
+class InferenceBody(RequestModel):
     """What every inference request has."""
+
+    ignored = ignored_in("request")
 
     model: _Name
     user: Annotated[str, Field(max_length=512)] | None = None
 
 
-class _StreamOptions(_Body):
+class _StreamOptions(RequestModel):
+    ignored = ignored_in("stream_options")
+
     include_usage: bool = False
-    include_obfuscation: bool | None = None
 
 
 class _Sampling(InferenceBody):
@@ -52,6 +86,7 @@ class _Sampling(InferenceBody):
         Annotated[
             dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
             Field(json_schema_extra={"additionalProperties": False}),
+            *NULLS_ARE_ABSENT,
         ]
         | None
     ) = None
@@ -64,15 +99,8 @@ class _Sampling(InferenceBody):
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
-    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
-
-
-class _Hints(_Body):
-    """OpenAI's fields that ask for nothing here: taken, so that programs written for it run, and sent no further."""
-
-    service_tier: Literal["auto", "default"] | None = Field(default=None, exclude=True)
-    safety_identifier: Annotated[str, Field(max_length=512)] | None = Field(default=None, exclude=True)
-    prompt_cache_key: Annotated[str, Field(max_length=512)] | None = Field(default=None, exclude=True)
+    metadata: Annotated[dict[str, str], Field(max_length=16), *NULLS_ARE_ABSENT] | None = None
+    reft_strength: _Strength | None = None
 
 
 class _Generation(_Sampling):
@@ -100,69 +128,57 @@ class CompletionBody(_Generation):
     suffix: str | None = None
     add_special_tokens: bool = True
     best_of: Annotated[int, Field(ge=1, le=1), WHOLE] | None = Field(default=None, exclude=True)
+    reft_prompt_tokens: _Count | Annotated[list[_Count], Field(min_length=1, max_length=64), _FIRST] | None = None
 
 
-class _TextPart(BaseModel):
-    """A part of a message. Text alone: an engine would fetch what other kinds name."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    type: Literal["text", "refusal"]
-    text: str | None = None
-    refusal: str | None = None
-
-
-class _Message(BaseModel):
-    model_config = ConfigDict(extra="allow", strict=True)
-
-    role: Literal["developer", "system", "user", "assistant", "tool", "function"]
-    content: str | Annotated[list[_TextPart], _FIRST] | None = None
-
-
-class ChatBody(_Generation, _Hints):
+class ChatBody(_Generation):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[_Message], Field(min_length=1, max_length=4096), _FIRST]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096), _FIRST]
     max_tokens: _Count | None = None
     max_completion_tokens: _Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
-    tools: Annotated[list[_Object], Field(max_length=256), _FIRST] | None = None
-    tool_choice: Literal["none", "auto", "required"] | _Object | None = None
+    tools: Annotated[list[ChatTool], Field(max_length=256), _FIRST] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ChatToolChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
-    store: Literal[False] | None = Field(default=None, exclude=True)
+    chat_template_kwargs: _TemplateArguments | None = None
     modalities: Annotated[list[Literal["text"]], _FIRST] | None = Field(default=None, exclude=True)
 
 
-class _InputPart(BaseModel):
-    model_config = ConfigDict(extra="allow", strict=True)
+class _Reasoning(RequestModel):
+    ignored = ignored_in("reasoning")
 
-    type: Literal["input_text", "output_text", "refusal", "summary_text", "reasoning_text"]
-
-
-class _InputItem(BaseModel):
-    model_config = ConfigDict(extra="allow", strict=True)
-
-    content: str | Annotated[list[_InputPart], _FIRST] | None = None
+    effort: str | None = None
 
 
-class ResponseBody(_Sampling, _Hints):
+class _Text(RequestModel):
+    ignored = ignored_in("text")
+
+    format: _Object | None = None
+
+
+class ResponseBody(_Sampling):
     """POST /v1/responses. Nothing is stored, so there is no `previous_response_id`."""
 
-    input: str | Annotated[list[_InputItem], Field(min_length=1, max_length=4096), _FIRST]
+    input: Annotated[
+        Annotated[str, Tag("text")]
+        | Annotated[list[InputItem], Field(min_length=1, max_length=4096), _FIRST, Tag("items")],
+        Discriminator(lambda given: "text" if isinstance(given, str) else "items"),
+    ]
     instructions: str | None = None
     max_output_tokens: _Count | None = None
-    tools: Annotated[list[_Object], Field(max_length=256), _FIRST] | None = None
-    tool_choice: Literal["none", "auto", "required"] | _Object | None = None
+    tools: Annotated[list[ResponseTool], Field(max_length=256), _FIRST] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ResponseToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    reasoning: _Object | None = None
-    text: _Object | None = None
+    reasoning: _Reasoning | None = None
+    text: _Text | None = None
+    chat_template_kwargs: _TemplateArguments | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     truncation: Literal["auto", "disabled"] | None = None
     include: Annotated[list[str], Field(max_length=64), _FIRST] | None = None
     max_tool_calls: _Count | None = None
-    store: bool | None = None
     background: Literal[False] | None = Field(default=None, exclude=True)
     stream_options: _StreamOptions | None = Field(default=None, exclude=True)
 

@@ -23,6 +23,7 @@ from reft_serve.database.keys import Principal
 from reft_serve.database.models import now_ms
 from reft_serve.database.resolution import Target
 from reft_serve.database.usage import Ending, Opening, Status
+from reft_serve.gateway import reft_fields
 from reft_serve.gateway.answers import error_body, status_of
 from reft_serve.gateway.bodies import InferenceBody
 from reft_serve.gateway.engine import Engine, engine_name, message_of
@@ -114,6 +115,7 @@ async def infer(
     target = await services.directory.target(caller, given.model)
     body = given.model_dump(exclude_unset=True, exclude_none=True)
     _check_limits(services.quotas.limits(caller), endpoint, body)
+    reft_fields.check(body, services.settings.max_strength, services.settings.template_arguments)
     services.quarantine.check(caller.tenant_id, endpoint.path, body)
     opening = Opening(
         request_id.get() or "", services.settings.gateway_name, caller.tenant_id, caller.key_id, endpoint.name,
@@ -258,6 +260,7 @@ async def _load(exchange: _Exchange, engine: Engine, name: str, path: Path) -> N
 def _engine_body(exchange: _Exchange) -> bytes:
     body = exchange.body | {"model": exchange.theirs, "cache_salt": exchange.caller.cache_salt}
     body.pop("metadata", None)
+    reft_fields.move_to_engine(body, exchange.target)
     if exchange.endpoint.typed_events:
         body["store"] = False
     elif body.get("stream"):
@@ -321,7 +324,7 @@ async def _look_at_end(exchange: _Exchange, company: int) -> None:
 
 def _headers(exchange: _Exchange) -> dict[str, str]:
     version = {"x-reft-version": exchange.target.label} if exchange.target else {}
-    return {**exchange.spending.headers, **version}
+    return {**exchange.spending.headers, **version, **reft_fields.warnings(exchange.body, exchange.target)}
 
 
 def _refusal(exchange: _Exchange, status: int, content: bytes) -> errors.ReftError:

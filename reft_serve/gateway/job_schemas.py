@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from reft_serve.database import models
 from reft_serve.database.hyperparameters import DpoHyperparameters, SupervisedHyperparameters
 from reft_serve.database.names import ADAPTER_NAME
 from reft_serve.database.outcomes import FINAL
+from reft_serve.gateway.request_model import NULLS_ARE_ABSENT, RequestModel
 
 __all__ = [
     "FILE_ID",
@@ -29,12 +30,10 @@ __all__ = [
 
 FILE_ID = r"^file-[A-Za-z0-9]{1,58}$"
 _NO_NUL = r"^[^\x00]*$"
+_SupervisedHyperparameters = Annotated[SupervisedHyperparameters, *NULLS_ARE_ABSENT]
+_DpoHyperparameters = Annotated[DpoHyperparameters, *NULLS_ARE_ABSENT]
 _FileId = Annotated[str, Field(pattern=FILE_ID)]
 _OLD = ("n_epochs", "batch_size", "learning_rate_multiplier")
-
-
-class _In(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Identified(BaseModel):
@@ -85,24 +84,24 @@ class FileOut(Identified):
         )  # fmt: skip
 
 
-class _Wandb(_In):
+class _Wandb(RequestModel):
     project: Annotated[str, Field(min_length=1, max_length=128, pattern=_NO_NUL)]
     name: Annotated[str, Field(max_length=128, pattern=_NO_NUL)] | None = None
     entity: Annotated[str, Field(max_length=128, pattern=_NO_NUL)] | None = None
     tags: Annotated[list[Annotated[str, Field(max_length=64, pattern=_NO_NUL)]], Field(max_length=32)] | None = None
 
 
-class _Integration(_In):
+class _Integration(RequestModel):
     type: Literal["wandb"]
     wandb: _Wandb
 
 
-class _Supervised(_In):
-    hyperparameters: SupervisedHyperparameters = SupervisedHyperparameters()
+class _Supervised(RequestModel):
+    hyperparameters: _SupervisedHyperparameters = SupervisedHyperparameters()
 
 
-class _Dpo(_In):
-    hyperparameters: DpoHyperparameters = DpoHyperparameters()
+class _Dpo(RequestModel):
+    hyperparameters: _DpoHyperparameters = DpoHyperparameters()
 
 
 def _known_method(kind: object) -> object:
@@ -111,7 +110,7 @@ def _known_method(kind: object) -> object:
     return kind
 
 
-class MethodIn(_In):
+class MethodIn(RequestModel):
     """How to train."""
 
     type: Annotated[Literal["supervised", "dpo"], BeforeValidator(_known_method)]
@@ -126,14 +125,14 @@ class MethodIn(_In):
         return self
 
 
-class JobIn(_In):
+class JobIn(RequestModel):
     """A fine-tuning job to make. `priority` is ours: below 0 for what can wait."""
 
     model: Annotated[str, Field(min_length=1, max_length=512)]
     training_file: _FileId
     validation_file: _FileId | None = None
     method: MethodIn | None = None
-    hyperparameters: SupervisedHyperparameters | None = None
+    hyperparameters: _SupervisedHyperparameters | None = None
     suffix: Annotated[str, Field(pattern=ADAPTER_NAME)] | None = None
     seed: Annotated[int, Field(ge=0, lt=1 << 32)] | None = None
     metadata: (
@@ -143,6 +142,7 @@ class JobIn(_In):
                 Annotated[str, Field(max_length=512, pattern=_NO_NUL)],
             ],
             Field(max_length=16),
+            *NULLS_ARE_ABSENT,
         ]
         | None
     ) = None
@@ -280,7 +280,7 @@ class CheckpointOut(Identified):
         )  # fmt: skip
 
 
-class PermissionsIn(_In):
+class PermissionsIn(RequestModel):
     """The tenants that may use a version."""
 
     project_ids: Annotated[

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from reft_serve.config import TenantLimits
 from reft_serve.database import models
@@ -12,6 +12,7 @@ from reft_serve.database.keys import ROLES, Role, Scope
 from reft_serve.database.names import ADAPTER_NAME, ALIAS_NAME
 from reft_serve.database.tenants import TENANT_NAME
 from reft_serve.gateway.numbers import WHOLE
+from reft_serve.gateway.request_model import NULLS_ARE_ABSENT, RequestModel
 
 __all__ = [
     "AdapterOut",
@@ -38,11 +39,8 @@ AliasName = Annotated[str, Field(pattern=ALIAS_NAME)]
 Selector = Annotated[
     str, Field(pattern=r"^([0-9]{1,9}|[a-z][a-z0-9-]{0,30})$", description="A version's number or an alias.")
 ]
+_Limits = Annotated[TenantLimits, *NULLS_ARE_ABSENT]
 _Seconds = Annotated[int, Field(ge=0, le=10**11), WHOLE]
-
-
-class _In(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class ListOf(BaseModel, Generic[T]):
@@ -110,7 +108,7 @@ class AliasOut(BaseModel):
         return cls(alias=row.name, version=row.version.number, share=row.share, changed_at=row.changed_ms // 1000)
 
 
-class AliasIn(_In):
+class AliasIn(RequestModel):
     """What an alias is to name, and the share of the bare name's requests that it is to take."""
 
     version: Selector
@@ -129,17 +127,17 @@ class AdapterOut(BaseModel):
     created_at: int
 
 
-class TenantIn(_In):
+class TenantIn(RequestModel):
     """A tenant to make."""
 
     name: Annotated[str, Field(pattern=TENANT_NAME)]
-    limits: TenantLimits = TenantLimits()
+    limits: _Limits = TenantLimits()
 
 
-class TenantPatch(_In):
+class TenantPatch(RequestModel):
     """What to change of a tenant; what is left out stays."""
 
-    limits: TenantLimits | None = None
+    limits: _Limits | None = None
     disabled: bool | None = None
 
 
@@ -162,14 +160,14 @@ class TenantOut(BaseModel):
         )  # fmt: skip
 
 
-class KeyIn(_In):
+class KeyIn(RequestModel):
     """A key to make."""
 
     name: Annotated[str, Field(max_length=128, pattern=r"^[^\x00]*$")] = ""
     role: Role = "inference"
     scopes: list[Scope] | None = None
     expires_at: _Seconds | None = None
-    limits: TenantLimits = TenantLimits()
+    limits: _Limits = TenantLimits()
 
 
 class KeyOut(BaseModel):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, Field
 
 from reft_serve.database import models
 from reft_serve.database.webhooks import EventType
 from reft_serve.gateway.job_schemas import Identified
+from reft_serve.gateway.request_model import RequestModel
 
 __all__ = [
     "EventTypesOut",
@@ -28,11 +29,7 @@ _EventTypes = Annotated[
 ]
 
 
-class _In(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class WebhookIn(_In):
+class WebhookIn(RequestModel):
     """A webhook endpoint to make."""
 
     name: _Name
@@ -40,7 +37,7 @@ class WebhookIn(_In):
     event_types: _EventTypes
 
 
-class WebhookPatch(_In):
+class WebhookPatch(RequestModel):
     """What to change of one."""
 
     name: _Name | None = None
@@ -48,13 +45,13 @@ class WebhookPatch(_In):
     event_types: _EventTypes | None = None
 
 
-class RotationIn(_In):
+class RotationIn(RequestModel):
     """Whether the secret before goes on for a while."""
 
     keep_old_secret_active_for_24_hours: bool = False
 
 
-class WebhookTestIn(_In):
+class WebhookTestIn(RequestModel):
     """Which sample to send."""
 
     event_type: EventType

@@ -10,9 +10,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from openai.types import chat, completion_create_params, embedding_create_params, responses
 
-from reft_serve.gateway.bodies import ChatBody, CompletionBody, EmbeddingBody, InferenceBody, ResponseBody
 from reft_serve.gateway.fake_engine import FakeEngine
 from tests.gateway.harness import Gateway, Tenant
 from tests.gateway.strict import strict
@@ -128,39 +126,6 @@ def test_a_base_without_a_chat_template_says_what_to_do(engine: FakeEngine, tena
     assert tenant.say("base")
 
 
-# What the client can send and is refused by its name: OpenAI's own services, or what an engine would have to fetch or keep.
-NOT_SERVED = {
-    "audio", "function_call", "functions", "moderation", "prediction", "prompt_cache_options", "prompt_cache_retention",
-    "verbosity", "web_search_options", "access_programs", "background_options", "context_management", "conversation",
-    "image", "previous_response_id", "prompt",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("params", "body"),
-    [
-        (completion_create_params.CompletionCreateParamsNonStreaming, CompletionBody),
-        (chat.completion_create_params.CompletionCreateParamsNonStreaming, ChatBody),
-        (responses.response_create_params.ResponseCreateParamsNonStreaming, ResponseBody),
-        (embedding_create_params.EmbeddingCreateParams, EmbeddingBody),
-    ],
-)
-def test_every_field_of_the_client_is_taken_or_known_to_be_refused(params: Any, body: type[InferenceBody]) -> None:
-    sent = set().union(*(vars(kind).get("__annotations__", {}) for kind in (params, *params.__orig_bases__)))
-    assert len(sent) > 4
-    assert sent - set(body.model_fields) <= NOT_SERVED
-
-
-def test_fields_that_ask_for_nothing_here_go_no_further(engine: FakeEngine, tenant: Tenant) -> None:
-    hints: Any = {"service_tier": "auto", "safety_identifier": "x", "prompt_cache_key": "y", "store": False}
-    tenant.openai.chat.completions.create(model="base", messages=HELLO, modalities=["text"], **hints)
-    tenant.openai.responses.create(model="base", input="x", background=False, **hints)
-    for sent in engine.requests[-2:]:
-        assert not {*hints, "modalities", "background"} & (set(sent) - {"store"})
-    with pytest.raises(openai.BadRequestError):
-        tenant.openai.chat.completions.create(model="base", messages=HELLO, service_tier="priority")
-
-
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -178,15 +143,6 @@ def test_what_could_touch_other_requests_is_refused(
         tenant.openai.chat.completions.create(model="base", messages=HELLO, extra_body={field: value})
     assert caught.value.param == field
     assert engine.counts["requests"] == before
-
-
-@pytest.mark.parametrize("kind", ["image_url", "input_audio", "video_url", "file"])
-def test_no_engine_is_made_to_fetch_anything(tenant: Tenant, kind: str) -> None:
-    parts = [{"type": "text", "text": "x"}, {"type": kind, kind: {"url": "http://127.0.0.1:1/secret"}}]
-    with pytest.raises(openai.BadRequestError, match="content"):
-        tenant.openai.chat.completions.create(model="base", messages=[{"role": "user", "content": parts}])  # type: ignore[list-item, misc]
-    with pytest.raises(openai.BadRequestError, match="content"):
-        tenant.openai.responses.create(model="base", input=[{"role": "user", "content": parts}])  # type: ignore[list-item, misc]
 
 
 def test_each_tenant_has_a_cache_salt_of_its_own(engine: FakeEngine, make_tenant: Callable[..., Tenant]) -> None:

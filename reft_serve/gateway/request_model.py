@@ -1,0 +1,87 @@
+"""The base of every JSON object that a request may hold.
+
+A field that is `null` is a field that was not given, whatever its name: clients in Java, Go and C# send all of their fields.
+A field that only marks something for another service is ignored, if it is listed for this object (`client_fields`). Any
+other unknown field is refused by its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, GetJsonSchemaHandler, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
+
+__all__ = ["NULLS_ARE_ABSENT", "NullsAreAbsent", "RequestModel"]
+
+
+class RequestModel(BaseModel):
+    """A JSON object of a request; `ignored` names the fields that are taken and sent no further."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    ignored: ClassVar[Mapping[str, str]] = {}
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        shadowed = cls.ignored.keys() & cls.model_fields.keys()
+        assert not shadowed, f"{cls.__name__} serves what it ignores: {shadowed}"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_given(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        ignored = cls.ignored
+        return {name: value for name, value in given.items() if value is not None and name not in ignored}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        found = handler(schema)
+        _allow_nulls(handler.resolve_ref_schema(found), cls.ignored)
+        return found
+
+
+class NullsAreAbsent:
+    """An annotation that gives an object of another kind (a model of another package, a mapping) the same rule for null."""
+
+    @staticmethod
+    def __get_pydantic_json_schema__(schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """The object's own schema, with null for every value that may be left out."""
+        found = handler(schema)
+        _allow_nulls(handler.resolve_ref_schema(found), {})
+        return found
+
+
+def _present(given: object) -> object:
+    if not isinstance(given, dict):
+        return given
+    return {name: value for name, value in given.items() if value is not None}
+
+
+NULLS_ARE_ABSENT = (BeforeValidator(_present), NullsAreAbsent())
+"""Both parts of the rule, for `Annotated[T, *NULLS_ARE_ABSENT]`."""
+
+
+def _allow_nulls(schema: JsonSchemaValue, ignored: Mapping[str, str]) -> None:
+    properties = schema.get("properties", {})
+    for name, value in properties.items():
+        if name not in schema.get("required", ()) and not _takes_null(value):
+            properties[name] = {"anyOf": [value, {"type": "null"}]}
+    for name, reason in ignored.items():
+        properties[name] = {"description": f"Ignored: {reason}."}
+    if ignored:
+        schema["properties"] = properties
+    rest = schema.get("additionalProperties")
+    if rest is False:
+        schema["additionalProperties"] = {"type": "null"}
+    elif isinstance(rest, dict) and not _takes_null(rest):
+        schema["additionalProperties"] = {"anyOf": [rest, {"type": "null"}]}
+
+
+def _takes_null(schema: JsonSchemaValue) -> bool:
+    return (
+        schema.get("type") == "null" or any(map(_takes_null, schema.get("anyOf", ()))) or not schema.keys() - {"title"}
+    )

@@ -228,6 +228,44 @@ class GatewaySettings(_Installation):
     max_request_bytes: int = Field(default=4 << 20, ge=1024, description="Largest body of a request.")
     max_upload_bytes: int = Field(default=1 << 30, ge=1024, description="Largest upload of an adapter or a file.")
     max_file_bytes: int = Field(default=512 << 20, ge=1024, description="Largest data file.")
+    max_header_bytes: int = Field(
+        default=32 << 10, ge=1024, description="Largest request line and headers of a request."
+    )
+    max_json_values: int = Field(
+        default=1 << 18,
+        ge=64,
+        description="Most numbers, texts, lists and objects in the body of an inference request.",
+    )
+    max_memory_bytes: int = Field(
+        default=256 << 20,
+        ge=1 << 20,
+        description="Memory for the bodies of all requests and for answers that are not streamed; a tenant gets half of it.",
+    )
+    max_spooled_bytes: int = Field(
+        default=2 << 30, ge=1024, description="Disk for all uploads until they are checked; a tenant gets half of it."
+    )
+    max_connections: int = Field(
+        default=4096, ge=1, description="Client connections at once; at most half of the process's open files."
+    )
+    connections_per_address: int = Field(
+        default=1024,
+        ge=1,
+        description="Client connections of one address at once. Behind a proxy every connection has the proxy's address: set "
+        "it to the value of REFT_MAX_CONNECTIONS there.",
+    )
+    header_seconds: float = Field(
+        default=10.0,
+        gt=0,
+        description="How long a connection may take until the headers of its next request are complete.",
+    )
+    body_seconds: float = Field(
+        default=30.0, gt=0, description="How long a request's body may take to arrive, plus a second for each 32 KiB."
+    )
+    cors_origins: tuple[str, ...] = Field(
+        default=(),
+        description='Origins whose web pages may call the API, as a JSON list such as ["https://app.example.com"]; '
+        "default: none.",
+    )
     file_seconds: int | None = Field(
         default=None,
         ge=1,

@@ -41,6 +41,7 @@ __all__ = [
     "ReftError",
     "RequestInvalid",
     "RequestQuarantined",
+    "RequestTimeout",
     "RequestTooLarge",
     "ServiceError",
     "StoreUnusable",
@@ -221,6 +222,12 @@ class RequestTooLarge(ClientError):
     """More bytes than are taken."""
 
     code = "request_too_large"
+
+
+class RequestTimeout(ClientError):
+    """The request did not arrive in time."""
+
+    code = "request_timeout"
 
 
 class RateLimited(ClientError):

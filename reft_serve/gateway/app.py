@@ -23,8 +23,10 @@ from reft_serve.database.connection import Database, check_schema, migrate
 from reft_serve.database.models import now_ms
 from reft_serve.errors import ReftError
 from reft_serve.gateway import answers, upkeep
+from reft_serve.gateway.cors import Cors
 from reft_serve.gateway.edge import Edge
 from reft_serve.gateway.fleet import Fleet
+from reft_serve.gateway.intake import Intake
 from reft_serve.gateway.ledger import Ledger
 from reft_serve.gateway.membership import Membership
 from reft_serve.gateway.notifying import Notifier
@@ -77,6 +79,8 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     app.exception_handler(RequestValidationError)(_invalid)
     app.exception_handler(HTTPException)(_http)
     app.add_middleware(Edge)
+    if settings.cors_origins:
+        app.add_middleware(Cors, origins=settings.cors_origins)
     _document_keys(app)
     return app
 
@@ -115,7 +119,7 @@ def _services(settings: GatewaySettings, database: Database) -> Services:
         Fleet(members, settings.in_flight_per_engine, settings.queue_seconds, settings.probe_seconds),
         Ledger(database), Quotas(settings.limits, settings.limits_storage, names),
         Directory(database, settings.base_model, settings.cache_seconds), names,
-        BlobStore(settings.blobs_url), Notifier(database, settings),
+        BlobStore(settings.blobs_url), Notifier(database, settings), Intake(settings),
     )  # fmt: skip
 
 

@@ -2,17 +2,22 @@
 
 On SIGTERM, for `notice_seconds`: `/health/ready` answers 503, new requests are still served, and every answer closes its
 connection, so that callers come back over another gateway. Only then is the socket closed, as uvicorn does it: requests under
-way go on, for `drain_seconds` at most. A second signal, or Ctrl-C, skips the notice.
+way go on, for `drain_seconds` at most, and the process waits, within the same time, until callers have taken what the kernel
+still holds: a container's network ends with it, and the rest of an answer would be lost. A second signal, or Ctrl-C, skips
+the notice.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import math
+import resource
 import signal
 import socket
 import time
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -20,14 +25,21 @@ import uvicorn
 from fastapi import FastAPI
 
 from reft_serve.config import GatewaySettings
+from reft_serve.gateway.connections import Connections, protocol_of
 
-__all__ = ["serve"]
+__all__ = ["serve", "unsent_bytes"]
+
+_POLL_SECONDS = 0.1
+_SOCKET_TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 
 
 def serve(app: FastAPI, host: str, port: int, settings: GatewaySettings) -> bool:
     """Serve until a signal says to end; False where the application did not start."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each request has a connection here and one to an engine
     config = uvicorn.Config(
         app,
+        http=protocol_of(Connections(settings)),
         host=host,
         port=port,
         log_config=None,
@@ -37,7 +49,7 @@ def serve(app: FastAPI, host: str, port: int, settings: GatewaySettings) -> bool
         ws="none",
         timeout_graceful_shutdown=math.ceil(settings.drain_seconds),
     )
-    server = _Server(config, app.state, settings.notice_seconds)
+    server = _Server(config, app.state, settings)
     with contextlib.suppress(KeyboardInterrupt):
         server.run()
     return server.started
@@ -46,14 +58,16 @@ def serve(app: FastAPI, host: str, port: int, settings: GatewaySettings) -> bool
 class _Server(uvicorn.Server):
     """uvicorn with a notice before it closes its socket."""
 
-    def __init__(self, config: uvicorn.Config, state: Any, notice_seconds: float) -> None:
+    def __init__(self, config: uvicorn.Config, state: Any, settings: GatewaySettings) -> None:
         super().__init__(config)
-        self._state, self._notice_seconds = state, notice_seconds
+        self._state, self._notice_seconds, self._drain_seconds = state, settings.notice_seconds, settings.drain_seconds
+        self._ports: set[int] = set()
         self._ends: float | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to serve."""
         await super().startup(sockets)
+        self._ports = {found.getsockname()[1] for server in self.servers for found in server.sockets}
         # What is there now stays. To look at it again and again would hold requests up, each time for some 20 ms.
         gc.collect()
         gc.freeze()
@@ -73,3 +87,24 @@ class _Server(uvicorn.Server):
         if self._ends is not None and time.monotonic() >= self._ends:
             self.should_exit = True
         return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Finish what has begun, and wait until it has arrived."""
+        ends = time.monotonic() + self._drain_seconds
+        await super().shutdown(sockets)
+        while not self.force_exit and time.monotonic() < ends and unsent_bytes(self._ports):
+            await asyncio.sleep(_POLL_SECONDS)
+
+
+def unsent_bytes(ports: set[int]) -> int:
+    """Bytes in the kernel's send queues of connections to these local ports, also of those that are closed here. 0 if the
+    kernel does not say.
+    """
+    total = 0
+    for table in _SOCKET_TABLES:
+        with contextlib.suppress(OSError):
+            for line in table.read_text().splitlines()[1:]:
+                _, local, _, _, queues, *_ = line.split()
+                if int(local.rpartition(":")[2], 16) in ports:
+                    total += int(queues.partition(":")[0], 16)
+    return total

@@ -1,4 +1,4 @@
-"""The gateway's skin: a request's id, its size, its caller, and the last resort for what nobody else caught.
+"""The gateway's skin: a request's id, its caller, and the last resort for what nobody else caught.
 
 Every path needs a key but for the two that say whether the process lives and is ready.
 """
@@ -12,7 +12,6 @@ from typing import Any
 
 from fastapi import Request
 from sqlalchemy.exc import SQLAlchemyError
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from reft_serve import errors
@@ -22,11 +21,10 @@ from reft_serve.gateway.services import Services
 from reft_serve.gateway.tracing import span
 from reft_serve.observability import REQUEST_SECONDS, REQUESTS, request_id
 
-__all__ = ["OPEN_PATHS", "Edge", "caller_of", "requires"]
+__all__ = ["OPEN_PATHS", "Edge", "Requires", "caller_of", "requires"]
 
 _log = logging.getLogger(__name__)
 OPEN_PATHS = frozenset({"/health/live", "/health/ready"})
-_UPLOADS = ("/v1/adapters", "/v1/files")
 
 
 class Edge:
@@ -44,6 +42,7 @@ class Edge:
         request_id.set(identity)
         begun, status = time.monotonic(), 0
         services: Services = scope["app"].state.services
+        state = scope.setdefault("state", {})
 
         async def sending(message: Message) -> None:
             nonlocal status
@@ -64,6 +63,8 @@ class Edge:
                 raise
             await _last_resort(exc)(scope, receive, sending)
         finally:
+            for lease in state.get("leases", ()):
+                lease.release()
             _account(scope, status, time.monotonic() - begun)
 
     async def _serve(
@@ -71,12 +72,11 @@ class Edge:
     ) -> None:
         try:
             if scope["path"] not in OPEN_PATHS:
-                scope.setdefault("state", {})["caller"] = await _authenticate(services, headers)
-            limited = _limited(receive, headers, scope["path"], services)
+                scope["state"]["caller"] = await _authenticate(services, headers)
         except errors.ReftError as exc:
             await answer(exc)(scope, receive, send)
             return
-        await self._app(scope, limited, send)
+        await self._app(scope, receive, send)
 
 
 async def _authenticate(services: Services, headers: dict[str, str]) -> Principal:
@@ -87,27 +87,6 @@ async def _authenticate(services: Services, headers: dict[str, str]) -> Principa
     if principal is None:
         raise errors.KeyInvalid("this API key is not known, has expired or was revoked")
     return principal
-
-
-def _limited(receive: Receive, headers: dict[str, str], path: str, services: Services) -> Receive:
-    """`receive`, which stops at the most bytes that this path takes."""
-    settings = services.settings
-    most = settings.max_upload_bytes if path.startswith(_UPLOADS) else settings.max_request_bytes
-    sentence = f"the request has more than the {most} bytes that are taken here"
-    declared = headers.get("content-length", "")
-    if declared.isascii() and declared.isdigit() and int(declared[:20]) > most:
-        raise errors.RequestTooLarge(sentence)
-    taken = 0
-
-    async def receiving() -> Message:
-        nonlocal taken
-        message = await receive()
-        taken += len(message.get("body", b""))
-        if taken > most:
-            raise HTTPException(413, sentence)
-        return message
-
-    return receiving
 
 
 def _last_resort(exc: Exception) -> Any:
@@ -141,15 +120,33 @@ def caller_of(request: Request) -> Principal:
     return found
 
 
-def requires(*scopes: str) -> Any:
+class Requires:
     """A dependency: the caller, if its key has one of these scopes."""
 
+    def __init__(self, *scopes: str) -> None:
+        self.scopes = scopes
+
     # FastAPI would call a plain function in another thread.
-    async def check(request: Request) -> Principal:
-        caller = caller_of(request)
-        if caller.scopes.isdisjoint(scopes):
-            lacking = " or ".join(map(repr, scopes))
+    async def __call__(self, request: Request) -> Principal:
+        """The caller.
+
+        Raises:
+            NotAllowed: its key has none of the scopes.
+        """
+        return self.check(caller_of(request))
+
+    def check(self, caller: Principal) -> Principal:
+        """The caller, if it may.
+
+        Raises:
+            NotAllowed: its key has none of the scopes.
+        """
+        if caller.scopes.isdisjoint(self.scopes):
+            lacking = " or ".join(map(repr, self.scopes))
             raise errors.NotAllowed(f"this API key may not do this: it lacks the scope {lacking}")
         return caller
 
-    return check
+
+def requires(*scopes: str) -> Any:
+    """A dependency: the caller, if its key has one of these scopes."""
+    return Requires(*scopes)

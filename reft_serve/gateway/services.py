@@ -21,6 +21,7 @@ from reft_serve.database.models import now_ms
 from reft_serve.database.resolution import Route, Target, resolve
 from reft_serve.errors import ModelNotFound
 from reft_serve.gateway.fleet import Fleet
+from reft_serve.gateway.intake import Intake
 from reft_serve.gateway.ledger import Ledger
 from reft_serve.gateway.notifying import Notifier
 from reft_serve.gateway.quarantine import Quarantine
@@ -101,6 +102,7 @@ class Services:
     names: BoundedNames
     blobs: BlobStore
     notifier: Notifier
+    intake: Intake
     # How many large data files are checked at once: each takes a core for as long as it lasts.
     checking: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
     quarantine: Quarantine = field(default_factory=Quarantine)

@@ -20,6 +20,7 @@ from reft_serve.database.names import ADAPTER_NAME, ALIAS_NAME
 from reft_serve.database.tenants import find_tenant
 from reft_serve.errors import NotFound
 from reft_serve.gateway import publishing
+from reft_serve.gateway.bounded_route import BoundedRoute
 from reft_serve.gateway.edge import requires
 from reft_serve.gateway.links import leads_to, link
 from reft_serve.gateway.routes.actors import actor_of
@@ -28,7 +29,7 @@ from reft_serve.gateway.services import Services, services_of
 
 __all__ = ["router"]
 
-router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
+router = APIRouter(prefix="/v1/adapters", tags=["adapters"], route_class=BoundedRoute)
 _Caller = Annotated[Principal, Depends(requires("adapters"))]
 _Services = Annotated[Services, Depends(services_of)]
 _Name = Annotated[str, Path(pattern=ADAPTER_NAME)]

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Depends, Path, Request
 from reft_serve.database import audit, tenants
 from reft_serve.database.models import now_ms
 from reft_serve.errors import Conflict
+from reft_serve.gateway.bounded_route import BoundedRoute
 from reft_serve.gateway.edge import caller_of, requires
 from reft_serve.gateway.engine import Engine
 from reft_serve.gateway.links import leads_to, link
@@ -21,7 +22,9 @@ from reft_serve.gateway.services import Services, services_of
 
 __all__ = ["router"]
 
-router = APIRouter(prefix="/v1/admin", tags=["admin"], dependencies=[Depends(requires("admin"))])
+router = APIRouter(
+    prefix="/v1/admin", tags=["admin"], dependencies=[Depends(requires("admin"))], route_class=BoundedRoute
+)
 _Services = Annotated[Services, Depends(services_of)]
 _Tenant = Annotated[
     str, Path(pattern=r"^(tnt_[0-9a-f]{24}|[a-z0-9][a-z0-9-]{0,62})$", description="Its id or its name.")

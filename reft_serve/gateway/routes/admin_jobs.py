@@ -9,6 +9,7 @@ from fastapi import APIRouter, Depends, Path, Query, Request
 from reft_serve.database import audit, fine_tuning
 from reft_serve.database.outcomes import Status
 from reft_serve.database.tenants import find_tenant
+from reft_serve.gateway.bounded_route import BoundedRoute
 from reft_serve.gateway.edge import requires
 from reft_serve.gateway.job_schemas import JobAdminOut, Page
 from reft_serve.gateway.routes.actors import actor_of
@@ -17,7 +18,9 @@ from reft_serve.gateway.services import Services, services_of
 
 __all__ = ["router"]
 
-router = APIRouter(prefix="/v1/admin/jobs", tags=["admin"], dependencies=[Depends(requires("admin"))])
+router = APIRouter(
+    prefix="/v1/admin/jobs", tags=["admin"], dependencies=[Depends(requires("admin"))], route_class=BoundedRoute
+)
 _Services = Annotated[Services, Depends(services_of)]
 _Job = Annotated[str, Path(pattern=JOB_ID)]
 _Tenant = Annotated[

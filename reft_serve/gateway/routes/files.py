@@ -12,6 +12,7 @@ from reft_serve.database import audit, files
 from reft_serve.database.keys import Principal
 from reft_serve.errors import RequestInvalid
 from reft_serve.gateway import data_files
+from reft_serve.gateway.bounded_route import BoundedRoute
 from reft_serve.gateway.edge import requires
 from reft_serve.gateway.job_schemas import FILE_ID, FileOut, Page
 from reft_serve.gateway.routes.actors import actor_of
@@ -20,7 +21,12 @@ from reft_serve.gateway.services import Services, services_of
 
 __all__ = ["router"]
 
-router = APIRouter(prefix="/v1/files", tags=["files"])
+
+class _FileRoute(BoundedRoute):
+    upload_setting = "max_file_bytes"
+
+
+router = APIRouter(prefix="/v1/files", tags=["files"], route_class=_FileRoute)
 _Caller = Annotated[Principal, Depends(requires("files"))]
 _Services = Annotated[Services, Depends(services_of)]
 _File = Annotated[str, Path(pattern=FILE_ID)]

@@ -11,6 +11,7 @@ from reft_serve.database import audit, fine_tuning
 from reft_serve.database.keys import Principal
 from reft_serve.errors import RequestInvalid
 from reft_serve.gateway import ordering
+from reft_serve.gateway.bounded_route import BoundedRoute
 from reft_serve.gateway.edge import requires
 from reft_serve.gateway.job_events import followed
 from reft_serve.gateway.job_schemas import CheckpointOut, EventOut, JobIn, JobOut, Page
@@ -19,7 +20,7 @@ from reft_serve.gateway.services import Services, services_of
 
 __all__ = ["JOB_ID", "router"]
 
-router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
+router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"], route_class=BoundedRoute)
 JOB_ID = r"^ftjob-[A-Za-z0-9]{1,57}$"
 _Caller = Annotated[Principal, Depends(requires("jobs"))]
 _Services = Annotated[Services, Depends(services_of)]

@@ -11,6 +11,7 @@ from reft_serve.database import audit, keys
 from reft_serve.database.keys import Principal
 from reft_serve.database.tenants import find_tenant
 from reft_serve.errors import Conflict, NotAllowed
+from reft_serve.gateway.bounded_route import BoundedRoute
 from reft_serve.gateway.edge import caller_of, requires
 from reft_serve.gateway.links import leads_to, link
 from reft_serve.gateway.routes.actors import actor_of
@@ -19,7 +20,7 @@ from reft_serve.gateway.services import Services, services_of
 
 __all__ = ["make_key", "router"]
 
-router = APIRouter(prefix="/v1", tags=["keys"])
+router = APIRouter(prefix="/v1", tags=["keys"], route_class=BoundedRoute)
 _Caller = Annotated[Principal, Depends(requires("keys"))]
 _Services = Annotated[Services, Depends(services_of)]
 _Key = Annotated[str, Path(pattern=r"^key_[0-9a-f]{24}$")]

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Path, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from reft_serve.gateway.bounded_route import BoundedRoute
 from reft_serve.gateway.edge import requires
 from reft_serve.gateway.services import Services, services_of
 
@@ -15,7 +16,7 @@ __all__ = ["EngineName", "router"]
 _PAGE: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}}}}
 EngineName = Annotated[str, Path(pattern=r"^engine-[0-9]{1,4}$")]
 
-router = APIRouter(tags=["metrics"], dependencies=[Depends(requires("metrics", "admin"))])
+router = APIRouter(tags=["metrics"], dependencies=[Depends(requires("metrics", "admin"))], route_class=BoundedRoute)
 
 
 @router.get("/metrics", response_class=Response, responses=_PAGE)

@@ -10,6 +10,7 @@ from reft_serve.database import adapters, audit, permissions
 from reft_serve.database.keys import Principal
 from reft_serve.database.models import Adapter, Version
 from reft_serve.errors import ModelNotFound, NotAllowed
+from reft_serve.gateway.bounded_route import BoundedRoute
 from reft_serve.gateway.edge import requires
 from reft_serve.gateway.publishing import retire
 from reft_serve.gateway.routes.actors import actor_of
@@ -18,7 +19,7 @@ from reft_serve.gateway.services import Services, services_of
 
 __all__ = ["router"]
 
-router = APIRouter(prefix="/v1/models", tags=["models"])
+router = APIRouter(prefix="/v1/models", tags=["models"], route_class=BoundedRoute)
 _Caller = Annotated[Principal, Depends(requires("models"))]
 _Services = Annotated[Services, Depends(services_of)]
 

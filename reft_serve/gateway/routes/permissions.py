@@ -8,6 +8,7 @@ from fastapi import APIRouter, Depends, Path, Query, Request
 
 from reft_serve.database import audit, permissions
 from reft_serve.database.keys import Principal
+from reft_serve.gateway.bounded_route import BoundedRoute
 from reft_serve.gateway.edge import requires
 from reft_serve.gateway.job_schemas import Page, PermissionOut, PermissionsIn
 from reft_serve.gateway.routes.actors import actor_of
@@ -16,7 +17,9 @@ from reft_serve.gateway.services import Services, services_of
 
 __all__ = ["router"]
 
-router = APIRouter(prefix="/v1/fine_tuning/checkpoints/{checkpoint}/permissions", tags=["fine-tuning"])
+router = APIRouter(
+    prefix="/v1/fine_tuning/checkpoints/{checkpoint}/permissions", tags=["fine-tuning"], route_class=BoundedRoute
+)
 _ID = r"^cp_[0-9a-f]{24}$"
 _Caller = Annotated[Principal, Depends(requires("adapters"))]
 _Services = Annotated[Services, Depends(services_of)]

@@ -13,13 +13,14 @@ from reft_serve.database import audit, usage
 from reft_serve.database.keys import Principal
 from reft_serve.database.models import now_ms
 from reft_serve.errors import NotAllowed
+from reft_serve.gateway.bounded_route import BoundedRoute
 from reft_serve.gateway.edge import requires
 from reft_serve.gateway.schemas import AuditOut, ListOf, UsageOut
 from reft_serve.gateway.services import Services, services_of
 
 __all__ = ["router"]
 
-router = APIRouter(prefix="/v1", tags=["usage"])
+router = APIRouter(prefix="/v1", tags=["usage"], route_class=BoundedRoute)
 _Caller = Annotated[Principal, Depends(requires("usage"))]
 _Services = Annotated[Services, Depends(services_of)]
 _Group = Literal["tenant", "key", "model", "version", "endpoint", "status"]

@@ -11,6 +11,7 @@ from reft_serve.database.keys import Principal
 from reft_serve.database.models import now_ms
 from reft_serve.errors import RequestInvalid
 from reft_serve.gateway import notifying
+from reft_serve.gateway.bounded_route import BoundedRoute
 from reft_serve.gateway.edge import requires
 from reft_serve.gateway.job_schemas import Page
 from reft_serve.gateway.routes.actors import actor_of
@@ -29,7 +30,7 @@ from reft_serve.gateway.webhook_schemas import (
 
 __all__ = ["TESTS_PER_MINUTE", "router"]
 
-router = APIRouter(prefix="/v1", tags=["webhooks"])
+router = APIRouter(prefix="/v1", tags=["webhooks"], route_class=BoundedRoute)
 TESTS_PER_MINUTE = 20
 _ID = r"^we_[0-9a-f]{24}$"
 _Caller = Annotated[Principal, Depends(requires("webhooks"))]

@@ -29,6 +29,7 @@ __all__ = [
     "EngineFailed",
     "EngineUnavailable",
     "EngineUnsupported",
+    "HeadersTooLarge",
     "ImportFlagMissing",
     "KeyInvalid",
     "LeaseLost",
@@ -45,6 +46,7 @@ __all__ = [
     "RequestTooLarge",
     "ServiceError",
     "StoreUnusable",
+    "TooManyConnections",
 ]
 
 
@@ -224,6 +226,12 @@ class RequestTooLarge(ClientError):
     code = "request_too_large"
 
 
+class HeadersTooLarge(ClientError):
+    """A request line and headers with more bytes or lines than are taken."""
+
+    code = "headers_too_large"
+
+
 class RequestTimeout(ClientError):
     """The request did not arrive in time."""
 
@@ -275,6 +283,13 @@ class EngineFailed(ServiceError):
 
 class EngineEnded(EngineFailed):
     """An engine ended while it processed the request, perhaps because of it: the request must not simply be repeated."""
+
+
+class TooManyConnections(ServiceError):
+    """Every connection that the gateway takes has a request under way."""
+
+    code = "too_many_connections"
+    retry_after = 1.0
 
 
 class DatabaseUnusable(ServiceError):

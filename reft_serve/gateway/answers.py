@@ -27,6 +27,7 @@ _STATUS: Mapping[type[errors.ReftError], int] = {
     errors.AdapterExists: 409,
     errors.RequestTimeout: 408,
     errors.RequestTooLarge: 413,
+    errors.HeadersTooLarge: 431,
     errors.RateLimited: 429,
     errors.ClientError: 400,
     errors.EngineFailed: 502,
@@ -34,6 +35,7 @@ _STATUS: Mapping[type[errors.ReftError], int] = {
     errors.EngineUnavailable: 503,
     errors.DatabaseUnusable: 503,
     errors.StoreUnusable: 503,
+    errors.TooManyConnections: 503,
     errors.ServiceError: 500,
 }
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}

@@ -19,8 +19,9 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from reft_serve import errors
 from reft_serve.config import GatewaySettings
-from reft_serve.gateway.answers import error_body
+from reft_serve.gateway.answers import error_body, status_of
 
 __all__ = [
     "HEADER_LINES",
@@ -137,7 +138,7 @@ class _Protocol(HttpToolsProtocol):
         self.address = self.client[0] if self.client else ""
         self._extensions = {"reft.socket": {"socket": transport.get_extra_info("socket")}}
         if not self.connections_of_process.admit(self, self.address):
-            self._refuse(503, "too_many_connections", "the gateway has too many connections; try again")
+            self._refuse(errors.TooManyConnections("the gateway has too many connections; try again"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop counting it."""
@@ -166,17 +167,18 @@ class _Protocol(HttpToolsProtocol):
             self._unsupported_upgrade_warning()
         except httptools.HttpParserError as exc:
             fault = exc.__context__
-            if isinstance(fault, _Refused):
-                self._refuse(fault.status, fault.code, str(fault))
-            else:
-                self._refuse(400, "invalid_request", "the request is not valid HTTP")
+            self._refuse(
+                fault if isinstance(fault, errors.ReftError) else errors.RequestInvalid("the request is not valid HTTP")
+            )
             return
         if self._idle_bytes > self.connections_of_process.header_bytes:
-            self._refuse(431, "headers_too_large", self._sentence())
+            self._refuse(self._too_large())
 
-    def _sentence(self) -> str:
+    def _too_large(self) -> errors.HeadersTooLarge:
         most = self.connections_of_process.header_bytes
-        return f"a request's line and headers have at most {most} bytes in {HEADER_LINES} lines here"
+        return errors.HeadersTooLarge(
+            f"a request's line and headers have at most {most} bytes in {HEADER_LINES} lines here"
+        )
 
     def on_message_begin(self) -> None:
         """Begin a request."""
@@ -189,13 +191,13 @@ class _Protocol(HttpToolsProtocol):
         if not self._in_head:
             return
         if len(self.headers) >= HEADER_LINES:
-            raise _Refused(431, "headers_too_large", self._sentence())
+            raise self._too_large()
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """Start to answer."""
         if len(self.pipeline) >= PIPELINED_REQUESTS:
-            raise _Refused(429, "too_many_requests", f"at most {PIPELINED_REQUESTS} requests may wait in a connection")
+            raise errors.RequestInvalid(f"at most {PIPELINED_REQUESTS} requests may wait in a connection")
         self._in_head, self._idle_bytes = False, 0
         self.connections_of_process.waiting.pop(self, None)
         super().on_headers_complete()
@@ -230,11 +232,11 @@ class _Protocol(HttpToolsProtocol):
         """Close a connection whose request did not come in time."""
         if self._idle_bytes and self._in_head:
             seconds = self.connections_of_process.header_seconds
-            self._refuse(408, "request_timeout", f"the request's headers did not arrive within {seconds:g} s")
+            self._refuse(errors.RequestTimeout(f"the request's headers did not arrive within {seconds:g} s"))
         else:
             self.transport.close()
 
-    def _refuse(self, status: int, code: str, sentence: str) -> None:
+    def _refuse(self, exc: errors.ReftError) -> None:
         """Answer, if nothing else is being answered, and end the connection."""
         self._refused = True
         cycle = self.cycle
@@ -247,7 +249,8 @@ class _Protocol(HttpToolsProtocol):
         if not answerable or self.transport.is_closing():
             self.transport.close()
             return
-        body = json.dumps(error_body(status, sentence, None, code)).encode()
+        status = status_of(exc)
+        body = json.dumps(error_body(status, str(exc), None, exc.code)).encode()
         head = (
             f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
             f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
@@ -257,12 +260,6 @@ class _Protocol(HttpToolsProtocol):
             self.transport.write_eof()
         # To close a socket with unread bytes would reset it, and the caller would not see the answer.
         self.loop.call_later(LINGER_SECONDS, self.transport.close)
-
-
-class _Refused(Exception):
-    def __init__(self, status: int, code: str, sentence: str) -> None:
-        self.status, self.code = status, code
-        super().__init__(sentence)
 
 
 def protocol_of(connections: Connections) -> type[_Protocol]:

@@ -20,6 +20,7 @@ from reft_serve.config import GatewaySettings
 from reft_serve.database import keys, tenants
 from reft_serve.database.connection import Database, migrate
 from reft_serve.gateway.app import create_app
+from reft_serve.gateway.connections import Connections, protocol_of
 from reft_serve.gateway.fake_engine import FakeEngine
 from reft_serve.interventions.vocabulary import required_tensors
 
@@ -29,14 +30,16 @@ ADMIN = "operator"
 class Served:
     """An ASGI application behind uvicorn, in a thread with an event loop of its own."""
 
-    def __init__(self, app: Any, host: str = "127.0.0.1", port: int = 0) -> None:
+    def __init__(self, app: Any, host: str = "127.0.0.1", port: int = 0, http: Any = "auto") -> None:
         self.app = app
         # Without its protocol asyncio would leave Nagle on, and every answer would wait 40 ms.
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         self._socket.bind((host, port))
         self.port = self._socket.getsockname()[1]
         self.url = f"http://{host}:{self.port}"
-        config = uvicorn.Config(app, log_level="error", lifespan="on", timeout_graceful_shutdown=2, log_config=None)
+        config = uvicorn.Config(
+            app, log_level="error", lifespan="on", timeout_graceful_shutdown=2, log_config=None, http=http
+        )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -64,7 +67,7 @@ class Gateway:
         given = {"database": f"sqlite:///{folder / 'reft.db'}", "store": folder / "store", "gateway_name": "test"}
         self.settings = GatewaySettings(**(given | {"engines": urls, "probe_seconds": 0.2} | settings))
         self.admin_key = asyncio.run(first_key(self.settings.database))
-        self.served = Served(create_app(self.settings))
+        self.served = Served(create_app(self.settings), http=protocol_of(Connections(self.settings)))
         self.url = self.served.url
         self.admin = self.http(self.admin_key)
 

@@ -42,11 +42,14 @@ def import_(
 ) -> None:
     """Convert a save of another library into an adapter's directory."""
     from reft_serve.adapters.base_model import read_base_model
+    from reft_serve.adapters.base_modules import linear_modules
     from reft_serve.adapters.foreign import ImportFlags
     from reft_serve.adapters.formats import import_adapter
 
     flags = ImportFlags(positions, untied, last_offset, activation, no_bias, phase, kind, lora_alpha)
-    adapter = import_adapter(source, read_base_model(base), out, flags, _max_bytes())
+    adapter = import_adapter(
+        source, read_base_model(base), out, flags, _max_bytes(), modules=lambda: linear_modules(base)
+    )
     _warn(adapter)
     typer.echo(f"{out}: {_summary(adapter)}")
 
@@ -102,6 +105,7 @@ def check(
 ) -> None:
     """Say whether an adapter can be served: one line, or every fault on a line of its own and exit code 1."""
     from reft_serve.adapters.base_model import read_base_model
+    from reft_serve.adapters.base_modules import linear_modules
     from reft_serve.adapters.directory import read_adapter
     from reft_serve.adapters.manifest import Limits
     from reft_serve.errors import AdapterInvalid
@@ -110,6 +114,8 @@ def check(
         adapter = read_adapter(adapter_dir, _max_bytes())
         facts = adapter.manifest.base_model if base is None else read_base_model(base)
         faults = tuple(Limits(max_rank=max_rank).faults(adapter.manifest, facts))
+        if adapter.lora is not None and base is not None:
+            faults += tuple(adapter.lora.misfits(linear_modules(base)))
     except AdapterInvalid as exc:
         faults = exc.faults
     for fault in faults:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,13 +16,29 @@ from reft_serve.errors import AdapterInvalid, AdapterNotFound, AdapterUnsupporte
 __all__ = ["import_adapter", "read_any"]
 
 
-def import_adapter(source: Path, base: BaseFacts, out: Path, flags: ImportFlags, max_bytes: int = 1 << 30) -> Adapter:
+def import_adapter(
+    source: Path,
+    base: BaseFacts,
+    out: Path,
+    flags: ImportFlags,
+    max_bytes: int = 1 << 30,
+    modules: Callable[[], Mapping[str, tuple[int, int]]] | None = None,
+) -> Adapter:
     """Read `source`, whatever its format, and publish it at `out`. The adapter's `warnings` are for its owner.
 
+    Args:
+        source, base, flags, max_bytes: as for `read_any`.
+        out: where nothing is yet.
+        modules: gives the base's linear modules, for a save that holds a LoRA too; without it the LoRA is not compared.
+
     Raises:
-        ClientError: as `read_any` and `publish` do.
+        ClientError: as `read_any` and `publish` do; a LoRA does not fit the base.
     """
     imported = read_any(source, base, flags, max_bytes)
+    if imported.lora is not None and modules is not None:
+        faults = imported.lora.misfits(modules())
+        if faults:
+            raise AdapterInvalid(str(source), faults)
     made = publish(out, imported.manifest, imported.weights, imported.lora)
     return replace(made, warnings=imported.warnings)
 

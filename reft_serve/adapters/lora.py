@@ -18,7 +18,7 @@ from torch import Tensor
 
 from reft_serve.adapters.files import read_plain
 from reft_serve.adapters.structure import LORA_CONFIG as CONFIG
-from reft_serve.adapters.structure import LORA_NAME, MAX_CONFIG_BYTES, lora_faults
+from reft_serve.adapters.structure import LORA_NAME, MAX_CONFIG_BYTES, lora_faults, module_faults
 from reft_serve.adapters.structure import LORA_TENSORS as TENSORS
 from reft_serve.adapters.tensors import entries_of, parse_tensors
 from reft_serve.errors import AdapterInvalid
@@ -45,6 +45,10 @@ class Lora:
     files: Mapping[str, bytes]
     rank: int
     parameters: int
+
+    def misfits(self, modules: Mapping[str, tuple[int, int]]) -> list[str]:
+        """Why it does not fit a base model with these linear modules: (inputs, outputs) of each by its path."""
+        return module_faults(entries_of(parse_tensors(self.files[TENSORS], TENSORS, TENSORS)), modules)
 
 
 def holds_lora(path: Path) -> bool:

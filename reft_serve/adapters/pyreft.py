@@ -6,6 +6,7 @@ Layouts were read off pyreft 0.0.6 to 0.1.0 with pyvene 0.1.2 to 0.1.8. Nothing 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ FIELDS = (
 )
 _REFUSED_FIELDS = FIELDS[7:13]
 _CLASSES: dict[str, Kind] = {f"{kind.capitalize()}Intervention": kind for kind in KINDS}
+# Classes that add one vector to the hidden state, or take it away: lobireft of rank 1. pyvene's hold it as their source.
+_VECTOR_CLASSES: dict[str, float] = {"BiasIntervention": 1, "AdditionIntervention": 1, "SubtractionIntervention": -1}
+_VECTOR_NAMES = ("bias", "source_representation")
 _KEY = re.compile(r"[\w.\[\]]{1,512}#\d{1,4}")
 # Both namings: "layer_8_comp_block_output_unit_pos_nunit_1#0", and with dots (and "repr") before pyvene 0.1.7.
 _KEY_PARTS = re.compile(r"layer[_.](\d{1,5})[_.](?:comp|repr)[_.](\w+)[_.]unit[_.](\w+)[_.]nunit[_.](\d+)#(\d+)")
@@ -53,6 +57,8 @@ class _Place:
     kind: Kind
     layer: int
     component: Component
+    sign: float | None = None
+    """Of a class that adds one vector or takes it away; None for a kind of pyreft's own."""
 
     @property
     def file(self) -> str:
@@ -137,29 +143,40 @@ def _recorded_places(config: dict[str, Any], base: BaseFacts, flags: ImportFlags
         faults.broken.append(f"{CONFIG}: sorted_keys names one intervention twice")
     places = []
     for k, (row, recorded, key) in enumerate(zip(rows, types, keys, strict=True)):
-        kind = _recorded_kind(k, recorded, flags, faults)
-        place = _place_of_row(k, row, base, faults)
+        kind, sign = _recorded_kind(k, recorded, flags, faults)
+        place = _place_of_row(k, row, base, faults, hides_source=sign is not None)
         if not isinstance(key, str) or not _KEY.fullmatch(key):
             faults.broken.append(f"{CONFIG}: sorted_keys, {k}: {str(key)[:80]!r} is not the key of an intervention")
         elif kind and place:
-            places.append(_Place(key, kind, *place))
+            places.append(_Place(key, kind, *place, sign))
     return places
 
 
-def _recorded_kind(k: int, recorded: object, flags: ImportFlags, faults: _Faults) -> Kind | None:
+def _recorded_kind(k: int, recorded: object, flags: ImportFlags, faults: _Faults) -> tuple[Kind | None, float | None]:
+    """An intervention's kind, and its sign if it is of a class that adds a vector."""
     name = re.fullmatch(r"<class '([\w.<>]{1,256})'>", recorded) if isinstance(recorded, str) else None
     if name is None:
         faults.broken.append(f"{CONFIG}: intervention_types, {k}: {str(recorded)[:80]!r} names no class")
-        return None
-    kind = _CLASSES.get(name[1].rsplit(".", 1)[-1])
+        return None, None
+    last = name[1].rsplit(".", 1)[-1]
+    sign = _VECTOR_CLASSES.get(last)
+    if last not in _CLASSES and sign is None and flags.kind == "lobireft":
+        sign = 1.0  # the user says what a class of his own does; its tensors must be one vector
+    kind = "lobireft" if sign is not None else _CLASSES.get(last)
     if kind is None:
-        faults.unsupported.append(f"intervention {k} is a {name[1]}; served are {', '.join(_CLASSES)}")
+        served = ", ".join([*_CLASSES, *_VECTOR_CLASSES])
+        faults.unsupported.append(
+            f"intervention {k} is a {name[1]}; served are {served}. If all that it does is add one vector, give "
+            "--kind lobireft"
+        )
     elif flags.kind not in (None, kind):
         faults.broken.append(f"--kind {flags.kind} was given, but {CONFIG} records that intervention {k} is a {kind}")
-    return kind
+    return kind, sign
 
 
-def _place_of_row(k: int, row: object, base: BaseFacts, faults: _Faults) -> tuple[int, Component] | None:
+def _place_of_row(
+    k: int, row: object, base: BaseFacts, faults: _Faults, *, hides_source: bool = False
+) -> tuple[int, Component] | None:
     # pyvene before 0.1.3 had no latent_dim.
     if not isinstance(row, list) or len(row) not in (13, 14):
         faults.broken.append(f"{CONFIG}: representations, {k} is not a list of 13 or 14 entries")
@@ -169,7 +186,9 @@ def _place_of_row(k: int, row: object, base: BaseFacts, faults: _Faults) -> tupl
         faults.unsupported.append(f"intervention {k} acts on the unit {str(entry['unit'])[:40]!r}; only pos is served")
     if entry["max_number_of_units"] != 1:
         faults.unsupported.append(f"intervention {k} acts on several units at once (max_number_of_units is not 1)")
-    faults.unsupported += [f"intervention {k} has a {name}" for name in _REFUSED_FIELDS if entry[name] is not None]
+    # Set by pyvene if the source lies in the intervention's own file, as an added vector does.
+    refused = [name for name in _REFUSED_FIELDS if not (hides_source and name == "hidden_source_representation")]
+    faults.unsupported += [f"intervention {k} has a {name}" for name in refused if entry[name] is not None]
     try:
         return resolve_component(str(entry["component"]), entry["layer"], base.architecture)
     except PlaceUnknown as exc:
@@ -233,6 +252,14 @@ def _lora(path: Path, base: BaseFacts, flags: ImportFlags, max_bytes: int, fault
 def _halves(places: list[_Place], rule: PositionRule, faults: _Faults) -> tuple[list[Part], list[str]]:
     half = len(places) // 2
     sites = [(place.layer, place.component) for place in places]
+    for (layer, component), count in Counter(sites).items():
+        if count > 2:
+            faults.unsupported.append(
+                f"it has {count} interventions at layer {layer} {component}, each for tokens of its own, which the save does "
+                "not record: at one place all of the positions can be edited, or their prefix and their suffix apart"
+            )
+    if faults.unsupported:
+        return ["both"] * len(places), []
     doubled = bool(half) and sites[:half] == sites[half:]
     if rule.tied:
         warning = (
@@ -256,8 +283,9 @@ def _halves(places: list[_Place], rule: PositionRule, faults: _Faults) -> tuple[
 
 def _read_tensors(source: Path, place: _Place, max_bytes: int, where: str) -> dict[str, Tensor]:
     saved = read_torch(source / place.file, max_bytes, where)
-    for size in ("embed_dim", "interchange_dim"):
-        saved.pop(size, None)
+    sizes = [saved.pop(size, None) for size in ("embed_dim", "interchange_dim")]
+    if (vector := _vector(saved, place)) is not None:
+        return _shift(vector, place, sizes[1], where)
     R = rotation(saved, "rotate_layer.", False, place.file, where)
     if R is None and "rotate_layer" in saved:
         # LoReFT saves the final weight, (hidden, rank).
@@ -270,6 +298,31 @@ def _read_tensors(source: Path, place: _Place, max_bytes: int, where: str) -> di
     if len(tensors) < len(saved):
         raise AdapterInvalid(where, [f"{place.file} holds tensors of two layouts ({', '.join(sorted(saved))})"])
     return tensors if R is None else {"R": R, **tensors}
+
+
+def _vector(saved: dict[str, Tensor], place: _Place) -> Tensor | None:
+    """The vector of an intervention that only adds it; None for a lobireft of pyreft's own."""
+    if place.kind != "lobireft" or len(saved) != 1:
+        return None
+    name, tensor = next(iter(saved.items()))
+    vector = tensor.flatten() if tensor.ndim and tensor.numel() == tensor.shape[-1] else tensor
+    alone = name in _VECTOR_NAMES or (place.sign is not None and vector.ndim == 1)
+    return vector if alone else None
+
+
+def _shift(vector: Tensor, place: _Place, changed: Tensor | None, where: str) -> dict[str, Tensor]:
+    """R and b of a lobireft of rank 1 that adds the vector: its direction, and its length with its sign."""
+    fault = None
+    if vector.ndim != 1 or not vector.is_floating_point() or not vector.isfinite().all():
+        fault = f"must hold one vector of finite floats, and holds {tuple(vector.shape)} of {str(vector.dtype)[6:]}"
+    elif changed is not None and int(changed) != len(vector):
+        fault = f"changes {int(changed)} of {len(vector)} dimensions alone, which is not served"
+    elif not (length := vector.double().norm()):
+        fault = "adds a vector of zeros, which changes nothing"
+    if fault is not None:
+        raise AdapterInvalid(where, [f"{place.file} {fault}"])
+    sign = 1.0 if place.sign is None else place.sign
+    return {"R": (vector.double() / length)[None].float(), "b": (sign * length)[None].float()}
 
 
 def _check_flags(places: list[_Place], tensors: list[dict[str, Tensor]], flags: ImportFlags, faults: _Faults) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from reft_serve.adapters.files import read_plain
@@ -25,9 +25,11 @@ __all__ = [
     "LORA_NAME",
     "LORA_TENSORS",
     "MAX_CONFIG_BYTES",
+    "MAX_NAMED_MODULES",
     "TENSORS",
     "check_structure",
     "lora_faults",
+    "module_faults",
     "tensor_faults",
 ]
 
@@ -35,9 +37,23 @@ CONFIG, TENSORS = "reft_config.json", "reft_model.safetensors"
 LORA_CONFIG, LORA_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 FILES = (CONFIG, TENSORS, LORA_CONFIG, LORA_TENSORS)
 MAX_CONFIG_BYTES = 4 << 20
+MAX_NAMED_MODULES = 512
+"""How many modules that do not fit are named."""
 LORA_NAME = re.compile(r"base_model\.model\.(.{1,512})\.lora_([AB])\.weight")
 _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d{1,6})\.")
 _MOST_RANK = 1 << 24
+_LONGEST_TARGET = 16
+# What PEFT's LoRAs may have that vLLM's do not, each with what it is.
+_UNSERVED = {
+    "use_dora": "DoRA's magnitudes are",
+    "bias": "trained biases are",
+    "lora_bias": "biases of the LoRA are",
+    "modules_to_save": "other modules that were trained are",
+    "rank_pattern": "ranks by module are",
+    "alpha_pattern": "scales by module are",
+    "layer_replication": "repeated layers are",
+    "trainable_token_indices": "trained embeddings are",
+}
 _FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
 
 
@@ -108,7 +124,7 @@ def lora_faults(config: bytes, entries: Mapping[str, Entry], layers: int) -> lis
         entries: the tensors of `adapter_model.safetensors`.
         layers: decoder layers of the base model.
     """
-    faults = _lora_config_faults(config)
+    faults, targets = _lora_config_faults(config)
     if not entries:
         return [*faults, f"{LORA_TENSORS} holds no tensors"]
     pairs = dict[str, dict[str, Entry]]()
@@ -123,7 +139,56 @@ def lora_faults(config: bytes, entries: Mapping[str, Entry], layers: int) -> lis
             faults.append(f"{LORA_TENSORS}: {name[:120]!r} is for layer {layer[1]} and the base model has {layers}")
         if entry.dtype not in _FLOATS:
             faults.append(f"{LORA_TENSORS}: {name[:120]!r} must hold finite floats")
+    if pairs:
+        faults += [
+            f"{LORA_CONFIG}: target_modules names {name[:120]!r}, and no tensor is for it"
+            for name in _without_tensors(targets, pairs)
+        ]
     return faults + [fault for module, pair in pairs.items() for fault in _pair_faults(module, pair)]
+
+
+def _without_tensors(targets: list[str], modules: Iterable[str]) -> list[str]:
+    """The targets that are the end of no module's path."""
+    lengths = {length for name in targets if (length := name.count(".") + 1) <= _LONGEST_TARGET}
+    split = [module.split(".") for module in modules]
+    ends = {".".join(parts[-length:]) for length in lengths for parts in split}
+    return [name for name in targets if name.count(".") < _LONGEST_TARGET and name not in ends]
+
+
+def module_faults(entries: Mapping[str, Entry], modules: Mapping[str, tuple[int, int]]) -> list[str]:
+    """Why a sound LoRA does not fit a base model.
+
+    Args:
+        entries: the tensors of `adapter_model.safetensors`.
+        modules: (inputs, outputs) of the base model's linear modules, by path. Experts are left to the engine, since
+            transformers may hold them as one module.
+    """
+    faults, unknown = [], set()
+    for name, entry in sorted(entries.items()):
+        match = LORA_NAME.fullmatch(name)
+        if match is None or ".experts." in match[1]:
+            continue
+        module, half = match[1], match[2]
+        if module not in modules:
+            unknown.add(module)
+            continue
+        side = 1 if half == "A" else 0
+        width = modules[module][0 if half == "A" else 1]
+        if len(entry.shape) == 2 and entry.shape[side] != width:
+            faults.append(
+                f"{LORA_TENSORS}: lora_{half} of {module[:120]!r} has shape {entry.shape}, and the module of the base model "
+                f"has {width} {'inputs' if half == 'A' else 'outputs'}"
+            )
+    return [*_unknown_modules(sorted(unknown)), *faults]
+
+
+def _unknown_modules(unknown: list[str]) -> Iterator[str]:
+    if unknown:
+        rest = len(unknown) - MAX_NAMED_MODULES
+        listed = ", ".join(name[:200] for name in unknown[:MAX_NAMED_MODULES]) + (
+            f" and {rest} more" if rest > 0 else ""
+        )
+        yield f"its LoRA is for {listed}, which {'is' if len(unknown) == 1 else 'are'} no module of the base model"
 
 
 def _pair_faults(module: str, pair: Mapping[str, Entry]) -> Iterator[str]:
@@ -135,13 +200,14 @@ def _pair_faults(module: str, pair: Mapping[str, Entry]) -> Iterator[str]:
         yield f"{LORA_TENSORS}: A and B of {module[:120]!r} have the shapes {a} and {b}, which do not meet"
 
 
-def _lora_config_faults(content: bytes) -> list[str]:
+def _lora_config_faults(content: bytes) -> tuple[list[str], list[str]]:
+    """The faults of `adapter_config.json`, and the modules that it names one by one."""
     try:
         config = json.loads(content)
     except (ValueError, RecursionError) as exc:
-        return [f"{LORA_CONFIG} is not JSON: {str(exc)[:200]}"]
+        return [f"{LORA_CONFIG} is not JSON: {str(exc)[:200]}"], []
     if not isinstance(config, dict):
-        return [f"{LORA_CONFIG} is not a JSON object"]
+        return [f"{LORA_CONFIG} is not a JSON object"], []
     faults = []
     if config.get("peft_type") != "LORA":
         told = str(config.get("peft_type"))[:40]
@@ -151,4 +217,10 @@ def _lora_config_faults(content: bytes) -> list[str]:
         faults.append(f"{LORA_CONFIG}: r must be a whole number from 1, and it is {str(rank)[:40]}")
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not -math.inf < alpha < math.inf:
         faults.append(f"{LORA_CONFIG}: lora_alpha must be a number, and it is {str(alpha)[:40]}")
-    return faults
+    for name, what in _UNSERVED.items():
+        if config.get(name) not in (None, False, "none", [], {}):
+            faults.append(f"{LORA_CONFIG}: {name} is {json.dumps(config[name])[:80]}, and {what} not served")
+    targets = config.get("target_modules")
+    # A text is a regular expression, or "all-linear": the tensors say what it came to.
+    named = targets if isinstance(targets, list) else []
+    return faults, [name for name in named[:MAX_NAMED_MODULES] if isinstance(name, str)]

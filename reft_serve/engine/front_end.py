@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import re
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ __all__ = ["PROMPT_TOKENS", "STRENGTH", "Binder", "binder_of"]
 STRENGTH = "reft_strength"
 PROMPT_TOKENS = "reft_prompt_tokens"
 _MOST = 100.0
+# How `AdapterInvalid` reads; an exception of a worker comes as text.
+_REFUSED = re.compile(r"adapter \S.* cannot be used: (.+)", re.DOTALL)
 
 
 class Binder:
@@ -265,10 +268,16 @@ def answering_faults(original: Any) -> Callable[..., Any]:
         error = getattr(answer, "error", None)
         if error is None or error.type != "InternalServerError" or not request.lora_path:
             return answer
-        try:
-            binder_of(self.engine_client).check(request.lora_path)
-        except ClientError as exc:
-            error.type, error.code, error.param, error.message = "BadRequestError", 400, "lora_path", str(exc)
+        fault = None
+        if (refused := _REFUSED.search(error.message)) is not None:  # by a worker, which saw the model's modules
+            fault = f"adapter {request.lora_path} cannot be used: {refused[1].strip()}"
+        else:
+            try:
+                binder_of(self.engine_client).check(request.lora_path)
+            except ClientError as exc:
+                fault = str(exc)
+        if fault is not None:
+            error.type, error.code, error.param, error.message = "BadRequestError", 400, "lora_path", fault
         return answer
 
     return load_lora_adapter

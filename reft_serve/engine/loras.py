@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
+import torch
+from vllm.exceptions import LoRAAdapterNotFoundError
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
+from reft_serve.adapters.structure import MAX_NAMED_MODULES
 from reft_serve.engine.identity import identity_of, lora_id_of
 from reft_serve.errors import AdapterUnsupported
 
@@ -39,18 +42,41 @@ class LoraManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]  # vllm is n
         """Read a LoRA and keep it until `release`. `layers` are the model's layers that this worker holds.
 
         Raises:
-            Exception: what vLLM finds wrong with it.
-            AdapterUnsupported: it is for modules that the model has not, which vLLM would pass over in silence.
+            LoRAAdapterNotFoundError: its files are gone.
+            AdapterUnsupported: vLLM refuses it, or it is for modules that the model has not or that have other shapes, which
+                vLLM would pass over in silence, or would fail at in a step.
         """
-        lora = super()._load_adapter(request)
+        try:
+            lora = super()._load_adapter(request)
+        except LoRAAdapterNotFoundError:
+            raise
+        except (ValueError, TypeError, RuntimeError, KeyError) as exc:
+            raise AdapterUnsupported(request.lora_path, [f"its LoRA: {exc}"]) from exc
+        faults = [*self._unknown(lora, layers), *self._misshapen(lora)]
+        if faults:
+            raise AdapterUnsupported(request.lora_path, faults)
+        self._held[request.lora_int_id] = lora
+
+    def _unknown(self, lora: LoRAModel, layers: Collection[int]) -> Iterator[str]:
         packed = {name for names in self._adapter_manager.packed_modules.values() for name in names}
         unknown = sorted(set(lora.loras) - set(self._adapter_manager.modules) - packed)
         here = [name for name in unknown if (layer := _LAYER.search(name)) is None or int(layer[1]) in layers]
         if here:
-            raise AdapterUnsupported(
-                request.lora_path, [f"its LoRA is for {', '.join(here[:3])}, which is no module of this model"]
-            )
-        self._held[request.lora_int_id] = lora
+            verb = "is" if len(here) == 1 else "are"
+            yield f"its LoRA is for {', '.join(here[:MAX_NAMED_MODULES])}, which {verb} no module of this model"
+
+    def _misshapen(self, lora: LoRAModel) -> Iterator[str]:
+        """Matrices that do not meet their module, as far as a module says its sizes."""
+        whole = {part: name for name, parts in self._adapter_manager.packed_modules.items() for part in parts}
+        for name, held in sorted(lora.loras.items()):
+            module = self._adapter_manager.modules.get(whole.get(name, name))
+            base = getattr(module, "base_layer", None)
+            inputs = getattr(base, "input_size", None)
+            outputs = None if name in whole else getattr(base, "output_size", None)
+            for half, side, size in ((held.lora_a, 1, inputs), (held.lora_b, 0, outputs)):
+                if isinstance(half, torch.Tensor) and half.ndim == 2 and size not in (None, half.shape[side]):
+                    what = "inputs" if side else "outputs"
+                    yield f"its LoRA is for {half.shape[side]} {what} of {name}, which has {size}"
 
     def holds(self, request: LoRARequest) -> bool:
         """Whether `hold` was called for it."""

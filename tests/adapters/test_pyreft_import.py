@@ -137,6 +137,27 @@ def test_untied_with_an_odd_number_of_rows_is_a_fault() -> None:
         bring_in(named("loreft_l1"), positions="f1+l1", untied=True)
 
 
+@pytest.mark.parametrize("untied", [False, True])
+@pytest.mark.parametrize("blocks", [3, 4])
+def test_more_than_two_interventions_at_one_place_are_refused(tmp_path: Path, blocks: int, untied: bool) -> None:
+    save = named("loreft_l1")
+    path = copied(save, tmp_path)
+    (key,) = json.loads((path / "config.json").read_text())["sorted_keys"]
+    keys = [f"{key.partition('#')[0]}#{k}" for k in range(blocks)]
+    for name in keys[1:]:
+        shutil.copyfile(path / f"intkey_{key}.bin", path / f"intkey_{name}.bin")
+    edit_config(
+        path,
+        lambda c: c.update(
+            sorted_keys=keys,
+            representations=c["representations"] * blocks,
+            intervention_types=c["intervention_types"] * blocks,
+        ),
+    )
+    with pytest.raises(AdapterUnsupported, match=f"{blocks} interventions at layer .* each for tokens of its own"):
+        bring_in(save, path, positions="f2+l2", untied=untied)
+
+
 def test_untied_with_halves_that_differ_is_a_fault() -> None:
     with pytest.raises(AdapterInvalid, match="its halves differ"):
         bring_in(named("loreft_f3l3_tied"), untied=True)

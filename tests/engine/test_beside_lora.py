@@ -232,6 +232,25 @@ def test_a_lora_for_modules_that_the_model_lacks_fails_its_request_alone(
     assert answers(running, [None])
 
 
+def test_a_lora_of_other_shapes_fails_its_request_alone(
+    engine: tuple[Any, Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    from vllm.lora.request import LoRARequest
+
+    running, _, _ = engine
+    write_good(tmp_path / "wide")
+    tensors = write_lora(tmp_path / "wide")
+    wide = {name: tensor.repeat(1, 2) if "lora_A" in name else tensor for name, tensor in tensors.items()}
+    save_file(wide, tmp_path / "wide" / "adapter_model.safetensors")
+    odd = LoRARequest("wide", 72, str(tmp_path / "wide"))
+    with pytest.raises(
+        Exception, match=r"its LoRA is for 256 inputs of model\.layers\.1\.mlp\.down_proj, which has 128"
+    ):
+        running.llm_engine.add_lora(odd)
+    assert _ending(running, odd) == "error"
+    assert answers(running, [None])
+
+
 def test_held_halves_outlive_their_files(engine: tuple[Any, Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
     from vllm.lora.request import LoRARequest
 

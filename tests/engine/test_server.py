@@ -17,10 +17,12 @@ from typing import Any
 
 import openai
 import pytest
+from safetensors.torch import save_file
 
 from reft_serve.adapters.engine_card import read_card
 from reft_serve.interventions.vocabulary import COMPONENTS
 from tests.adapters.damage import DAMAGE, MAX_BYTES, MAX_RANK, MODEL, Damage, write_good
+from tests.adapters.loras import write_lora
 
 READY_SECONDS = 400
 
@@ -178,3 +180,18 @@ def test_what_would_not_be_edited_right_is_refused(client: openai.OpenAI, good_a
     with pytest.raises(openai.APIStatusError):  # a generating server has no embeddings
         client.embeddings.create(model="good", input="once")
     assert answer(client, "good") == good_answer
+
+
+def test_a_lora_of_another_tree_is_the_callers_fault_and_names_every_module(server: Server, tmp_path: Path) -> None:
+    """As PEFT names the modules of a model that has a vision tower beside its language model."""
+    write_good(tmp_path / "mixed")
+    tensors = write_lora(tmp_path / "mixed")
+    moved = {name.replace("model.layers.", "model.language_model.layers."): held for name, held in tensors.items()}
+    save_file(moved, tmp_path / "mixed" / "adapter_model.safetensors")
+    status, answer = server.load("mixed", tmp_path / "mixed")
+    assert status == 400, answer
+    message = answer["error"]["message"]
+    for layer in (1, 2):
+        for module in ("self_attn.o_proj", "mlp.down_proj"):
+            assert f"model.language_model.layers.{layer}.{module}" in message
+    assert message.startswith(f"adapter {tmp_path / 'mixed'} cannot be used: its LoRA is for ")

@@ -7,7 +7,7 @@ programs; the message is one sentence for people. No HTTP and no logging here.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import ClassVar
 
@@ -239,12 +239,15 @@ class RequestTimeout(ClientError):
 
 
 class RateLimited(ClientError):
-    """A limit of the tenant or of its key is used up; trying again makes sense after `retry_after` seconds."""
+    """A limit of the tenant or of its key is used up; trying again makes sense after `retry_after` seconds. `headers` say
+    how much of which limit is left.
+    """
 
     code = "rate_limit_exceeded"
 
-    def __init__(self, message: str, retry_after: float) -> None:
+    def __init__(self, message: str, retry_after: float, headers: Mapping[str, str] | None = None) -> None:
         self.retry_after = retry_after
+        self.headers = dict(headers or {})
         super().__init__(message)
 
 

@@ -12,18 +12,23 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from reft_serve.database.models import Key, Tenant, new_id, now_ms
-from reft_serve.errors import NotAllowed, NotFound
+from reft_serve.errors import NotAllowed, NotFound, RequestInvalid
 
 __all__ = [
+    "MAKERS",
     "ROLES",
     "Principal",
     "Role",
     "Scope",
     "authenticate",
+    "check_rotation",
     "create_key",
     "digest_of_secret",
+    "end_within",
     "find_key",
+    "limits_within",
     "list_keys",
+    "own_limits",
     "revoke_key",
     "rotate_key",
     "scopes_of",
@@ -38,11 +43,17 @@ ROLES: Mapping[Role, frozenset[Scope]] = {
     "admin": _OWNER | _METRICS | {"admin"}, "owner": _OWNER, "inference": _INFERENCE, "metrics": _METRICS,
 }  # fmt: skip
 _START, _SHOWN = "rk-", 9
+# Of a key's column of limits: the name that they are counted under, and the limits of its makers.
+_COUNTED_AS, _WITHIN = "counted_as", "within"
+MAKERS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Whose request it is and what it may do. `limits` are the tenant's own, `key_limits` the key's."""
+    """Whose request it is and what it may do. `limits` are the tenant's own, `key_limits` the key's. `counters` are the
+    limits that bind the key besides its tenant's, each with the name that it is counted under: those of the keys that made
+    it, and its own.
+    """
 
     tenant_id: str
     tenant: str
@@ -53,6 +64,7 @@ class Principal:
     limits: Mapping[str, Any]
     key_limits: Mapping[str, Any]
     expires_ms: int | None
+    counters: tuple[tuple[str, Mapping[str, Any]], ...] = ()
 
     def __repr__(self) -> str:
         return f"Principal({self.tenant}, {self.key_id}, {self.role})"
@@ -61,6 +73,57 @@ class Principal:
 def scopes_of(role: Role, chosen: Iterable[str] | None) -> frozenset[str]:
     """What a key may do: all that its role may, or what was chosen of it."""
     return frozenset(ROLES[role]) if chosen is None else ROLES[role] & frozenset(chosen)
+
+
+def own_limits(key: Key) -> dict[str, Any]:
+    """The limits that a key was given."""
+    return {name: value for name, value in key.limits.items() if name not in (_COUNTED_AS, _WITHIN)}
+
+
+def limits_within(maker: Principal, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The limits of a key that `maker` makes: what was given, and the maker's where nothing was. What the new key uses is
+    counted with what its maker uses.
+
+    Raises:
+        NotAllowed: a limit beyond the maker's, or too long a line of makers.
+    """
+    if not maker.key_limits:
+        return dict(given)
+    for name, most in maker.key_limits.items():
+        if given.get(name, most) > most:
+            raise NotAllowed(f"this API key's own limit of {name} is {most}: it makes no key with a larger one")
+    within = [[counter, dict(limits)] for counter, limits in maker.counters]
+    if len(within) > MAKERS:
+        raise NotAllowed(f"a key with limits makes keys, and those make keys, {MAKERS} times at most")
+    return {**maker.key_limits, **given, _WITHIN: within}
+
+
+def end_within(maker: Principal, given_ms: int | None) -> int | None:
+    """When a key ends that `maker` makes: when it was told to, and with its maker if it was not.
+
+    Raises:
+        NotAllowed: later than its maker.
+    """
+    if maker.expires_ms is not None and given_ms is not None and given_ms > maker.expires_ms:
+        raise NotAllowed("this API key makes no key that ends later than itself")
+    return maker.expires_ms if given_ms is None else given_ms
+
+
+def check_rotation(caller: Principal, old: Key) -> None:
+    """See that whoever rotates a key comes to nothing more by it.
+
+    Raises:
+        NotAllowed: the key ends later than the caller's, or is not bound by its limits.
+    """
+    end_within(caller, old.expires_ms if old.expires_ms is not None else (1 << 62))
+    if not {counter for counter, _ in caller.counters} <= {counter for counter, _ in _counters_of(old)}:
+        raise NotAllowed("this API key has limits of its own: it rotates itself and the keys that it made")
+
+
+def _counters_of(key: Key) -> tuple[tuple[str, Mapping[str, Any]], ...]:
+    own = own_limits(key)
+    within = tuple((counter, limits) for counter, limits in key.limits.get(_WITHIN, ()))
+    return (*within, (key.limits.get(_COUNTED_AS, key.id), own)) if own else within
 
 
 def digest_of_secret(secret: str) -> str:
@@ -81,7 +144,10 @@ async def create_key(
 
     Raises:
         NotAllowed: a scope that the role does not have.
+        RequestInvalid: a limit that keys do not have.
     """
+    if (limits or {}).get("running_jobs") is not None:
+        raise RequestInvalid("running_jobs is a limit of tenants: a job belongs to no key", "limits.running_jobs")
     chosen = None if scopes is None else sorted(set(scopes))
     beyond = set(chosen or ()) - ROLES[role]
     if beyond:
@@ -106,7 +172,7 @@ async def authenticate(session: AsyncSession, digest: str) -> Principal | None:
     role: Role = key.role  # type: ignore[assignment]
     return Principal(
         key.tenant_id, key.tenant.name, key.id, role, scopes_of(role, key.scopes), key.tenant.cache_salt,
-        key.tenant.limits, key.limits, key.expires_ms,
+        key.tenant.limits, own_limits(key), key.expires_ms, _counters_of(key),
     )  # fmt: skip
 
 
@@ -136,7 +202,9 @@ async def rotate_key(session: AsyncSession, old: Key, overlap_seconds: int = 0) 
     if old.revoked_ms is not None or (old.expires_ms is not None and old.expires_ms <= now_ms()):
         raise NotAllowed("a key that is revoked or has expired is not rotated; make a new one")
     role: Role = old.role  # type: ignore[assignment]
-    made = await create_key(session, old.tenant, role, old.name, old.scopes, old.expires_ms, old.limits)
+    # A new key would begin a new minute.
+    limits = {**old.limits, _COUNTED_AS: old.limits.get(_COUNTED_AS, old.id)} if old.limits else {}
+    made = await create_key(session, old.tenant, role, old.name, old.scopes, old.expires_ms, limits)
     revoke_key(old, now_ms() + overlap_seconds * 1000 if overlap_seconds else None)
     return made
 

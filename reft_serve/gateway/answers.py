@@ -95,6 +95,8 @@ def answer(exc: errors.ReftError) -> JSONResponse:
     found = _json(status, error_body(status, message, param, exc.code), getattr(exc, "retry_after", None))
     if isinstance(exc, errors.EngineEnded):  # OpenAI's clients repeat what fails with a 5xx, unless this says no
         found.headers["x-should-retry"] = "false"
+    if isinstance(exc, errors.RateLimited):
+        found.headers.update(exc.headers)
     return found
 
 

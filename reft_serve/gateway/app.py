@@ -107,6 +107,7 @@ async def _running(settings: GatewaySettings) -> AsyncIterator[Services]:
         await services.finish(settings.drain_seconds)
         await services.notifier.close()
         await services.ledger.close()
+        await services.quotas.close()
         await services.fleet.close()
         await database.close()
 

@@ -42,6 +42,7 @@ class Engine:
         self.in_flight = 0
         self._company = 0
         self.base_name = ""
+        self.context: int | None = None
         self.card: EngineCard | None = None
         self.uses: Counter[str] = Counter()
         self._loaded: set[str] = set()
@@ -66,6 +67,7 @@ class Engine:
         names = {card["id"] for card in cards}
         base = next(card for card in cards if not card.get("parent"))
         self.base_name, self.card = base["id"], read_card(base)
+        self.context = base.get("max_model_len")
         self._loaded = {name for name in names if name.startswith(NAME_PREFIX)}
 
     def fail(self) -> None:

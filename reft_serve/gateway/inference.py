@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,6 @@ from typing import Any
 from fastapi import Request, Response
 
 from reft_serve import errors
-from reft_serve.config import TenantLimits
 from reft_serve.database.keys import Principal
 from reft_serve.database.models import now_ms
 from reft_serve.database.resolution import Target
@@ -29,6 +28,7 @@ from reft_serve.gateway.bodies import InferenceBody
 from reft_serve.gateway.engine import Engine, engine_name, message_of
 from reft_serve.gateway.engine_ends import ended_with, note_end
 from reft_serve.gateway.quotas import Spending
+from reft_serve.gateway.reservation import Demand, bounded, demand_of
 from reft_serve.gateway.rewriting import Rewriter, Tokens, rewrite_whole, sse_error
 from reft_serve.gateway.services import Services
 from reft_serve.gateway.streaming import ClientGone, Streamed, while_there
@@ -39,7 +39,6 @@ from reft_serve.observability import FIRST_BYTE_SECONDS, RETRIES, TOKENS, reques
 __all__ = ["Endpoint", "infer"]
 
 _TRIES = 3
-_BYTES_PER_TOKEN = 4
 _GONE = 499
 _NO_TEMPLATE = "you must provide a chat template"
 _COMMIT_SECONDS = 5.0
@@ -54,7 +53,9 @@ class Endpoint:
     name: str
     path: str
     limit_fields: tuple[str, ...] = ()
+    # What is reserved if a request names no limit; `engine_default`: the engine generates no more then.
     default_tokens: int = 0
+    engine_default: bool = False
     typed_events: bool = False
 
 
@@ -72,6 +73,9 @@ class _Exchange:
     stack: AsyncExitStack
     begun: float = field(default_factory=time.monotonic)
     spending: Spending = field(default_factory=lambda: Spending(0))
+    # The field in which we named the limit of its length, as the caller named none.
+    added: str | None = None
+    demand: Demand = field(default_factory=lambda: Demand(0, 0, 1))
     engine: Engine | None = None
     theirs: str = ""
     settled: bool = False
@@ -113,8 +117,9 @@ async def infer(
         ReftError: it did not begin to be answered; the class says why.
     """
     target = await services.directory.target(caller, given.model)
-    body = given.model_dump(exclude_unset=True, exclude_none=True)
-    _check_limits(services.quotas.limits(caller), endpoint, body)
+    asked = given.model_dump(exclude_unset=True, exclude_none=True)
+    default = endpoint.default_tokens if endpoint.engine_default else None
+    body = bounded(services.quotas.limits(caller), asked, endpoint.limit_fields, default)
     reft_fields.check(body, services.settings.max_strength, services.settings.template_arguments)
     services.quarantine.check(caller.tenant_id, endpoint.path, body)
     opening = Opening(
@@ -122,6 +127,7 @@ async def infer(
         given.model, target.version_id if target else None, now_ms(),
     )  # fmt: skip
     exchange = _Exchange(services, caller, endpoint, body, given.model, target, opening, AsyncExitStack())
+    exchange.added = next(iter(body.keys() - asked.keys()), None)
     try:
         async with asyncio.timeout(services.settings.request_seconds), while_there(request.receive):
             return await _answer(exchange)
@@ -133,8 +139,9 @@ async def infer(
 
 async def _answer(exchange: _Exchange) -> Response:
     services = exchange.services
-    estimate = _estimate(exchange.endpoint, exchange.body)
-    exchange.spending = await exchange.stack.enter_async_context(services.quotas.spend(exchange.caller, estimate))
+    demand = demand_of(exchange.body, exchange.endpoint.limit_fields, exchange.endpoint.default_tokens)
+    exchange.demand = demand
+    exchange.spending = await exchange.stack.enter_async_context(services.quotas.spend(exchange.caller, demand.total))
     try:
         return await _begun(exchange)
     except BaseException as exc:
@@ -261,6 +268,9 @@ def _engine_body(exchange: _Exchange) -> bytes:
     body = exchange.body | {"model": exchange.theirs, "cache_salt": exchange.caller.cache_salt}
     body.pop("metadata", None)
     reft_fields.move_to_engine(body, exchange.target)
+    context = exchange.engine.context if exchange.engine is not None else None
+    if exchange.added is not None and context is not None:  # an engine refuses a number beyond its context
+        body[exchange.added] = min(body[exchange.added], context)
     if exchange.endpoint.typed_events:
         body["store"] = False
     elif body.get("stream"):
@@ -353,21 +363,3 @@ def _param(content: bytes) -> str | None:
         return str(found) if (found := body.get("error", body).get("param")) is not None else None
     except (ValueError, AttributeError):
         return None
-
-
-def _check_limits(limits: TenantLimits, endpoint: Endpoint, body: Mapping[str, Any]) -> None:
-    if limits.choices is not None and (body.get("n") or 1) > limits.choices:
-        raise errors.RequestInvalid(f"n is at most {limits.choices} here", "n")
-    for name in endpoint.limit_fields:
-        if limits.output_tokens is not None and (body.get(name) or 0) > limits.output_tokens:
-            raise errors.RequestInvalid(f"{name} is at most {limits.output_tokens} here", name)
-
-
-def _estimate(endpoint: Endpoint, body: Mapping[str, Any]) -> int:
-    """Tokens to reserve: the text's by a rule of thumb, and the most that may be generated."""
-    asked = next((body[name] for name in endpoint.limit_fields if body.get(name)), endpoint.default_tokens)
-    given = body.get("prompt") or body.get("messages") or body.get("input") or ""
-    if isinstance(given, list) and given and isinstance(given[0], int):
-        return len(given) + asked * (body.get("n") or 1)
-    text = given if isinstance(given, str) else json.dumps(given)
-    return len(text) // _BYTES_PER_TOKEN + asked * (body.get("n") or 1)

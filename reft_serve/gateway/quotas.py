@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from limits import RateLimitItemPerMinute, RateLimitItemPerSecond
+from limits.aio.storage import MemoryStorage, RedisStorage
 from limits.aio.strategies import FixedWindowRateLimiter, SlidingWindowCounterRateLimiter
-from limits.errors import StorageError
+from limits.errors import ConfigurationError, StorageError
 from limits.storage import storage_from_string
 
 from reft_serve.config import TenantLimits
 from reft_serve.database.keys import Principal
-from reft_serve.errors import DatabaseUnusable, RateLimited
+from reft_serve.errors import DatabaseUnusable, RateLimited, ServiceError
+from reft_serve.gateway.concurrency import Concurrency, LocalConcurrency, SharedConcurrency
 from reft_serve.observability import LIMITED, BoundedNames
 
 __all__ = ["Quotas", "Spending", "limits_of"]
@@ -27,9 +29,24 @@ _log = logging.getLogger(__name__)
 _BURST_SECONDS, _BURST_LEAST = 10, 10
 
 
+_MINUTE = 60
+# A wall clock that falls behind the monotonic one by more than this was set back.
+_SET_BACK_SECONDS = 1.0
+_UNCHECKED = "usage limits cannot be checked right now; try again"
+
+
 def limits_of(defaults: TenantLimits, own: Mapping[str, Any]) -> TenantLimits:
     """A tenant's limits: its own where it has some, the defaults elsewhere."""
     return defaults.merged(own)
+
+
+def tighter(one: TenantLimits, other: TenantLimits) -> TenantLimits:
+    """The limits of whoever is bound by both."""
+    both: dict[str, int | None] = {}
+    for name in TenantLimits.model_fields:
+        bounds = [value for value in (getattr(one, name), getattr(other, name)) if value is not None]
+        both[name] = min(bounds, default=None)
+    return one.model_copy(update=both)
 
 
 @dataclass(slots=True)
@@ -38,7 +55,7 @@ class Spending:
 
     estimate: int
     headers: dict[str, str] = field(default_factory=dict)
-    # (limit, its bucket, when the bucket is emptied): what was taken before is not given back after.
+    # (limit, its bucket, when the bucket is emptied, by the monotonic clock): what was taken before is not given back after.
     tokens: list[tuple[RateLimitItemPerMinute, tuple[str, str], float]] = field(default_factory=list)
 
 
@@ -46,16 +63,28 @@ class Quotas:
     """Counts requests and tokens of tenants and keys."""
 
     def __init__(self, defaults: TenantLimits, storage: str, names: BoundedNames) -> None:
+        """Connect lazily.
+
+        Raises:
+            ServiceError: REFT_LIMITS_STORAGE cannot be used.
+        """
         self._defaults, self._names = defaults, names
-        counted: Any = storage_from_string(storage, implementation="redispy", wrap_exceptions=True)
+        counted = _storage(storage)
         self._requests = SlidingWindowCounterRateLimiter(counted)
         self._tokens = FixedWindowRateLimiter(counted)
         self._storage = counted
-        self._at_once: Counter[tuple[str, str]] = Counter()
+        self._ahead = time.time() - time.monotonic()
+        shared = isinstance(counted, RedisStorage)
+        self._at_once: Concurrency = SharedConcurrency(counted.bridge) if shared else LocalConcurrency()
+
+    async def close(self) -> None:
+        """Stop what is done in the background."""
+        await self._at_once.close()
 
     def limits(self, caller: Principal) -> TenantLimits:
-        """What the caller's tenant may use."""
-        return limits_of(self._defaults, caller.limits)
+        """What the caller may use: of the tenant's limits and the key's own the tighter ones."""
+        limits = limits_of(self._defaults, caller.limits)
+        return tighter(limits, limits_of(TenantLimits(), caller.key_limits)) if caller.key_limits else limits
 
     @asynccontextmanager
     async def spend(self, caller: Principal, estimate: int) -> AsyncIterator[Spending]:
@@ -65,51 +94,62 @@ class Quotas:
             RateLimited: a limit of the tenant or the key is used up; no tokens were taken then.
             DatabaseUnusable: the limits cannot be counted.
         """
-        holders = [("tenant", caller.tenant_id, self.limits(caller))]
-        if caller.key_limits:
-            holders.append(("key", caller.key_id, limits_of(TenantLimits(), caller.key_limits)))
-        taken: list[tuple[str, str]] = []
+        await self._watch_clock()
+        holders = [("tenant", caller.tenant_id, limits_of(self._defaults, caller.limits))]
+        for counter, own in caller.counters:
+            holders.append(("key", counter, limits_of(TenantLimits(), own)))
+        leases: list[tuple[tuple[str, str], str]] = []
         try:
             for kind, name, limits in holders:
-                self._check_at_once(caller, (kind, name), limits, taken)
+                leases.append(((kind, name), await self._lease(caller, (kind, name), limits.concurrent_requests)))
             spending = Spending(estimate)
             try:
                 for kind, name, limits in holders:
                     await self._take(caller, (kind, name), limits, spending)
-            except RateLimited:
+            except RateLimited as exc:
+                exc.headers = dict(spending.headers)
                 await self.settle(spending, 0)
                 raise
             except StorageError as exc:
-                raise DatabaseUnusable("what is used of the limits cannot be counted; try again") from exc
+                raise DatabaseUnusable(_UNCHECKED) from exc
             yield spending
         finally:
-            for holder in taken:
-                self._at_once[holder] -= 1
-                if not self._at_once[holder]:
-                    del self._at_once[holder]
+            for holder, lease in leases:
+                ending = self._at_once.give_back(holder, lease)
+                if ending is not None:
+                    await asyncio.shield(ending)
 
-    def _check_at_once(
-        self, caller: Principal, holder: tuple[str, str], limits: TenantLimits, taken: list[tuple[str, str]]
-    ) -> None:
-        most = limits.concurrent_requests
-        if most is not None and self._at_once[holder] >= most:
+    async def _watch_clock(self) -> None:
+        """Begin to count anew if the clock was set back: what is counted in this process expires by it."""
+        ahead = time.time() - time.monotonic()
+        if ahead < self._ahead - _SET_BACK_SECONDS and isinstance(self._storage, MemoryStorage):
+            _log.warning("the clock was set back, so the usage of limits is counted anew")
+            await self._storage.reset()
+        self._ahead = ahead
+
+    async def _lease(self, caller: Principal, holder: tuple[str, str], most: int | None) -> str:
+        lease = await self._at_once.take(holder, most)
+        if lease is None:
             raise self._limited(caller, "concurrent_requests", f"{most} requests at once", 1.0)
-        self._at_once[holder] += 1
-        taken.append(holder)
+        return lease
 
     async def _take(self, caller: Principal, holder: tuple[str, str], limits: TenantLimits, spending: Spending) -> None:
         if limits.requests_per_minute is not None:
             await self._take_request(caller, holder, limits.requests_per_minute, spending)
         if limits.tokens_per_minute is not None:
             item = RateLimitItemPerMinute(limits.tokens_per_minute, namespace="reft-tokens")
-            granted = await self._tokens.hit(item, *holder, cost=max(1, spending.estimate))
+            cost = max(1, spending.estimate)
+            # A bucket must not seem to hold what was refused, not even for a moment.
+            fits = await self._tokens.test(item, *holder, cost=cost)
+            granted = fits and await self._tokens.hit(item, *holder, cost=cost)
             stats = await self._tokens.get_window_stats(item, *holder)
-            spending.tokens.append((item, holder, stats.reset_time))
+            if fits:
+                spending.tokens.append((item, holder, time.monotonic() + stats.reset_time - time.time()))
+            _tell(spending.headers, "tokens", item.amount, stats.remaining, stats.reset_time)
             if not granted:
                 raise self._limited(
                     caller, "tokens_per_minute", f"{item.amount} tokens per minute", _until(stats.reset_time)
                 )
-            _tell(spending.headers, "tokens", item.amount, stats.remaining, stats.reset_time)
 
     async def _take_request(self, caller: Principal, holder: tuple[str, str], most: int, spending: Spending) -> None:
         item = RateLimitItemPerMinute(most, namespace="reft-requests")
@@ -144,21 +184,48 @@ class Quotas:
             raise DatabaseUnusable("Usage limits cannot be checked right now; try again") from exc
 
     async def settle(self, spending: Spending, tokens: int) -> None:
-        """Let the buckets hold what was used instead of what was estimated. Where they do not answer the estimate stays: an
-        answer that is there must not be lost for it.
+        """Let the buckets hold what was used instead of what was estimated. If the minute has ended, what was used beyond the
+        estimate goes to the present one. If the buckets do not answer the estimate stays: an answer that is there must not
+        be lost for it.
         """
         difference = tokens - max(1, spending.estimate)
         for item, holder, reset in spending.tokens:
-            if difference and time.time() < reset:
+            if difference > 0 or (difference and time.monotonic() < reset):
                 try:
-                    await self._storage.incr(item.key_for(*holder), item.get_expiry(), amount=difference)
+                    await self._charge(item, item.key_for(*holder), difference)
                 except StorageError:
                     _log.warning("a tenant's tokens stay as they were estimated", exc_info=True)
         spending.tokens.clear()
 
+    async def _charge(self, item: RateLimitItemPerMinute, key: str, tokens: int) -> None:
+        """Add to a bucket; one that holds several minutes' tokens is emptied after as many minutes."""
+        held = await self._storage.incr(key, item.get_expiry(), amount=tokens)
+        minutes = held // item.amount
+        if tokens < 0 or minutes < 2:
+            return
+        if isinstance(self._storage, MemoryStorage):
+            longer = time.time() + minutes * _MINUTE
+            self._storage.expirations[key] = max(self._storage.expirations.get(key, 0.0), longer)
+        elif isinstance(self._storage, RedisStorage):
+            bridge: Any = self._storage.bridge
+            try:
+                await bridge.get_connection().expire(bridge.prefixed_key(key), minutes * _MINUTE)
+            except bridge.base_exceptions as exc:
+                raise StorageError(exc) from exc
+
     def _limited(self, caller: Principal, limit: str, most: str, wait: float) -> RateLimited:
         LIMITED.labels(self._names.label(caller.tenant), limit).inc()
         return RateLimited(f"the limit of {most} is used up; try again in {wait:.0f} s", max(wait, 1.0))
+
+
+def _storage(url: str) -> Any:
+    try:
+        return storage_from_string(url, implementation="redispy", wrap_exceptions=True)
+    except (ConfigurationError, ValueError, TypeError) as exc:
+        # No cause: its message holds the URL, and the URL may hold a password.
+        raise ServiceError(
+            f"REFT_LIMITS_STORAGE cannot be used ({type(exc).__name__}): write async+memory:// or async+redis://HOST:PORT/0"
+        ) from None
 
 
 def _until(moment: float) -> float:

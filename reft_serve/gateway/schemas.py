@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field
 
 from reft_serve.config import TenantLimits
 from reft_serve.database import models
-from reft_serve.database.keys import ROLES, Role, Scope
+from reft_serve.database.keys import ROLES, Role, Scope, own_limits
 from reft_serve.database.names import ADAPTER_NAME, ALIAS_NAME
 from reft_serve.database.tenants import TENANT_NAME
 from reft_serve.gateway.numbers import WHOLE
@@ -190,7 +190,7 @@ class KeyOut(BaseModel):
         return {
             "id": row.id, "name": row.name, "prefix": row.prefix, "role": row.role,
             "scopes": row.scopes if row.scopes is not None else sorted(ROLES[row.role]),  # type: ignore[index]
-            "limits": TenantLimits.model_validate(row.limits), "created_at": row.created_ms // 1000,
+            "limits": TenantLimits.model_validate(own_limits(row)), "created_at": row.created_ms // 1000,
             "expires_at": None if row.expires_ms is None else row.expires_ms // 1000,
             "revoked": row.revoked_ms is not None,
         }  # fmt: skip

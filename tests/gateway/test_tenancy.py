@@ -11,6 +11,7 @@ from pathlib import Path
 import openai
 import pytest
 
+from reft_serve.database.keys import MAKERS
 from reft_serve.gateway.edge import OPEN_PATHS
 from reft_serve.gateway.fake_engine import FakeEngine
 from tests.gateway.harness import Gateway, Tenant, running
@@ -156,6 +157,60 @@ def test_a_narrow_key_comes_to_no_wider_one(gateway: Gateway, tenant: Tenant) ->
     assert made.json()["scopes"] == ["models"]
     assert client.post(f"/v1/keys/{made.json()['id']}/rotate").status_code == 201
     assert client.post(f"/v1/keys/{narrow['id']}/rotate").status_code == 201
+
+
+def test_a_key_makes_no_key_with_a_later_end_or_larger_limits(gateway: Gateway, tenant: Tenant) -> None:
+    end = int(time.time()) + 1000
+    given = {"role": "owner", "expires_at": end, "limits": {"requests_per_minute": 5, "choices": 2}}
+    maker = tenant.http.post("/v1/keys", json=given).json()
+    client = gateway.http(maker["secret"])
+    for beyond in ({"expires_at": end + 1}, {"limits": {"requests_per_minute": 6}}, {"limits": {"choices": 3}}):
+        assert client.post("/v1/keys", json=beyond).status_code == 403
+    made = client.post("/v1/keys", json={"role": "owner", "limits": {"choices": 1}}).json()
+    assert (made["expires_at"], made["limits"]["requests_per_minute"], made["limits"]["choices"]) == (end, 5, 1)
+    wide = tenant.http.post("/v1/keys", json={"role": "owner"}).json()
+    assert client.post(f"/v1/keys/{wide['id']}/rotate").status_code == 403
+    assert client.post(f"/v1/keys/{made['id']}/rotate").json()["expires_at"] == end
+    rotated = client.post(f"/v1/keys/{maker['id']}/rotate").json()
+    assert (rotated["expires_at"], rotated["limits"]) == (end, maker["limits"])
+    grandchild = gateway.http(rotated["secret"]).post("/v1/keys", json={"expires_at": end - 1}).json()
+    assert (grandchild["expires_at"], grandchild["limits"]["choices"]) == (end - 1, 2)
+
+
+def test_a_key_the_keys_it_made_and_its_successors_are_counted_together(gateway: Gateway, tenant: Tenant) -> None:
+    body = {"model": "base", "prompt": "x", "max_tokens": 1}
+    secret = tenant.http.post("/v1/keys", json={"role": "owner", "limits": {"requests_per_minute": 4}}).json()["secret"]
+    used = []
+    for _ in range(2):
+        client = gateway.http(secret)
+        used.append(client.post("/v1/completions", json=body).status_code)
+        made = gateway.http(client.post("/v1/keys", json={"limits": {"requests_per_minute": 2}}).json()["secret"])
+        used.append(made.post("/v1/completions", json=body).status_code)
+        own = client.get("/v1/keys").json()["data"]
+        mine = next(key["id"] for key in reversed(own) if secret.startswith(key["prefix"]))
+        secret = client.post(f"/v1/keys/{mine}/rotate").json()["secret"]
+    assert used == [200] * 4
+    assert gateway.http(secret).post("/v1/completions", json=body).status_code == 429
+    assert tenant.http.post("/v1/completions", json=body).status_code == 200
+
+
+def test_keys_with_limits_make_keys_a_bounded_number_of_times(gateway: Gateway, tenant: Tenant) -> None:
+    client, codes = tenant.http, []
+    for _ in range(MAKERS + 2):
+        made = client.post("/v1/keys", json={"role": "owner", "limits": {"choices": 4}})
+        codes.append(made.status_code)
+        if made.status_code == 201:
+            client = gateway.http(made.json()["secret"])
+    assert codes == [201] * (MAKERS + 1) + [403]
+
+
+def test_an_admins_key_makes_no_admins_key_with_more_than_it_has(gateway: Gateway) -> None:
+    url = "/v1/admin/tenants/operator/keys"
+    end = int(time.time()) + 1000
+    narrow = gateway.admin.post(url, json={"role": "admin", "scopes": ["admin", "keys"], "expires_at": end}).json()
+    client = gateway.http(narrow["secret"])
+    assert client.post(url, json={"role": "admin"}).status_code == 403
+    assert client.post(url, json={"role": "admin", "scopes": ["admin"]}).json()["expires_at"] == end
 
 
 def test_a_key_that_is_over_is_not_rotated_into_a_new_one(gateway: Gateway, tenant: Tenant) -> None:

@@ -100,7 +100,7 @@ async def delete_tenant(tenant: _Tenant, request: Request, services: _Services) 
 @router.post("/tenants/{tenant}/keys", status_code=201)
 async def create_key(tenant: _Tenant, body: KeyIn, request: Request, services: _Services) -> NewKeyOut:
     """Make a key of a tenant. Its secret is in this answer and nowhere else."""
-    return await make_key(services, request, tenant, body)
+    return await make_key(services, request, caller_of(request), tenant, body)
 
 
 @router.get("/engines")

@@ -100,7 +100,7 @@ _ANSWER: dict[int | str, dict[str, Any]] = {
         },
     }
 }
-_COMPLETIONS = Endpoint("completions", "/v1/completions", ("max_tokens",), 16)
+_COMPLETIONS = Endpoint("completions", "/v1/completions", ("max_tokens",), 16, engine_default=True)
 _CHAT = Endpoint("chat", "/v1/chat/completions", ("max_completion_tokens", "max_tokens"), 256)
 _RESPONSES = Endpoint("responses", "/v1/responses", ("max_output_tokens",), 256, typed_events=True)
 _EMBEDDINGS = Endpoint("embeddings", "/v1/embeddings")

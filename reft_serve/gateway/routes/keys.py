@@ -39,12 +39,11 @@ _MADE_KEY = leads_to(201, (link("revoke_v1_keys__key__delete", _MADE), link("rot
 
 @router.post("/keys", status_code=201, responses=_MADE_KEY)
 async def create(body: KeyIn, request: Request, caller: _Caller, services: _Services) -> NewKeyOut:
-    """Make a key of the caller's tenant, which may do no more than the caller's. Its secret is in this answer and nowhere
-    else.
+    """Make a key of the caller's tenant, which may do no more than the caller's: no other scopes, no larger limits, no later
+    end. Its secret is in this answer and nowhere else.
     """
     _check_rank(caller, body.role)
-    _check_scopes(caller, keys.scopes_of(body.role, body.scopes))
-    return await make_key(services, request, caller.tenant_id, body)
+    return await make_key(services, request, caller, caller.tenant_id, body)
 
 
 @router.get("/keys")
@@ -82,18 +81,23 @@ async def rotate(
         old = await keys.find_key(session, caller.tenant_id, key)
         _check_rank(caller, old.role)
         _check_scopes(caller, keys.scopes_of(old.role, old.scopes))  # type: ignore[arg-type]
+        keys.check_rotation(caller, old)
         new, secret = await keys.rotate_key(session, old, overlap_seconds)
         audit.record(session, actor_of(request), "key.rotate", key, caller.tenant_id, new=new.id)
     services.directory.forget()
     return NewKeyOut(secret=secret, **KeyOut.fields_of(new))
 
 
-async def make_key(services: Services, request: Request, tenant_id: str, body: KeyIn) -> NewKeyOut:
-    """A new key of a tenant."""
+async def make_key(services: Services, request: Request, caller: Principal, tenant_id: str, body: KeyIn) -> NewKeyOut:
+    """A new key of a tenant. One of the caller's own tenant, or of an admin, has no more than the caller's."""
     expires_ms = None if body.expires_at is None else body.expires_at * 1000
     limits: dict[str, Any] = body.limits.model_dump(exclude_none=True)
     async with services.database.writing() as session:
         owner = await find_tenant(session, tenant_id)
+        if owner.id == caller.tenant_id or body.role == "admin":
+            _check_scopes(caller, keys.scopes_of(body.role, body.scopes))
+            expires_ms = keys.end_within(caller, expires_ms)
+            limits = keys.limits_within(caller, limits)
         key, secret = await keys.create_key(session, owner, body.role, body.name, body.scopes, expires_ms, limits)
         audit.record(session, actor_of(request), "key.create", key.id, owner.id, role=body.role, name=body.name)
     return NewKeyOut(secret=secret, **KeyOut.fields_of(key))

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import socket
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from limits.storage import storage_from_string
 
+from reft_serve.gateway import concurrency
+from reft_serve.gateway.fake_engine import FakeEngine
 from tests.gateway.harness import Gateway, Tenant, running
 from tests.gateway.test_process import free_port
 
@@ -57,6 +62,8 @@ def test_two_gateways_count_as_one_and_survive_the_end_of_what_they_count_in(tmp
         try:
             _requests_are_counted_together(one, two)
             _tokens_are_settled(one, two)
+            _token_debts_are_carried_over(one)
+            _requests_at_once_are_counted_together(one, two, engine)
             tenant = one.tenant("steady", limits={"tokens_per_minute": 1000})
             engine.token_seconds = 0.05
             stream = tenant.openai.completions.create(model="base", prompt="x", max_tokens=20, stream=True)
@@ -89,3 +96,57 @@ def _tokens_are_settled(one: Gateway, two: Gateway) -> None:
     assert first.status_code == 200
     second = at(two, tenant).http.post("/v1/completions", json=BODY)
     assert int(second.headers["x-ratelimit-remaining-tokens"]) == 100 - 61 - 1
+
+
+def _token_debts_are_carried_over(gateway: Gateway) -> None:
+    tenant = gateway.tenant("chatty", limits={"tokens_per_minute": 100})
+    ask = {"model": "base", "messages": [{"role": "user", "content": "x"}], "max_tokens": 90, "n": 1}
+    assert tenant.http.post("/v1/chat/completions", json=ask | {"messages": [*ask["messages"]] * 60}).status_code == 429
+    words = " ".join(["x"] * 160)  # estimated at 79 tokens, and 160 to the engine
+    assert tenant.http.post("/v1/completions", json=BODY | {"prompt": words, "max_tokens": 20}).status_code == 200
+    assert tenant.http.post("/v1/completions", json=BODY | {"prompt": words, "max_tokens": 20}).status_code == 429
+    refused = tenant.http.post("/v1/completions", json=BODY)
+    assert refused.headers["x-ratelimit-remaining-tokens"] == "0"
+
+
+def _requests_at_once_are_counted_together(one: Gateway, two: Gateway, engine: FakeEngine) -> None:
+    tenant = one.tenant("narrow", limits={"concurrent_requests": 2})
+    there = at(two, tenant)
+    engine.token_seconds = 0.05
+    streams = [
+        each.openai.completions.create(model="base", prompt="x", max_tokens=40, stream=True) for each in (tenant, there)
+    ]
+    assert [each.http.post("/v1/completions", json=BODY).status_code for each in (tenant, there)] == [429, 429]
+    assert [len(list(stream)) for stream in streams] == [40, 40]
+    engine.token_seconds = 0.0
+    assert [each.http.post("/v1/completions", json=BODY).status_code for each in (tenant, there)] == [200, 200]
+
+
+def test_the_places_of_a_gateway_that_died_expire(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(concurrency, "LEASE_SECONDS", 1)
+
+    async def scene() -> None:
+        one, two = (concurrency.SharedConcurrency(_bridge(redis)) for _ in range(2))
+        holder = ("tenant", "tnt")
+        lease = await one.take(holder, 1)
+        assert lease
+        for _ in range(3):
+            await asyncio.sleep(0.6)
+            assert await two.take(holder, 1) is None  # it is renewed
+        await one.close()
+        await asyncio.sleep(1.2)
+        other = await two.take(holder, 1)
+        assert other
+        ending = two.give_back(holder, other)
+        assert ending is not None
+        await ending
+        assert await one.take(("tenant", "other"), 1)
+        await two.close()
+        await one.close()
+
+    asyncio.run(scene())
+
+
+def _bridge(redis: Redis) -> Any:
+    storage: Any = storage_from_string(redis.url, implementation="redispy")
+    return storage.bridge

@@ -30,7 +30,7 @@ def _fail(sentence: str) -> NoReturn:
     raise typer.Exit(1)
 
 
-app = typer.Typer(cls=_Sentences, no_args_is_help=True, add_completion=False, help="Serve many ReFT adapters.")
+app = typer.Typer(cls=_Sentences, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 app.add_typer(cli_adapter.app, name="adapter")
 app.command("serve", context_settings=cli_serve.SETTINGS)(cli_serve.serve)
 app.command("up", context_settings=cli_up.SETTINGS)(cli_up.up)

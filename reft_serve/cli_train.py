@@ -30,7 +30,10 @@ def train(
         Path, typer.Option("--out", metavar="DIR", help="Directory of the run; the adapter is DIR/adapter.")
     ],
     recipe: Annotated[
-        str | None, typer.Option(metavar="NAME|FILE", help="A named recipe or a TOML file; options go before it.")
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE", help="A named recipe or a TOML file; options of the command line override it."
+        ),
     ] = None,
     validation: Annotated[
         Path | None, typer.Option(metavar="DATA", help="Held-out examples; the best checkpoint on them is kept.")

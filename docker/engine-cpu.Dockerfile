@@ -4,18 +4,18 @@
 ARG PYTHON_IMAGE=python:3.12-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS build
-ARG UV=0.13.9
 ARG TORCH=2.13.0
 ARG TORCH_BACKEND=cpu
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 UV_NO_CACHE=1
 WORKDIR /build
-COPY requirements/cpu.txt requirements/
-RUN pip install "uv==${UV}" && uv venv --python /usr/local/bin/python /opt/venv \
-    && uv pip install --python /opt/venv --torch-backend "${TORCH_BACKEND}" "torch==${TORCH}+cpu" \
+COPY requirements/build.txt requirements/cpu.txt requirements/
+RUN pip install --no-deps --require-hashes -r requirements/build.txt && uv venv --python /usr/local/bin/python /opt/venv \
+    && uv pip install --python /opt/venv --no-deps --torch-backend "${TORCH_BACKEND}" "torch==${TORCH}+cpu" \
     && uv pip install --python /opt/venv --no-deps --require-hashes -r requirements/cpu.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY reft_serve reft_serve
-RUN uv pip install --python /opt/venv --no-deps .
+RUN pip wheel --no-deps --no-build-isolation --wheel-dir /wheels . \
+    && uv pip install --python /opt/venv --no-deps /wheels/*.whl
 RUN mv /opt/venv/lib/python3.12/site-packages/reft_serve/demo/model /demo-model \
     && ln -s /models/demo /opt/venv/lib/python3.12/site-packages/reft_serve/demo/model
 

@@ -6,12 +6,13 @@ ARG PYTHON_IMAGE=python:3.12-slim-bookworm
 FROM ${PYTHON_IMAGE} AS build
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /build
-COPY requirements/gateway.txt requirements/
-RUN python -m venv /opt/venv \
+COPY requirements/build.txt requirements/gateway.txt requirements/
+RUN pip install --no-deps --require-hashes -r requirements/build.txt && python -m venv /opt/venv \
     && /opt/venv/bin/pip install --no-deps --require-hashes -r requirements/gateway.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY reft_serve reft_serve
-RUN /opt/venv/bin/pip install --no-deps . && /opt/venv/bin/pip uninstall --yes pip \
+RUN pip wheel --no-deps --no-build-isolation --wheel-dir /wheels . \
+    && /opt/venv/bin/pip install --no-deps /wheels/*.whl && /opt/venv/bin/pip uninstall --yes pip \
     && rm -rf /opt/venv/lib/python3.*/site-packages/reft_serve/demo/model
 
 FROM ${PYTHON_IMAGE}

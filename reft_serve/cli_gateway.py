@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -19,6 +20,7 @@ def gateway(host: _Host = "127.0.0.1", port: _Port = 8080) -> None:
     from reft_serve.gateway.draining import serve
     from reft_serve.observability import configure_logging
 
+    os.umask(0o077)  # what it writes holds tenants' data
     settings = read_settings(GatewaySettings)
     configure_logging(settings.log_level)
     if not serve(create_app(settings), host, port, settings):

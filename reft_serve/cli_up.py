@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 import os
 import signal
+import stat
 import sys
 import tempfile
 import time
@@ -26,6 +27,8 @@ _STEADY_SECONDS, _LONGEST_PAUSE = 60.0, 30.0
 _TENANT = "default"
 _COMPILING = ("--enforce-eager", "--no-enforce-eager", "--compilation-config", "-O", "-cc")
 _SMALL_BYTES = 64 << 20
+# What lies in the data folder. All of it is the owner's alone: the database holds secrets, the rest holds tenants' data.
+_OURS = ("reft.db", "reft.db-wal", "reft.db-shm", "adapters", "blobs", "work")
 # What the worker needs beside the engine's own packages.
 _TRAINING = ("transformers", "accelerate", "peft")
 
@@ -94,13 +97,31 @@ def up(
     """Serve MODEL with everything on this machine: SQLite, a local store, one engine, the gateway, a training worker. Other
     flags go to vLLM.
     """
+    from reft_serve.engine.flags import check_no_secret
+
+    os.umask(0o077)
     passed = list(context.args)
     if model.startswith("-"):  # vLLM's flags came first, and were taken for the model
         model, passed = str(_DEMO), [model, *passed]
+    check_no_secret(passed)
     folder = data.expanduser().resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    _make_private(folder)
     with tempfile.TemporaryDirectory(prefix="reft-") as run:
         sys.exit(asyncio.run(_run(_children(passed, model, folder, host, port, name, Path(run)), host, port, folder)))
+
+
+def _make_private(folder: Path) -> None:
+    """Take other users' permissions off what earlier versions made readable for them."""
+    changed = []
+    for path in (folder / name for name in _OURS):
+        with contextlib.suppress(FileNotFoundError):
+            mode = stat.S_IMODE(path.stat().st_mode)
+            if mode & 0o077:
+                path.chmod(mode & 0o700)
+                changed.append(path.name)
+    if changed:
+        _say(f"other users could read {', '.join(changed)} in {folder}; now only this user can")
 
 
 def _children(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,6 +26,7 @@ def worker(host: _Host = "127.0.0.1", port: _Port = None) -> None:
     from reft_serve.config import TrainerSettings, read_settings
     from reft_serve.observability import configure_logging
 
+    os.umask(0o077)  # what it writes holds tenants' data
     settings = read_settings(TrainerSettings)
     configure_logging(settings.log_level)
     asyncio.run(_work(settings, host, port))

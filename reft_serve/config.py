@@ -60,6 +60,16 @@ class ServeSettings(BaseSettings):
 
     model_config = SettingsConfigDict(frozen=True, extra="ignore")
 
+    reft_engine_key: SecretStr | None = Field(
+        default=None, description="A key that callers of the engine must send. Gateways send theirs, of the same name."
+    )
+    reft_engine_key_next: SecretStr | None = Field(
+        default=None,
+        description="A second key that is accepted, so that keys can be replaced without a refused request.",
+    )
+    vllm_api_key: SecretStr | None = Field(
+        default=None, description="vLLM's own name for such a key; accepted as well."
+    )
     vllm_plugins: str | None = Field(default=None, description="Plugins that vLLM loads; all where it is not set.")
     vllm_allow_runtime_lora_updating: str | None = Field(
         default=None, description="1 or true: adapters can be loaded over HTTP, LoRAs among them."
@@ -70,6 +80,14 @@ class ServeSettings(BaseSettings):
         description="Kernels that oneDNN keeps on a machine without a GPU, of about 0.3 MB each: one for every shape of a "
         "layer and number of tokens in a step. oneDNN's own default is 1,024.",
     )
+
+    @property
+    def engine_keys(self) -> tuple[str, ...]:
+        """The keys that the engine accepts; none if it asks for no key."""
+        keys = (self.reft_engine_key, self.reft_engine_key_next, self.vllm_api_key)
+        return tuple(
+            dict.fromkeys(key.get_secret_value() for key in keys if key is not None and key.get_secret_value())
+        )
 
 
 def _not_a_truth(value: object) -> object:
@@ -216,7 +234,7 @@ class GatewaySettings(_Installation):
         description="The engines, comma-separated: http://HOST:PORT, unix:/PATH, or dns+http://NAME:PORT for every "
         "address of NAME, looked up again with every probe.",
     )
-    engine_key: SecretStr | None = Field(default=None, description="The engines' own --api-key.")
+    engine_key: SecretStr | None = Field(default=None, description="The key that engines ask for.")
     gateway_name: str = Field(
         default_factory=socket.gethostname,
         max_length=128,

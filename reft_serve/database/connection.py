@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -248,11 +250,12 @@ def _engine(url: str) -> AsyncEngine:
 def _sqlite(url: Any) -> AsyncEngine:
     if not url.database or url.database == ":memory:":
         raise DatabaseUnusable("give SQLite a file: sqlite:///PATH")
-    Path(url.database).expanduser().parent.mkdir(parents=True, exist_ok=True)
-    engine = create_async_engine(
-        url.set(database=str(Path(url.database).expanduser())), connect_args={"timeout": _BUSY_SECONDS}
-    )
-
+    path = Path(url.database).expanduser()
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # The owner's alone: it holds secrets. SQLite gives its other files the same permissions.
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
+    engine = create_async_engine(url.set(database=str(path)), connect_args={"timeout": _BUSY_SECONDS})
     _prepare(engine.sync_engine)
     return engine
 

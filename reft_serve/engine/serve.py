@@ -29,7 +29,7 @@ from reft_serve.adapters.lora import holds_lora
 from reft_serve.adapters.manifest import BaseFacts, Limits
 from reft_serve.adapters.pyreft import is_pyreft
 from reft_serve.config import EngineSettings, ServeSettings, child_environment, read_settings
-from reft_serve.engine.flags import flag_values
+from reft_serve.engine.flags import check_no_secret, flag_values
 from reft_serve.errors import (
     AdapterExists,
     AdapterInvalid,
@@ -45,6 +45,7 @@ __all__ = ["Plan", "ServeRequest", "become", "plan"]
 
 _PLUGIN = "reft_serve"
 _SERVER, _HEADLESS = "vllm.entrypoints.openai.api_server", "reft_serve.engine.headless"
+_KEYED_SERVER = "reft_serve.engine.server"
 # vLLM's own defaults, which it applies after us.
 _DEFAULT_RANK, _FEWEST_SLOTS = 16, 8
 _LORA_RANKS = (32, 64, 128, 256, 320, 512)
@@ -97,6 +98,7 @@ def plan(request: ServeRequest) -> Plan:
     settings, ours = read_settings(EngineSettings), read_settings(ServeSettings)
     if request.model.startswith("-"):
         raise ClientError(f"the model comes first: reft-serve serve MODEL {request.model} ...")
+    check_no_secret(request.passed)
     _check_engine(ours)
     passed, lora_modules = _split_modules(request.passed)
     flags = flag_values(passed)
@@ -104,7 +106,7 @@ def plan(request: ServeRequest) -> Plan:
     taken = {request.model, flags.get("--served-model-name")}
     served = _served(request, taken, base, settings)
     environment, reasons = _limits(served, base, settings, flags)
-    command = [sys.executable, "-m", _HEADLESS if "--headless" in flags else _SERVER, "--model", request.model]
+    command = [sys.executable, "-m", _module_of(flags, ours), "--model", request.model]
     if served or lora_modules:
         added, why = _lora_flags(len(served) + len(lora_modules), flags)
         modules = [_module(adapter) for adapter in served] + lora_modules
@@ -134,6 +136,12 @@ def plan(request: ServeRequest) -> Plan:
 def become(plan: Plan) -> NoReturn:
     """Replace this process by the server."""
     os.execve(plan.command[0], plan.command, child_environment(plan.environment))  # noqa: S606 - no shell is wanted
+
+
+def _module_of(flags: dict[str, str], settings: ServeSettings) -> str:
+    if "--headless" in flags:
+        return _HEADLESS
+    return _KEYED_SERVER if settings.engine_keys else _SERVER
 
 
 def _check_engine(settings: ServeSettings) -> None:

@@ -34,7 +34,7 @@ class Membership:
 
         Args:
             urls: `http://HOST:PORT`, `unix:/PATH`, or `dns+http://NAME:PORT` for every address of NAME.
-            key: the engines' own --api-key.
+            key: the key that engines ask for.
 
         Raises:
             ServiceError: a URL of a DNS name has no port.

@@ -6,6 +6,7 @@ A wrong flag, a variable that nobody reads, a probe of a path that does not exis
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import secrets
 import signal
@@ -164,6 +165,15 @@ def test_an_engine_takes_both_of_its_keys_and_no_other(deployment: Deployment) -
     for key, status in ((given["engine-key"], 200), (given["engine-key-next"], 200), ("x", 401), ("", 401)):
         headers = {"authorization": f"Bearer {key}"} if key else {}
         assert httpx.get(f"{deployment.engine.url}/v1/models", headers=headers, trust_env=False).status_code == status
+
+
+def test_no_key_is_in_a_list_of_processes(deployment: Deployment) -> None:
+    shown = b""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # the process has ended
+            shown += path.read_bytes()
+    assert b"reft_serve" in shown
+    assert not [name for name in ("engine-key", "engine-key-next") if deployment.secrets[name].encode() in shown]
 
 
 def test_a_worker_without_a_job_ends_at_once(deployment: Deployment) -> None:

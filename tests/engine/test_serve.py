@@ -18,6 +18,7 @@ from reft_serve.adapters.directory import publish, read_adapter
 from reft_serve.adapters.foreign import ImportFlags
 from reft_serve.adapters.manifest import BaseFacts, InterventionSpec, Manifest
 from reft_serve.cli import app
+from reft_serve.config import ServeSettings, read_settings
 from reft_serve.engine.serve import Plan, ServeRequest, become, plan
 from reft_serve.errors import (
     AdapterInvalid,
@@ -37,8 +38,9 @@ from tests.conftest import GOLDEN
 MODEL = GOLDEN / "models" / "tiny-llama"
 SAVE = GOLDEN / "adapters" / "tiny-llama" / "loreft_f3l3_tied"
 UNTIED = GOLDEN / "adapters" / "tiny-llama" / "loreft_f5l5"
-READ = ("REFT_LORA", "REFT_MAX_RANK", "REFT_MAX_INTERVENTIONS", "REFT_HOME")
+READ = ("REFT_ENGINE_KEY", "REFT_ENGINE_KEY_NEXT", "REFT_LORA", "REFT_MAX_RANK", "REFT_MAX_INTERVENTIONS", "REFT_HOME")
 VLLM_READ = (
+    "VLLM_API_KEY",
     "VLLM_PLUGINS",
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING",
     "VLLM_CPU_KVCACHE_SPACE",
@@ -329,3 +331,34 @@ def test_the_server_takes_the_place_of_the_process_with_its_environment(tmp_path
 def test_deciding_does_not_import_vllm() -> None:
     code = "import sys, reft_serve.engine.serve; sys.exit('vllm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("passed", "variable"),
+    [
+        (["--api-key", "s-1", "s-2"], "REFT_ENGINE_KEY"),
+        (["--api_key=s-1"], "REFT_ENGINE_KEY"),
+        (["--hf-token", "s-1"], "HF_TOKEN"),
+    ],
+)
+def test_a_secret_among_the_arguments_is_refused(passed: list[str], variable: str, tmp_path: Path) -> None:
+    for verb in (["serve", str(MODEL)], ["up", "--data", str(tmp_path)]):
+        answer = CliRunner().invoke(app, [*verb, *passed])
+        assert answer.exit_code == 1
+        assert variable in answer.stderr
+        assert "s-1" not in answer.stderr
+
+
+def test_keys_are_read_from_the_environment_and_are_in_no_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REFT_ENGINE_KEY", "s-1")
+    monkeypatch.setenv("REFT_ENGINE_KEY_NEXT", "s-2")
+    monkeypatch.setenv("VLLM_API_KEY", "s-1")
+    chosen = planned()
+    assert "reft_serve.engine.server" in chosen.command
+    assert "s-1" not in repr(chosen)
+    code = "from vllm.entrypoints.launchers.api_server import entry; import sys\n"
+    code += "entry.main = lambda: print(sys.argv[1:])\nfrom reft_serve.engine import server; server.main()"
+    done = subprocess.run([sys.executable, "-c", code, "--port", "9"], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == str(["--port", "9", "--api-key", "s-1", "s-2"])
+    monkeypatch.setenv("REFT_ENGINE_KEY_NEXT", "")
+    assert read_settings(ServeSettings).engine_keys == ("s-1",)

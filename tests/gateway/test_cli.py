@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from reft_serve.cli_admin import app
-from reft_serve.cli_up import _Child, _places
+from reft_serve.cli_up import _Child, _make_private, _places
 from reft_serve.errors import Conflict, NotFound, RequestInvalid
 from tests.gateway.harness import running
 from tests.gateway.test_inference import wait_for
@@ -103,6 +103,24 @@ def test_what_the_command_line_changes_a_running_gateway_soon_knows(
 )
 def test_an_engine_gets_as_many_requests_as_it_works_on(passed: list[str], places: str | None) -> None:
     assert _places(passed).get("REFT_IN_FLIGHT_PER_ENGINE") == places
+
+
+def test_up_makes_private_what_an_earlier_version_left_readable(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("adapters", "blobs"):
+        (tmp_path / name).mkdir(mode=0o755)
+    for name in ("reft.db", "reft.db-wal", "not-ours"):
+        (tmp_path / name).touch(0o644)
+    (tmp_path / "work").mkdir(mode=0o700)
+    _make_private(tmp_path)
+    assert "reft.db, reft.db-wal, adapters, blobs" in capsys.readouterr().err
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == {
+        "adapters": 0o700, "blobs": 0o700, "work": 0o700, "reft.db": 0o600, "reft.db-wal": 0o600, "not-ours": 0o644,
+    }  # fmt: skip
+    _make_private(tmp_path)
+    assert not capsys.readouterr().err
 
 
 def test_a_child_that_ends_is_started_again_until_it_is_stopped(tmp_path: Path) -> None:

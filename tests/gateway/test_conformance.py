@@ -20,6 +20,7 @@ import pytest
 from tests.deploy.expressions import unmet
 from tests.docs.blocks import ROOT, Block, blocks
 from tests.gateway.collector import Collector
+from tests.gateway.permissions import readable_by_others
 from tests.gateway.strict import strict, strict_each
 from tests.gateway.test_inference import take, wait_for
 from tests.gateway.up_process import DEMO, PROMPT, READY_SECONDS, Up
@@ -52,6 +53,17 @@ def test_up_says_when_it_is_ready_and_shows_the_key_once(up: Up) -> None:
     log = up.log.read_text()
     assert "ready after" in log
     assert log.count(up.key) == 1
+
+
+def test_files_of_up_are_readable_by_their_owner_alone(up: Up) -> None:
+    up.http.post(
+        "/v1/files",
+        data={"purpose": "fine-tune"},
+        files={"file": ("rows.jsonl", b'{"prompt": "a", "completion": "b"}')},
+    )
+    data = up.log.parent / "data"
+    assert (data / "reft.db").exists()
+    assert not readable_by_others(data)
 
 
 def test_each_adapter_answers_in_its_own_way(up: Up) -> None:

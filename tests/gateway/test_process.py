@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,7 +20,9 @@ import pytest
 
 from reft_serve.gateway.fake_engine import FakeEngine
 from tests.gateway.harness import Gateway, Served
+from tests.gateway.permissions import readable_by_others
 from tests.gateway.test_inference import wait_for
+from tests.gateway.up_process import DEMO
 
 _WITHOUT = """
 import sys
@@ -106,6 +109,24 @@ def test_it_starts_answers_and_logs_json_without_torch_vllm_or_transformers(
     assert (line["status"], line["tenant"], line["level"]) == (200, "operator", "info")
     assert key not in log
     assert "private words" not in log
+
+
+def test_what_it_writes_is_readable_by_its_owner_alone(
+    tmp_path: Path, served: tuple[FakeEngine, str], key: str
+) -> None:
+    headers = {"authorization": f"Bearer {key}"}
+    shutil.rmtree(tmp_path / "store", ignore_errors=True)
+    files = [("files", (file.name, file.read_bytes())) for file in sorted((DEMO / "adapters" / "cats").iterdir())]
+    with (
+        process(tmp_path, served[1]) as (_, url),
+        httpx.Client(base_url=url, trust_env=False, headers=headers) as client,
+    ):
+        made = client.post("/v1/adapters", data={"name": "cats"}, files=files)
+        assert made.status_code == 201, made.text
+        rows = ("rows.jsonl", b'{"prompt": "a", "completion": "b"}')
+        assert client.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": rows}).status_code == 200
+        new = [each for each in readable_by_others(tmp_path) if not each.startswith("gateway.log")]
+    assert not new
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from itertools import islice
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 __all__ = [
     "MAX_ADAPTER_FAULTS",
@@ -27,6 +27,7 @@ __all__ = [
     "DatabaseUnusable",
     "EngineEnded",
     "EngineFailed",
+    "EngineTrouble",
     "EngineUnavailable",
     "EngineUnsupported",
     "HeadersTooLarge",
@@ -267,14 +268,21 @@ class Overloaded(ServiceError):
         super().__init__(message)
 
 
+# Why an engine cannot be used.
+EngineTrouble = Literal[
+    "new", "unreachable", "unknown_host", "certificate", "timed_out", "broken", "unhealthy", "key_refused", "unreadable"
+]  # fmt: skip
+
+
 class EngineUnavailable(ServiceError):
-    """No engine answers. `delivered`: one may have had the request, and may have ended because of it."""
+    """No engine answers. `delivered`: one may have had the request, and may have ended because of it. `trouble`: why."""
 
     code = "engine_unavailable"
     retry_after = 2.0
 
-    def __init__(self, message: str, *, delivered: bool = False) -> None:
+    def __init__(self, message: str, *, delivered: bool = False, trouble: EngineTrouble = "broken") -> None:
         self.delivered = delivered
+        self.trouble: EngineTrouble = trouble
         super().__init__(message)
 
 

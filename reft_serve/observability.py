@@ -12,6 +12,7 @@ from prometheus_client import Counter, Gauge, Histogram
 
 __all__ = [
     "ENGINE_IN_FLIGHT",
+    "ENGINE_UNUSABLE",
     "ENGINE_UP",
     "FIRST_BYTE_SECONDS",
     "JOBS",
@@ -57,6 +58,7 @@ TOKENS = Counter(
 QUEUE_SECONDS = Histogram("reft_queue_seconds", "Time that requests waited for an engine.", buckets=_SHORT)
 QUEUED = Gauge("reft_queued_requests", "Requests that wait for an engine.")
 ENGINE_UP = Gauge("reft_engine_up", "Whether an engine answers.", ["engine"])
+ENGINE_UNUSABLE = Gauge("reft_engine_unusable", "1 while an engine cannot be used, by reason.", ["engine", "reason"])
 ENGINE_IN_FLIGHT = Gauge("reft_engine_in_flight", "Requests that an engine works on for this gateway.", ["engine"])
 RETRIES = Counter("reft_retries", "Requests that were given to another engine before their answer began.")
 LOADS = Counter("reft_adapter_loads", "Adapter versions that engines were asked to load.", ["result"])

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import logging
 import math
 import resource
 import signal
@@ -31,6 +32,8 @@ __all__ = ["serve", "unsent_bytes"]
 
 _POLL_SECONDS = 0.1
 _SOCKET_TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
+
+_log = logging.getLogger(__name__)
 
 
 def serve(app: FastAPI, host: str, port: int, settings: GatewaySettings) -> bool:
@@ -67,7 +70,10 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to serve."""
         await super().startup(sockets)
+        if not self.started:
+            return
         self._ports = {found.getsockname()[1] for server in self.servers for found in server.sockets}
+        _log.info("listening", extra={"data": {"addresses": _addresses(self)}})
         # What is there now stays. To look at it again and again would hold requests up, each time for some 20 ms.
         gc.collect()
         gc.freeze()
@@ -108,3 +114,8 @@ def unsent_bytes(ports: set[int]) -> int:
                 if int(local.rpartition(":")[2], 16) in ports:
                     total += int(queues.partition(":")[0], 16)
     return total
+
+
+def _addresses(server: uvicorn.Server) -> list[str]:
+    names = [each.getsockname() for listening in server.servers for each in listening.sockets]
+    return [f"http://[{name[0]}]:{name[1]}" if ":" in name[0] else f"http://{name[0]}:{name[1]}" for name in names]

@@ -14,7 +14,8 @@ from typing import Any
 
 from reft_serve.adapters.engine_card import EngineCard, read_card
 from reft_serve.database.names import ENGINE_PREFIX
-from reft_serve.errors import AdapterInvalid, EngineFailed, EngineUnavailable
+from reft_serve.errors import AdapterInvalid, EngineFailed, EngineTrouble, EngineUnavailable
+from reft_serve.gateway.engine_state import EngineState
 from reft_serve.gateway.upstream import Http, Upstream
 from reft_serve.observability import ENGINE_IN_FLIGHT, ENGINE_UP, LOAD_SECONDS, LOADS
 
@@ -24,6 +25,7 @@ NAME_PREFIX = ENGINE_PREFIX
 _PROBE_SECONDS, _LOAD_SECONDS = 5.0, 60.0
 # A request that meets the closing of an idle connection fails at once.
 _CLOSING_SECONDS = 0.5
+_KEY_REFUSED = (401, 403)
 
 
 def engine_name(digest: str) -> str:
@@ -37,6 +39,7 @@ class Engine:
     def __init__(self, number: int, url: str, key: str | None) -> None:
         self.name = f"engine-{number}"
         self.url = url
+        self.state = EngineState(self.name, url)
         self.healthy = False
         self.draining = False
         self.in_flight = 0
@@ -51,41 +54,49 @@ class Engine:
 
     async def probe(self) -> None:
         """Look at its health; an engine that is well again may be a new process, which holds no version of ours."""
+        self._set_state(await self._trouble())
+
+    async def _trouble(self) -> EngineTrouble | None:
         try:
-            well = await self._is_well()
-            if well and not self.healthy:
+            if not await self._answers():
+                return "unhealthy"
+            if not self.healthy:
                 await self._learn()
-        except (EngineUnavailable, ValueError, KeyError):
-            well = False
-        self._set_health(well)
+        except EngineUnavailable as exc:
+            return exc.trouble
+        except (ValueError, LookupError, TypeError, AttributeError):
+            return "unreadable"
+        return None
 
     async def _learn(self) -> None:
         status, content = await self._http.fetch("GET", "/v1/models", None, _PROBE_SECONDS)
+        if status in _KEY_REFUSED:
+            raise _refuses_key()
         if status != 200:
-            raise EngineUnavailable(f"an engine does not tell its models (it answered {status})")
+            raise EngineUnavailable("an engine does not list its models", trouble="unreadable")
         cards = json.loads(content)["data"]
         names = {card["id"] for card in cards}
-        base = next(card for card in cards if not card.get("parent"))
+        base: dict[str, Any] = next((card for card in cards if not card.get("parent")), {})
         self.base_name, self.card = base["id"], read_card(base)
         self.context = base.get("max_model_len")
         self._loaded = {name for name in names if name.startswith(NAME_PREFIX)}
 
-    def fail(self) -> None:
+    def fail(self, trouble: EngineTrouble) -> None:
         """Take it out until a probe finds it well."""
-        self._set_health(False)
+        self._set_state(trouble)
 
     def company(self) -> int:
         """How many requests of this gateway it held when the first of them failed; of one that is well, how many it holds."""
         self._company = self._company or self.in_flight
         return self._company
 
-    def _set_health(self, well: bool) -> None:
-        if well:
+    def _set_state(self, trouble: EngineTrouble | None) -> None:
+        if trouble is None:
             self._company = 0
         else:
             self.company()
-        self.healthy = well
-        ENGINE_UP.labels(self.name).set(well)
+        self.healthy = trouble is None
+        self.state.set(trouble, self.base_name)
 
     def forget(self, name: str) -> None:
         """Note that it does not hold a version any more."""
@@ -117,28 +128,35 @@ class Engine:
         """
         if name in self._loaded:
             return
-        async with self._loading.setdefault(name, asyncio.Lock()):
-            if name not in self._loaded:
-                begun = time.monotonic()
-                result = "failed"
-                try:
-                    await self._load(name, path)
-                    result = "loaded"
-                finally:
-                    LOADS.labels(result).inc()
-                    LOAD_SECONDS.observe(time.monotonic() - begun)
-                self._loaded.add(name)
-        self._loading.pop(name, None)
+        try:
+            async with self._loading.setdefault(name, asyncio.Lock()):
+                if name not in self._loaded:
+                    await self._timed_load(name, path)
+                    self._loaded.add(name)
+        finally:
+            self._loading.pop(name, None)
+
+    async def _timed_load(self, name: str, path: Path) -> None:
+        begun, result = time.monotonic(), "failed"
+        try:
+            await self._load(name, path)
+            result = "loaded"
+        finally:
+            LOADS.labels(result).inc()
+            LOAD_SECONDS.observe(time.monotonic() - begun)
 
     async def _load(self, name: str, path: Path) -> None:
         body = {"lora_name": name, "lora_path": str(path)}
         try:
             status, content = await self._http.fetch("POST", "/v1/load_lora_adapter", body, _LOAD_SECONDS)
-        except EngineUnavailable:
-            self.fail()
+        except EngineUnavailable as exc:
+            self.fail(exc.trouble)
             raise
         if status == 200:
             return
+        if status in _KEY_REFUSED:
+            self.fail("key_refused")
+            raise _refuses_key()
         message = message_of(content)
         if status == 400 and "already been loaded" in message:
             return
@@ -174,31 +192,45 @@ class Engine:
         """
         begun = time.monotonic()
         try:
-            return await self._http.open(path, body, headers)
+            return await self._begin(path, body, headers)
         except EngineUnavailable as exc:
             late = time.monotonic() - begun > _CLOSING_SECONDS
             if not exc.delivered or late or not await self._is_well():
-                self.fail()
+                self.fail(exc.trouble)
                 raise
         try:
-            return await self._http.open(path, body, headers)
+            return await self._begin(path, body, headers)
         except EngineUnavailable as exc:
-            self.fail()
-            raise EngineUnavailable(str(exc), delivered=True) from exc
+            self.fail(exc.trouble)
+            raise EngineUnavailable(str(exc), delivered=True, trouble=exc.trouble) from exc
+
+    async def _begin(self, path: str, body: bytes, headers: Mapping[str, str]) -> Upstream:
+        found = await self._http.open(path, body, headers)
+        if found.status in _KEY_REFUSED:  # about the gateway's key, not about the caller's
+            found.close()
+            raise _refuses_key()
+        return found
+
+    async def _answers(self) -> bool:
+        status, _ = await self._http.fetch("GET", "/health", None, _PROBE_SECONDS)
+        return status == 200
 
     async def _is_well(self) -> bool:
-        try:
-            status, _ = await self._http.fetch("GET", "/health", None, _PROBE_SECONDS)
-        except EngineUnavailable:
-            return False
-        return status == 200
+        with contextlib.suppress(EngineUnavailable):
+            return await self._answers()
+        return False
 
     async def close(self) -> None:
         """Close its connections, and take it out of the metrics."""
+        self.state.remove()
         for gauge in (ENGINE_UP, ENGINE_IN_FLIGHT):
             with contextlib.suppress(KeyError):
                 gauge.remove(self.name)
         await self._http.close()
+
+
+def _refuses_key() -> EngineUnavailable:
+    return EngineUnavailable("an engine refuses the gateway's key; the operator has the details", trouble="key_refused")
 
 
 def message_of(content: bytes) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import math
 import time
 from collections import Counter, defaultdict, deque
@@ -18,13 +19,14 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from reft_serve.errors import AdapterInvalid, EngineUnavailable, NotFound, Overloaded, ServiceError
+from reft_serve.errors import AdapterInvalid, EngineTrouble, EngineUnavailable, NotFound, Overloaded, ServiceError
 from reft_serve.gateway.engine import Engine
 from reft_serve.gateway.membership import Membership
 from reft_serve.observability import QUEUE_SECONDS, QUEUED
 
 __all__ = ["Fleet"]
 
+_log = logging.getLogger(__name__)
 _SLACK = 1.25
 # One place in so many is kept from a tenant that has the others. Engines of fewer places have none to spare.
 _KEPT = 8
@@ -33,6 +35,8 @@ _NEWS = 0.2
 _UNLOAD_POLL_SECONDS = 0.1
 # An engine that is down is looked at this often: nobody waits for it, and everybody for its return.
 _UNWELL_PROBE_SECONDS = 0.25
+# An engine that has been down for this many probes is probed at the longer interval.
+_FREQUENT_PROBES, _LONG_UNWELL_PROBE_SECONDS = 20, 1.5
 
 
 @dataclass(eq=False, slots=True)
@@ -58,10 +62,13 @@ class Fleet:
         self._usual: defaultdict[str, float] = defaultdict(lambda: 1.0)
         self._active: defaultdict[str, int] = defaultdict(int)
         self._probing: asyncio.Task[None] | None = None
+        self._differ = False
 
     async def start(self) -> None:
         """Look at every engine once, and from then on again and again."""
         await self.probe()
+        if not self.engines:
+            _log.warning("found no engine; looking again until there is one")
         self._probing = asyncio.create_task(self._probe_forever())
 
     async def close(self) -> None:
@@ -93,13 +100,36 @@ class Fleet:
         await self._members.look_up()
         await asyncio.gather(*(engine.probe() for engine in self.engines))
         await self._members.let_go()
+        self._compare()
         self._dispatch()
 
+    def _compare(self) -> None:
+        """Warn once if engines serve different base models: an adapter fits one of them only."""
+        bases = {engine.name: engine.card.base for engine in self.engines if engine.healthy and engine.card is not None}
+        differ = len(set(bases.values())) > 1
+        if differ and not self._differ:
+            models = {name: base.model_dump(mode="json") for name, base in bases.items()}
+            _log.warning("engines serve different base models", extra={"data": {"base_models": models}})
+        self._differ = differ
+
     async def _probe_forever(self) -> None:
+        unchanged, before = 0, self._troubles()
         while True:
-            well = all(engine.healthy for engine in self.engines)
-            await asyncio.sleep(self._probe_seconds if well else min(self._probe_seconds, _UNWELL_PROBE_SECONDS))
-            await self.probe()
+            pause = self._probe_seconds
+            if not self.engines or any(before.values()):
+                frequent = unchanged < _FREQUENT_PROBES
+                pause = min(pause, _UNWELL_PROBE_SECONDS if frequent else _LONG_UNWELL_PROBE_SECONDS)
+            await asyncio.sleep(pause)
+            try:
+                await self.probe()
+            except Exception:
+                _log.exception("probing the engines failed; trying again")
+            now = self._troubles()
+            unchanged = unchanged + 1 if now == before else 0
+            before = now
+
+    def _troubles(self) -> dict[Engine, EngineTrouble | None]:
+        return {engine: engine.state.trouble for engine in self.engines}
 
     @property
     def ready(self) -> bool:

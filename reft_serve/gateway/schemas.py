@@ -11,6 +11,7 @@ from reft_serve.database import models
 from reft_serve.database.keys import ROLES, Role, Scope, own_limits
 from reft_serve.database.names import ADAPTER_NAME, ALIAS_NAME
 from reft_serve.database.tenants import TENANT_NAME
+from reft_serve.errors import EngineTrouble
 from reft_serve.gateway.numbers import WHOLE
 from reft_serve.gateway.request_model import NULLS_ARE_ABSENT, RequestModel
 
@@ -237,10 +238,12 @@ class AuditOut(BaseModel):
 
 
 class EngineOut(BaseModel):
-    """One engine as this gateway sees it."""
+    """One engine as this gateway sees it. `reason` and `message`: why it cannot be used; null if it can."""
 
     object: Literal["engine"] = "engine"
     name: str
     healthy: bool
+    reason: EngineTrouble | None
+    message: str | None
     draining: bool
     in_flight: int

@@ -7,7 +7,7 @@ from typing import Any
 
 import aiohttp
 
-from reft_serve.errors import EngineFailed, EngineUnavailable
+from reft_serve.errors import EngineFailed, EngineTrouble, EngineUnavailable
 
 __all__ = ["Http", "Upstream"]
 
@@ -87,10 +87,11 @@ class Http:
             async with self._client.request(method, self._root + path, json=body, timeout=limit) as answer:
                 return answer.status, await answer.read()
         except _UNREACHED as exc:
-            raise EngineUnavailable("an engine does not answer; try again") from exc
+            raise EngineUnavailable("an engine does not answer; try again", trouble=_trouble(exc)) from exc
         except _BROKEN as exc:
-            broken = not isinstance(exc, TimeoutError)
-            raise EngineUnavailable("an engine does not answer; try again", delivered=broken) from exc
+            trouble = _trouble(exc)
+            broken = trouble != "timed_out"
+            raise EngineUnavailable("an engine does not answer; try again", delivered=broken, trouble=trouble) from exc
 
     async def open(self, path: str, body: bytes, headers: Mapping[str, str]) -> Upstream:
         """Post a request and return when its answer begins.
@@ -103,10 +104,25 @@ class Http:
                 await self._client.post(self._root + path, data=body, headers=headers, allow_redirects=False)
             )
         except _UNREACHED as exc:
-            raise EngineUnavailable("an engine cannot be reached; try again") from exc
+            raise EngineUnavailable("an engine cannot be reached; try again", trouble=_trouble(exc)) from exc
         except _BROKEN as exc:
-            raise EngineUnavailable("an engine stopped before it began to answer; try again", delivered=True) from exc
+            sentence = "an engine stopped before it began to answer; try again"
+            raise EngineUnavailable(sentence, delivered=True, trouble=_trouble(exc)) from exc
 
     async def close(self) -> None:
         """Close every connection."""
         await self._client.close()
+
+
+def _trouble(exc: Exception) -> EngineTrouble:
+    match exc:
+        case TimeoutError():
+            return "timed_out"
+        case aiohttp.ClientConnectorDNSError():
+            return "unknown_host"
+        case aiohttp.ClientSSLError():
+            return "certificate"
+        case aiohttp.ClientConnectorError():
+            return "unreachable"
+        case _:
+            return "broken"

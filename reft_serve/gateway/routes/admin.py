@@ -130,4 +130,11 @@ async def _set_draining(services: Services, request: Request, name: str, drainin
 
 
 def _out(engine: Engine) -> EngineOut:
-    return EngineOut(name=engine.name, healthy=engine.healthy, draining=engine.draining, in_flight=engine.in_flight)
+    return EngineOut(
+        name=engine.name,
+        healthy=engine.healthy,
+        reason=engine.state.trouble,
+        message=engine.state.sentence,
+        draining=engine.draining,
+        in_flight=engine.in_flight,
+    )

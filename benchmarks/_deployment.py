@@ -106,6 +106,16 @@ class Deployment:
                 found[name] = found.get(name, 0) + resident
         return found
 
+    def processes(self) -> dict[int, str]:
+        """What each of its processes is, by pid."""
+        found = {}
+        for pid in _tree(self.process.pid):
+            with contextlib.suppress(OSError):
+                found[pid] = _role(
+                    Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                )
+        return found
+
     def stop(self) -> None:
         """End it as Ctrl-C does."""
         self._http.close()

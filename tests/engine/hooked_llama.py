@@ -1,4 +1,4 @@
-"""The golden Llama in plain Hugging Face and float64, with an adapter's edits as forward hooks: what an engine must answer.
+"""A Llama in plain Hugging Face and float64, with an adapter's edits as forward hooks: what an engine must answer.
 
 The model is causal, so one pass over prompt and answer gives what prefill, decoding, chunks and recomputation give.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +22,8 @@ from tests.conftest import GOLDEN
 class HookedLlama:
     """Adapters may edit block outputs only."""
 
-    def __init__(self) -> None:
-        model = AutoModelForCausalLM.from_pretrained(GOLDEN / "models" / "tiny-llama", dtype=torch.float64)
+    def __init__(self, folder: Path = GOLDEN / "models" / "tiny-llama") -> None:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
         self._model = model.eval()
 
     @torch.no_grad()

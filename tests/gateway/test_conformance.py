@@ -21,6 +21,7 @@ from tests.deploy.expressions import unmet
 from tests.docs.blocks import ROOT, Block, blocks
 from tests.gateway.collector import Collector
 from tests.gateway.permissions import readable_by_others
+from tests.gateway.scoring import Endings
 from tests.gateway.strict import strict, strict_each
 from tests.gateway.test_inference import take, wait_for
 from tests.gateway.up_process import DEMO, PROMPT, READY_SECONDS, Up
@@ -371,6 +372,120 @@ def test_the_quick_start_does_what_it_says(up: Up, block: Block) -> None:
     assert ended.returncode == 0, ended.stderr
     assert '"error"' not in ended.stdout
     assert "birds" in ended.stdout
+
+
+@pytest.fixture(scope="module")
+def endings() -> Endings:
+    return Endings()
+
+
+@pytest.mark.parametrize("model", ["base", "cats", "speech", "birds"])
+def test_scores_are_those_of_plain_hugging_face_with_hooks(up: Up, endings: Endings, model: str) -> None:
+    """The requests that lm-evaluation-harness makes, one by one and in a batch, and the field that it lacks."""
+    expected = [endings.expected(model, *pair) for pair in endings.pairs()]
+    for batch in (endings.pairs(), *([pair] for pair in endings.pairs())):
+        prompts = [prompt + answer for prompt, answer in batch]
+        ends = {"reft_prompt_tokens": [len(prompt) for prompt, _ in batch]}
+        raw = up.openai.completions.with_raw_response.create(
+            model=model, prompt=prompts, temperature=0, max_tokens=1, logprobs=1, seed=1234, echo=True, extra_body=ends
+        )
+        assert "x-reft-warning" not in raw.headers
+        for choice in raw.parse().choices:
+            assert choice.logprobs
+            found = choice.logprobs.token_logprobs[len(batch[choice.index][0]) : -1]  # type: ignore[index]
+            at = choice.index if len(batch) > 1 else endings.pairs().index(batch[0])
+            assert found == pytest.approx(expected[at], abs=1e-3)
+
+
+def test_a_scored_answer_is_not_an_edited_one(up: Up, endings: Endings) -> None:
+    """Without the field a suffix rule edits the answer, and the answer's header says so."""
+    prompt, answer = endings.pairs()[0]
+    raw = up.openai.completions.with_raw_response.create(
+        model="cats", prompt=prompt + answer, temperature=0, max_tokens=1, logprobs=1, echo=True
+    )
+    assert "send reft_prompt_tokens" in raw.headers["x-reft-warning"]
+    (choice,) = raw.parse().choices
+    assert choice.logprobs
+    found = choice.logprobs.token_logprobs[len(prompt) : -1]  # type: ignore[index]
+    expected = endings.expected("cats", prompt, answer)
+    assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) > 0.05  # type: ignore[operator]
+    for wrong in (len(prompt + answer) + 1, 0):
+        with pytest.raises(openai.BadRequestError, match="reft_prompt_tokens"):
+            up.say("cats", prompt + answer, extra_body={"reft_prompt_tokens": wrong})
+    with pytest.raises(openai.BadRequestError, match="reft_prompt_tokens is 500"):
+        up.say("cats", "a short text", extra_body={"reft_prompt_tokens": 500})
+
+
+def test_the_harness_itself_scores_as_plain_hugging_face_does(up: Up, endings: Endings, tmp_path: Path) -> None:
+    python = os.environ.get("REFT_TEST_LM_EVAL", sys.executable)
+    if subprocess.run([python, "-c", "import lm_eval"], capture_output=True, check=False).returncode:
+        pytest.skip("lm_eval is not installed; REFT_TEST_LM_EVAL names a Python that has it")
+    for model in ("cats", "speech"):
+        for pair, (score, greedy) in endings.harness(python, up.url, up.key, model, tmp_path / model).items():
+            prompt, answer = endings.tokens(*pair)
+            expected = endings.expected(model, prompt, answer)
+            assert score == pytest.approx(sum(expected), abs=1e-3)
+            assert greedy == endings.is_greedy(model, prompt, answer)
+
+
+@pytest.mark.parametrize("model", ["birds", "cats", "speech"])
+def test_strength_0_is_the_base_model_bit_for_bit(up: Up, model: str) -> None:
+    def told(model: str, **fields: Any) -> Any:
+        answer = up.openai.completions.create(
+            model=model, prompt=PROMPT, max_tokens=12, temperature=0, logprobs=3, extra_body=fields
+        )
+        return answer.choices[0].text, answer.choices[0].logprobs
+
+    assert told(model, reft_strength=0) == told("base") == told("base", reft_strength=0)
+    assert told(model, reft_strength=1) == told(model) != told("base")
+    assert told(model, reft_strength=0.5) not in (told(model), told("base"))
+    chat: Any = {"messages": HELLO, "max_tokens": 12, "temperature": 0}
+    said = {
+        name: up.openai.chat.completions.create(model=name, **chat, extra_body={"reft_strength": 0}).choices[0].message
+        for name in (model, "base")
+    }
+    assert said[model].content == said["base"].content
+    texts = {
+        name: up.openai.responses.create(
+            model=name, input="Tell me a story", max_output_tokens=12, temperature=0, extra_body={"reft_strength": 0}
+        ).output_text
+        for name in (model, "base")
+    }
+    assert texts[model] == texts["base"] != ""
+
+
+def test_marks_nulls_and_template_arguments_reach_a_real_engine_as_a_plain_request_does(up: Up) -> None:
+    def ask(**fields: Any) -> Any:
+        answer = up.http.post(
+            "/v1/chat/completions", json={"model": "birds", "max_tokens": 8, "temperature": 0, **fields}
+        )
+        assert answer.status_code == 200, answer.text
+        return answer.json()["choices"][0]["message"]
+
+    plain = ask(messages=HELLO)
+    mark = {"cache_control": {"type": "ephemeral"}}
+    marked = [{"role": "user", "content": [{"type": "text", "text": HELLO[0]["content"], **mark}], **mark}]
+    nulls = dict.fromkeys(("functions", "audio", "prediction", "web_search_options", "tools", "nobody_knows_it"))
+    assert ask(messages=marked, **nulls, chat_template_kwargs={"enable_thinking": False}) == plain
+    tools = [{**LOOK, **mark}]
+    turns = [*HELLO, plain, {"role": "user", "content": "And then?"}]
+    assert ask(messages=turns, tools=tools)["content"]
+
+
+def test_what_tools_returned_is_read_by_a_real_engine_and_nothing_is_fetched(up: Up) -> None:
+    turns: list[Any] = [
+        {"role": "user", "content": [{"type": "input_text", "text": "Look"}]},
+        {"type": "function_call", "call_id": "c", "name": "look", "arguments": "{}", "status": "completed", "id": "fc_1"},
+        {"type": "function_call_output", "call_id": "c", "output": [{"type": "input_text", "text": "a bird"}]},
+        {"type": "message", "role": "assistant", "id": "msg_1", "status": "completed", "content": [
+            {"type": "output_text", "text": "A ", "annotations": []}, {"type": "output_text", "text": "bird."}]},
+        {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "birds fly"}]},
+        {"role": "user", "content": "And then?"},
+    ]  # fmt: skip
+    assert up.openai.responses.create(model="birds", input=turns, max_output_tokens=8, temperature=0).output_text
+    turns[2]["output"] = [{"type": "input_image", "image_url": "http://127.0.0.1:9/x.png"}]
+    with pytest.raises(openai.BadRequestError, match="'input_image' is not served"):
+        up.openai.responses.create(model="birds", input=turns)
 
 
 def test_a_caller_that_leaves_frees_the_engine(up: Up) -> None:

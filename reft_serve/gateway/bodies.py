@@ -6,7 +6,7 @@ A field that is neither here nor among the ignored ones (`client_fields`) is ref
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag
 
@@ -20,7 +20,7 @@ from reft_serve.gateway.messages import (
     ResponseToolChoice,
 )
 from reft_serve.gateway.numbers import WHOLE
-from reft_serve.gateway.request_model import NULLS_ARE_ABSENT, RequestModel
+from reft_serve.gateway.request_model import NULLS_ARE_ABSENT, FreeObject, RequestModel
 
 __all__ = [
     "MAX_STRENGTH",
@@ -48,7 +48,6 @@ _Count = Annotated[int, Field(ge=1, le=1 << 24), WHOLE]
 _Seed = Annotated[int, Field(ge=-(1 << 53), le=1 << 53), WHOLE]
 _Token = Annotated[int, Field(ge=0, lt=1 << 31), WHOLE]
 _Stop = str | Annotated[list[str], Field(max_length=16), _FIRST]
-_Object = dict[str, Any]
 _Strength = Annotated[float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH)]
 _Scalar = bool | int | float | Annotated[str, Field(max_length=MAX_TEMPLATE_VALUE)]
 _TemplateArguments = Annotated[
@@ -107,8 +106,8 @@ class _Generation(_Sampling):
     n: Annotated[int, Field(ge=1, le=1024), WHOLE] | None = None
     stream_options: _StreamOptions | None = None
     min_tokens: Annotated[int, Field(ge=0, le=1 << 24), WHOLE] = 0
-    response_format: _Object | None = None
-    structured_outputs: _Object | None = None
+    response_format: FreeObject | None = None
+    structured_outputs: FreeObject | None = None
 
 
 class CompletionBody(_Generation):
@@ -156,7 +155,7 @@ class _Reasoning(RequestModel):
 class _Text(RequestModel):
     ignored = ignored_in("text")
 
-    format: _Object | None = None
+    format: FreeObject | None = None
 
 
 class ResponseBody(_Sampling):

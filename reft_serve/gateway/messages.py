@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from reft_serve.gateway.client_fields import ignored_in
-from reft_serve.gateway.request_model import RequestModel
+from reft_serve.gateway.request_model import FreeObject, RequestModel
 
 __all__ = [
     "MAX_CALLS",
@@ -119,7 +119,7 @@ class _Function(RequestModel):
 
     name: _ToolName
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: FreeObject | None = None
     strict: bool | None = None
 
 
@@ -147,7 +147,7 @@ class ResponseTool(_Function):
     """One tool of /v1/responses."""
 
     type: Annotated[Literal["function", "custom"], _only("function", "custom", why=_FUNCTIONS_ONLY)]
-    format: dict[str, Any] | None = None
+    format: FreeObject | None = None
 
 
 class ResponseToolChoice(RequestModel):

@@ -7,14 +7,15 @@ other unknown field is refused by its name.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, GetJsonSchemaHandler, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, GetJsonSchemaHandler, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-__all__ = ["NULLS_ARE_ABSENT", "NullsAreAbsent", "RequestModel"]
+__all__ = ["NULLS_ARE_ABSENT", "FreeObject", "NullsAreAbsent", "RequestModel"]
 
 
 class RequestModel(BaseModel):
@@ -63,6 +64,18 @@ def _present(given: object) -> object:
 
 NULLS_ARE_ABSENT = (BeforeValidator(_present), NullsAreAbsent())
 """Both parts of the rule, for `Annotated[T, *NULLS_ARE_ABSENT]`."""
+
+
+def _finite(given: dict[str, Any]) -> dict[str, Any]:
+    try:
+        json.dumps(given, allow_nan=False)
+    except ValueError as exc:
+        raise ValueError("its numbers must be finite") from exc
+    return given
+
+
+FreeObject = Annotated[dict[str, Any], AfterValidator(_finite)]
+"""An object of the caller's own, such as a JSON schema, in which null has its own meaning."""
 
 
 def _allow_nulls(schema: JsonSchemaValue, ignored: Mapping[str, str]) -> None:

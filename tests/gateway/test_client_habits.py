@@ -118,6 +118,18 @@ def test_null_has_its_own_meaning_inside_a_schema(engine: FakeEngine, tenant: Te
     assert engine.requests[-1]["tools"] == [TOOL]
 
 
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e400"])
+def test_a_number_that_is_not_finite_is_refused_inside_a_schema(number: str) -> None:
+    schema = f'{{"type": "object", "x": {{"y": [{number}]}}}}'
+    for field in (
+        f'"tools": [{{"type": "function", "function": {{"name": "f", "parameters": {schema}}}}}]',
+        f'"response_format": {schema}', f'"structured_outputs": {schema}',
+    ):  # fmt: skip
+        body = f'{{"model": "base", "messages": [{{"role": "user", "content": "x"}}], {field}}}'
+        with pytest.raises(ValidationError, match="finite"):
+            ChatBody.model_validate_json(body)
+
+
 @pytest.mark.parametrize(
     ("method", "path", "body"),
     [

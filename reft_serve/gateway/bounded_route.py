@@ -114,6 +114,7 @@ class BoundedRoute(APIRoute):
         else:
             values = check_json(content, most_values)
         body.grow(values * intake.BYTES_PER_VALUE)
+        request.scope["state"]["body_bytes"] = len(content)
         request._body = content
         return await handle(request)
 

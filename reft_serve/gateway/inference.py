@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request, Response
 
@@ -25,6 +25,7 @@ from reft_serve.database.usage import Ending, Opening, Status
 from reft_serve.gateway import reft_fields
 from reft_serve.gateway.answers import error_body, status_of
 from reft_serve.gateway.bodies import InferenceBody
+from reft_serve.gateway.budget import Lease
 from reft_serve.gateway.engine import Engine, engine_name, message_of
 from reft_serve.gateway.engine_ends import ended_with, note_end
 from reft_serve.gateway.quotas import Spending
@@ -43,6 +44,7 @@ _GONE = 499
 _NO_TEMPLATE = "you must provide a chat template"
 _COMMIT_SECONDS = 5.0
 _UNCOUNTED = "the database does not answer, so the request could not be counted"
+_T = TypeVar("_T")
 _Emit = Callable[[bytes], Awaitable[None]]
 
 
@@ -71,6 +73,9 @@ class _Exchange:
     target: Target | None
     opening: Opening
     stack: AsyncExitStack
+    size: int
+    # What is held of the process's memory until the answer has been sent.
+    leases: list[Lease]
     begun: float = field(default_factory=time.monotonic)
     spending: Spending = field(default_factory=lambda: Spending(0))
     # The field in which we named the limit of its length, as the caller named none.
@@ -79,6 +84,10 @@ class _Exchange:
     engine: Engine | None = None
     theirs: str = ""
     settled: bool = False
+
+    async def run(self, size: int, function: Callable[..., _T], *args: Any) -> _T:
+        """Call a function whose work grows with `size` bytes of this request."""
+        return await self.services.intake.run(self.caller.tenant_id, size, function, *args)
 
     async def settle(self, status: Status, tokens: Tokens) -> bool:
         """Count it, give the places back, and say whether it is on disk: it seems not to come there where a database is away,
@@ -117,17 +126,18 @@ async def infer(
         ReftError: it did not begin to be answered; the class says why.
     """
     target = await services.directory.target(caller, given.model)
-    asked = given.model_dump(exclude_unset=True, exclude_none=True)
-    default = endpoint.default_tokens if endpoint.engine_default else None
-    body = bounded(services.quotas.limits(caller), asked, endpoint.limit_fields, default)
-    reft_fields.check(body, services.settings.max_strength, services.settings.template_arguments)
+    state = request.scope["state"]
+    size = state["body_bytes"]
+    body, added = await services.intake.run(caller.tenant_id, size, _checked, services, caller, endpoint, given)
     services.quarantine.check(caller.tenant_id, endpoint.path, body)
     opening = Opening(
         request_id.get() or "", services.settings.gateway_name, caller.tenant_id, caller.key_id, endpoint.name,
         given.model, target.version_id if target else None, now_ms(),
     )  # fmt: skip
-    exchange = _Exchange(services, caller, endpoint, body, given.model, target, opening, AsyncExitStack())
-    exchange.added = next(iter(body.keys() - asked.keys()), None)
+    exchange = _Exchange(
+        services, caller, endpoint, body, given.model, target, opening, AsyncExitStack(), size, state["leases"]
+    )
+    exchange.added = added
     try:
         async with asyncio.timeout(services.settings.request_seconds), while_there(request.receive):
             return await _answer(exchange)
@@ -139,7 +149,8 @@ async def infer(
 
 async def _answer(exchange: _Exchange) -> Response:
     services = exchange.services
-    demand = demand_of(exchange.body, exchange.endpoint.limit_fields, exchange.endpoint.default_tokens)
+    fields, default = exchange.endpoint.limit_fields, exchange.endpoint.default_tokens
+    demand = await exchange.run(exchange.size, demand_of, exchange.body, fields, default)
     exchange.demand = demand
     exchange.spending = await exchange.stack.enter_async_context(services.quotas.spend(exchange.caller, demand.total))
     try:
@@ -162,10 +173,11 @@ async def _begun(exchange: _Exchange) -> Response:
     FIRST_BYTE_SECONDS.labels(exchange.endpoint.name).observe(time.monotonic() - exchange.begun)
     try:
         if upstream.status != 200:
-            raise _refusal(exchange, upstream.status, await upstream.read())
+            raise _refusal(exchange, upstream.status, await _whole(exchange, upstream))
         if upstream.is_stream:
             return await _stream(exchange, upstream)
-        content, tokens = rewrite_whole(await upstream.read(), exchange.theirs, exchange.public)
+        whole = await _whole(exchange, upstream)
+        content, tokens = await exchange.run(len(whole), rewrite_whole, whole, exchange.theirs, exchange.public)
     except errors.EngineFailed as exc:
         assert exchange.engine is not None
         if await _has_ended(exchange, exchange.engine.company()):
@@ -174,6 +186,24 @@ async def _begun(exchange: _Exchange) -> Response:
     if not await exchange.settle("completed", tokens):
         raise errors.DatabaseUnusable(_UNCOUNTED)
     return Response(content, 200, _headers(exchange), "application/json")
+
+
+async def _whole(exchange: _Exchange, upstream: Upstream) -> bytes:
+    """All bytes of an answer, counted in the process's memory until they have been sent."""
+    intake, length = exchange.services.intake, upstream.length
+    counted = intake.SMALL if length is None else length
+    lease = await intake.memory_for(counted).take(exchange.caller.tenant_id, counted, lambda: False)
+    exchange.leases.append(lease)
+    if length is not None:
+        return await upstream.read()
+    parts: list[bytes] = []
+    taken = 0
+    while part := await upstream.chunk():
+        parts.append(part)
+        taken += len(part)
+        if taken > lease.amount:
+            lease.grow(len(part))
+    return b"".join(parts)
 
 
 async def _has_ended(exchange: _Exchange, company: int) -> bool:
@@ -244,7 +274,8 @@ async def _open(exchange: _Exchange, engine: Engine, attempt: AsyncExitStack) ->
         await _load(exchange, engine, name, exchange.services.store.path(target.digest))
     exchange.theirs = name or engine.base_name
     headers = {"x-request-id": exchange.opening.request_id, **outgoing()}
-    upstream = await engine.open(exchange.endpoint.path, _engine_body(exchange), headers)
+    body = await exchange.run(exchange.size, _engine_body, exchange)
+    upstream = await engine.open(exchange.endpoint.path, body, headers)
     attempt.callback(upstream.close)
     return upstream
 
@@ -363,3 +394,14 @@ def _param(content: bytes) -> str | None:
         return str(found) if (found := body.get("error", body).get("param")) is not None else None
     except (ValueError, AttributeError):
         return None
+
+
+def _checked(
+    services: Services, caller: Principal, endpoint: Endpoint, given: InferenceBody
+) -> tuple[dict[str, Any], str | None]:
+    """What an engine is to get, and the field that was added to name the limit of its length, if one was."""
+    asked = given.model_dump(exclude_unset=True, exclude_none=True)
+    default = endpoint.default_tokens if endpoint.engine_default else None
+    body = bounded(services.quotas.limits(caller), asked, endpoint.limit_fields, default)
+    reft_fields.check(body, services.settings.max_strength, services.settings.template_arguments)
+    return body, next(iter(body.keys() - asked.keys()), None)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any, TypeVar
 
 from reft_serve.config import GatewaySettings
 from reft_serve.gateway.budget import Budget
 
 __all__ = ["UPLOADS", "UPLOADS_PER_TENANT", "WAIT_SECONDS", "Intake"]
 
+_T = TypeVar("_T")
 UPLOADS = 32
 """Uploads under way at once."""
 UPLOADS_PER_TENANT = 8
@@ -46,6 +49,13 @@ class Intake:
         """Whether work on these bytes must not be done in the event loop."""
         return len(content) > self.SMALL
 
+    async def run(self, tenant: str, size: int, function: Callable[..., _T], *args: Any) -> _T:
+        """Call a function whose work grows with `size` bytes: of large ones in another thread, when it is its turn."""
+        if size <= self.SMALL:
+            return function(*args)
+        async with self.turn(tenant, _stays):
+            return await asyncio.to_thread(function, *args)
+
     @asynccontextmanager
     async def turn(self, tenant: str, left: Callable[[], bool]) -> AsyncIterator[None]:
         """A turn to work on a large body: one at a time, tenants by turns.
@@ -59,3 +69,7 @@ class Intake:
             yield
         finally:
             lease.release()
+
+
+def _stays() -> bool:
+    return False

@@ -20,11 +20,12 @@ _STOPPED = "the engine stopped in the middle of its answer"
 
 
 class Upstream:
-    """An answer that has begun: its status and its bytes."""
+    """An answer that has begun: its status, its length if the engine says so, and its bytes."""
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self._response = response
         self.status = response.status
+        self.length = response.content_length
         self.is_stream = response.headers.get("content-type", "").startswith("text/event-stream")
 
     async def read(self) -> bytes:

@@ -46,6 +46,8 @@ class _Direct(BoundedRoute):
                 given = await _parse_large(services, request, caller, kind, content)
             else:
                 given = _parsed(kind, kind.model_validate_json, content)
+            del content
+            request._body = b""  # it is parsed, and the request may last
             answer: Response = await self.endpoint(given, request, caller, services)
             return answer
 

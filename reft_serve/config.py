@@ -277,7 +277,9 @@ class GatewaySettings(_Installation):
         description="How long a connection may take until the headers of its next request are complete.",
     )
     body_seconds: float = Field(
-        default=30.0, gt=0, description="How long a request's body may take to arrive, plus a second for each 32 KiB."
+        default=30.0,
+        gt=0,
+        description="How long a body may take to arrive, plus a second for each 32 KiB; and how long it may pause.",
     )
     cors_origins: tuple[str, ...] = Field(
         default=(),

@@ -55,7 +55,7 @@ BODY_BYTES_PER_SECOND = 32 << 10
 """The least rate at which a body may arrive once `REFT_BODY_SECONDS` are over."""
 UPLOAD_SECONDS = 3600.0
 """The longest that an upload may take to arrive."""
-_STEP = 16 << 20
+_STEP = 1 << 20
 _GONE = 499
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 _Handler = Callable[[Request], Coroutine[Any, Any, Response]]
@@ -192,11 +192,11 @@ class _Body:
         declared = self._declared(most)
         intake = self.services.intake
         await self.take(intake.uploads, 1)
-        lease = await self.take(intake.disk, min(declared, intake.disk.share) if declared is not None else 0)
+        lease = await self.take(intake.disk, max(0, (declared or 0) - FORM_BYTES))
 
         async def parts() -> Any:
             async for part in self._parts(most):
-                if self.taken > lease.amount:
+                if self.taken > lease.amount + FORM_BYTES:
                     lease.grow(_STEP)
                 yield part
 
@@ -241,10 +241,10 @@ class _Body:
                 yield part
 
     async def _next(self) -> Message:
-        allowed = self.services.settings.body_seconds + self.taken / BODY_BYTES_PER_SECOND
-        rest = self.begun + min(allowed, UPLOAD_SECONDS) - time.monotonic()
+        seconds = self.services.settings.body_seconds
+        allowed = min(seconds + self.taken / BODY_BYTES_PER_SECOND, UPLOAD_SECONDS)
         try:
-            async with asyncio.timeout(rest):
+            async with asyncio.timeout(min(self.begun + allowed - time.monotonic(), seconds)):
                 return await self.request.receive()
         except TimeoutError as exc:
             raise errors.RequestTimeout("the request's body did not arrive in time") from exc

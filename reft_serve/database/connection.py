@@ -31,6 +31,8 @@ __all__ = ["CLOSE_SECONDS", "FAILURES", "Database", "check_schema", "migrate", "
 FAILURES: tuple[type[Exception], ...] = (
     DBAPIError, SQLAlchemyTimeout, PostgresError, InterfaceError, OSError, DatabaseUnusable
 )  # fmt: skip
+# An error shows its statement without the values: they may be secrets, and errors are logged.
+_QUIET = {"hide_parameters": True}
 _log = logging.getLogger(__name__)
 
 _DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg", "postgres": "postgresql+asyncpg"}
@@ -141,7 +143,7 @@ class _WriterThread:
 
     def __init__(self, url: URL) -> None:
         self._executor = ThreadPoolExecutor(1, "reft-database")
-        self._engine = create_engine(url.set(drivername="sqlite"), connect_args={"timeout": _BUSY_SECONDS})
+        self._engine = create_engine(url.set(drivername="sqlite"), connect_args={"timeout": _BUSY_SECONDS}, **_QUIET)
         self._writer = self._engine.execution_options(reft_writes=True)
         _prepare(self._engine)
 
@@ -244,7 +246,7 @@ def _engine(url: str) -> AsyncEngine:
     parsed = parsed.set(drivername=_DRIVERS[family])
     if family == "sqlite":
         return _sqlite(parsed)
-    return create_async_engine(parsed, pool_size=10, max_overflow=10, pool_pre_ping=True)
+    return create_async_engine(parsed, pool_size=10, max_overflow=10, pool_pre_ping=True, **_QUIET)
 
 
 def _sqlite(url: Any) -> AsyncEngine:
@@ -255,7 +257,7 @@ def _sqlite(url: Any) -> AsyncEngine:
     # The owner's alone: it holds secrets. SQLite gives its other files the same permissions.
     with contextlib.suppress(FileExistsError):
         os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
-    engine = create_async_engine(url.set(database=str(path)), connect_args={"timeout": _BUSY_SECONDS})
+    engine = create_async_engine(url.set(database=str(path)), connect_args={"timeout": _BUSY_SECONDS}, **_QUIET)
     _prepare(engine.sync_engine)
     return engine
 

@@ -29,11 +29,13 @@ class EngineState:
 
     Attributes:
         trouble: why the engine cannot be used; None if it can.
+        url: the engine's, without a password.
     """
 
     def __init__(self, name: str, url: str) -> None:
         self.trouble: EngineTrouble | None = "new"
-        self._name, self._url = name, _without_password(url)
+        self.url = _without_password(url)
+        self._name = name
 
     @property
     def sentence(self) -> str | None:
@@ -53,7 +55,7 @@ class EngineState:
         first, before = self.trouble == "new", self.trouble
         self.trouble = trouble
         self._remove(before)
-        data = {"engine": self._name, "url": self._url}
+        data = {"engine": self._name, "url": self.url}
         if trouble is None:
             _log.info("found an engine" if first else "an engine is back", extra={"data": data | {"base_model": base}})
             return

@@ -64,8 +64,9 @@ class Membership:
     async def let_go(self) -> None:
         """Let those go whom nobody names any more. (Once who has come was looked at: else there might be nobody.)"""
         for url in [url for url in self._engines if url not in self._wanted]:
-            _log.info("an engine has left", extra={"data": {"engine": url}})
-            self._leaving[self._engines.pop(url)] = time.monotonic() + _LEAVE_SECONDS
+            engine = self._engines.pop(url)
+            _log.info("an engine has left", extra={"data": {"engine": engine.state.url}})
+            self._leaving[engine] = time.monotonic() + _LEAVE_SECONDS
         for engine in [gone for gone, at in self._leaving.items() if not gone.in_flight and at < time.monotonic()]:
             del self._leaving[engine]
             await engine.close()
@@ -107,7 +108,8 @@ def _checked(url: str) -> str:
     except ValueError:
         sound = False
     if not sound:
-        raise ServiceError(f"REFT_ENGINES: {url[:200]!r} is not dns+http://NAME:PORT")
+        shown = url.rpartition("@")[2][:200]  # what is before it may be a password
+        raise ServiceError(f"REFT_ENGINES: {shown!r} is not dns+http://NAME:PORT")
     return plain
 
 

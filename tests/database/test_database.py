@@ -412,3 +412,12 @@ async def test_a_schema_is_taken_when_it_is_this_versions_or_a_later_one(databas
                     await check_schema(opened)
     finally:
         await opened.close()
+
+
+async def test_an_error_shows_no_value_of_its_statement(database: Database) -> None:
+    for statement in ("INSERT INTO nowhere VALUES (:secret)", "SELECT :secret FROM nowhere"):
+        with pytest.raises(DBAPIError) as caught:
+            async with database.writing() as session:
+                await session.execute(text(statement), {"secret": "whsec_hidden"})
+        assert "nowhere" in str(caught.value)
+        assert "whsec_hidden" not in str(caught.value)

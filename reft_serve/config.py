@@ -111,8 +111,16 @@ class TenantLimits(BaseModel):
     )
     tokens_per_minute: _AtLeastOne | None = Field(default=None, description="Tokens per minute, prompts and answers.")
     concurrent_requests: _AtLeastOne | None = Field(default=None, description="Requests under way at once.")
+    management_requests_per_minute: _AtLeastOne | None = Field(
+        default=None,
+        description="Requests per minute that are not inference: lists, uploads, jobs, keys. Not of admins.",
+    )
     adapters: _Count | None = Field(default=None, description="Adapters that a tenant may own.")
     files: _Count | None = Field(default=None, description="Files that a tenant may keep.")
+    keys: _AtLeastOne | None = Field(default=None, description="Keys that are neither revoked nor expired.")
+    event_streams: _AtLeastOne | None = Field(
+        default=None, description="Streams of jobs' events that are open at once."
+    )
     storage_bytes: _Count | None = Field(default=None, description="Of all versions and files together.")
     jobs: _Count | None = Field(default=None, description="Fine-tuning jobs that wait, run or are paused.")
     running_jobs: _AtLeastOne | None = Field(default=None, description="Fine-tuning jobs that run at once.")
@@ -161,6 +169,9 @@ class _Installation(BaseSettings):
             files=10_000,
             storage_bytes=100 << 30,
             jobs=1000,
+            keys=1000,
+            event_streams=100,
+            management_requests_per_minute=1200,
         ),
         description="Limits of tenants that have none of their own, as REFT_LIMITS__REQUESTS_PER_MINUTE and so on. Give "
         "workers the same ones.",

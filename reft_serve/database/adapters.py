@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import ColumnElement, exists, func, or_, select, update
@@ -15,9 +16,13 @@ from reft_serve.database.names import PRODUCTION, check_adapter_name, check_alia
 from reft_serve.errors import Conflict, NotFound, RequestInvalid
 
 __all__ = [
+    "ALIASES_PER_ADAPTER",
+    "SHARES_PER_ADAPTER",
+    "Description",
     "add_version",
     "delete_adapter",
     "delete_version",
+    "describe",
     "find_adapter",
     "find_version",
     "is_used",
@@ -28,9 +33,22 @@ __all__ = [
     "roll_back",
     "set_alias",
     "share",
-    "shared_with",
     "unshare",
 ]
+
+
+ALIASES_PER_ADAPTER = 100
+SHARES_PER_ADAPTER = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """An adapter with what belongs to it. `versions`: the latest first. `shared_with`: names of tenants."""
+
+    adapter: Adapter
+    versions: list[Version]
+    aliases: list[Alias]
+    shared_with: list[str]
 
 
 def may_use(tenant_id: str) -> ColumnElement[bool]:
@@ -40,11 +58,44 @@ def may_use(tenant_id: str) -> ColumnElement[bool]:
     return or_(Adapter.tenant_id == tenant_id, Adapter.id.in_(given) & Adapter.tenant_id.in_(able))
 
 
-async def list_adapters(session: AsyncSession, tenant_id: str, *, shared: bool = False) -> Sequence[Adapter]:
-    """A tenant's own adapters by name; with `shared`, those that it may use, its own first."""
-    mine = Adapter.tenant_id == tenant_id
-    query = select(Adapter).where(may_use(tenant_id) if shared else mine)
-    return (await session.scalars(query.order_by(mine.desc(), Adapter.name, Adapter.id))).unique().all()
+async def list_adapters(
+    session: AsyncSession, tenant_id: str, *, after: str | None = None, limit: int = 100
+) -> tuple[Sequence[Adapter], bool]:
+    """A page of a tenant's own adapters by name, and whether there are more; `after` is the id of the page before's last.
+
+    Raises:
+        NotFound: it has no adapter `after`.
+    """
+    query = select(Adapter).where(Adapter.tenant_id == tenant_id)
+    if after is not None:
+        name = await session.scalar(select(Adapter.name).where(Adapter.id == after, Adapter.tenant_id == tenant_id))
+        if name is None:
+            raise NotFound(f"there is no adapter {after[:80]!r}", "after")
+        query = query.where(Adapter.name > name)
+    found = (await session.scalars(query.order_by(Adapter.name).limit(limit + 1))).all()
+    return found[:limit], len(found) > limit
+
+
+async def describe(session: AsyncSession, found: Sequence[Adapter], versions: int) -> list[Description]:
+    """Each adapter with its latest `versions` versions, its aliases and the tenants that it is shared with, in as many
+    queries for many as for one.
+    """
+    ids = [adapter.id for adapter in found]
+    place = func.row_number().over(partition_by=Version.adapter_id, order_by=Version.number.desc())
+    ranked = select(Version.id, place.label("place")).where(Version.adapter_id.in_(ids)).subquery()
+    latest = select(Version).where(Version.id.in_(select(ranked.c.id).where(ranked.c.place <= versions)))
+    aliases = select(Alias).where(Alias.adapter_id.in_(ids)).order_by(Alias.name)
+    shares = select(Share.adapter_id, Tenant.name).join(Tenant, Tenant.id == Share.tenant_id)
+    described = {adapter.id: Description(adapter, [], [], []) for adapter in found}
+    for version in (await session.scalars(latest.order_by(Version.number.desc()))).all():
+        described[version.adapter_id].versions.append(version)
+    for alias in (await session.scalars(aliases)).all():
+        described[alias.adapter_id].aliases.append(alias)
+    for adapter_id, name in (
+        await session.execute(shares.where(Share.adapter_id.in_(ids)).order_by(Tenant.name))
+    ).all():
+        described[adapter_id].shared_with.append(name)
+    return list(described.values())
 
 
 async def find_adapter(session: AsyncSession, tenant_id: str, name: str) -> Adapter:
@@ -59,9 +110,13 @@ async def find_adapter(session: AsyncSession, tenant_id: str, name: str) -> Adap
     return found
 
 
-async def list_versions(session: AsyncSession, adapter_id: str) -> Sequence[Version]:
-    """The versions of an adapter, the latest first."""
-    query = select(Version).where(Version.adapter_id == adapter_id).order_by(Version.number.desc())
+async def list_versions(
+    session: AsyncSession, adapter_id: str, *, before: int | None = None, limit: int | None = None
+) -> Sequence[Version]:
+    """The versions of an adapter, the latest first; `before`: only those with smaller numbers."""
+    query = select(Version).where(Version.adapter_id == adapter_id).order_by(Version.number.desc()).limit(limit)
+    if before is not None:
+        query = query.where(Version.number < before)
     return (await session.scalars(query)).all()
 
 
@@ -163,6 +218,9 @@ async def set_alias(
         raise RequestInvalid("production takes what the other aliases leave; give them the share", "share")
     alias = await session.get(Alias, (adapter.id, name), with_for_update={"of": Alias})
     if alias is None:
+        count = await session.scalar(select(func.count()).select_from(Alias).where(Alias.adapter_id == adapter.id))
+        if (count or 0) >= ALIASES_PER_ADAPTER:
+            raise Conflict(f"adapter {adapter.name} has {count} aliases, which is the most; delete one first")
         alias = Alias(adapter_id=adapter.id, name=name, version_id=version.id, previous_id=None, share=0.0)
         session.add(alias)
     elif alias.version_id != version.id:
@@ -211,7 +269,7 @@ async def delete_version(session: AsyncSession, version: Version) -> str:
 
 async def delete_adapter(session: AsyncSession, adapter: Adapter) -> set[str]:
     """Remove an adapter with its versions, aliases and shares, and give the digests of the versions."""
-    digests = {version.digest for version in await list_versions(session, adapter.id)}
+    digests = set((await session.scalars(select(Version.digest).where(Version.adapter_id == adapter.id))).all())
     await session.delete(adapter)
     await session.flush()
     return digests
@@ -231,6 +289,9 @@ async def share(session: AsyncSession, adapter: Adapter, tenant: Tenant) -> None
     if tenant.id == adapter.tenant_id:
         raise RequestInvalid("an adapter is not shared with its own tenant", "tenant")
     if await session.get(Share, (adapter.id, tenant.id)) is None:
+        count = await session.scalar(select(func.count()).select_from(Share).where(Share.adapter_id == adapter.id))
+        if (count or 0) >= SHARES_PER_ADAPTER:
+            raise Conflict(f"adapter {adapter.name} is shared with {count} tenants, which is the most")
         session.add(Share(adapter_id=adapter.id, tenant_id=tenant.id))
         await session.flush()
 
@@ -246,9 +307,3 @@ async def unshare(session: AsyncSession, adapter: Adapter, tenant: Tenant) -> No
         raise NotFound(f"adapter {adapter.name} is not shared with {tenant.name}")
     await session.delete(found)
     await session.flush()
-
-
-async def shared_with(session: AsyncSession, adapter_id: str) -> Sequence[str]:
-    """The names of the tenants that an adapter is shared with."""
-    query = select(Tenant.name).join(Share, Share.tenant_id == Tenant.id).where(Share.adapter_id == adapter_id)
-    return (await session.scalars(query.order_by(Tenant.name))).all()

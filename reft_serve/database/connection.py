@@ -9,6 +9,7 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +26,16 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
 from reft_serve.errors import DatabaseUnusable
 
-__all__ = ["CLOSE_SECONDS", "FAILURES", "Database", "check_schema", "migrate", "revision_of"]
+__all__ = [
+    "CLOSE_SECONDS",
+    "FAILURES",
+    "SESSIONS_PER_TENANT",
+    "Database",
+    "check_schema",
+    "database_user",
+    "migrate",
+    "revision_of",
+]
 
 # What a session raises while the database is away, or breaks off: to try again makes sense.
 FAILURES: tuple[type[Exception], ...] = (
@@ -43,6 +53,10 @@ _MIGRATION_LOCK = 0x5EF7
 _TABLE_LOCK_SECONDS = 5
 CLOSE_SECONDS = 5.0
 """How long the end of a process waits for a database that does not answer."""
+SESSIONS_PER_TENANT = 4
+database_user: ContextVar[str | None] = ContextVar("database_user", default=None)
+"""The tenant for which the database is asked; None: this process itself."""
+_has_session: ContextVar[bool] = ContextVar("has_session", default=False)
 _T = TypeVar("_T")
 
 
@@ -62,7 +76,11 @@ class Database:
         """
         self.engine = _engine(url)
         self.is_sqlite = self.engine.dialect.name == "sqlite"
+        # A look-up for inference never waits for a connection that a list has.
+        self._lookups = _engine(url)
+        self._shares: dict[str, _Share] = {}
         options: dict[str, Any] = {"expire_on_commit": False, "autobegin": True}
+        self._lookers = async_sessionmaker(self._lookups, **options)
         self._readers = async_sessionmaker(self.engine, **options)
         self._writers = async_sessionmaker(self.engine.execution_options(reft_writes=True), **options)
         # SQLite takes one writer at a time; to wait here is cheaper than to poll its lock.
@@ -72,24 +90,50 @@ class Database:
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[AsyncSession]:
         """A session for looking only."""
-        async with self._readers() as session:
+        async with self._share(), self._readers() as session:
             yield session
 
     async def read(self, query: Callable[[AsyncSession], Awaitable[_T]]) -> _T:
-        """What `query` finds in a session for looking only. Where its connection is cut it is asked once more, on another."""
+        """What `query` finds in a session for looking only, from a pool of connections that nothing else uses: for short
+        look-ups of requests. Where its connection is cut it is asked once more, on another.
+        """
         try:
-            async with self.reading() as session:
+            async with self._lookers() as session:
                 return await query(session)
         except DBAPIError as exc:
             if not exc.connection_invalidated:
                 raise
-        async with self.reading() as session:
+        async with self._lookers() as session:
             return await query(session)
+
+    @asynccontextmanager
+    async def _share(self) -> AsyncIterator[None]:
+        """Wait until the tenant of this request has fewer than SESSIONS_PER_TENANT sessions. (One within another counts
+        once: it must not wait for itself.)
+        """
+        user = database_user.get()
+        if user is None or _has_session.get():
+            yield
+            return
+        share = self._shares.setdefault(user, _Share())
+        share.users += 1
+        try:
+            async with share.turns:
+                _has_session.set(True)
+                try:
+                    yield
+                finally:
+                    _has_session.set(False)
+        finally:
+            share.users -= 1
+            if not share.users:
+                del self._shares[user]
 
     @asynccontextmanager
     async def writing(self) -> AsyncIterator[AsyncSession]:
         """A session whose changes are committed at the end, all of them or, after an exception, none."""
         async with AsyncExitStack() as stack:
+            await stack.enter_async_context(self._share())
             if self._turn is not None:
                 await stack.enter_async_context(self._turn)
             session = await stack.enter_async_context(self._writers())
@@ -133,9 +177,18 @@ class Database:
             _log.warning("the database's connections could not be closed", exc_info=closing.exception())
 
     async def _close(self) -> None:
+        await self._lookups.dispose()
         await self.engine.dispose()
         if self._thread is not None:
             await self._thread.close()
+
+
+class _Share:
+    """A tenant's part of the connections. `users`: those that hold or await one."""
+
+    def __init__(self) -> None:
+        self.users = 0
+        self.turns = asyncio.Semaphore(SESSIONS_PER_TENANT)
 
 
 class _WriterThread:

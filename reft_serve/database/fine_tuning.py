@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from reft_serve.database.outcomes import FINAL, end, tell
 from reft_serve.errors import Conflict, NotFound, RequestInvalid
 
 __all__ = [
+    "JobState",
     "NewJob",
     "ask",
     "count_jobs",
@@ -25,6 +26,8 @@ __all__ = [
     "list_checkpoints",
     "list_events",
     "list_jobs",
+    "number_of_event",
+    "states_of",
     "unfinished_jobs_of",
 ]
 
@@ -46,6 +49,14 @@ class NewJob:
     metadata_: dict[str, str] = field(default_factory=dict)
     integrations: list[dict[str, Any]] = field(default_factory=list)
     priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class JobState:
+    """A job's status, and the number of its latest event."""
+
+    status: str
+    latest: int
 
 
 async def create_job(session: AsyncSession, tenant: Tenant, key_id: str | None, wanted: NewJob) -> Job:
@@ -175,10 +186,7 @@ async def list_events(
     """
     query = select(Event).where(Event.job_id == job_id)
     if after is not None:
-        last = await session.scalar(select(Event.number).where(Event.job_id == job_id, Event.id == after))
-        if last is None:
-            raise NotFound(f"job {job_id} has no event {after[:80]!r}")
-        query = query.where(Event.number < last)
+        query = query.where(Event.number < await number_of_event(session, job_id, after))
     found = (await session.scalars(query.order_by(Event.number.desc()).limit(limit + 1))).all()
     return found[:limit], len(found) > limit
 
@@ -187,6 +195,25 @@ async def events_since(session: AsyncSession, job_id: str, number: int, limit: i
     """A job's events after that of this number, the oldest first."""
     query = select(Event).where(Event.job_id == job_id, Event.number > number).order_by(Event.number).limit(limit)
     return (await session.scalars(query)).all()
+
+
+async def number_of_event(session: AsyncSession, job_id: str, event_id: str) -> int:
+    """An event's number.
+
+    Raises:
+        NotFound: the job has no such event.
+    """
+    found = await session.scalar(select(Event.number).where(Event.job_id == job_id, Event.id == event_id))
+    if found is None:
+        raise NotFound(f"job {job_id} has no event {event_id[:80]!r}")
+    return found
+
+
+async def states_of(session: AsyncSession, job_ids: Collection[str]) -> dict[str, JobState]:
+    """How jobs stand, those that are there."""
+    latest = select(func.max(Event.number)).where(Event.job_id == Job.id).scalar_subquery()
+    query = select(Job.id, Job.status, func.coalesce(latest, 0)).where(Job.id.in_(job_ids))
+    return {job_id: JobState(status, number) for job_id, status, number in (await session.execute(query)).all()}
 
 
 async def list_checkpoints(

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import select
+from sqlalchemy import ColumnElement, delete, func, or_, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from reft_serve.database.models import Key, Tenant, new_id, now_ms
-from reft_serve.errors import NotAllowed, NotFound, RequestInvalid
+from reft_serve.errors import NotAllowed, NotFound, RateLimited, RequestInvalid
 
 __all__ = [
+    "ENDED_KEYS",
     "MAKERS",
     "ROLES",
     "Principal",
     "Role",
     "Scope",
     "authenticate",
+    "check_count",
     "check_rotation",
     "create_key",
     "digest_of_secret",
@@ -28,6 +30,7 @@ __all__ = [
     "find_key",
     "limits_within",
     "list_keys",
+    "living_keys",
     "own_limits",
     "revoke_key",
     "rotate_key",
@@ -42,6 +45,8 @@ _METRICS: frozenset[Scope] = frozenset({"metrics"})
 ROLES: Mapping[Role, frozenset[Scope]] = {
     "admin": _OWNER | _METRICS | {"admin"}, "owner": _OWNER, "inference": _INFERENCE, "metrics": _METRICS,
 }  # fmt: skip
+# Revoked and expired keys of a tenant that are kept to be listed.
+ENDED_KEYS = 1000
 _START, _SHOWN = "rk-", 9
 # Of a key's column of limits: the name that they are counted under, and the limits of its makers.
 _COUNTED_AS, _WITHIN = "counted_as", "within"
@@ -176,9 +181,51 @@ async def authenticate(session: AsyncSession, digest: str) -> Principal | None:
     )  # fmt: skip
 
 
-async def list_keys(session: AsyncSession, tenant_id: str) -> Sequence[Key]:
-    """A tenant's keys, revoked ones too, the oldest first."""
-    return (await session.scalars(select(Key).where(Key.tenant_id == tenant_id).order_by(Key.created_ms, Key.id))).all()
+async def living_keys(session: AsyncSession, key_ids: Collection[str]) -> set[str]:
+    """Those of these keys that are neither revoked nor expired, and whose tenants are not disabled."""
+    able = select(Tenant.id).where(Tenant.disabled_ms.is_(None))
+    query = select(Key.id).where(Key.id.in_(key_ids), ~_ended(now_ms()), Key.tenant_id.in_(able))
+    return set((await session.scalars(query)).all())
+
+
+async def list_keys(
+    session: AsyncSession, tenant_id: str, *, after: str | None = None, limit: int | None = None
+) -> Sequence[Key]:
+    """A tenant's keys, revoked ones too, the oldest first; `after` is the id that the page before ended with.
+
+    Raises:
+        NotFound: it has no key `after`.
+    """
+    query = select(Key).where(Key.tenant_id == tenant_id).order_by(Key.created_ms, Key.id).limit(limit)
+    if after is not None:
+        last = await find_key(session, tenant_id, after)
+        query = query.where(tuple_(Key.created_ms, Key.id) > tuple_(last.created_ms, last.id))
+    return (await session.scalars(query)).all()
+
+
+async def check_count(session: AsyncSession, tenant: Tenant, most: int | None) -> None:
+    """Whether a tenant may have one more key that is neither revoked nor expired. Of those that are, the oldest beyond
+    ENDED_KEYS are removed.
+
+    Args:
+        session: a writing one.
+        tenant: whose; its row is locked until the transaction ends.
+        most: how many it may have; None: any number.
+
+    Raises:
+        RateLimited: it has that many.
+    """
+    await session.execute(select(Tenant.id).where(Tenant.id == tenant.id).with_for_update())
+    mine, moment = select(Key.id).where(Key.tenant_id == tenant.id), now_ms()
+    alive = await session.scalar(select(func.count()).select_from(mine.where(~_ended(moment)).subquery()))
+    if most is not None and (alive or 0) >= most:
+        raise RateLimited(f"the limit of {most} keys is used up; revoke one first", 60.0)
+    old = mine.where(_ended(moment)).order_by(Key.created_ms.desc(), Key.id.desc()).offset(ENDED_KEYS)
+    await session.execute(delete(Key).where(Key.id.in_((await session.scalars(old.limit(1000))).all())))
+
+
+def _ended(moment: int) -> ColumnElement[bool]:
+    return or_(Key.revoked_ms.is_not(None), (Key.expires_ms.is_not(None)) & (Key.expires_ms <= moment))
 
 
 async def find_key(session: AsyncSession, tenant_id: str, key_id: str) -> Key:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sqlalchemy import ColumnElement, select, tuple_
+from sqlalchemy import ColumnElement, func, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from reft_serve.database.insertion import insert_new
 from reft_serve.database.models import Adapter, Checkpoint, Permission, Tenant, Version, new_id, now_ms
-from reft_serve.errors import NotFound, RequestInvalid
+from reft_serve.errors import Conflict, NotFound, RequestInvalid
 
 __all__ = [
+    "PERMISSIONS_PER_VERSION",
     "delete_permission",
     "find_own_version",
     "give_permissions",
     "is_permitted",
     "list_permissions",
-    "permitted_versions",
 ]
+
+
+PERMISSIONS_PER_VERSION = 1000
 
 
 def is_permitted(tenant_id: str) -> ColumnElement[bool]:
@@ -26,12 +29,6 @@ def is_permitted(tenant_id: str) -> ColumnElement[bool]:
     given = select(Permission.version_id).where(Permission.tenant_id == tenant_id)
     able = select(Adapter.id).join(Tenant, Tenant.id == Adapter.tenant_id).where(Tenant.disabled_ms.is_(None))
     return Version.id.in_(given) & Version.adapter_id.in_(able)
-
-
-async def permitted_versions(session: AsyncSession, tenant_id: str) -> Sequence[Version]:
-    """The versions that were given to the tenant, by name."""
-    query = select(Version).where(is_permitted(tenant_id)).order_by(Version.model_id)
-    return (await session.scalars(query)).all()
 
 
 async def find_own_version(session: AsyncSession, tenant_id: str, name: str) -> Version:
@@ -54,6 +51,7 @@ async def give_permissions(session: AsyncSession, version: Version, tenant_ids: 
     Raises:
         NotFound: one of them does not exist.
         RequestInvalid: one of them owns it.
+        Conflict: it would have more than PERMISSIONS_PER_VERSION permissions.
     """
     wanted = list(dict.fromkeys(tenant_ids))
     found = set((await session.scalars(select(Tenant.id).where(Tenant.id.in_(wanted)))).all())
@@ -62,6 +60,10 @@ async def give_permissions(session: AsyncSession, version: Version, tenant_ids: 
             raise NotFound(f"there is no tenant {tenant_id[:80]!r}", "project_ids")
         if tenant_id == version.adapter.tenant_id:
             raise RequestInvalid("a model is not shared with its own tenant", "project_ids")
+    others = select(func.count()).select_from(Permission).where(Permission.version_id == version.id)
+    count = await session.scalar(others.where(Permission.tenant_id.not_in(wanted))) or 0
+    if count + len(wanted) > PERMISSIONS_PER_VERSION:
+        raise Conflict(f"a model has at most {PERMISSIONS_PER_VERSION} permissions; delete some first")
     rows = [
         {"id": new_id("cp"), "version_id": version.id, "tenant_id": tenant_id, "created_ms": now_ms()}
         for tenant_id in wanted

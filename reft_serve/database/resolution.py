@@ -83,7 +83,7 @@ async def _shared_out(session: AsyncSession, adapter: Adapter) -> Route | None:
     aliases = await list_aliases(session, adapter.id)
     rest = next((alias.version for alias in aliases if alias.name == PRODUCTION), None)
     if rest is None:
-        rest = next(iter(await list_versions(session, adapter.id)), None)
+        rest = next(iter(await list_versions(session, adapter.id, limit=1)), None)
     if rest is None:
         return None
     shares, end = [], 0.0

@@ -50,9 +50,18 @@ async def find_tenant(session: AsyncSession, id_or_name: str) -> Tenant:
     return found
 
 
-async def list_tenants(session: AsyncSession) -> Sequence[Tenant]:
-    """Every tenant, by name."""
-    return (await session.scalars(select(Tenant).order_by(Tenant.name))).all()
+async def list_tenants(
+    session: AsyncSession, *, after: str | None = None, limit: int | None = None
+) -> Sequence[Tenant]:
+    """Tenants by name; `after` is the id that the page before ended with.
+
+    Raises:
+        NotFound: there is no tenant `after`.
+    """
+    query = select(Tenant).order_by(Tenant.name).limit(limit)
+    if after is not None:
+        query = query.where(Tenant.name > (await find_tenant(session, after)).name)
+    return (await session.scalars(query)).all()
 
 
 async def delete_tenant(session: AsyncSession, tenant: Tenant) -> set[str]:

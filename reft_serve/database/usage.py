@@ -15,11 +15,13 @@ from sqlalchemy.orm import InstrumentedAttribute
 
 from reft_serve.database.insertion import insert_new
 from reft_serve.database.models import Admission, Usage, now_ms
+from reft_serve.errors import RequestInvalid
 
-__all__ = ["BUCKETS", "GROUPS", "Ending", "Opening", "Status", "Total", "admit", "recover", "settle", "totals"]
+__all__ = ["BUCKETS", "GROUPS", "ROWS", "Ending", "Opening", "Status", "Total", "admit", "recover", "settle", "totals"]
 
 Status = Literal["completed", "failed", "cancelled", "interrupted"]
 BUCKETS = {"hour": 3_600_000, "day": 86_400_000}
+ROWS = 10_000
 GROUPS = ("tenant", "key", "model", "version", "endpoint", "status")
 _COLUMNS: Mapping[str, InstrumentedAttribute[Any]] = {
     "tenant": Usage.tenant_id,
@@ -122,6 +124,9 @@ async def totals(
         end_ms: the moment after the last.
         bucket: "hour" or "day" (UTC); None for one sum.
         group_by: some of GROUPS.
+
+    Raises:
+        RequestInvalid: there are more than ROWS of them.
     """
     keys: list[Any] = [_COLUMNS[name] for name in group_by]
     if bucket is not None:
@@ -134,7 +139,9 @@ async def totals(
         query = query.where(Usage.tenant_id == tenant_id)
     if keys:
         query = query.group_by(*keys).order_by(*keys)
-    rows = (await session.execute(query)).all()
+    rows = (await session.execute(query.limit(ROWS + 1))).all()
+    if len(rows) > ROWS:
+        raise RequestInvalid(f"this has more than {ROWS} rows: ask for a shorter time, larger buckets or fewer groups")
     return [_total(tuple(row), bucket is not None, group_by) for row in rows]
 
 

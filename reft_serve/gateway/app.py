@@ -27,6 +27,7 @@ from reft_serve.gateway.cors import Cors
 from reft_serve.gateway.edge import Edge
 from reft_serve.gateway.fleet import Fleet
 from reft_serve.gateway.intake import Intake
+from reft_serve.gateway.job_events import Followers
 from reft_serve.gateway.ledger import Ledger
 from reft_serve.gateway.membership import Membership
 from reft_serve.gateway.notifying import Notifier
@@ -101,7 +102,7 @@ async def _running(settings: GatewaySettings) -> AsyncIterator[Services]:
     try:
         yield services
     finally:
-        services.draining = True
+        services.drain()
         recovering.cancel()
         tending.cancel()
         await services.finish(settings.drain_seconds)
@@ -121,6 +122,7 @@ def _services(settings: GatewaySettings, database: Database) -> Services:
         Ledger(database), Quotas(settings.limits, settings.limits_storage, names),
         Directory(database, settings.base_model, settings.cache_seconds), names,
         BlobStore(settings.blobs_url), Notifier(database, settings), Intake(settings),
+        Followers(database, settings.limits),
     )  # fmt: skip
 
 

@@ -55,6 +55,7 @@ BODY_BYTES_PER_SECOND = 32 << 10
 """The least rate at which a body may arrive once `REFT_BODY_SECONDS` are over."""
 UPLOAD_SECONDS = 3600.0
 """The longest that an upload may take to arrive."""
+_NOT_MANAGEMENT = frozenset({"inference", "metrics"})
 _STEP = 1 << 20
 _GONE = 499
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
@@ -71,6 +72,7 @@ class BoundedRoute(APIRoute):
         """Check, read and call the function."""
         handle = self.make_handler()
         scopes = list(_scopes_of(self.dependant))
+        is_management = all(_NOT_MANAGEMENT.isdisjoint(required.scopes) for required in scopes)
         takes_body, takes_form = bool(self.dependant.body_params), _takes_form(self.dependant)
 
         async def bounded(request: Request) -> Response:
@@ -82,6 +84,8 @@ class BoundedRoute(APIRoute):
             if caller is None:
                 return await handle(request)
             services: Services = request.app.state.services
+            if is_management:
+                await services.quotas.take_management(caller)
             body = _Body(services, request, caller.tenant_id)
             await body.take(services.intake.requests, 1)
             try:

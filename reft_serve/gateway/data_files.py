@@ -65,7 +65,7 @@ async def take(
     try:
         return await _written(services, caller, actor, upload, file_id, facts)
     except BaseException:
-        services.later(_give_up(services, file_id))
+        services.later(_give_up(services, file_id), caller.tenant_id)
         raise
 
 

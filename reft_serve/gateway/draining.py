@@ -84,7 +84,7 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
         services = getattr(self._state, "services", None)
         if services is not None and first and sig == signal.SIGTERM:
-            services.draining = True
+            services.drain()
             self._ends = time.monotonic() + self._notice_seconds
             self.should_exit = self._notice_seconds == 0
 

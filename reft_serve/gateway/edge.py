@@ -15,6 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from reft_serve import errors
+from reft_serve.database.connection import database_user
 from reft_serve.database.keys import Principal
 from reft_serve.gateway.answers import answer
 from reft_serve.gateway.services import Services
@@ -72,7 +73,8 @@ class Edge:
     ) -> None:
         try:
             if scope["path"] not in OPEN_PATHS:
-                scope["state"]["caller"] = await _authenticate(services, headers)
+                caller = scope["state"]["caller"] = await _authenticate(services, headers)
+                database_user.set(caller.tenant_id)
         except errors.ReftError as exc:
             await answer(exc)(scope, receive, send)
             return

@@ -59,7 +59,7 @@ async def publish(services: Services, caller: Principal, actor: audit.Actor, upl
             await _load(services, upload.name, digest)
             return await _record(services, caller, actor, upload, digest, size, manifest)
         except BaseException:
-            services.later(retire(services, [digest]))
+            services.later(retire(services, [digest]), caller.tenant_id)
             raise
 
 

@@ -95,9 +95,7 @@ class Quotas:
             DatabaseUnusable: the limits cannot be counted.
         """
         await self._watch_clock()
-        holders = [("tenant", caller.tenant_id, limits_of(self._defaults, caller.limits))]
-        for counter, own in caller.counters:
-            holders.append(("key", counter, limits_of(TenantLimits(), own)))
+        holders = self._holders(caller)
         leases: list[tuple[tuple[str, str], str]] = []
         try:
             for kind, name, limits in holders:
@@ -172,16 +170,35 @@ class Quotas:
             RateLimited: it has been used so often in the last minute.
             DatabaseUnusable: the limits cannot be counted.
         """
-        item = RateLimitItemPerMinute(most, namespace=f"reft-{what}")
-        holder = ("tenant", caller.tenant_id)
+        await self._hit(caller, ("tenant", caller.tenant_id), what, most)
+
+    async def take_management(self, caller: Principal) -> None:
+        """Count a request that is not inference. Those of admins are not limited.
+
+        Raises:
+            RateLimited: the tenant or the key has made as many as it may in the last minute.
+            DatabaseUnusable: the limits cannot be counted.
+        """
+        if "admin" in caller.scopes:
+            return
+        for kind, name, limits in self._holders(caller):
+            if limits.management_requests_per_minute is not None:
+                await self._hit(caller, (kind, name), "management requests", limits.management_requests_per_minute)
+
+    async def _hit(self, caller: Principal, holder: tuple[str, str], what: str, most: int) -> None:
+        label = what.replace(" ", "_")
+        item = RateLimitItemPerMinute(most, namespace=f"reft-{label}")
         try:
             if not await self._requests.hit(item, *holder):
                 stats = await self._requests.get_window_stats(item, *holder)
-                raise self._limited(
-                    caller, what.replace(" ", "_"), f"{most} {what} per minute", _until(stats.reset_time)
-                )
+                raise self._limited(caller, label, f"{most} {what} per minute", _until(stats.reset_time))
         except StorageError as exc:
             raise DatabaseUnusable("Usage limits cannot be checked right now; try again") from exc
+
+    def _holders(self, caller: Principal) -> list[tuple[str, str, TenantLimits]]:
+        holders = [("tenant", caller.tenant_id, limits_of(self._defaults, caller.limits))]
+        holders += [("key", counter, limits_of(TenantLimits(), own)) for counter, own in caller.counters]
+        return holders
 
     async def settle(self, spending: Spending, tokens: int) -> None:
         """Let the buckets hold what was used instead of what was estimated. If the minute has ended, what was used beyond the

@@ -45,7 +45,7 @@ _Seconds = Annotated[int, Field(ge=0, le=10**11), WHOLE]
 
 
 class ListOf(BaseModel, Generic[T]):
-    """A list, whole."""
+    """A list, or a page of one: if `has_more`, ask for the next with `after`, the last id of this page."""
 
     object: Literal["list"] = "list"
     data: list[T]
@@ -117,7 +117,7 @@ class AliasIn(RequestModel):
 
 
 class AdapterOut(BaseModel):
-    """An adapter with all it has."""
+    """An adapter with its latest versions, the latest first; the others are listed by its `/versions`."""
 
     object: Literal["adapter"] = "adapter"
     id: str

@@ -6,7 +6,9 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Coroutine
+from collections import Counter
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -22,15 +24,17 @@ from reft_serve.database.resolution import Route, Target, resolve
 from reft_serve.errors import ModelNotFound
 from reft_serve.gateway.fleet import Fleet
 from reft_serve.gateway.intake import Intake
+from reft_serve.gateway.job_events import Followers
 from reft_serve.gateway.ledger import Ledger
 from reft_serve.gateway.notifying import Notifier
 from reft_serve.gateway.quarantine import Quarantine
 from reft_serve.gateway.quotas import Quotas
 from reft_serve.observability import BoundedNames
 
-__all__ = ["Directory", "Services", "services_of"]
+__all__ = ["BACKGROUND_PER_TENANT", "Directory", "Services", "services_of"]
 
 _log = logging.getLogger(__name__)
+BACKGROUND_PER_TENANT = 2
 _REMEMBERED = 50_000
 _K = TypeVar("_K")
 _V = TypeVar("_V")
@@ -103,26 +107,48 @@ class Services:
     blobs: BlobStore
     notifier: Notifier
     intake: Intake
+    followers: Followers
     # How many large data files are checked at once: each takes a core for as long as it lasts.
     checking: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
     quarantine: Quarantine = field(default_factory=Quarantine)
     draining: bool = False
-    # Streams of jobs' events that are open.
-    followers: int = 0
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    _turns: dict[str, asyncio.Semaphore] = field(default_factory=dict)
+    _waiting: Counter[str] = field(default_factory=Counter)
 
-    def later(self, work: Coroutine[Any, Any, None]) -> None:
-        """Do this besides; `finish` waits for it."""
+    def drain(self) -> None:
+        """Say that this process is about to end: it is not ready, and its streams of events end."""
+        self.draining = True
+        self.followers.close()
+
+    def later(self, work: Coroutine[Any, Any, None], tenant_id: str | None = None) -> None:
+        """Do this besides; `finish` waits for it. Of one tenant's, BACKGROUND_PER_TENANT are done at once."""
 
         async def guarded() -> None:
             try:
-                await work
+                if tenant_id is None:
+                    await work
+                else:
+                    async with self._turn(tenant_id):
+                        await work
             except Exception:
                 _log.exception("work in the background failed")
 
         task = asyncio.create_task(guarded())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    @asynccontextmanager
+    async def _turn(self, tenant_id: str) -> AsyncIterator[None]:
+        self._waiting[tenant_id] += 1
+        turns = self._turns.setdefault(tenant_id, asyncio.Semaphore(BACKGROUND_PER_TENANT))
+        try:
+            async with turns:
+                yield
+        finally:
+            self._waiting[tenant_id] -= 1
+            if not self._waiting[tenant_id]:
+                del self._waiting[tenant_id], self._turns[tenant_id]
 
     async def finish(self, patience: float) -> None:
         """Wait for work in the background, at most `patience` seconds."""

@@ -70,7 +70,7 @@ def test_a_jobs_life_is_the_same_on_both(tmp_path: Path, url: str) -> None:
         data = upload(owner)
         assert [file.id for file in owner.openai.files.list(limit=1, order="asc")] == [data.id]
         webhook = owner.openai.webhooks.create(
-            name="w", url="https://localhost:1/", event_types=["fine_tuning.job.succeeded"]
+            name="w", url="https://localhost:1025/", event_types=["fine_tuning.job.succeeded"]
         )
         made = [
             fine_tuning.jobs.create(model="base", training_file=data.id, suffix="birds", metadata={'k"[]': str(k)})

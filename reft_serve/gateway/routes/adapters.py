@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path as FilePath
 from typing import IO, Annotated
 
-from fastapi import APIRouter, Depends, File, Form, Path, Request, UploadFile
+from fastapi import APIRouter, Depends, File, Form, Path, Query, Request, UploadFile
 from fastapi.responses import StreamingResponse
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -27,7 +27,11 @@ from reft_serve.gateway.routes.actors import actor_of
 from reft_serve.gateway.schemas import AdapterOut, AliasIn, AliasOut, Deleted, ListOf, VersionOut
 from reft_serve.gateway.services import Services, services_of
 
-__all__ = ["router"]
+__all__ = ["ADAPTERS_PER_PAGE", "VERSIONS_SHOWN", "router"]
+
+ADAPTERS_PER_PAGE = 100
+VERSIONS_SHOWN = 50
+_AFTER = "The last id of the page before."
 
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"], route_class=BoundedRoute)
 _Caller = Annotated[Principal, Depends(requires("adapters"))]
@@ -86,18 +90,24 @@ async def upload(
 
 
 @router.get("")
-async def list_all(caller: _Caller, services: _Services) -> ListOf[AdapterOut]:
-    """The caller's own adapters."""
+async def list_all(
+    caller: _Caller,
+    services: _Services,
+    after: Annotated[str | None, Query(pattern=r"^adp_[0-9a-f]{24}$", description=_AFTER)] = None,
+    limit: Annotated[int, Query(ge=1, le=ADAPTERS_PER_PAGE)] = ADAPTERS_PER_PAGE,
+) -> ListOf[AdapterOut]:
+    """The caller's own adapters by name, each with its latest versions."""
     async with services.database.reading() as session:
-        mine = await adapters.list_adapters(session, caller.tenant_id)
-        return ListOf(data=[await _out(session, adapter) for adapter in mine])
+        mine, more = await adapters.list_adapters(session, caller.tenant_id, after=after, limit=limit)
+        described = await adapters.describe(session, mine, VERSIONS_SHOWN)
+    return ListOf(data=[_out(each) for each in described], has_more=more)
 
 
 @router.get("/{name}")
 async def get(name: _Name, caller: _Caller, services: _Services) -> AdapterOut:
-    """One adapter with its versions and aliases."""
+    """One adapter with its latest versions and its aliases."""
     async with services.database.reading() as session:
-        return await _out(session, await adapters.find_adapter(session, caller.tenant_id, name))
+        return await _described(session, await adapters.find_adapter(session, caller.tenant_id, name))
 
 
 @router.delete("/{name}")
@@ -108,8 +118,23 @@ async def delete(name: _Name, request: Request, caller: _Caller, services: _Serv
         digests = await adapters.delete_adapter(session, adapter)
         audit.record(session, actor_of(request), "adapter.delete", name, caller.tenant_id)
     services.directory.forget()
-    services.later(publishing.retire(services, digests))
+    services.later(publishing.retire(services, digests), caller.tenant_id)
     return Deleted(id=name, object="adapter")
+
+
+@router.get("/{name}/versions")
+async def list_versions(
+    name: _Name,
+    caller: _Caller,
+    services: _Services,
+    after: Annotated[int | None, Query(ge=1, lt=1 << 31, description="The last version of the page before.")] = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+) -> ListOf[VersionOut]:
+    """The versions of an adapter, the latest first."""
+    async with services.database.reading() as session:
+        adapter = await adapters.find_adapter(session, caller.tenant_id, name)
+        found = await adapters.list_versions(session, adapter.id, before=after, limit=limit + 1)
+    return ListOf(data=[VersionOut.of(version) for version in found[:limit]], has_more=len(found) > limit)
 
 
 @router.get("/{name}/versions/{version}")
@@ -132,7 +157,7 @@ async def delete_version(
         digest = await adapters.delete_version(session, found)
         audit.record(session, actor_of(request), "version.delete", label, caller.tenant_id, digest=digest)
     services.directory.forget()
-    services.later(publishing.retire(services, [digest]))
+    services.later(publishing.retire(services, [digest]), caller.tenant_id)
     return Deleted(id=label, object="adapter.version")
 
 
@@ -205,7 +230,7 @@ async def put_share(name: _Name, tenant: _Tenant, request: Request, caller: _Cal
         other = await find_tenant(session, tenant)
         await adapters.share(session, adapter, other)
         audit.record(session, actor_of(request), "adapter.share", name, caller.tenant_id, tenant=other.id)
-        found = await _out(session, adapter)
+        found = await _described(session, adapter)
     services.directory.forget()
     return found
 
@@ -222,12 +247,16 @@ async def delete_share(name: _Name, tenant: _Tenant, request: Request, caller: _
     return Deleted(id=f"{name}:{tenant}", object="adapter.share")
 
 
-async def _out(session: AsyncSession, adapter: Adapter) -> AdapterOut:
+async def _described(session: AsyncSession, adapter: Adapter) -> AdapterOut:
+    return _out((await adapters.describe(session, [adapter], VERSIONS_SHOWN))[0])
+
+
+def _out(described: adapters.Description) -> AdapterOut:
+    adapter = described.adapter
     return AdapterOut(
         id=adapter.id, name=adapter.name, created_at=adapter.created_ms // 1000,
-        versions=[VersionOut.of(version) for version in await adapters.list_versions(session, adapter.id)],
-        aliases=[AliasOut.of(alias) for alias in await adapters.list_aliases(session, adapter.id)],
-        shared_with=list(await adapters.shared_with(session, adapter.id)),
+        versions=[VersionOut.of(version) for version in described.versions],
+        aliases=[AliasOut.of(alias) for alias in described.aliases], shared_with=described.shared_with,
     )  # fmt: skip
 
 

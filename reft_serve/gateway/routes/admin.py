@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Path, Request
+from fastapi import APIRouter, Depends, Path, Query, Request
 
 from reft_serve.database import audit, tenants
 from reft_serve.database.models import now_ms
@@ -53,10 +53,17 @@ async def create_tenant(body: TenantIn, request: Request, services: _Services) -
 
 
 @router.get("/tenants")
-async def list_tenants(services: _Services) -> ListOf[TenantOut]:
-    """Every tenant."""
+async def list_tenants(
+    services: _Services,
+    after: Annotated[
+        str | None, Query(pattern=r"^tnt_[0-9a-f]{24}$", description="The last id of the page before.")
+    ] = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 1000,
+) -> ListOf[TenantOut]:
+    """Tenants by name."""
     async with services.database.reading() as session:
-        return ListOf(data=[TenantOut.of(tenant) for tenant in await tenants.list_tenants(session)])
+        found = await tenants.list_tenants(session, after=after, limit=limit + 1)
+    return ListOf(data=[TenantOut.of(tenant) for tenant in found[:limit]], has_more=len(found) > limit)
 
 
 @router.get("/tenants/{tenant}")
@@ -93,7 +100,7 @@ async def delete_tenant(tenant: _Tenant, request: Request, services: _Services) 
         digests = await tenants.delete_tenant(session, found)
         audit.record(session, actor_of(request), "tenant.delete", found.name, found.id)
     services.directory.forget()
-    services.later(retire(services, digests))
+    services.later(retire(services, digests), found.id)
     return Deleted(id=found.id, object="tenant")
 
 

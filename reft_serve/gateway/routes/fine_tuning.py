@@ -13,7 +13,6 @@ from reft_serve.errors import RequestInvalid
 from reft_serve.gateway import ordering
 from reft_serve.gateway.bounded_route import BoundedRoute
 from reft_serve.gateway.edge import requires
-from reft_serve.gateway.job_events import followed
 from reft_serve.gateway.job_schemas import CheckpointOut, EventOut, JobIn, JobOut, Page
 from reft_serve.gateway.routes.actors import actor_of
 from reft_serve.gateway.services import Services, services_of
@@ -104,7 +103,7 @@ async def events(
         if not stream:
             page, more = await fine_tuning.list_events(session, found.id, after=after, limit=limit)
             return Page.of([EventOut.of(event) for event in page], more)
-    answer: Response = await followed(services, found.id, after)
+    answer: Response = await services.followers.follow(caller, found.id, after)
     return answer  # type: ignore[return-value]
 
 

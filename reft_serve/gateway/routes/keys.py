@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Path, Request
+from fastapi import APIRouter, Depends, Path, Query, Request
 from pydantic import Field
 
 from reft_serve.database import audit, keys
@@ -23,7 +23,8 @@ __all__ = ["make_key", "router"]
 router = APIRouter(prefix="/v1", tags=["keys"], route_class=BoundedRoute)
 _Caller = Annotated[Principal, Depends(requires("keys"))]
 _Services = Annotated[Services, Depends(services_of)]
-_Key = Annotated[str, Path(pattern=r"^key_[0-9a-f]{24}$")]
+_ID = r"^key_[0-9a-f]{24}$"
+_Key = Annotated[str, Path(pattern=_ID)]
 
 
 @router.get("/tenant")
@@ -47,11 +48,16 @@ async def create(body: KeyIn, request: Request, caller: _Caller, services: _Serv
 
 
 @router.get("/keys")
-async def list_all(caller: _Caller, services: _Services) -> ListOf[KeyOut]:
-    """The tenant's keys, without their secrets."""
+async def list_all(
+    caller: _Caller,
+    services: _Services,
+    after: Annotated[str | None, Query(pattern=_ID, description="The last id of the page before.")] = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+) -> ListOf[KeyOut]:
+    """The tenant's keys, the oldest first, without their secrets."""
     async with services.database.reading() as session:
-        found = await keys.list_keys(session, caller.tenant_id)
-    return ListOf(data=[KeyOut(**KeyOut.fields_of(key)) for key in found])
+        found = await keys.list_keys(session, caller.tenant_id, after=after, limit=limit + 1)
+    return ListOf(data=[KeyOut(**KeyOut.fields_of(key)) for key in found[:limit]], has_more=len(found) > limit)
 
 
 @router.delete("/keys/{key}")
@@ -82,6 +88,9 @@ async def rotate(
         _check_rank(caller, old.role)
         _check_scopes(caller, keys.scopes_of(old.role, old.scopes))  # type: ignore[arg-type]
         keys.check_rotation(caller, old)
+        if overlap_seconds:  # else the new key takes the place of the old one
+            most = services.settings.limits.merged(caller.limits).keys
+            await keys.check_count(session, old.tenant, most)
         new, secret = await keys.rotate_key(session, old, overlap_seconds)
         audit.record(session, actor_of(request), "key.rotate", key, caller.tenant_id, new=new.id)
     services.directory.forget()
@@ -98,6 +107,7 @@ async def make_key(services: Services, request: Request, caller: Principal, tena
             _check_scopes(caller, keys.scopes_of(body.role, body.scopes))
             expires_ms = keys.end_within(caller, expires_ms)
             limits = keys.limits_within(caller, limits)
+        await keys.check_count(session, owner, services.settings.limits.merged(owner.limits).keys)
         key, secret = await keys.create_key(session, owner, body.role, body.name, body.scopes, expires_ms, limits)
         audit.record(session, actor_of(request), "key.create", key.id, owner.id, role=body.role, name=body.name)
     return NewKeyOut(secret=secret, **KeyOut.fields_of(key))

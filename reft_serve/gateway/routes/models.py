@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Query, Request
 
-from reft_serve.database import adapters, audit, permissions
+from reft_serve.database import adapters, audit, listing
 from reft_serve.database.keys import Principal
 from reft_serve.database.models import Adapter, Version
 from reft_serve.errors import ModelNotFound, NotAllowed
@@ -17,7 +17,10 @@ from reft_serve.gateway.routes.actors import actor_of
 from reft_serve.gateway.schemas import Deleted, ListOf, ModelOut
 from reft_serve.gateway.services import Services, services_of
 
-__all__ = ["router"]
+__all__ = ["MODELS_PER_PAGE", "router"]
+
+MODELS_PER_PAGE = 1000
+_AFTER = "The last id of the page before."
 
 router = APIRouter(prefix="/v1/models", tags=["models"], route_class=BoundedRoute)
 _Caller = Annotated[Principal, Depends(requires("models"))]
@@ -25,21 +28,21 @@ _Services = Annotated[Services, Depends(services_of)]
 
 
 @router.get("")
-async def list_models(caller: _Caller, services: _Services) -> ListOf[ModelOut]:
-    """The base model, the caller's adapters, and what is shared with it."""
-    found = [_base(services)]
+async def list_models(
+    caller: _Caller,
+    services: _Services,
+    after: Annotated[str | None, Query(max_length=400, pattern=r"^[^\x00]+$", description=_AFTER)] = None,
+    limit: Annotated[int, Query(ge=1, le=MODELS_PER_PAGE)] = MODELS_PER_PAGE,
+) -> ListOf[ModelOut]:
+    """The base model, then every name of the caller's adapters and of those that are shared with it."""
+    base = _base(services)
+    found = [base] if after is None else []
     async with services.database.reading() as session:
-        for adapter in await adapters.list_adapters(session, caller.tenant_id, shared=True):
-            name = _public(adapter, caller)
-            found.append(_model(name, adapter.created_ms, adapter))
-            for alias in await adapters.list_aliases(session, adapter.id):
-                found.append(_model(f"{name}@{alias.name}", alias.changed_ms, adapter))
-            if adapter.tenant_id == caller.tenant_id:
-                versions = await adapters.list_versions(session, adapter.id)
-                found += [_model(version.model_id, version.created_ms, adapter) for version in versions]
-        given = await permissions.permitted_versions(session, caller.tenant_id)
-        found += [_model(version.model_id, version.created_ms, version.adapter) for version in given]
-    return ListOf(data=found)
+        names, more = await listing.list_models(
+            session, caller.tenant_id, after=None if after == base.id else after, limit=limit - len(found)
+        )
+    found += [ModelOut(id=each.name, created=each.created_ms // 1000, owned_by=each.owner) for each in names]
+    return ListOf(data=found, has_more=more)
 
 
 @router.get("/{model:path}")
@@ -77,16 +80,12 @@ async def delete_model(model: str, request: Request, caller: _Caller, services: 
         what = "adapter.delete" if whole else "version.delete"
         audit.record(session, actor_of(request), what, model[:255], caller.tenant_id)
     services.directory.forget()
-    services.later(retire(services, digests))
+    services.later(retire(services, digests), caller.tenant_id)
     return Deleted(id=model, object="model")
 
 
 def _base(services: Services) -> ModelOut:
     return ModelOut(id=services.settings.base_model, created=0, owned_by="reft-serve")
-
-
-def _public(adapter: Adapter, caller: Principal) -> str:
-    return adapter.name if adapter.tenant_id == caller.tenant_id else f"{adapter.tenant.name}/{adapter.name}"
 
 
 def _model(name: str, created_ms: int, adapter: Adapter) -> ModelOut:

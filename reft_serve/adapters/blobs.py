@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar
 
-from reft_serve.adapters.files import Aside, sweep_asides, sync_path
+from reft_serve.adapters.files import Aside, probe_writes, sweep_asides, sync_path
 from reft_serve.errors import BlobMissing, RequestTooLarge, StoreUnusable
 
 __all__ = ["Blob", "BlobStore", "Written"]
@@ -73,6 +73,14 @@ class BlobStore:
 
         await self.write(key, nothing(), 16)
         await self.delete(key)
+
+    async def probe(self) -> None:
+        """Write some bytes into a directory and remove them. (Nothing of S3, where each request costs something.)
+
+        Raises:
+            StoreUnusable: it cannot be written to.
+        """
+        await self._do(self._place.probe)
 
     async def write(self, key: str, chunks: AsyncIterator[bytes], max_bytes: int) -> Written:
         """Put what comes under a key, in the place of what was there. After an exception everything is as it was.
@@ -192,6 +200,8 @@ class _Place(Protocol):
 
     def sweep(self) -> None: ...
 
+    def probe(self) -> None: ...
+
 
 class _Directory:
     """A directory of this machine, or one that several machines share."""
@@ -236,6 +246,9 @@ class _Directory:
 
     def sweep(self) -> None:
         sweep_asides(self._asides)
+
+    def probe(self) -> None:
+        probe_writes(self._asides)
 
 
 class _File:
@@ -292,6 +305,9 @@ class _Bucket:
 
     def sweep(self) -> None:
         """Nothing: what a dead process has begun can be seen by nobody."""
+
+    def probe(self) -> None:
+        """Nothing."""
 
 
 class _Multipart:

@@ -15,7 +15,20 @@ from typing import BinaryIO, Self
 
 from reft_serve.errors import AdapterExists, AdapterInvalid
 
-__all__ = ["Aside", "open_plain", "read_plain", "sweep_asides", "sync_path", "write_directory"]
+__all__ = [
+    "NO_SPACE",
+    "Aside",
+    "open_plain",
+    "probe_writes",
+    "read_plain",
+    "sweep_asides",
+    "sync_path",
+    "write_directory",
+]
+
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS})
+"""The errors of a disk that takes no more bytes."""
+_PROBE_BYTES = 4096
 
 
 @contextmanager
@@ -131,6 +144,18 @@ class Aside:
         _remove(self.path)
         os.close(self._descriptor)
         self._descriptor = -1
+
+
+def probe_writes(folder: Path) -> None:
+    """Write some bytes into a new file of a folder, and remove it. Raises OSError if that cannot be done."""
+    aside = Aside.file(folder)
+    try:
+        with open(aside.path, "wb") as file:
+            file.write(b"\0" * _PROBE_BYTES)
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        aside.remove()
 
 
 def sweep_asides(folder: Path) -> None:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from reft_serve.adapters.digest import digest_of_directory
-from reft_serve.adapters.files import Aside, sweep_asides, sync_path
+from reft_serve.adapters.files import NO_SPACE, Aside, probe_writes, sweep_asides, sync_path
 from reft_serve.errors import StoreUnusable
 
 __all__ = ["AdapterStore"]
@@ -29,21 +29,36 @@ class AdapterStore:
     def __init__(self, root: Path) -> None:
         self.root = root.expanduser().resolve()
         self._staging = self.root / ".staging"
+        self._probes = self.root / ".probes"
 
     def check(self) -> None:
-        """Raise StoreUnusable where it cannot be written to."""
-        with self.staging():
-            pass
+        """Write some bytes and remove them.
+
+        Raises:
+            StoreUnusable: it cannot be written to.
+        """
+        try:
+            probe_writes(self._probes)
+        except OSError as exc:
+            raise StoreUnusable(f"the adapter store cannot be written to ({exc.strerror})") from exc
 
     @contextmanager
     def staging(self) -> Iterator[Path]:
-        """A new directory of the store's file system to put a version's files in; removed at the end."""
+        """A new directory of the store's file system to put a version's files in; removed at the end.
+
+        Raises:
+            StoreUnusable: the disk is full or cannot be written to, now or within the block.
+        """
         try:
             aside = Aside.directory(self._staging)
         except OSError as exc:
             raise StoreUnusable(f"the adapter store cannot be written to ({exc.strerror})") from exc
         try:
             yield aside.path
+        except OSError as exc:
+            if exc.errno in NO_SPACE:
+                raise StoreUnusable(f"the adapter store cannot be written to ({exc.strerror})") from exc
+            raise
         finally:
             aside.remove()
 
@@ -90,8 +105,8 @@ class AdapterStore:
     def remove(self, digest: str) -> None:
         """Remove a version; one that is not there is no fault."""
         aside = self._staging / secrets.token_hex(12)
-        aside.parent.mkdir(parents=True, exist_ok=True)
         try:
+            aside.parent.mkdir(parents=True, exist_ok=True)
             os.rename(self.path(digest), aside)
         except FileNotFoundError:
             return
@@ -113,3 +128,4 @@ class AdapterStore:
     def sweep(self) -> None:
         """Remove what processes that died left half written, or half removed."""
         sweep_asides(self._staging)
+        sweep_asides(self._probes)

@@ -5,6 +5,7 @@ A gateway that dies leaves admissions behind; `recover` turns them into usage ro
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -17,7 +18,20 @@ from reft_serve.database.insertion import insert_new
 from reft_serve.database.models import Admission, Usage, now_ms
 from reft_serve.errors import RequestInvalid
 
-__all__ = ["BUCKETS", "GROUPS", "ROWS", "Ending", "Opening", "Status", "Total", "admit", "recover", "settle", "totals"]
+__all__ = [
+    "BUCKETS",
+    "GROUPS",
+    "ROWS",
+    "Ending",
+    "Opening",
+    "Status",
+    "Total",
+    "admit",
+    "probe",
+    "recover",
+    "settle",
+    "totals",
+]
 
 Status = Literal["completed", "failed", "cancelled", "interrupted"]
 BUCKETS = {"hour": 3_600_000, "day": 86_400_000}
@@ -88,6 +102,13 @@ def settle(connection: Connection, endings: Sequence[Ending], admitted: Collecti
     done = [ending.opening.request_id for ending in endings] if admitted is None else list(admitted)
     if done:
         connection.execute(delete(Admission).where(Admission.request_id.in_(done)))
+
+
+def probe(connection: Connection, gateway: str) -> None:
+    """Write what every request needs to write, and take it back in the same transaction."""
+    opening = Opening(f"probe_{secrets.token_hex(12)}", gateway, "", "", "probe", "", None, now_ms())
+    admit(connection, [opening])
+    connection.execute(delete(Admission).where(Admission.request_id == opening.request_id))
 
 
 def recover(connection: Connection, gateway: str, older_than_ms: int) -> int:

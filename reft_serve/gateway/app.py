@@ -21,7 +21,7 @@ from reft_serve.config import GatewaySettings
 from reft_serve.database import usage
 from reft_serve.database.connection import Database, check_schema, migrate
 from reft_serve.database.models import now_ms
-from reft_serve.errors import ReftError
+from reft_serve.errors import DatabaseUnusable, ReftError, StoreUnusable
 from reft_serve.gateway import answers, upkeep
 from reft_serve.gateway.cors import Cors
 from reft_serve.gateway.edge import Edge
@@ -49,6 +49,7 @@ from reft_serve.gateway.routes import (
 from reft_serve.gateway.routes import usage as usage_routes
 from reft_serve.gateway.services import Directory, Services
 from reft_serve.gateway.tracing import configure_tracing
+from reft_serve.gateway.write_probe import WriteProbe
 from reft_serve.observability import BoundedNames
 
 __all__ = ["create_app"]
@@ -96,6 +97,7 @@ async def _running(settings: GatewaySettings) -> AsyncIterator[Services]:
     await _recover(services, first=True)
     services.ledger.start()
     services.notifier.start()
+    services.write_probe.start()
     await services.fleet.start()
     recovering = asyncio.create_task(_recover_forever(services))
     tending = asyncio.create_task(upkeep.tend_forever(services))
@@ -107,6 +109,7 @@ async def _running(settings: GatewaySettings) -> AsyncIterator[Services]:
         tending.cancel()
         await services.finish(settings.drain_seconds)
         await services.notifier.close()
+        await services.write_probe.close()
         await services.ledger.close()
         await services.quotas.close()
         await services.fleet.close()
@@ -116,14 +119,31 @@ async def _running(settings: GatewaySettings) -> AsyncIterator[Services]:
 def _services(settings: GatewaySettings, database: Database) -> Services:
     key = settings.engine_key.get_secret_value() if settings.engine_key else None
     members, names = Membership(settings.engine_urls, key), BoundedNames(settings.named_labels)
+    store, blobs = AdapterStore(settings.store), BlobStore(settings.blobs_url)
     return Services(
-        settings, database, AdapterStore(settings.store),
+        settings, database, store,
         Fleet(members, settings.in_flight_per_engine, settings.queue_seconds, settings.probe_seconds),
         Ledger(database), Quotas(settings.limits, settings.limits_storage, names),
         Directory(database, settings.base_model, settings.cache_seconds), names,
-        BlobStore(settings.blobs_url), Notifier(database, settings), Intake(settings),
-        Followers(database, settings.limits),
+        blobs, Notifier(database, settings), Intake(settings),
+        Followers(database, settings.limits), _write_probe(settings, database, store, blobs),
     )  # fmt: skip
+
+
+def _write_probe(settings: GatewaySettings, database: Database, store: AdapterStore, blobs: BlobStore) -> WriteProbe:
+    async def write_row() -> None:
+        await database.commit(lambda connection: usage.probe(connection, settings.gateway_name))
+
+    return WriteProbe(
+        {
+            "the database": (write_row, DatabaseUnusable("The database cannot be written to")),
+            "the adapter store": (
+                lambda: asyncio.to_thread(store.check),
+                StoreUnusable("The adapter store cannot be written to"),
+            ),
+            "the file store": (blobs.probe, StoreUnusable("The file store cannot be written to")),
+        }
+    )
 
 
 async def _recover(services: Services, *, first: bool) -> None:

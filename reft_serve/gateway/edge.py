@@ -15,6 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from reft_serve import errors
+from reft_serve.adapters.files import NO_SPACE
 from reft_serve.database.connection import database_user
 from reft_serve.database.keys import Principal
 from reft_serve.gateway.answers import answer
@@ -97,6 +98,9 @@ def _last_resort(exc: Exception) -> Any:
     if isinstance(exc, (SQLAlchemyError, ConnectionError)):
         _log.error("the database failed", exc_info=exc)
         return answer(errors.DatabaseUnusable("the database does not answer; try again"))
+    if isinstance(exc, OSError) and exc.errno in NO_SPACE:
+        _log.error("the disk takes nothing", exc_info=exc)
+        return answer(errors.StoreUnusable("The gateway's disk cannot be written to; try again"))
     _log.error("a request failed", exc_info=exc)
     return answer(errors.ServiceError("something went wrong here"))
 

@@ -29,6 +29,7 @@ from reft_serve.gateway.ledger import Ledger
 from reft_serve.gateway.notifying import Notifier
 from reft_serve.gateway.quarantine import Quarantine
 from reft_serve.gateway.quotas import Quotas
+from reft_serve.gateway.write_probe import WriteProbe
 from reft_serve.observability import BoundedNames
 
 __all__ = ["BACKGROUND_PER_TENANT", "Directory", "Services", "services_of"]
@@ -108,6 +109,7 @@ class Services:
     notifier: Notifier
     intake: Intake
     followers: Followers
+    write_probe: WriteProbe
     # How many large data files are checked at once: each takes a core for as long as it lasts.
     checking: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
     quarantine: Quarantine = field(default_factory=Quarantine)

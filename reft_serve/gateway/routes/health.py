@@ -32,7 +32,7 @@ async def live() -> Health:
 
 @router.get("/health/ready", responses={503: {"model": ErrorAnswer}}, openapi_extra={"security": []})
 async def ready(services: Annotated[Services, Depends(services_of)]) -> Health:
-    """200 when a request would find the database and an engine; 503 otherwise, and while the gateway drains."""
+    """200 if an engine is up and the database and the stores can be written to; 503 otherwise, and while draining."""
     if services.draining:
         raise Overloaded("the gateway is shutting down")
     try:
@@ -40,6 +40,7 @@ async def ready(services: Annotated[Services, Depends(services_of)]) -> Health:
             await services.database.ping()
     except TimeoutError as exc:
         raise DatabaseUnusable("the database does not answer in time") from exc
+    services.write_probe.check()
     if not services.fleet.ready:
         raise EngineUnavailable("no engine is up")
     return Health()

@@ -83,7 +83,8 @@ class Followers:
         self._check(caller)
         follower = _Follower(job_id, caller.tenant_id, caller.key_id)
         self._open.add(follower)
-        self._counts.update((caller.tenant_id, caller.key_id))
+        holders = [caller.tenant_id, *(name for name, _ in caller.counters)]
+        self._counts.update(holders)
         if self._looking is None or self._looking.done():
             # For all tenants: it takes none of this caller's sessions.
             self._looking = asyncio.create_task(self._look_forever(), context=contextvars.Context())
@@ -93,7 +94,7 @@ class Followers:
 
         async def finish() -> None:
             self._open.discard(follower)
-            self._counts.subtract((caller.tenant_id, caller.key_id))
+            self._counts.subtract(holders)
             self._counts += Counter()
 
         return Streamed(relay, {}, finish)
@@ -105,8 +106,9 @@ class Followers:
     def _check(self, caller: Principal) -> None:
         if len(self._open) >= STREAMS:
             raise RateLimited("too many streams of events are open; list the events instead", 10.0)
-        own = TenantLimits().merged(caller.key_limits)
-        for name, limits in ((caller.tenant_id, self._limits.merged(caller.limits)), (caller.key_id, own)):
+        holders = [(caller.tenant_id, self._limits.merged(caller.limits))]
+        holders += [(name, TenantLimits().merged(own)) for name, own in caller.counters]
+        for name, limits in holders:
             if limits.event_streams is not None and self._counts[name] >= limits.event_streams:
                 raise RateLimited(
                     f"the limit of {limits.event_streams} streams of events is used up; list the events instead", 10.0

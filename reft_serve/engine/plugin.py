@@ -68,12 +68,13 @@ def _patch_front_end() -> None:
     from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
     from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+    from vllm.entrypoints.serve.instrumentator import health
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.engine.output_processor import OutputProcessor
 
-    from reft_serve.engine import beams, front_end, telemetry
+    from reft_serve.engine import beams, front_end, telemetry, usage
 
     _wrap(InputProcessor, "process_inputs", front_end.binding_inputs)
     for engine in (LLMEngine, AsyncLLM):
@@ -86,6 +87,9 @@ def _patch_front_end() -> None:
     _wrap(OpenAIServingModels, "show_available_models", front_end.telling_limits)
     _wrap(AsyncLLM, "_run_output_handler", telemetry.sampling_workers)
     _wrap(OutputProcessor, "_update_stats_from_finished", telemetry.counting_prefixes)
+    _wrap(OutputProcessor, "_update_stats_from_finished", usage.noting_ends)
+    _wrap(OutputProcessor, "abort_requests", usage.noting_aborts)
+    usage.add_route(health.router)
 
 
 def _patch_scheduler() -> None:

@@ -16,6 +16,7 @@ from reft_serve.adapters.engine_card import EngineCard, read_card
 from reft_serve.database.names import ENGINE_PREFIX
 from reft_serve.errors import AdapterInvalid, EngineFailed, EngineTrouble, EngineUnavailable
 from reft_serve.gateway.engine_state import EngineState
+from reft_serve.gateway.rewriting import Tokens
 from reft_serve.gateway.upstream import Http, Upstream
 from reft_serve.observability import ENGINE_IN_FLIGHT, ENGINE_UP, LOAD_SECONDS, LOADS
 
@@ -23,6 +24,7 @@ __all__ = ["NAME_PREFIX", "Engine", "engine_name", "message_of"]
 
 NAME_PREFIX = ENGINE_PREFIX
 _PROBE_SECONDS, _LOAD_SECONDS = 5.0, 60.0
+_USAGE_SECONDS = 0.5
 # A request that meets the closing of an idle connection fails at once.
 _CLOSING_SECONDS = 0.5
 _KEY_REFUSED = (401, 403)
@@ -170,6 +172,14 @@ class Engine:
         self.forget(name)
         with contextlib.suppress(EngineUnavailable):
             await self._http.fetch("POST", "/v1/unload_lora_adapter", {"lora_name": name}, _LOAD_SECONDS)
+
+    async def usage(self, request_id: str) -> Tokens | None:
+        """What a request that has ended has used; None if it does not know."""
+        try:
+            status, content = await self._http.fetch("GET", f"/v1/reft/usage/{request_id}", None, _USAGE_SECONDS)
+            return Tokens.of(json.loads(content)) if status == 200 else None
+        except (EngineUnavailable, ValueError, AttributeError):
+            return None
 
     async def metrics(self) -> bytes:
         """Its Prometheus metrics.

@@ -52,6 +52,9 @@ class FakeEngine:
     requests: list[dict[str, Any]] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     running: int = 0
+    # What requests had used when their callers left, by their ids.
+    left: dict[str, dict[str, Any]] = field(default_factory=dict)
+    cached_tokens: int = 0  # of each prompt
     remember: bool = True
     card: EngineCard | None = None  # what it tells of its limits
 
@@ -69,6 +72,7 @@ class FakeEngine:
                 Route("/v1/chat/completions", self._generate, methods=["POST"]),
                 Route("/v1/responses", self._respond, methods=["POST"]),
                 Route("/v1/embeddings", self._embed, methods=["POST"]),
+                Route("/v1/reft/usage/{request_id}", self._usage),
             ]
         )
 
@@ -78,6 +82,16 @@ class FakeEngine:
 
     async def _metrics(self, _: Request) -> Response:
         return Response(f"vllm:num_requests_running {self.running}.0\n", media_type="text/plain")
+
+    async def _usage(self, request: Request) -> Response:
+        used = self.left.get(request.path_params["request_id"])
+        return JSONResponse(used) if used else _error(404, "no request of this id has ended lately")
+
+    def _note_left(self, request: Request, answer: _Answer) -> None:
+        self.counts["cancelled"] += 1
+        if len(self.left) > 1000:
+            self.left.clear()
+        self.left[request.headers.get("x-request-id", "")] = answer.usage(answer.made[0] * len(answer.choices))
 
     async def _models(self, _: Request) -> Response:
         told = {} if self.card is None else {CARD_KEY: self.card.model_dump(mode="json")}
@@ -127,19 +141,20 @@ class FakeEngine:
             return _error(400, _NO_TEMPLATE)
         answer = _Answer(self, body, chat)
         if body.get("stream"):
-            return StreamingResponse(self._counted(answer.stream()), media_type="text/event-stream")
-        self.running += 1
-        try:
-            await self._work(request, answer.length)
-        finally:
-            self.running -= 1
+            return StreamingResponse(self._counted(request, answer, answer.stream()), media_type="text/event-stream")
+        await self._work(request, answer)
         return JSONResponse(answer.whole())
 
-    async def _work(self, request: Request, tokens: int) -> None:
-        for k in range(tokens):
-            if await self.pause(k) and await request.is_disconnected():
-                self.counts["cancelled"] += 1
-                return
+    async def _work(self, request: Request, answer: _Answer) -> None:
+        self.running += 1
+        try:
+            for k in range(answer.length):
+                if await self.pause(k) and await request.is_disconnected():
+                    self._note_left(request, answer)
+                    return
+                answer.made[0] = k + 1
+        finally:
+            self.running -= 1
 
     async def pause(self, k: int) -> bool:
         """Wait as long as token `k` takes; whether that was any time."""
@@ -148,7 +163,7 @@ class FakeEngine:
             await asyncio.sleep(seconds)
         return seconds > 0
 
-    async def _counted(self, events: AsyncIterator[str]) -> AsyncIterator[str]:
+    async def _counted(self, request: Request, answer: _Answer, events: AsyncIterator[str]) -> AsyncIterator[str]:
         self.running += 1
         finished = False
         try:
@@ -157,7 +172,8 @@ class FakeEngine:
             finished = True
         finally:
             self.running -= 1
-            self.counts["cancelled"] += not finished
+            if not finished:
+                self._note_left(request, answer)
 
     async def _respond(self, request: Request) -> Response:
         body = await request.json()
@@ -166,7 +182,10 @@ class FakeEngine:
             return refusal
         answer = _Answer(self, body | {"max_tokens": body.get("max_output_tokens")}, False)
         if body.get("stream"):
-            return StreamingResponse(self._counted(answer.typed_stream()), media_type="text/event-stream")
+            return StreamingResponse(
+                self._counted(request, answer, answer.typed_stream()), media_type="text/event-stream"
+            )
+        await self._work(request, answer)
         return JSONResponse(answer.response("completed"))
 
     async def _embed(self, request: Request) -> Response:
@@ -196,6 +215,7 @@ class _Answer:
     engine: FakeEngine
     body: dict[str, Any]
     chat: bool
+    made: list[int] = field(default_factory=lambda: [0])  # tokens of each choice
 
     @property
     def length(self) -> int:
@@ -208,7 +228,9 @@ class _Answer:
 
     @property
     def choices(self) -> range:
-        return range(self.body.get("n") or 1)
+        prompt = self.body.get("prompt")
+        prompts = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
+        return range(prompts * (self.body.get("n") or 1))
 
     def word(self, choice: int, k: int) -> str:
         told = [self.body.get("prompt"), self.body.get("messages"), self.body.get("input"), self.body.get("seed")]
@@ -222,7 +244,13 @@ class _Answer:
 
     def usage(self, completion: int) -> dict[str, Any]:
         total = self.prompt_tokens + completion
-        return {"prompt_tokens": self.prompt_tokens, "total_tokens": total, "completion_tokens": completion}
+        details = {"cached_tokens": self.engine.cached_tokens} if self.engine.cached_tokens else None
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "total_tokens": total,
+            "completion_tokens": completion,
+            "prompt_tokens_details": details,
+        }
 
     def head(self, kind: str) -> dict[str, Any]:
         prefix = "chatcmpl" if self.chat else "cmpl"
@@ -249,6 +277,7 @@ class _Answer:
                 yield "data: [DONE]\n\n"
                 return
             await self.engine.pause(k)
+            self.made[0] = k + 1
             if self.engine.ending:
                 yield self._chunk(0, {"delta": {}} if self.chat else {"text": ""}, self.reason, k, options)
                 break
@@ -286,6 +315,7 @@ class _Answer:
         yield _typed({"type": "response.created", "sequence_number": 0, "response": self.response("in_progress")})
         for k in range(self.length):
             await self.engine.pause(k)
+            self.made[0] = k + 1
             yield _typed({
                 "type": "response.output_text.delta", "sequence_number": k + 1, "item_id": "msg_fake",
                 "output_index": 0, "content_index": 0, "delta": self.word(0, k), "logprobs": [],

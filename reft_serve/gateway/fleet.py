@@ -146,6 +146,10 @@ class Fleet:
         self._served[tenant] += tokens
         self._usual[tenant] += _NEWS * (tokens - self._usual[tenant])
 
+    def correct(self, tenant: str, tokens: float) -> None:
+        """Change what was charged for a request when it turns out to have been more, or less."""
+        self._served[tenant] += tokens
+
     @asynccontextmanager
     async def engine(self, tenant: str, affinity: str, excluded: frozenset[Engine]) -> AsyncIterator[Engine]:
         """Hold a place in an engine, as soon as one is free.

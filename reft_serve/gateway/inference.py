@@ -26,6 +26,7 @@ from reft_serve.gateway import reft_fields
 from reft_serve.gateway.answers import error_body, status_of
 from reft_serve.gateway.bodies import InferenceBody
 from reft_serve.gateway.budget import Lease
+from reft_serve.gateway.departure import estimated, used_until_now
 from reft_serve.gateway.engine import Engine, engine_name, message_of
 from reft_serve.gateway.engine_ends import ended_with, note_end
 from reft_serve.gateway.quotas import Spending
@@ -83,6 +84,8 @@ class _Exchange:
     demand: Demand = field(default_factory=lambda: Demand(0, 0, 1))
     engine: Engine | None = None
     theirs: str = ""
+    # When it was given to the engine, by the monotonic clock.
+    delivered: float = 0.0
     settled: bool = False
 
     async def run(self, size: int, function: Callable[..., _T], *args: Any) -> _T:
@@ -97,19 +100,47 @@ class _Exchange:
             return True
         self.settled = True
         services = self.services
-        ending = Ending(self.opening, status, tokens.prompt, tokens.cached, tokens.completion, now_ms())
-        committed = services.ledger.settle(ending)
-        services.fleet.charge(self.caller.tenant_id, tokens.prompt - tokens.cached + tokens.completion)
+        committed = services.ledger.settle(self.ending(status, tokens))
+        services.fleet.charge(self.caller.tenant_id, tokens.work)
         if status == "completed":
             services.quarantine.clear(self.caller.tenant_id, self.endpoint.path, self.body)
         await self.stack.aclose()
+        await self._count(tokens)
+        return await _on_disk(committed)
+
+    async def leave(self, seen: Tokens) -> None:
+        """Settle it after its caller has left: the engine's work is charged, in the queue at once."""
+        if self.settled:
+            return
+        if not self.delivered or self.engine is None:
+            await self.settle("cancelled", seen)
+            return
+        self.settled = True
+        fleet, tenant = self.services.fleet, self.caller.tenant_id
+        tokens = estimated(self.demand, seen, time.monotonic() - self.delivered)
+        fleet.charge(tenant, tokens.work)
+        await self.stack.aclose()
+        if not seen.prompt:  # else the engine has said with each chunk what it counts
+            counted = await used_until_now(self.engine, self.opening.request_id)
+            if counted is not None:
+                fleet.correct(tenant, counted.work - tokens.work)
+                tokens = counted
+        committed = self.services.ledger.settle(self.ending("cancelled", tokens))
+        await self._count(tokens)
+        await _on_disk(committed)
+
+    def ending(self, status: Status, tokens: Tokens) -> Ending:
+        """What the ledger is to say of it."""
+        return Ending(self.opening, status, tokens.prompt, tokens.cached, tokens.completion, now_ms())
+
+    async def _count(self, tokens: Tokens) -> None:
+        services = self.services
         tenant = services.names.label(self.caller.tenant)
         adapter = services.names.label(f"{self.caller.tenant}:{self.target.label}" if self.target else None)
         for kind in ("prompt", "cached", "completion"):
             TOKENS.labels(tenant, adapter, kind).inc(getattr(tokens, kind))
         if self.spending.tokens:  # they may be in Redis, and the caller may leave meanwhile
             await asyncio.shield(services.quotas.settle(self.spending, tokens.prompt + tokens.completion))
-        return await _on_disk(committed)
 
 
 async def _on_disk(committed: asyncio.Future[None]) -> bool:
@@ -130,6 +161,8 @@ async def infer(
     size = state["body_bytes"]
     body, added = await services.intake.run(caller.tenant_id, size, _checked, services, caller, endpoint, given)
     services.quarantine.check(caller.tenant_id, endpoint.path, body)
+    if not services.ledger.healthy:  # else it would be computed, and refused then
+        raise errors.DatabaseUnusable(_UNCOUNTED)
     opening = Opening(
         request_id.get() or "", services.settings.gateway_name, caller.tenant_id, caller.key_id, endpoint.name,
         given.model, target.version_id if target else None, now_ms(),
@@ -184,6 +217,7 @@ async def _begun(exchange: _Exchange) -> Response:
             raise errors.EngineEnded(str(exc)) from exc
         raise
     if not await exchange.settle("completed", tokens):
+        services.ledger.retract(exchange.ending("failed", Tokens()))
         raise errors.DatabaseUnusable(_UNCOUNTED)
     return Response(content, 200, _headers(exchange), "application/json")
 
@@ -214,15 +248,16 @@ async def _has_ended(exchange: _Exchange, company: int) -> bool:
 
 
 async def _give_up(exchange: _Exchange, exc: BaseException) -> None:
-    status: Status = "cancelled" if isinstance(exc, asyncio.CancelledError) else "failed"
-    if isinstance(exc, errors.DatabaseUnusable):  # waiting for the disk would only hold the places
-        exchange.services.later(_settled(exchange, status))
+    if isinstance(exc, asyncio.CancelledError):
+        await exchange.leave(Tokens())
+    elif isinstance(exc, errors.DatabaseUnusable):  # waiting for the disk would only hold the places
+        exchange.services.later(_failed(exchange))
     else:
-        await exchange.settle(status, Tokens())
+        await _failed(exchange)
 
 
-async def _settled(exchange: _Exchange, status: Status) -> None:
-    await exchange.settle(status, Tokens())
+async def _failed(exchange: _Exchange) -> None:
+    await exchange.settle("failed", Tokens())
 
 
 async def _begin(exchange: _Exchange) -> Upstream:
@@ -244,6 +279,7 @@ async def _begin(exchange: _Exchange) -> Upstream:
             exchange.stack.push_async_callback(attempt.aclose)
             return upstream
         except errors.EngineUnavailable as exc:
+            exchange.delivered = 0.0
             await attempt.aclose()
             services.later(services.fleet.probe())
             if exc.delivered:
@@ -275,6 +311,7 @@ async def _open(exchange: _Exchange, engine: Engine, attempt: AsyncExitStack) ->
     exchange.theirs = name or engine.base_name
     headers = {"x-request-id": exchange.opening.request_id, **outgoing()}
     body = await exchange.run(exchange.size, _engine_body, exchange)
+    exchange.delivered = time.monotonic()
     upstream = await engine.open(exchange.endpoint.path, body, headers)
     attempt.callback(upstream.close)
     return upstream
@@ -304,6 +341,8 @@ def _engine_body(exchange: _Exchange) -> bytes:
         body[exchange.added] = min(body[exchange.added], context)
     if exchange.endpoint.typed_events:
         body["store"] = False
+        # The engine takes this one from no header.
+        body["request_id"] = exchange.opening.request_id.replace("req_", "resp_", 1)
     elif body.get("stream"):
         body["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
     return json.dumps(body, separators=(",", ":")).encode()
@@ -326,7 +365,7 @@ async def _stream(exchange: _Exchange, upstream: Upstream) -> Response:
         await _relay(exchange, upstream, rewriter, first, emit)
 
     async def finish() -> None:
-        await exchange.settle("cancelled", rewriter.tokens)
+        await exchange.leave(rewriter.tokens)
 
     return Streamed(relay, _headers(exchange), finish)
 
@@ -351,7 +390,10 @@ async def _relay(exchange: _Exchange, upstream: Upstream, rewriter: Rewriter, fi
     if isinstance(failure, errors.EngineFailed) and exchange.engine is not None:
         exchange.services.later(_look_at_end(exchange, exchange.engine.company()))
     # On disk before the last event: whoever has seen a whole answer finds it in the ledger.
-    await exchange.settle("completed" if failure is None else "failed", rewriter.tokens)
+    tokens = rewriter.tokens
+    if failure is not None and tokens.completion:
+        tokens = estimated(exchange.demand, tokens, 0)
+    await exchange.settle("completed" if failure is None else "failed", tokens)
     if failure is None:
         await emit(rewriter.ending)
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -19,11 +20,14 @@ _log = logging.getLogger(__name__)
 _RETRY_SECONDS = 0.2
 _BATCH = 500
 _SOON_SECONDS = 0.2
+# Records that wait for longer cannot be written, as far as can be known.
+_LATE_SECONDS = 2.0
 
 
 @dataclass(eq=False, slots=True)
 class _Record:
     what: Opening | Ending
+    since: float = field(default_factory=time.monotonic)
     committed: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
@@ -42,6 +46,13 @@ class Ledger:
         self._noted: dict[str, asyncio.TimerHandle] = {}
         self._admitted: set[str] = set()
         self._writing: asyncio.Task[None] | None = None
+        self._failing = False
+
+    @property
+    def healthy(self) -> bool:
+        """Whether what was to be written lately was written."""
+        late = bool(self._records) and time.monotonic() - self._records[0].since > _LATE_SECONDS
+        return not self._failing and not late
 
     def start(self) -> None:
         """Begin to write."""
@@ -75,6 +86,12 @@ class Ledger:
             noted.cancel()
         return self._put(ending).committed
 
+    def retract(self, ending: Ending) -> None:
+        """Record something else of a request whose ending waits to be written: its answer was not given."""
+        for record in self._records:
+            if isinstance(record.what, Ending) and record.what.opening.request_id == ending.opening.request_id:
+                record.what = ending
+
     def _put(self, what: Opening | Ending) -> _Record:
         record = _Record(what)
         self._records.append(record)
@@ -89,9 +106,11 @@ class Ledger:
             try:
                 await self._write(batch)
             except Exception:
+                self._failing = True
                 _log.exception("usage records cannot be written; trying again")
                 await asyncio.sleep(_RETRY_SECONDS)
                 continue
+            self._failing = False
             del self._records[: len(batch)]
             LEDGER_PENDING.set(len(self._records))
             for record in batch:
@@ -110,7 +129,8 @@ class Ledger:
 
         def work(connection: Connection) -> None:
             admit(connection, openings)
-            settle(connection, endings, admitted)
+            # As they are now: they may have been retracted while the database was waited for.
+            settle(connection, [record.what for record in batch if isinstance(record.what, Ending)], admitted)
 
         await self._database.commit(work)
         self._admitted -= admitted

@@ -40,7 +40,13 @@ class Tokens:
         details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or {}
         prompt = usage.get("prompt_tokens", usage.get("input_tokens", 0))
         completion = usage.get("completion_tokens", usage.get("output_tokens", 0))
-        return cls(prompt or 0, details.get("cached_tokens") or 0, completion or 0)
+        cached = details.get("cached_tokens", usage.get("cached_tokens", 0))
+        return cls(prompt or 0, cached or 0, completion or 0)
+
+    @property
+    def work(self) -> int:
+        """What an engine computed."""
+        return self.prompt - self.cached + self.completion
 
 
 def rewrite_whole(content: bytes, theirs: str, public: str) -> tuple[bytes, Tokens]:
@@ -88,7 +94,8 @@ class Rewriter:
             return self._final
         each = [Tokens.of(json.loads(usage)) for usage in self._latest.values()]
         prompt = max((tokens.prompt for tokens in each), default=0)
-        return Tokens(prompt, 0, sum(tokens.completion for tokens in each) + self._deltas)
+        cached = max((tokens.cached for tokens in each), default=0)
+        return Tokens(prompt, cached, sum(tokens.completion for tokens in each) + self._deltas)
 
     def _event(self, event: bytes) -> bytes:
         if event == _DONE:

@@ -97,3 +97,23 @@ async def test_a_batch_that_cannot_be_written_is_tried_again_and_counts_once(
         await session.execute(text("ALTER TABLE hidden RENAME TO usage"))
     await asyncio.gather(first, last)
     assert (await admitted(database), await counted(database)) == (set(), {"patient": 3})
+
+
+async def test_a_ledger_that_cannot_write_says_so_and_a_refused_request_is_not_billed(
+    database: Database, ledger: Ledger
+) -> None:
+    begun = opening("refused")
+    assert ledger.healthy
+    async with database.writing() as session:
+        await session.execute(text("ALTER TABLE usage RENAME TO hidden"))
+    last = ledger.settle(ending(begun))
+    deadline = asyncio.get_running_loop().time() + 5
+    while ledger.healthy:
+        assert asyncio.get_running_loop().time() < deadline
+        await asyncio.sleep(0.02)
+    ledger.retract(Ending(begun, "failed", 0, 0, 0, now_ms()))
+    async with database.writing() as session:
+        await session.execute(text("ALTER TABLE hidden RENAME TO usage"))
+    await last
+    assert ledger.healthy
+    assert await counted(database) == {"refused": 0}

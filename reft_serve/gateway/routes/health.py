@@ -41,6 +41,8 @@ async def ready(services: Annotated[Services, Depends(services_of)]) -> Health:
     except TimeoutError as exc:
         raise DatabaseUnusable("the database does not answer in time") from exc
     services.write_probe.check()
+    if not services.ledger.healthy:
+        raise DatabaseUnusable("the database cannot be written")
     if not services.fleet.ready:
         raise EngineUnavailable("no engine is up")
     return Health()

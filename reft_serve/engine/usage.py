@@ -1,0 +1,78 @@
+"""What requests have used, by the id that the gateway gave them: it asks for those whose callers have left.
+
+Nothing is counted per token: a request is noted once, when it ends or is aborted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from fastapi import APIRouter, HTTPException
+
+__all__ = ["ENTRIES", "add_route", "noting_aborts", "noting_ends", "usage_of"]
+
+ENTRIES = 10_000
+# The gateway's own ids, within vLLM's names of completions, chats, responses, their prompts and choices.
+_ID = re.compile(r"(?:req|resp)_([0-9a-f]{32})")
+_used: OrderedDict[str, dict[str, int]] = OrderedDict()
+
+
+def noting_ends(original: Any) -> Callable[..., None]:
+    """Around `OutputProcessor._update_stats_from_finished`."""
+
+    def update(self: Any, req_state: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, req_state, *args, **kwargs)
+        _note(req_state)
+
+    return update
+
+
+def noting_aborts(original: Any) -> Callable[..., list[str]]:
+    """Around `OutputProcessor.abort_requests`, which calls itself for the choices of a request."""
+
+    def abort_requests(self: Any, request_ids: Iterable[str], *args: Any, **kwargs: Any) -> list[str]:
+        states = self.request_states.copy()
+        aborted: list[str] = original(self, request_ids, *args, **kwargs)
+        for request_id in aborted:
+            if request_id in states:
+                _note(states[request_id])
+        return aborted
+
+    return abort_requests
+
+
+def _note(state: Any) -> None:
+    found = _ID.search(state.external_req_id or state.request_id)
+    if found is None or state.__dict__.get("_reft_noted"):
+        return
+    state._reft_noted = True
+    first = not state.parent_req or not state.request_index  # the choices of a prompt share it
+    generated = state.detokenizer.num_output_tokens() if state.detokenizer is not None else 0
+    used = _used.pop(found[1], None) or dict.fromkeys(("prompt_tokens", "cached_tokens", "completion_tokens"), 0)
+    used["prompt_tokens"] += state.prompt_len * first
+    used["cached_tokens"] += max(0, state.num_cached_tokens) * first
+    used["completion_tokens"] += generated
+    _used[found[1]] = used
+    if len(_used) > ENTRIES:
+        _used.popitem(last=False)
+
+
+def usage_of(request_id: str) -> dict[str, int] | None:
+    """What a request has used, all of its prompts and choices that have ended."""
+    found = _ID.fullmatch(request_id)
+    return _used.get(found[1]) if found else None
+
+
+def add_route(router: APIRouter) -> None:
+    """Let the API server say it at `/v1/reft/usage/ID`, which its --api-key guards."""
+
+    async def usage(request_id: str) -> dict[str, int]:
+        used = usage_of(request_id)
+        if used is None:
+            raise HTTPException(404, "no request of this id has ended lately")
+        return used
+
+    router.add_api_route("/v1/reft/usage/{request_id}", usage, methods=["GET"], include_in_schema=False)

@@ -116,7 +116,7 @@ def works(draw: st.DrawFn, widest: int = 24) -> Work:
         salt=st.sampled_from([None, None, None, None, "a", "b"]),
         strength=st.sampled_from([1.0, 1.0, 1.0, 1.0, 0.5, 0.5, -1.5, 0.0]),
         max_tokens=st.sampled_from([1, 2, 3, 4, 6, LONGEST_ANSWER]),
-        end=st.sampled_from([None, None, None, None, 0.0, 0.5, 0.9]),
+        end=st.sampled_from([None, None, None, None, None, None, 0.5, 0.9]),
     )
     sizes = [draw(st.integers(1, widest)) for _ in range(draw(st.integers(1, 5)))]
     return Work(tuple(made), tuple(tuple(draw(st.lists(asks, min_size=n, max_size=n))) for n in sizes))

@@ -35,8 +35,9 @@ def test_no_request_differs_from_its_run_without_a_cache(judge: Judge) -> None:
     assert tally.requests >= REQUESTS
     # Else it would prove little: the cache must have worked, in every way that it is there for.
     assert tally.cached_tokens >= 0.25 * tally.prompt_tokens
-    for hits in ("shared_across_adapters", "edited_hits", "answer_hits", "salted_hits", "scaled_hits", "ended_hits"):
+    for hits in ("shared_across_adapters", "edited_hits", "answer_hits", "salted_hits", "scaled_hits"):
         assert getattr(tally, hits) >= 0.01 * tally.requests, hits
+    assert tally.ended_hits >= 0.005 * tally.requests
     assert tally.near_ties <= 0.01 * tally.requests
 
 

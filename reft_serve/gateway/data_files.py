@@ -5,20 +5,22 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from fastapi import UploadFile
+from starlette.types import Receive
 
 from reft_serve.database import audit, files
 from reft_serve.database.files import WrittenFile, key_of_blob
 from reft_serve.database.keys import Principal
 from reft_serve.database.models import File, now_ms
 from reft_serve.database.room import check_room, lock_room
-from reft_serve.datafiles.apart import check_apart
 from reft_serve.datafiles.formats import check_rows
 from reft_serve.datafiles.lines import Limits
 from reft_serve.errors import RequestTooLarge
+from reft_serve.gateway.checking import checking_for
 from reft_serve.gateway.services import Services
+from reft_serve.gateway.subprocess_check import check_in_subprocess
 
 __all__ = ["drop", "opened", "sweep", "take"]
 
@@ -37,9 +39,14 @@ class _Facts:
 
 
 async def take(
-    services: Services, caller: Principal, actor: audit.Actor, upload: UploadFile, expires_seconds: int | None
+    services: Services,
+    caller: Principal,
+    actor: audit.Actor,
+    upload: UploadFile,
+    expires_seconds: int | None,
+    receive: Receive,
 ) -> File:
-    """Check a data file and keep it.
+    """Check a data file and keep it. `receive` is the request's: the check ends when the caller leaves.
 
     Raises:
         DataInvalid: with every fault of it.
@@ -47,7 +54,7 @@ async def take(
         RateLimited: the tenant has no room for it.
         StoreUnusable: the file store cannot take it.
     """
-    facts = await _checked(services, upload)
+    facts = await _checked(services, caller.tenant_id, upload, receive)
     seconds = expires_seconds if expires_seconds is not None else services.settings.file_seconds
     expires_ms = None if seconds is None else now_ms() + seconds * 1000
     async with services.database.writing() as session:
@@ -101,7 +108,7 @@ async def sweep(services: Services) -> None:
         await drop(services, file_id)
 
 
-async def _checked(services: Services, upload: UploadFile) -> _Facts:
+async def _checked(services: Services, tenant_id: str, upload: UploadFile, receive: Receive) -> _Facts:
     most = services.settings.max_file_bytes
     if (upload.size or 0) > most:
         raise RequestTooLarge(f"the file has more than the {most:,} bytes that are taken here")
@@ -109,10 +116,12 @@ async def _checked(services: Services, upload: UploadFile) -> _Facts:
     limits = Limits(file_bytes=most)
     if (upload.size or 0) <= _SMALL:
         return _Facts(name, *await asyncio.to_thread(check_rows, upload.file, name, limits))
-    async with services.checking:
+    async with checking_for(services.checking, tenant_id, receive):
         descriptor = upload.file.fileno()
         await upload.seek(0)
-        return _Facts(name, *await check_apart(descriptor, name, limits))
+        arguments = {"where": name, "limits": asdict(limits)}
+        found = await check_in_subprocess("data file", arguments, descriptor, upload.size or 0)
+    return _Facts(name, found["format"], found["rows"])
 
 
 async def _written(

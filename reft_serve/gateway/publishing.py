@@ -6,12 +6,10 @@ import asyncio
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 from fastapi import UploadFile
+from starlette.types import Receive
 
-from reft_serve.adapters.manifest import Manifest
-from reft_serve.adapters.structure import check_structure
 from reft_serve.database import adapters, audit
 from reft_serve.database.keys import Principal
 from reft_serve.database.models import Version
@@ -21,7 +19,7 @@ from reft_serve.database.tenants import find_tenant
 from reft_serve.errors import AdapterInvalid, RateLimited
 from reft_serve.gateway.engine import engine_name
 from reft_serve.gateway.services import Services
-from reft_serve.gateway.uploads import unpack
+from reft_serve.gateway.uploads import CheckedAdapter, Uploaded, stage
 
 __all__ = ["Upload", "publish", "retire"]
 
@@ -30,10 +28,11 @@ _PATIENCE_SECONDS = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """What a caller wants to be published."""
+    """What a caller wants to be published; `receive` is the request's."""
 
     name: str
     files: list[UploadFile]
+    receive: Receive
     alias: str | None = None
 
 
@@ -50,14 +49,15 @@ async def publish(services: Services, caller: Principal, actor: audit.Actor, upl
     _check_names(services, caller, upload)
     with ExitStack() as stack:
         staged = await asyncio.to_thread(lambda: stack.enter_context(services.store.staging()))
-        size, manifest = await asyncio.to_thread(_prepare, services, staged, upload)
+        uploaded = Uploaded(upload.name, upload.files, caller.tenant_id, upload.receive)
+        checked = await stage(uploaded, staged, services.settings.max_upload_bytes, services.checking)
         async with services.database.reading() as session:  # again in `_record`: this one spares the work
             limits = services.quotas.limits(caller)
-            await check_room(session, caller.tenant_id, limits, size=size, adapter=upload.name, versions=1)
+            await check_room(session, caller.tenant_id, limits, size=checked.size, adapter=upload.name, versions=1)
         digest = await asyncio.to_thread(services.store.publish, staged)
         try:
             await _load(services, upload.name, digest)
-            return await _record(services, caller, actor, upload, digest, size, manifest)
+            return await _record(services, caller, actor, upload, digest, checked)
         except BaseException:
             services.later(retire(services, [digest]), caller.tenant_id)
             raise
@@ -69,11 +69,6 @@ def _check_names(services: Services, caller: Principal, upload: Upload) -> None:
     check_adapter_name(upload.name, base, caller.tenant)
     if upload.alias is not None:
         check_alias_name(upload.alias, base, upload.name)
-
-
-def _prepare(services: Services, staged: Path, upload: Upload) -> tuple[int, Manifest]:
-    size = unpack(upload.files, staged, services.settings.max_upload_bytes)
-    return size, check_structure(staged, upload.name)
 
 
 async def _load(services: Services, name: str, digest: str) -> None:
@@ -89,20 +84,19 @@ async def _record(
     actor: audit.Actor,
     upload: Upload,
     digest: str,
-    size: int,
-    manifest: Manifest,
+    checked: CheckedAdapter,
 ) -> Version:
     async with services.database.writing() as session:
         await lock_room(session, caller.tenant_id)
         await services.database.lock(session, digest)
         limits = services.quotas.limits(caller)
-        await check_room(session, caller.tenant_id, limits, size=size, adapter=upload.name, versions=1)
+        await check_room(session, caller.tenant_id, limits, size=checked.size, adapter=upload.name, versions=1)
         if not services.store.path(digest).is_dir():  # its last owner removed it in this moment
             raise RateLimited("the same adapter was deleted at this moment; upload it again", 1.0)
         tenant = await find_tenant(session, caller.tenant_id)
         version = await adapters.add_version(
-            session, tenant, upload.name, digest=digest, base_model=manifest.base_model.name, size_bytes=size,
-            source="upload", facts=manifest.summary(), base_name=services.settings.base_model,
+            session, tenant, upload.name, digest=digest, base_model=checked.base_model, size_bytes=checked.size,
+            source="upload", facts=checked.facts, base_name=services.settings.base_model,
         )  # fmt: skip
         if upload.alias is not None:
             await adapters.set_alias(
@@ -110,7 +104,7 @@ async def _record(
             )
         audit.record(
             session, actor, "version.create", f"{upload.name}@{version.number}", tenant.id,
-            digest=digest, bytes=size, alias=upload.alias,
+            digest=digest, bytes=checked.size, alias=upload.alias,
         )  # fmt: skip
     services.directory.forget()
     return version

@@ -22,6 +22,7 @@ from reft_serve.database.keys import Principal, authenticate, digest_of_secret
 from reft_serve.database.models import now_ms
 from reft_serve.database.resolution import Route, Target, resolve
 from reft_serve.errors import ModelNotFound
+from reft_serve.gateway.checking import CheckPlaces
 from reft_serve.gateway.fleet import Fleet
 from reft_serve.gateway.intake import Intake
 from reft_serve.gateway.job_events import Followers
@@ -110,8 +111,7 @@ class Services:
     intake: Intake
     followers: Followers
     write_probe: WriteProbe
-    # How many large data files are checked at once: each takes a core for as long as it lasts.
-    checking: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
+    checking: CheckPlaces = field(default_factory=CheckPlaces)
     quarantine: Quarantine = field(default_factory=Quarantine)
     draining: bool = False
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)

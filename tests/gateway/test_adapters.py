@@ -88,7 +88,7 @@ BAD: dict[str, tuple[list[tuple[str, bytes]], str]] = {
     "another file": ([("evil.py", b"")], "no file of an adapter"),
     "a pickle": ([("intkey_layer_1.bin", b"")], "no file of an adapter"),
     "a path as name": ([("../reft_config.json", CONFIG), ("reft_model.safetensors", TENSORS)], "no file of an adapter"),
-    "twice": ([("reft_config.json", CONFIG), ("reft_config.json", CONFIG)], "there twice"),
+    "twice": ([("reft_config.json", CONFIG), ("reft_config.json", CONFIG)], "appears twice"),
     "no JSON": ([("reft_config.json", b"{"), ("reft_model.safetensors", TENSORS)], "not JSON"),
     "a layer too high": (
         [("reft_config.json", changed(base_model={**json.loads(CONFIG)["base_model"], "num_hidden_layers": 1})),

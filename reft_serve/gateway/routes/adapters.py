@@ -80,12 +80,13 @@ async def upload(
     services: _Services,
     name: Annotated[str, Form(pattern=ADAPTER_NAME)],
     files: Annotated[
-        list[UploadFile], File(min_length=1, description="The adapter's files, or one .tar, .tar.gz or .zip of them.")
+        list[UploadFile],
+        File(min_length=1, description="The adapter's files, or one .tar, .tar.gz, .tar.bz2, .tar.xz or .zip of them."),
     ],
     alias: Annotated[str | None, Form(pattern=ALIAS_NAME, description="An alias to point at the new version.")] = None,
 ) -> VersionOut:
     """Publish a new version of an adapter; the first one makes the adapter. It can be called when this returns."""
-    wanted = publishing.Upload(name, files, alias)
+    wanted = publishing.Upload(name, files, request.receive, alias)
     return VersionOut.of(await publishing.publish(services, caller, actor_of(request), wanted))
 
 

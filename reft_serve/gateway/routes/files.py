@@ -51,7 +51,7 @@ async def upload(
     """Upload a data file. Every row of it is checked now; a file with a fault is refused, with the lines of its faults."""
     if (anchor is None) != (seconds is None):
         raise RequestInvalid("an expiry has both an anchor, created_at, and seconds", "expires_after")
-    return FileOut.of(await data_files.take(services, caller, actor_of(request), file, seconds))
+    return FileOut.of(await data_files.take(services, caller, actor_of(request), file, seconds, request.receive))
 
 
 @router.get("")

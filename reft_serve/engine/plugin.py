@@ -67,6 +67,8 @@ def _patch_configuration() -> None:
 def _patch_front_end() -> None:
     from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
     from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+    from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
     from vllm.entrypoints.serve.instrumentator import health
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -89,6 +91,8 @@ def _patch_front_end() -> None:
     _wrap(OutputProcessor, "_update_stats_from_finished", telemetry.counting_prefixes)
     _wrap(OutputProcessor, "_update_stats_from_finished", usage.noting_ends)
     _wrap(OutputProcessor, "abort_requests", usage.noting_aborts)
+    for serving in (OpenAIServingChat, OpenAIServingCompletion):
+        _wrap(serving, "__init__", usage.with_details)
     usage.add_route(health.router)
 
 

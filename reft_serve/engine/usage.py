@@ -12,7 +12,7 @@ from typing import Any
 
 from fastapi import APIRouter, HTTPException
 
-__all__ = ["ENTRIES", "add_route", "noting_aborts", "noting_ends", "usage_of"]
+__all__ = ["ENTRIES", "add_route", "noting_aborts", "noting_ends", "usage_of", "with_details"]
 
 ENTRIES = 10_000
 # The gateway's own ids, within vLLM's names of completions, chats, responses, their prompts and choices.
@@ -42,6 +42,16 @@ def noting_aborts(original: Any) -> Callable[..., list[str]]:
         return aborted
 
     return abort_requests
+
+
+def with_details(original: Any) -> Callable[..., None]:
+    """Around `__init__` of the serving classes: usage says how many tokens of the prompt were cached, without a flag."""
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self.enable_prompt_tokens_details = True
+
+    return init
 
 
 def _note(state: Any) -> None:

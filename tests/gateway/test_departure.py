@@ -92,3 +92,17 @@ def test_an_estimate_is_bounded_by_time_and_by_what_was_asked_for() -> None:
     assert estimated(demand, Tokens(), 1000.0) == Tokens(75, 0, 3000)
     assert estimated(demand, Tokens(0, 0, 7), 1000.0) == Tokens(75, 0, 7)
     assert estimated(demand, Tokens(80, 60, 7), 1.0) == Tokens(80, 60, 7)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_cached_tokens_are_reported_and_counted(engine: FakeEngine, tenant: Tenant, stream: bool) -> None:
+    engine.cached_tokens = 2
+    body = {"model": "base", "prompt": "a b c", "max_tokens": 4, "stream": stream}
+    options: dict[str, Any] = {"stream_options": {"include_usage": True}} if stream else {}
+    try:
+        answer = tenant.http.post("/v1/completions", json=body | options).text
+    finally:
+        engine.cached_tokens = 0
+    assert '"prompt_tokens_details":{"cached_tokens":2}' in answer
+    (counted,) = usage_of(tenant)
+    assert (counted["prompt_tokens"], counted["cached_tokens"], counted["completion_tokens"]) == (3, 2, 4)

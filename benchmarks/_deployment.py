@@ -107,13 +107,16 @@ class Deployment:
         return found
 
     def processes(self) -> dict[int, str]:
-        """What each of its processes is, by pid."""
-        found = {}
-        for pid in _tree(self.process.pid):
+        """What each of its processes is, by pid; one without a name of its own is a helper of the process that started it."""
+        found: dict[int, str] = {}
+        waiting = [(self.process.pid, "up")]
+        while waiting:
+            pid, parent = waiting.pop()
             with contextlib.suppress(OSError):
-                found[pid] = _role(
-                    Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                )
+                role = _role(Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+                found[pid] = role if role != "helpers" else f"{parent.removesuffix(' helper')} helper"
+                for task in Path(f"/proc/{pid}/task").iterdir():
+                    waiting += [(int(child), found[pid]) for child in (task / "children").read_text().split()]
         return found
 
     def stop(self) -> None:
@@ -149,7 +152,7 @@ def _tree(pid: int) -> list[int]:
 def _role(command: str) -> str:
     roles = {
         "cli_up": "up", "cli_gateway": "gateway", "cli_worker": "training worker", "EngineCore": "engine core",
-        "Worker": "engine worker", "api_server": "engine front end",
+        "Worker": "engine worker", "api_server": "engine front end", "engine.server": "engine front end",
     }  # fmt: skip
     for part, role in roles.items():
         if part in command:

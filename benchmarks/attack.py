@@ -58,11 +58,8 @@ PER_MINUTE = {"stream": 150.0, "completion": 30.0, "upload": 4.0, "job": 1.0}
 QUIET_SECONDS, ATTACKED_SECONDS, SETTLING_SECONDS = 20.0, 40.0, 4.0
 CLEAN_SECONDS = 90.0
 LIMITS = {"storage_bytes": 256 << 20, "adapters": 30, "jobs": 5, "running_jobs": 1, "concurrent_requests": 32}
-# Whose memory counts against which pod's limit.
-PODS = {
-    "gateway": "gateway", "helpers": "gateway", "engine front end": "engine", "engine core": "engine",
-    "engine worker": "engine", "training worker": "worker",
-}  # fmt: skip
+# Whose memory counts against which pod's limit, by the beginning of its role.
+PODS = {"gateway": "gateway", "engine": "engine", "training worker": "worker"}
 LASTING = ("up", "gateway", "engine front end", "engine core", "training worker")
 
 
@@ -73,7 +70,9 @@ class Watch:
         self.peaks: dict[int, int] = {}
         self.roles: dict[int, str] = {}
         self._deployment, self._ended = deployment, threading.Event()
-        self.first = self.look()
+        first = self.look()
+        time.sleep(2)
+        self.first = {pid: role for pid, role in self.look().items() if first.get(pid) == role}
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
 
@@ -153,14 +152,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         folder = Path(name)
         temporary = folder / "tmp"
         temporary.mkdir()
-        deployment = Deployment(folder, shlex.split(args.flags), TMPDIR=str(temporary))
+        places = {"TMPDIR": str(temporary), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
+        deployment = Deployment(folder, shlex.split(args.flags), **places)
         try:
+            before = set(_files(folder))
             watch = Watch(deployment)
             try:
                 result, tenants = _attacked(args, deployment)
             finally:
                 watch.end()
-            result["left_on_disk"] = _left(deployment, folder, tenants)
+            result["left_on_disk"] = _left(deployment, folder, tenants, before)
             last = watch.look()
         finally:
             deployment.stop()
@@ -263,16 +264,16 @@ def _merged(found: list[dict[str, Any]]) -> dict[str, Any]:
     return merged
 
 
-def _left(deployment: Deployment, folder: Path, tenants: list[str]) -> list[str]:
-    """Delete both tenants and list what of the data folder is still there after a while: nothing may be."""
+def _left(deployment: Deployment, folder: Path, tenants: list[str], before: set[str]) -> list[str]:
+    """Delete both tenants and list what is there after a while and was not before: nothing may be."""
     admin = {"authorization": f"Bearer {deployment.key}"}
     with httpx.Client(base_url=deployment.url, headers=admin, timeout=120, trust_env=False) as client:
         for tenant in tenants:
             client.delete(f"/v1/admin/tenants/{tenant}").raise_for_status()
     until = time.monotonic() + CLEAN_SECONDS
-    while (left := _files(folder)) and time.monotonic() < until:
+    while (left := set(_files(folder)) - before) and time.monotonic() < until:
         time.sleep(1)
-    return left
+    return sorted(left)[:200]
 
 
 def _files(folder: Path) -> list[str]:
@@ -280,7 +281,7 @@ def _files(folder: Path) -> list[str]:
     found = [path for place in places for path in place.rglob("*") if path.is_file()]
     temporary = folder / "tmp"
     found += [path for path in temporary.rglob("*") if path.is_file()]
-    return sorted(str(path.relative_to(folder)) for path in found)[:200]
+    return [str(path.relative_to(folder)) for path in found]
 
 
 def _processes(watch: Watch, last: dict[int, str]) -> dict[str, Any]:
@@ -289,9 +290,10 @@ def _processes(watch: Watch, last: dict[int, str]) -> dict[str, Any]:
         role: [pid for pid in pids if pid not in last] for role, pids in watch.lasting().items()
     }  # fmt: skip
     memory = {}
-    for role, pod in PODS.items():
+    for role in sorted(set(watch.roles.values())):
         peaks = [peak for pid, peak in watch.peaks.items() if watch.roles[pid] == role]
-        if peaks:
+        pod = next((pod for name, pod in PODS.items() if role.startswith(name)), None)
+        if peaks and pod is not None:
             memory[role] = {"peak_bytes": max(peaks), "limit_bytes": _limit(pod)}
     return {"ended": {role: pids for role, pids in ended.items() if pids}, "memory": memory}
 

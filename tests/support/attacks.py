@@ -317,6 +317,7 @@ def leaving_early(a: Attacker) -> str:
 def slow_reader(a: Attacker) -> str:
     body = json.dumps({"model": "base", "prompt": "x", "max_tokens": 100, "stream": True, "ignore_eos": True})
     head = f"POST {_COMPLETIONS} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {a.inference}\r\n"
+    head += "content-type: application/json\r\n"
     return a.raw(iter((f"{head}content-length: {len(body)}\r\n\r\n{body}".encode(),)), pause=1.0)
 
 

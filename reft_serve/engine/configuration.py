@@ -18,9 +18,21 @@ from reft_serve.adapters.directory import is_adapter
 from reft_serve.adapters.lora import holds_lora
 from reft_serve.config import EngineSettings, read_settings
 from reft_serve.engine.facts import SETTINGS_KEY, settings_of
+from reft_serve.engine.grammars import BACKEND
 from reft_serve.errors import EngineUnsupported
 
-__all__ = ["building_without_lora", "check_modes", "keeping_compilation", "noting_modules", "with_settings"]
+__all__ = [
+    "KNOWN_CONNECTORS",
+    "building_without_lora",
+    "check_modes",
+    "keeping_compilation",
+    "noting_modules",
+    "with_settings",
+]
+
+# Stores of KV blocks outside the engine that are proven to keep adapters apart. One that finds blocks by their tokens alone
+# would give one adapter's cache to another.
+KNOWN_CONNECTORS: frozenset[str] = frozenset()
 
 
 def noting_modules(original: Any) -> Callable[[Any, argparse.Namespace], EngineArgs]:
@@ -49,6 +61,9 @@ def with_settings(original: Any) -> Callable[..., VllmConfig]:
             carried = settings.model_dump(mode="json") | {"components": sorted(settings.components)}
             self.additional_config = {**self.additional_config, SETTINGS_KEY: carried}
         config: VllmConfig = original(self, *args, **kwargs)
+        if config.structured_outputs_config.backend == "auto":
+            # vLLM would take the backend of the first request for all others; this one can be bounded in every step.
+            config.structured_outputs_config.backend = BACKEND
         if config.lora_config is not None:
             check_modes(config)
         return config
@@ -94,8 +109,19 @@ def check_modes(config: VllmConfig) -> None:
         EngineUnsupported: with the mode and what to do instead.
     """
     parallel, speculative = config.parallel_config, config.speculative_config
+    backend, connector = config.structured_outputs_config.backend, _connector(config)
     wrong = None
-    if parallel.use_sequence_parallel_moe:
+    if backend not in ("auto", BACKEND):
+        wrong = (
+            f"structured outputs by {backend}, whose work for one request cannot be bounded: leave out the backend of "
+            f"--structured-outputs-config or choose {BACKEND}"
+        )
+    elif connector is not None and connector not in KNOWN_CONNECTORS:
+        wrong = (
+            f"the KV connector {connector} (it is not known to keep the caches of adapters apart): leave out "
+            "--kv-transfer-config and --kv-offloading-size"
+        )
+    elif parallel.use_sequence_parallel_moe:
         wrong = "sequence-parallel experts (a rank then holds only some of a step's rows): leave out --enable-expert-parallel"
     elif parallel.prefill_context_parallel_size > 1:
         wrong = "prefill context parallelism: use tensor or pipeline parallelism"
@@ -107,3 +133,12 @@ def check_modes(config: VllmConfig) -> None:
         wrong = "an encoder-decoder model: ReFT edits decoder-only prompts"
     if wrong:
         raise EngineUnsupported(f"reft-serve does not serve {wrong}, or start without --enable-lora")
+
+
+def _connector(config: VllmConfig) -> str | None:
+    """The name of the KV connector, with its module if it is not vLLM's own."""
+    transfer = config.kv_transfer_config
+    if transfer is None or transfer.kv_connector is None:
+        return None
+    module = transfer.kv_connector_module_path
+    return f"{module}.{transfer.kv_connector}" if module else str(transfer.kv_connector)

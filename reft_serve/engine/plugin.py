@@ -5,6 +5,7 @@ vLLM's internals move, so the versions that were tested are named and others are
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -31,6 +32,9 @@ def register() -> None:
         return
     check_version(vllm.__version__)
     _registered = True
+    # vLLM's tags for tool calls are understood by xgrammar alone, and leave the arguments free; without them a forced call
+    # follows the JSON schema of its tool. Parsers read this when they are imported.
+    os.environ.setdefault("VLLM_ENFORCE_STRICT_TOOL_CALLING", "0")
     _patch_configuration()
     _patch_front_end()
     _patch_scheduler()
@@ -75,9 +79,15 @@ def _patch_front_end() -> None:
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.engine.output_processor import OutputProcessor
+    from vllm.v1.structured_output import backend_guidance
 
-    from reft_serve.engine import beams, front_end, telemetry, usage
+    from reft_serve.engine import beams, front_end, grammar_checks, telemetry, usage
 
+    # Constraints are checked by `grammar_checks`, in another process.
+    backend_guidance.validate_guidance_grammar = lambda *_, **__: None
+    _wrap(InputProcessor, "__init__", grammar_checks.starting_checks)
+    _wrap(InputProcessor, "process_inputs", grammar_checks.checking_inputs)
+    _wrap(AsyncLLM, "generate", grammar_checks.checking_first)
     _wrap(InputProcessor, "process_inputs", front_end.binding_inputs)
     for engine in (LLMEngine, AsyncLLM):
         for name in ("add_lora", "remove_lora", "pin_lora", "list_loras"):
@@ -102,8 +112,10 @@ def _patch_scheduler() -> None:
     import vllm.v1.simple_kv_offload.manager
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.core import EngineCore
+    from vllm.v1.structured_output import StructuredOutputManager
+    from vllm.v1.structured_output.backend_guidance import GuidanceBackend
 
-    from reft_serve.engine import admission, prefix_cache
+    from reft_serve.engine import admission, grammars, prefix_cache
 
     core = vllm.v1.core
     for module in (core.kv_cache_utils, core.block_pool, vllm.v1.simple_kv_offload.manager):
@@ -115,6 +127,10 @@ def _patch_scheduler() -> None:
     _wrap(EngineCore, "pin_lora", admission.pinning)
     EngineCore.reft_read_ahead = admission.read_ahead
     _wrap(Scheduler, "_free_request", admission.noting_finished)
+    _wrap(StructuredOutputManager, "__init__", grammars.with_backend)
+    _wrap(StructuredOutputManager, "grammar_bitmask", grammars.bounding_steps)
+    _wrap(StructuredOutputManager, "accept_tokens", grammars.noting_exceeded)
+    _wrap(GuidanceBackend, "compile_grammar", grammars.compiling_bounded)
 
 
 def _patch_workers() -> None:

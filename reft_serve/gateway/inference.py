@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from fastapi import Request, Response
 
-from reft_serve import errors
+from reft_serve import errors, structured_outputs
 from reft_serve.database.keys import Principal
 from reft_serve.database.models import now_ms
 from reft_serve.database.resolution import Target
@@ -443,6 +443,7 @@ def _checked(
 ) -> tuple[dict[str, Any], str | None]:
     """What an engine is to get, and the field that was added to name the limit of its length, if one was."""
     asked = given.model_dump(exclude_unset=True, exclude_none=True)
+    structured_outputs.check_request(asked)
     default = endpoint.default_tokens if endpoint.engine_default else None
     body = bounded(services.quotas.limits(caller), asked, endpoint.limit_fields, default)
     reft_fields.check(body, services.settings.max_strength, services.settings.template_arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -65,6 +66,40 @@ def test_a_mode_that_is_not_correct_is_refused(
     monkeypatch.setattr(getattr(config, part) if part else config, name, value)
     with pytest.raises(EngineUnsupported, match=sentence):
         check_modes(config)
+
+
+@pytest.mark.parametrize("backend", ["xgrammar", "outlines", "lm-format-enforcer"])
+def test_a_structured_output_backend_that_cannot_be_bounded_is_refused(
+    config: Any, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    assert config.structured_outputs_config.backend == "guidance"  # whatever vLLM's default is
+    monkeypatch.setattr(config.structured_outputs_config, "backend", backend)
+    with pytest.raises(EngineUnsupported, match=rf"structured outputs by {backend}.*or choose guidance"):
+        check_modes(config)
+
+
+def connectors() -> list[str]:
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    return sorted(KVConnectorFactory._registry)
+
+
+@pytest.mark.parametrize("connector", [*connectors(), "Unheard", "lmcache.integration.vllm.Connector"])
+def test_a_connector_that_may_mix_adapters_is_refused_by_name(
+    config: Any, monkeypatch: pytest.MonkeyPatch, connector: str
+) -> None:
+    module, _, name = connector.rpartition(".")
+    transfer = SimpleNamespace(kv_connector=name, kv_connector_module_path=module or None)
+    monkeypatch.setattr(config, "kv_transfer_config", transfer)
+    with pytest.raises(
+        EngineUnsupported, match=f"the KV connector {re.escape(connector)} .*leave out --kv-transfer-config"
+    ):
+        check_modes(config)
+
+
+def test_offloading_is_a_connector_too() -> None:
+    with pytest.raises(EngineUnsupported, match=r"the KV connector .*--kv-offloading-size"):
+        engine_config(kv_offloading_size=1.0)
 
 
 def test_a_reft_only_engine_keeps_compilation_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,7 @@ class Up:
         return cls(
             folder, "--tool-call-parser", "hermes", "--enable-auto-tool-choice",
             "--chat-template", str(folder / "template.jinja"), "--max-num-batched-tokens", "512",
-            "--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}',
+            "--structured-outputs-config", '{"backend": "guidance", "disable_any_whitespace": true}',
             REFT_OTLP_ENDPOINT=collector, OTEL_BSP_SCHEDULE_DELAY="200",
         )  # fmt: skip
 

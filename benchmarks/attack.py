@@ -153,6 +153,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         temporary = folder / "tmp"
         temporary.mkdir()
         places = {"TMPDIR": str(temporary), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
+        places |= {"REFT_SWEEP_SECONDS": "30", "REFT_UPKEEP_SECONDS": "10"}  # not ten minutes, at the end
         deployment = Deployment(folder, shlex.split(args.flags), **places)
         try:
             before = set(_files(folder))

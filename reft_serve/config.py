@@ -124,6 +124,15 @@ class TenantLimits(BaseModel):
     storage_bytes: _Count | None = Field(default=None, description="Of all versions and files together.")
     jobs: _Count | None = Field(default=None, description="Fine-tuning jobs that wait, run or are paused.")
     running_jobs: _AtLeastOne | None = Field(default=None, description="Fine-tuning jobs that run at once.")
+    job_examples: _AtLeastOne | None = Field(
+        default=None, description="Examples of a fine-tuning job, each counted once per epoch."
+    )
+    job_tokens: _AtLeastOne | None = Field(
+        default=None, description="Tokens of a fine-tuning job, prompts and answers of every epoch."
+    )
+    job_hours: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="Hours that a fine-tuning job trains, over all of its attempts."
+    )
     choices: _AtLeastOne | None = Field(default=None, description="Largest `n` of a request.")
     output_tokens: _AtLeastOne | None = Field(default=None, description="Largest `max_tokens` of a request.")
 
@@ -135,7 +144,14 @@ class TenantLimits(BaseModel):
 class _Installation(BaseSettings):
     """What gateways and workers of one installation must agree on."""
 
-    model_config = SettingsConfigDict(env_prefix="REFT_", env_nested_delimiter="__", frozen=True, extra="ignore")
+    # A limit in the environment leaves the defaults of the others.
+    model_config = SettingsConfigDict(
+        env_prefix="REFT_",
+        env_nested_delimiter="__",
+        frozen=True,
+        extra="ignore",
+        nested_model_default_partial_update=True,
+    )
 
     database: str = Field(
         default="sqlite:///~/.local/share/reft-serve/reft.db", description="sqlite:///PATH or postgresql://..."
@@ -164,6 +180,9 @@ class _Installation(BaseSettings):
     limits: TenantLimits = Field(
         default=TenantLimits(
             choices=16,
+            job_examples=5_000_000,
+            job_tokens=2_000_000_000,
+            job_hours=72.0,
             concurrent_requests=256,
             adapters=10_000,
             files=10_000,
@@ -204,6 +223,12 @@ class TrainerSettings(_Installation):
     )
     train_running_per_tenant: int | None = Field(
         default=None, ge=1, description="Jobs of a tenant at once, where it has no limit of its own."
+    )
+    train_turn_seconds: float = Field(
+        default=600.0,
+        ge=0,
+        description="How long a job runs before it gives way to the waiting job of a tenant with fewer running ones. It goes "
+        "back to the queue with a checkpoint.",
     )
     lease_seconds: float = Field(
         default=30.0,

@@ -161,6 +161,12 @@ class DataInvalid(ClientError):
         return type(self), (self.where, self.faults)  # it may come from a worker's process
 
 
+class JobLimitExceeded(ClientError):
+    """A fine-tuning job that is larger, or takes longer, than its tenant's limits allow."""
+
+    code = "job_limit"
+
+
 class BaseModelInvalid(ClientError):
     """A base model's directory from which its architecture, width and layers cannot be read."""
 

@@ -25,24 +25,26 @@ __all__ = [
     "LORA_NAME",
     "LORA_TENSORS",
     "MAX_CONFIG_BYTES",
-    "MAX_NAMED_MODULES",
+    "MAX_TARGETS",
     "TENSORS",
     "check_structure",
     "lora_faults",
     "module_faults",
     "tensor_faults",
+    "unknown_modules",
 ]
 
 CONFIG, TENSORS = "reft_config.json", "reft_model.safetensors"
 LORA_CONFIG, LORA_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 FILES = (CONFIG, TENSORS, LORA_CONFIG, LORA_TENSORS)
 MAX_CONFIG_BYTES = 4 << 20
-MAX_NAMED_MODULES = 512
-"""How many modules that do not fit are named."""
+MAX_TARGETS = 512
+"""How many of the modules that a configuration targets are compared with the tensors."""
 LORA_NAME = re.compile(r"base_model\.model\.(.{1,512})\.lora_([AB])\.weight")
 _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d{1,6})\.")
 _MOST_RANK = 1 << 24
 _LONGEST_TARGET = 16
+_NAMED_CHARACTERS, _FAULT_CHARACTERS = 2500, 300
 # What PEFT's LoRAs may have that vLLM's do not, each with what it is.
 _UNSERVED = {
     "use_dora": "DoRA's magnitudes are",
@@ -179,16 +181,43 @@ def module_faults(entries: Mapping[str, Entry], modules: Mapping[str, tuple[int,
                 f"{LORA_TENSORS}: lora_{half} of {module[:120]!r} has shape {entry.shape}, and the module of the base model "
                 f"has {width} {'inputs' if half == 'A' else 'outputs'}"
             )
-    return [*_unknown_modules(sorted(unknown)), *faults]
+    return [*unknown_modules(unknown), *faults]
 
 
-def _unknown_modules(unknown: list[str]) -> Iterator[str]:
-    if unknown:
-        rest = len(unknown) - MAX_NAMED_MODULES
-        listed = ", ".join(name[:200] for name in unknown[:MAX_NAMED_MODULES]) + (
-            f" and {rest} more" if rest > 0 else ""
-        )
-        yield f"its LoRA is for {listed}, which {'is' if len(unknown) == 1 else 'are'} no module of the base model"
+def unknown_modules(names: Iterable[str]) -> Iterator[str]:
+    """A LoRA's modules that a model does not have, as faults of a few hundred characters each. Very many are named by layer:
+    `model.layers.[0-31].mlp.up_proj`.
+    """
+    shown = sorted(name[:200] for name in names)
+    if sum(map(len, shown)) > _NAMED_CHARACTERS:
+        shown = _by_layer(shown)
+    part: list[str] = []
+    for name in [*shown, ""]:
+        if part and (not name or sum(map(len, part)) + len(name) > _FAULT_CHARACTERS):
+            what = "is no module" if len(part) == 1 else "are no modules"
+            yield f"its LoRA is for {', '.join(part)}, which {what} of the base model"
+            part = []
+        part.append(name)
+
+
+def _by_layer(names: list[str]) -> list[str]:
+    """The names with their layers in brackets, such as [0-3,7]."""
+    layers: dict[str, set[int]] = {}
+    for name in names:
+        match = _LAYER.search(f".{name}.")
+        pattern = name if match is None else f".{name}.".replace(match[0], match[0].replace(match[1], "[]"), 1)[1:-1]
+        layers.setdefault(pattern, set()).update([] if match is None else [int(match[1])])
+    return [pattern.replace("[]", f"[{_ranges(held)}]", 1) for pattern, held in sorted(layers.items())]
+
+
+def _ranges(numbers: set[int]) -> str:
+    found: list[list[int]] = []
+    for number in sorted(numbers):
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in found)
 
 
 def _pair_faults(module: str, pair: Mapping[str, Entry]) -> Iterator[str]:
@@ -223,4 +252,4 @@ def _lora_config_faults(content: bytes) -> tuple[list[str], list[str]]:
     targets = config.get("target_modules")
     # A text is a regular expression, or "all-linear": the tensors say what it came to.
     named = targets if isinstance(targets, list) else []
-    return faults, [name for name in named[:MAX_NAMED_MODULES] if isinstance(name, str)]
+    return faults, [name for name in named[:MAX_TARGETS] if isinstance(name, str)]

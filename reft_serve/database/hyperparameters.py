@@ -144,6 +144,10 @@ class Hyperparameters(BaseModel):
         }  # fmt: skip
         return {name: value if (asked := getattr(self, name)) == "auto" else asked for name, value in chosen.items()}
 
+    def epochs(self, examples: int) -> int:
+        """How often the examples are gone through, "auto" decided."""
+        return _epochs(examples) if self.n_epochs == "auto" else self.n_epochs
+
     def asked(self) -> dict[str, Any]:
         """What was set, as JSON."""
         return {name: value for name, value in self.model_dump().items() if value != "auto"}
@@ -162,3 +166,9 @@ class DpoHyperparameters(Hyperparameters):
 def read_hyperparameters(asked: Mapping[str, Any]) -> DpoHyperparameters:
     """What a job's row holds, whatever its method."""
     return DpoHyperparameters.model_validate(dict(asked))
+
+
+def _epochs(examples: int) -> int:
+    if examples >= 20_000:
+        return 1 if examples >= 100_000 else 2
+    return max(3, min(12, -(-1000 // max(1, examples))))

@@ -44,6 +44,7 @@ __all__ = [
     "finish",
     "heartbeat",
     "look",
+    "make_way",
     "release",
     "resolve",
     "sweep",
@@ -51,6 +52,8 @@ __all__ = [
 
 MOST_ATTEMPTS = 3
 _NO_LIMITS = TenantLimits()
+# Since when a job in the queue waits.
+_SINCE = func.coalesce(Job.lease_until_ms, Job.created_ms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,7 @@ class Claim:
         step: as far as any attempt has come.
         adapter: the name that the version will have.
         started_ms: when the first attempt began.
+        limits: the tenant's own.
     """
 
     id: str
@@ -83,6 +87,7 @@ class Claim:
     step: int
     created_ms: int
     started_ms: int
+    limits: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +108,8 @@ async def claim(
     running_per_tenant: int | None = None,
     most_attempts: int = MOST_ATTEMPTS,
 ) -> Claim | None:
-    """Take the job whose turn it is: of the highest priority, of the tenant with the fewest running, the oldest.
+    """Take the job whose turn it is: of the highest priority, of the tenant with the fewest running, of the tenant whose jobs
+    gave way longest ago or not at all, the oldest.
 
     Args:
         session: a writing one.
@@ -119,9 +125,10 @@ async def claim(
     await sweep(session, most_attempts)
     busy = await _busy(session)
     query = _waiting(memory_bytes, await _full(session, busy, running_per_tenant)).order_by(Job.priority.desc())
-    if busy:
-        query = query.order_by(case(busy, value=Job.tenant_id, else_=0))
-    first = query.order_by(Job.created_ms, Job.id).limit(1).with_for_update(of=Job, skip_locked=True)
+    for turns in (busy, await _gave_way(session)):
+        if turns:
+            query = query.order_by(case(turns, value=Job.tenant_id, else_=0))
+    first = query.order_by(_SINCE, Job.id).limit(1).with_for_update(of=Job, skip_locked=True)
     job: Job | None = await session.scalar(first)
     if job is None:
         return None
@@ -133,6 +140,51 @@ async def claim(
     tell(session, job, "The fine-tuning job goes on" if again else "Fine-tuning job started")
     await session.flush()
     return _claimed(job)
+
+
+async def make_way(
+    session: AsyncSession,
+    held: Sequence[str],
+    memory_bytes: int,
+    running_per_tenant: int | None = None,
+    waited_seconds: float = 0.0,
+) -> str | None:
+    """Ask one of a worker's jobs to give way, if the job of a tenant with fewer running ones waits; the answer is its id.
+
+    It stores a checkpoint, goes back to the queue behind those that wait, and goes on when it is its turn. No more jobs are
+    asked than tenants wait, so several workers do not all make way for one job.
+
+    Args:
+        session: a writing one.
+        held: jobs of the worker that have run long enough, the first to give way first.
+        memory_bytes: of the worker; jobs that need more wait for another one.
+        running_per_tenant: as for `claim`.
+        waited_seconds: a job that has waited less does not count: a worker with room may take it.
+    """
+    if session.get_bind().dialect.name == "postgresql":
+        await session.execute(text("SELECT pg_advisory_xact_lock(hashtextextended('jobs.claim', 0))"))
+    busy = await _busy(session)
+    fitting = _waiting(memory_bytes, await _full(session, busy, running_per_tenant))
+    fitting = fitting.where(now_ms() - int(waited_seconds * 1000) >= _SINCE)
+    grouped = fitting.with_only_columns(Job.tenant_id, func.max(Job.priority)).group_by(Job.tenant_id)
+    waiting: dict[str, int] = dict((await session.execute(grouped)).all())
+    asked = select(func.count()).select_from(Job).where(Job.status == "running", Job.wanted == "yield")
+    if not waiting or (await session.scalar(asked) or 0) >= len(waiting):
+        return None
+    for job_id in held:
+        job = await session.get(Job, job_id, with_for_update={"of": Job}, populate_existing=True)
+        if job is None or job.status != "running" or job.wanted != "none":
+            continue
+        mine = busy.get(job.tenant_id, 0)
+        if any(
+            tenant != job.tenant_id and priority >= job.priority and busy.get(tenant, 0) < mine
+            for tenant, priority in waiting.items()
+        ):
+            job.wanted = "yield"
+            tell(session, job, "Another tenant's job waits: this one stores a checkpoint and goes back to the queue")
+            await session.flush()
+            return job.id
+    return None
 
 
 async def sweep(session: AsyncSession, most_attempts: int = MOST_ATTEMPTS) -> int:
@@ -341,6 +393,13 @@ async def _busy(session: AsyncSession) -> dict[str, int]:
     return dict((await session.execute(query)).all())
 
 
+async def _gave_way(session: AsyncSession) -> dict[str, int]:
+    """When the tenants with jobs that gave way and wait again did so last: the others' jobs come before theirs."""
+    query = select(Job.tenant_id, func.max(Job.lease_until_ms)).where(Job.status == "queued")
+    found = await session.execute(query.where(Job.lease_until_ms.is_not(None)).group_by(Job.tenant_id))
+    return {tenant: since or 0 for tenant, since in found.all()}
+
+
 async def _full(session: AsyncSession, busy: Mapping[str, int], default: int | None) -> list[str]:
     """The tenants that may not run one more."""
     found = await session.execute(select(Tenant.id, Tenant.limits).where(Tenant.id.in_(busy)))
@@ -368,5 +427,5 @@ def _claimed(job: Job) -> Claim:
         method=job.method, hyperparameters=job.hyperparameters, resolved=job.resolved,
         training_file_id=job.training_file_id, validation_file_id=job.validation_file_id, seed=job.seed,
         metadata=job.metadata_, integrations=job.integrations, adapter=job.adapter, attempts=job.attempts,
-        step=job.step, created_ms=job.created_ms, started_ms=job.started_ms or now_ms(),
+        step=job.step, created_ms=job.created_ms, started_ms=job.started_ms or now_ms(), limits=job.tenant.limits,
     )  # fmt: skip

@@ -256,7 +256,8 @@ class Job(Base):
     """A fine-tuning job.
 
     `status`: queued, running, paused, succeeded, failed or cancelled; the last three are final. `wanted`: none, or the
-    pause or cancel that was asked of a running one. While it runs, `worker` holds its lease until `lease_until_ms`.
+    pause or cancel that was asked of a running one, or yield: it gives way to another tenant's. While it runs, `worker`
+    holds its lease until `lease_until_ms`; in the queue that is when it gave way, None if it did not.
     Files and the version are named by value: a job outlives them.
     """
 

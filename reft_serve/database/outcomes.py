@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 Status = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
-Wanted = Literal["none", "pause", "cancel"]
+Wanted = Literal["none", "pause", "cancel", "yield"]
 Level = Literal["info", "warn", "error"]
 FINAL: frozenset[Status] = frozenset({"succeeded", "failed", "cancelled"})
 _LABEL = 8
@@ -125,8 +125,10 @@ async def end(session: AsyncSession, job: Job, status: Literal["succeeded", "fai
 
 
 def requeue(job: Job) -> None:
-    """Let a job wait again, held by nobody."""
-    job.status, job.worker, job.lease_until_ms, job.estimated_finish_ms = "queued", None, None, None
+    """Let a job wait again, held by nobody: after those that wait already, if it was to give way to one of them."""
+    waits_since = now_ms() if job.wanted == "yield" else None
+    job.status, job.worker, job.lease_until_ms, job.estimated_finish_ms = "queued", None, waits_since, None
+    job.wanted = "none" if job.wanted == "yield" else job.wanted
 
 
 def pause(session: AsyncSession, job: Job) -> None:

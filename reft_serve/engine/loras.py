@@ -13,7 +13,7 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
-from reft_serve.adapters.structure import MAX_NAMED_MODULES
+from reft_serve.adapters.structure import unknown_modules
 from reft_serve.engine.identity import identity_of, lora_id_of
 from reft_serve.errors import AdapterUnsupported
 
@@ -61,9 +61,7 @@ class LoraManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]  # vllm is n
         packed = {name for names in self._adapter_manager.packed_modules.values() for name in names}
         unknown = sorted(set(lora.loras) - set(self._adapter_manager.modules) - packed)
         here = [name for name in unknown if (layer := _LAYER.search(name)) is None or int(layer[1]) in layers]
-        if here:
-            verb = "is" if len(here) == 1 else "are"
-            yield f"its LoRA is for {', '.join(here[:MAX_NAMED_MODULES])}, which {verb} no module of this model"
+        yield from unknown_modules(here)
 
     def _misshapen(self, lora: LoRAModel) -> Iterator[str]:
         """Matrices that do not meet their module, as far as a module says its sizes."""

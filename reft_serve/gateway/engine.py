@@ -164,7 +164,7 @@ class Engine:
             return
         if status == 400:
             faults = message.replace(str(path), "").partition("cannot be used:")[2] or message.replace(str(path), "it")
-            raise AdapterInvalid("", [faults.strip()])
+            raise AdapterInvalid("", faults.strip().split("; "))
         raise EngineFailed(f"an engine could not load the adapter (it answered {status})")
 
     async def unload(self, name: str) -> None:

@@ -235,7 +235,8 @@ class JobAdminOut(JobOut):
         """From its row."""
         return cls(
             tenant=row.tenant.name, wanted=row.wanted, attempts=row.attempts, worker=row.worker,
-            lease_until=_seconds(row.lease_until_ms), memory_bytes=row.memory_bytes, traceback=row.traceback,
+            lease_until=_seconds(row.lease_until_ms if row.status == "running" else None),
+            memory_bytes=row.memory_bytes, traceback=row.traceback,
             **cls.fields_of(row),
         )  # fmt: skip
 

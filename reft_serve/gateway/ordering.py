@@ -18,8 +18,10 @@ from reft_serve.gateway.fitting import misfit
 from reft_serve.gateway.job_schemas import JobIn
 from reft_serve.gateway.services import Services
 
-__all__ = ["order"]
+__all__ = ["BYTES_PER_TOKEN", "order"]
 
+BYTES_PER_TOKEN = 16
+"""Of a data file: more than rows have in practice, so that an estimate of a job's tokens is a low one."""
 _Method = Literal["supervised", "dpo"]
 _FORMATS: dict[_Method, tuple[str, ...]] = {
     "supervised": ("chat", "completion", "instruction"),
@@ -47,6 +49,7 @@ async def order(services: Services, caller: Principal, actor: audit.Actor, wante
         method, chosen = _method(wanted, training)
         _check_formats(method, training, held_out)
         _check_engines(services, wanted, chosen, training)
+        _check_size(services, caller, wanted, chosen, training)
         # So that of two jobs at once the second one sees the first.
         await services.database.lock(session, f"jobs:{caller.tenant_id}")
         await _check_room(services, caller, session, wanted.suffix)
@@ -117,6 +120,25 @@ def _check_engines(services: Services, wanted: JobIn, chosen: dict[str, Any], tr
         found = misfit(read_hyperparameters(chosen), training.rows or 0, card)
         if found is not None:
             raise RequestInvalid(found.sentence, f"{where}.{found.name}")
+
+
+def _check_size(services: Services, caller: Principal, wanted: JobIn, chosen: dict[str, Any], training: File) -> None:
+    """Refuse a job that is surely larger than the tenant's limits; the worker counts exactly before it trains."""
+    limits = services.quotas.limits(caller)
+    rows = training.rows or 0
+    epochs = read_hyperparameters(chosen).epochs(rows)
+    for name, estimate, most in (
+        ("examples", rows * epochs, limits.job_examples),
+        ("tokens", training.bytes // BYTES_PER_TOKEN * epochs, limits.job_tokens),
+    ):
+        if most is not None and estimate > most:
+            method = wanted.method
+            where = "hyperparameters" if method is None else f"method.{method.type}.hyperparameters"
+            raise RequestInvalid(
+                f"the job would have about {estimate:,} {name} in {epochs} epochs of {rows:,} rows, and the limit job_{name} "
+                f"is {most:,}: give a smaller n_epochs or fewer rows",
+                f"{where}.n_epochs",
+            )
 
 
 async def _check_room(services: Services, caller: Principal, session: AsyncSession, suffix: str | None) -> None:

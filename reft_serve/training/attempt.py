@@ -26,9 +26,21 @@ from reft_serve.database.outcomes import Cancelled, Failed, Outcome, Wanted
 from reft_serve.errors import BaseModelInvalid, LeaseLost, StoreUnusable
 from reft_serve.observability import TRAINED_TOKENS
 from reft_serve.training import inputs, memory
+from reft_serve.training.bounds import hours_sentence
 from reft_serve.training.child import Child
 from reft_serve.training.lease import Lease
-from reft_serve.training.messages import Broken, Ended, JobSpec, Measured, Message, Noted, Resolved, Saved, Started
+from reft_serve.training.messages import (
+    Bounds,
+    Broken,
+    Ended,
+    JobSpec,
+    Measured,
+    Message,
+    Noted,
+    Resolved,
+    Saved,
+    Started,
+)
 from reft_serve.training.publishing import openai_metrics, publish
 from reft_serve.training.surroundings import TROUBLE, Surroundings
 from reft_serve.training.uploads import Uploads
@@ -37,6 +49,7 @@ __all__ = ["Attempt", "Place"]
 
 _log = logging.getLogger(__name__)
 _MOST_METRICS = 200
+_GRACE_SECONDS = 300.0
 How = Literal["succeeded", "failed", "cancelled", "paused", "queued", "lost"]
 
 
@@ -62,13 +75,13 @@ class Attempt:
     """One claimed job on its way."""
 
     def __init__(self, around: Surroundings, claim: Claim, place: Place, claimed: float) -> None:
-        self._around, self.claim, self.place = around, claim, place
+        self._around, self.claim, self.place, self.claimed = around, claim, place, claimed
         self._lease = Lease(around.database, claim, around.settings.lease_seconds, claimed)
         self._child: Child | None = None
         self._last: Ended | Broken | None = None
         self._begun: tuple[float, int] = (0.0, 0)
         self._tokens = 0
-        self._lost = self._draining = self._giving_up = False
+        self._lost = self._draining = self._giving_up = self._too_long = False
         self.memory = 0
         self.troubled = False
         """Whether this machine, and not the job, was why it went back to the queue."""
@@ -113,7 +126,7 @@ class Attempt:
         if self._child is not None:
             if wanted == "cancel":
                 self._child.kill()
-            elif wanted == "pause":
+            elif wanted in ("pause", "yield"):
                 self._child.stop()
 
     async def _run(self) -> How:
@@ -168,19 +181,37 @@ class Attempt:
             validation=str(paths[1]) if paths[1:] else None, method=claim.method.get("type", "supervised"),
             hyperparameters=dict(claim.hyperparameters), resolved=dict(claim.resolved), seed=claim.seed,
             started=datetime.fromtimestamp(claim.started_ms / 1000, UTC).replace(tzinfo=None),
-            device=self.place.device, threads=self.place.threads, reports=_reports(claim),
+            bounds=self._bounds(), device=self.place.device, threads=self.place.threads, reports=_reports(claim),
         )  # fmt: skip
+
+    def _bounds(self) -> Bounds:
+        limits = self._around.settings.limits.merged(self.claim.limits)
+        return Bounds(examples=limits.job_examples, tokens=limits.job_tokens, hours=limits.job_hours)
+
+    def _end_too_long(self) -> None:
+        """End an attempt that has taken all the time of its job, in case its process does not end itself."""
+        self._too_long = True
+        if self._child is not None:
+            self._child.kill()
 
     async def _follow(self, spec: JobSpec, uploads: Uploads) -> int | None:
         """Run its process, and hear it to its end."""
         child = self._child = await self._around.nursery.start(spec)
-        if self._draining or self._lease.wanted == "pause":  # it was said while the process was made
+        if self._draining or self._lease.wanted in ("pause", "yield"):  # it was said while the process was made
             child.stop()
         if self._lost or self._giving_up or self._lease.wanted == "cancel":
             child.kill()
-        async for message in child.messages():
-            await self._take(message, uploads)
-        return await child.wait()
+        watch = None
+        if spec.bounds.hours is not None:
+            after = spec.bounds.hours * 3600 + _GRACE_SECONDS
+            watch = asyncio.get_running_loop().call_later(after, self._end_too_long)
+        try:
+            async for message in child.messages():
+                await self._take(message, uploads)
+            return await child.wait()
+        finally:
+            if watch is not None:
+                watch.cancel()
 
     async def _take(self, message: Message, uploads: Uploads) -> None:
         claim, worker = self.claim, self.claim.worker
@@ -223,8 +254,9 @@ class Attempt:
         last = self._last
         if self._lost:
             raise LeaseLost(f"job {self.claim.id} was lost")
-        if self._lease.wanted == "cancel":
-            return await self._finish(Cancelled())
+        stopped = self._stopped()
+        if stopped is not None:
+            return await self._finish(stopped)
         if isinstance(last, Ended) and last.done:
             return await self._succeed(run, last)
         if isinstance(last, Ended):
@@ -236,6 +268,14 @@ class Attempt:
             return await self._release()
         told = f"the job's process ended with code {code} (below 0: by that signal; -9 may be a lack of memory)"
         return await self._release(told, memory_bytes=self._more_memory() if code == -signal.SIGKILL else None)
+
+    def _stopped(self) -> Outcome | None:
+        """How the job ends, if it was stopped for good."""
+        if self._lease.wanted == "cancel":
+            return Cancelled()
+        if self._too_long and not (isinstance(self._last, Ended) and self._last.done):
+            return Failed("job_limit", hours_sentence(self._bounds().hours or 0))
+        return None
 
     async def _succeed(self, run: Path, last: Ended) -> How:
         """Publish, as soon as the stores and the database let us."""

@@ -64,7 +64,7 @@ def choose(
     steps = -(-data.examples // batch)
     return {
         "method": method,
-        "n_epochs": _or(asked.n_epochs, _epochs(data.examples)),
+        "n_epochs": asked.epochs(data.examples),
         "batch_size": batch,
         "accumulation": accumulation,
         "learning_rate": _or(asked.learning_rate, rate * _or(asked.learning_rate_multiplier, 1.0)),
@@ -123,9 +123,3 @@ def _or(asked: Any, chosen: Any) -> Any:
 
 def _batch(examples: int) -> int:
     return next((size for size, most in ((4, 64), (8, 512), (16, 4096)) if examples < most), 32)
-
-
-def _epochs(examples: int) -> int:
-    if examples >= 20_000:
-        return 1 if examples >= 100_000 else 2
-    return max(3, min(12, -(-1000 // examples)))

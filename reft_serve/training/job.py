@@ -23,13 +23,15 @@ from reft_serve.adapters.base_model import read_base_model
 from reft_serve.config import set_environment
 from reft_serve.database.hyperparameters import read_hyperparameters
 from reft_serve.datafiles.formats import read_rows
-from reft_serve.errors import AdapterInvalid, BaseModelInvalid, ClientError, DataInvalid, ServiceError
+from reft_serve.errors import AdapterInvalid, BaseModelInvalid, ClientError, DataInvalid, JobLimitExceeded, ServiceError
 from reft_serve.training import archive, choices, memory
+from reft_serve.training.bounds import Clock, check_size, hours_sentence
 from reft_serve.training.child import RUN, STOP
 from reft_serve.training.data import TrainingData, encode
 from reft_serve.training.examples import Example, Preference
 from reft_serve.training.messages import Broken, Ended, JobSpec, Measured, Message, Noted, Resolved, Saved, Started
 from reft_serve.training.plan import DType
+from reft_serve.training.report import METRICS
 from reft_serve.training.run import train
 
 __all__ = ["train_job"]
@@ -70,8 +72,9 @@ class _Talk:
 class _Follower:
     """Tells the worker what the trainer tells."""
 
-    def __init__(self, talk: _Talk, folder: Path) -> None:
-        self._talk, self._folder = talk, folder
+    def __init__(self, talk: _Talk, folder: Path, hours: float | None) -> None:
+        self._talk, self._folder, self._hours = talk, folder, hours
+        self._clock = Clock(folder / RUN / METRICS)
 
     def started(self, step: int, steps: int) -> None:
         """The first word of the run."""
@@ -87,9 +90,14 @@ class _Follower:
         archive.pack(self._folder / RUN, packed)
         self._talk.tell(Saved(step=step, path=str(packed)))
 
+    @property
+    def out_of_time(self) -> bool:
+        """Whether the job has trained as long as it may."""
+        return self._hours is not None and self._clock.seconds > self._hours * 3600
+
     def wants_stop(self) -> bool:
-        """Whether the worker has said so."""
-        return self._talk.stopping
+        """Whether the worker has said so, or the time is up."""
+        return self._talk.stopping or self.out_of_time
 
 
 def _run(spec: JobSpec, talk: _Talk) -> Ended:
@@ -109,12 +117,15 @@ def _run(spec: JobSpec, talk: _Talk) -> Ended:
             asked, spec.method, read_base_model(base), data, longest, _dtype(spec.device), spec.seed
         )
     talk.tell(Resolved(resolved=resolved))
+    check_size(spec.bounds, [_trained_tokens(item) for item in training], resolved["n_epochs"])
     plan = choices.plan_from(resolved, _reports(spec, talk))
-    follower = _Follower(talk, folder)
+    follower = _Follower(talk, folder, spec.bounds.hours)
     outcome = train(
         base, plan, training, folder / RUN, held_out=held_out, resume=True, watchers=[follower], plot=False,
         fingerprints=fingerprints, started=spec.started,
     )  # fmt: skip
+    if outcome.adapter is None and not talk.stopping and follower.out_of_time:
+        raise JobLimitExceeded(hours_sentence(spec.bounds.hours or 0))
     return Ended(
         done=outcome.adapter is not None,
         step=outcome.step,
@@ -154,6 +165,12 @@ def _tokens(item: Example | Preference) -> int:
     if isinstance(item, Example):
         return len(item.input_ids)
     return len(item.prompt_ids) + max(len(item.chosen_ids), len(item.rejected_ids))
+
+
+def _trained_tokens(item: Example | Preference) -> int:
+    if isinstance(item, Example):
+        return len(item.input_ids)
+    return 2 * len(item.prompt_ids) + len(item.chosen_ids) + len(item.rejected_ids)
 
 
 def _tokenizer(base: Path) -> Any:

@@ -7,7 +7,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-__all__ = ["Broken", "Ended", "JobSpec", "Measured", "Message", "Noted", "Resolved", "Saved", "Started", "read_message"]
+__all__ = [
+    "Bounds",
+    "Broken",
+    "Ended",
+    "JobSpec",
+    "Measured",
+    "Message",
+    "Noted",
+    "Resolved",
+    "Saved",
+    "Started",
+    "read_message",
+]
 
 
 class _Plain(BaseModel):
@@ -16,6 +28,14 @@ class _Plain(BaseModel):
     def line(self) -> bytes:
         """The message as one line."""
         return self.model_dump_json().encode() + b"\n"
+
+
+class Bounds(_Plain):
+    """What a run may come to; None for no bound. `hours`: of training, over all attempts."""
+
+    examples: int | None = None
+    tokens: int | None = None
+    hours: float | None = None
 
 
 class JobSpec(_Plain):
@@ -29,6 +49,7 @@ class JobSpec(_Plain):
         hyperparameters: what was asked. resolved: what an attempt before made of it; empty at the first.
         device: "cpu" or a GPU's number. threads: of a job on the CPU.
         started: when the first attempt began, as UTC without a time zone: what chat templates take for the present.
+        bounds: of the tenant's limits.
         reports: environment variables of reporting integrations, by integration.
     """
 
@@ -42,6 +63,7 @@ class JobSpec(_Plain):
     resolved: dict[str, Any] = {}
     seed: int = 42
     started: datetime | None = None
+    bounds: Bounds = Bounds()
     device: str = "cpu"
     threads: int = 1
     reports: dict[str, dict[str, str]] = {}

@@ -34,6 +34,7 @@ _log = logging.getLogger(__name__)
 _LONGEST_PAUSE = 60.0
 _SPARE = 64 << 20
 _TURN_SECONDS = 1.5
+_WAITED_POLLS = 3
 _PASSING: tuple[type[Exception], ...] = (BaseModelInvalid, ServiceError, *TROUBLE)
 
 
@@ -148,8 +149,13 @@ class Worker:
         if not counts.get("queued") or self._ending.is_set():
             return False
         place = await self._room()
-        if place is None:
-            return False
+        if place is not None and await self._claim(place):
+            return True
+        await self._make_way()
+        return False
+
+    async def _claim(self, place: Place) -> bool:
+        around, settings = self._around, self._around.settings
         claimed = time.monotonic()
         async with around.database.writing() as session:
             claim = await jobs.claim(
@@ -164,6 +170,20 @@ class Worker:
             "a job was claimed", extra={"data": {"job": claim.id, "tenant": claim.tenant, "attempt": claim.attempts}}
         )
         return True
+
+    async def _make_way(self) -> None:
+        """Ask a job that has had its turn to give way, if another tenant's waits and finds no room."""
+        settings, now = self._around.settings, time.monotonic()
+        turns = sorted((attempt.claimed, attempt.claim.id) for attempt in self._attempts.values())
+        had = [job_id for claimed, job_id in turns if now - claimed >= settings.train_turn_seconds]
+        if not had or not self._devices:
+            return
+        largest = max(device.memory for device in self._devices)
+        waited = _WAITED_POLLS * settings.poll_seconds
+        async with self._around.database.writing() as session:
+            yielding = await jobs.make_way(session, had, largest, settings.running_per_tenant, waited)
+        if yielding is not None:
+            _log.info("a job gives way", extra={"data": {"job": yielding}})
 
     async def _attend(self, attempt: Attempt) -> None:
         how, task = "crashed", asyncio.current_task()

@@ -553,3 +553,75 @@ async def test_many_workers_at_once_run_each_job_by_one_holder_to_one_end(databa
 
 
 _FINAL_EVENTS = {"The job has successfully completed", "The job was cancelled", "The job failed: y"}
+
+
+async def make_way(database: Database, *held_: jobs.Claim, **options: Any) -> str | None:
+    async with database.writing() as session:
+        return await jobs.make_way(session, [each.id for each in held_], 1 << 40, **options)
+
+
+async def test_a_job_gives_way_to_that_of_a_tenant_with_fewer_and_goes_on_after_it(database: Database) -> None:
+    first, second = await make_tenant(database, "first"), await make_tenant(database, "second")
+    await make_job(database, first)
+    long = await held(database)
+    assert await make_way(database, long) is None, "nobody waits"
+    await make_job(database, first)
+    assert await make_way(database, long) is None, "only its own tenant waits"
+    short = await make_job(database, second)
+    assert await make_way(database, long, waited_seconds=60.0) is None, "a worker with room may take it"
+    assert await make_way(database, long) == long.id
+    assert await make_way(database, long) is None, "one is enough"
+    async with database.reading() as session:
+        assert await jobs.look(session, long.id, long.worker) == "yield"
+    async with database.writing() as session:
+        assert await jobs.release(session, long.id, long.worker) == "queued"
+    taken = await held(database)
+    assert taken.id == short
+    await finish(database, taken, Cancelled())
+    again = [await held(database), await held(database)]
+    assert again[1].id == long.id, "behind what waited already"
+    assert again[1].attempts == 1, "no attempt was counted"
+    assert again[1].started_ms == long.started_ms
+    async with database.reading() as session:
+        row = await fine_tuning.find_job(session, None, long.id)
+        told = [event.message for event in await fine_tuning.events_since(session, long.id, 0, 50)]
+    assert row.wanted == "none"
+    assert "Another tenant's job waits: this one stores a checkpoint and goes back to the queue" in told
+
+
+async def test_a_job_gives_way_to_no_lower_priority_to_no_full_tenant_and_to_no_equal(database: Database) -> None:
+    first, second = await make_tenant(database, "first"), await make_tenant(database, "second", running_jobs=1)
+    await make_job(database, first, priority=1)
+    long = await held(database)
+    await make_job(database, second)
+    assert await make_way(database, long) is None, "its priority is higher"
+    other = await held(database)
+    assert other.tenant == "second"
+    await make_job(database, second, priority=2)
+    assert await make_way(database, long) is None, "second has as many as it may"
+    await finish(database, other, Cancelled())
+    assert await make_way(database, long) == long.id
+
+
+async def test_what_an_owner_asks_of_a_job_that_gives_way_holds(database: Database) -> None:
+    first, second = await make_tenant(database, "first"), await make_tenant(database, "second")
+    for what, status in (("cancel", "cancelled"), ("pause", "paused")):
+        await make_job(database, first)
+        long = await held(database)
+        waiting = await make_job(database, second)
+        assert await make_way(database, long) == long.id
+        async with database.writing() as session:
+            await fine_tuning.ask(session, first.id, long.id, what)  # type: ignore[arg-type]
+        async with database.writing() as session:
+            assert await jobs.release(session, long.id, long.worker) == status
+            await fine_tuning.ask(session, second.id, waiting, "cancel")
+
+
+async def test_a_lost_job_that_was_to_give_way_waits_behind_the_others(database: Database) -> None:
+    first, second = await make_tenant(database, "first"), await make_tenant(database, "second")
+    await make_job(database, first)
+    long = await held(database, lease=0.0)
+    short = await make_job(database, second)
+    assert await make_way(database, long) == long.id
+    await asyncio.sleep(0.01)
+    assert (await held(database)).id == short

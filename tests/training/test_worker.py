@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from reft_serve.adapters.directory import read_adapter
-from reft_serve.database import fine_tuning
+from reft_serve.database import fine_tuning, tenants
 from reft_serve.database.connection import Database, migrate
 from reft_serve.database.files import key_of_blob
 from reft_serve.database.models import Job
@@ -389,3 +389,35 @@ async def until_told(place: Place, job_id: str, phrase: str, seconds: float = 60
     async with asyncio.timeout(seconds):
         while not any(phrase in line for line in await place.told(job_id)):
             await asyncio.sleep(0.05)
+
+
+async def test_a_long_job_gives_way_to_another_tenants_and_goes_on_to_the_same_bits(
+    place: Place, undisturbed: list[str]
+) -> None:
+    async with place.worker(train_turn_seconds=0.5):
+        long = await place.job(content=SLOW_ROWS, **SLOW)
+        await place.wait(long, lambda job: job.step >= 1)
+        short = await place.job(n_epochs=1)
+        done = await place.until(short, "succeeded")
+        assert (await place.find(long)).status != "succeeded"
+        finished = await place.until(long, "succeeded")
+    assert done.attempts == finished.attempts == 1
+    told = await place.told(long)
+    assert sum(line.startswith("Another tenant's job waits") for line in told) == 1
+    assert "The fine-tuning job goes on" in told
+    assert await place.version_digests(long) == undisturbed
+    assert await place.orphans() == []
+
+
+async def test_a_job_beyond_its_tenants_limits_fails_with_the_limit(place: Place) -> None:
+    cases = {"job_examples": 23, "job_tokens": 50, "job_hours": 1e-6}
+    async with place.worker():
+        for name, most in cases.items():
+            tenant = await place.tenant()
+            async with place.database.writing() as session:
+                (await tenants.find_tenant(session, tenant.id)).limits = {name: most}
+            job_id = await place.job(tenant)  # 12 rows, 2 epochs
+            job = await place.wait(job_id, lambda job: job.finished_ms is not None)
+            assert (job.status, job.error and job.error["code"]) == ("failed", "job_limit"), name
+            assert name in str(job.error)
+    assert await place.orphans() == []

@@ -403,7 +403,7 @@ async def test_a_long_job_gives_way_to_another_tenants_and_goes_on_to_the_same_b
         finished = await place.until(long, "succeeded")
     assert done.attempts == finished.attempts == 1
     told = await place.told(long)
-    assert sum(line.startswith("Another tenant's job waits") for line in told) == 1
+    assert any(line.startswith("Another tenant's job waits") for line in told)
     assert "The fine-tuning job goes on" in told
     assert await place.version_digests(long) == undisturbed
     assert await place.orphans() == []

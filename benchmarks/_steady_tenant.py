@@ -35,7 +35,11 @@ class SteadyTenant:
     async def run(self, ended: asyncio.Event) -> None:
         """Act until `ended`, and wait for what has begun."""
         timeout = aiohttp.ClientTimeout(total=120)
-        async with aiohttp.ClientSession(self._target["url"], headers=self._headers, timeout=timeout) as client:
+        # Less than the 5 s after which the gateway closes an idle connection: a request could meet the closing.
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=3)
+        async with aiohttp.ClientSession(
+            self._target["url"], headers=self._headers, timeout=timeout, connector=connector
+        ) as client:
             rates = self._target["per_minute"]
             acts = {"stream": self._stream, "completion": self._complete, "upload": self._upload, "job": self._job}
             async with asyncio.TaskGroup() as group:

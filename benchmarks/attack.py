@@ -168,7 +168,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             deployment.stop()
         result |= _processes(watch, last)
         result["left_running"] = _running(watch.roles)
-        result["left_temporary"] = sorted(str(path.relative_to(temporary)) for path in temporary.rglob("*"))
+        # vLLM leaves the sockets that its processes talked over.
+        left = [path for path in temporary.rglob("*") if not path.is_socket()]
+        result["left_temporary"] = sorted(str(path.relative_to(temporary)) for path in left)
         result["log_tail"] = deployment.log.read_text(errors="replace")[-2000:]
     result["failures"] = _failures(result)
     return result

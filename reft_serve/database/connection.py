@@ -83,8 +83,10 @@ class Database:
         self._lookers = async_sessionmaker(self._lookups, **options)
         self._readers = async_sessionmaker(self.engine, **options)
         self._writers = async_sessionmaker(self.engine.execution_options(reft_writes=True), **options)
-        # SQLite takes one writer at a time; to wait here is cheaper than to poll its lock.
+        # SQLite takes one writer at a time; to wait here is cheaper than to poll its lock. A commit waits for one session
+        # at most, however many sessions wait: usage records must not queue behind a tenant's management requests.
         self._turn = asyncio.Lock() if self.is_sqlite else None
+        self._session_turn = asyncio.Lock()
         self._thread = _WriterThread(self.engine.url) if self.is_sqlite else None
 
     @asynccontextmanager
@@ -135,6 +137,7 @@ class Database:
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self._share())
             if self._turn is not None:
+                await stack.enter_async_context(self._session_turn)
                 await stack.enter_async_context(self._turn)
             session = await stack.enter_async_context(self._writers())
             async with session.begin():

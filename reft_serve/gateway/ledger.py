@@ -20,8 +20,8 @@ _log = logging.getLogger(__name__)
 _RETRY_SECONDS = 0.2
 _BATCH = 500
 _SOON_SECONDS = 0.2
-# Records that wait for longer cannot be written, as far as can be known.
-_LATE_SECONDS = 2.0
+# If a record has waited for longer, the database counts as unable to write.
+_LATE_SECONDS = 5.0
 
 
 @dataclass(eq=False, slots=True)

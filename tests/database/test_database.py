@@ -421,3 +421,25 @@ async def test_an_error_shows_no_value_of_its_statement(database: Database) -> N
                 await session.execute(text(statement), {"secret": "whsec_hidden"})
         assert "nowhere" in str(caught.value)
         assert "whsec_hidden" not in str(caught.value)
+
+
+async def test_a_commit_waits_for_one_writing_session_however_many_wait(database: Database) -> None:
+    order: list[str] = []
+
+    async def session(name: str) -> None:
+        async with database.writing() as opened:
+            await opened.execute(select(Tenant.id))
+            await asyncio.sleep(0.05)
+            order.append(name)
+
+    async def commit() -> None:
+        await database.commit(lambda connection: connection.execute(text("SELECT 1")))
+        order.append("commit")
+
+    async with asyncio.TaskGroup() as group:
+        for number in range(8):
+            group.create_task(session(f"session {number}"))
+        await asyncio.sleep(0.02)
+        group.create_task(commit())
+    assert order.index("commit") <= 1
+    assert len(order) == 9

@@ -178,7 +178,7 @@ class Engine:
         try:
             status, content = await self._http.fetch("GET", f"/v1/reft/usage/{request_id}", None, _USAGE_SECONDS)
             return Tokens.of(json.loads(content)) if status == 200 else None
-        except (EngineUnavailable, ValueError, AttributeError):
+        except (EngineUnavailable, ValueError, AttributeError, RuntimeError):  # the last: the gateway has closed it
             return None
 
     async def metrics(self) -> bytes:

@@ -195,16 +195,22 @@ class Fleet:
             return waiter.turn.result()
         QUEUED.set(self.waiting)
         try:
-            return await asyncio.wait_for(waiter.turn, self._queue_seconds)
+            async with asyncio.timeout(self._queue_seconds):
+                return await self._turn(waiter)
         except TimeoutError as exc:
             raise Overloaded("every engine was busy for too long; try again", self._queue_seconds / 4) from exc
+        finally:
+            self._leave(waiter)
+
+    async def _turn(self, waiter: _Waiter) -> Engine:
+        # Not `wait_for`, which before Python 3.12 returns the result to a caller that has left as its turn came.
+        try:
+            return await waiter.turn
         except asyncio.CancelledError:
-            if waiter.turn.done() and not waiter.turn.cancelled():  # its turn came as its caller left
+            if waiter.turn.done() and not waiter.turn.cancelled():
                 self._release(waiter.turn.result(), waiter)
                 self._dispatch()
             raise
-        finally:
-            self._leave(waiter)
 
     def _leave(self, waiter: _Waiter) -> None:
         queue = self._queues.get(waiter.tenant)

@@ -117,14 +117,17 @@ class _Exchange:
             return
         self.settled = True
         fleet, tenant = self.services.fleet, self.caller.tenant_id
+        fleet.correct(
+            tenant, self.demand.total
+        )  # until it is known: the place that it gives back goes to whoever is next
         tokens = estimated(self.demand, seen, time.monotonic() - self.delivered)
-        fleet.charge(tenant, tokens.work)
-        await self.stack.aclose()
-        if not seen.prompt:  # else the engine has said with each chunk what it counts
-            counted = await used_until_now(self.engine, self.opening.request_id)
-            if counted is not None:
-                fleet.correct(tenant, counted.work - tokens.work)
-                tokens = counted
+        try:
+            await self.stack.aclose()
+            if not seen.prompt:  # else the engine has said with each chunk what it counts
+                tokens = await used_until_now(self.engine, self.opening.request_id) or tokens
+        finally:
+            fleet.correct(tenant, -self.demand.total)
+            fleet.charge(tenant, tokens.work)
         committed = self.services.ledger.settle(self.ending("cancelled", tokens))
         await self._count(tokens)
         await _on_disk(committed)

@@ -66,3 +66,29 @@ def test_versions_are_shared_out_evenly_and_keep_their_engines_when_one_leaves()
     left = "http://127.0.0.1:3"
     assert all(now == then for now, then in zip(two, three, strict=True) if then != left)
     assert set(two) == set(three) - {left}
+
+
+def test_a_caller_that_leaves_as_its_turn_comes_gets_no_place() -> None:
+    async def scene() -> bool:
+        members = Membership(("http://127.0.0.1:9",), None)
+        await members.look_up()
+        (engine,) = members.engines
+        engine.healthy = True
+        fleet = Fleet(members, 1, 5.0, 5.0)
+
+        async def ask() -> None:
+            async with fleet.engine("acme", "base", frozenset[Engine]()):
+                raise AssertionError("it has left")
+
+        async with AsyncExitStack() as held:
+            await held.enter_async_context(fleet.engine("other", "base", frozenset[Engine]()))
+            asked = asyncio.create_task(ask())
+            await asyncio.sleep(0)
+        asked.cancel()  # its turn has come, and it has not run since
+        await asyncio.wait((asked,))
+        async with asyncio.timeout(1), fleet.engine("third", "base", frozenset[Engine]()):
+            pass
+        await fleet.close()
+        return asked.cancelled()
+
+    assert asyncio.run(scene())

@@ -36,6 +36,7 @@ from reft_serve.engine.grammar_process import (
     WAITING_PER_CALLER,
     WALL_SECONDS,
     read_message,
+    schema_options,
     send_message,
 )
 from reft_serve.engine.grammars import BACKEND, EXCEEDED
@@ -247,7 +248,7 @@ def starting_checks(original: Any) -> Callable[..., None]:
         original(self, vllm_config, *args, **kwargs)
         config = vllm_config.structured_outputs_config
         if config.backend == BACKEND and self.tokenizer is not None:
-            options = {"whitespace_flexible": not config.disable_any_whitespace}
+            options = schema_options(white_space=not config.disable_any_whitespace)
             self._reft_grammar_checks = GrammarChecks(_told(self.tokenizer, vllm_config), options)
 
     return init

@@ -21,6 +21,7 @@ from typing import Any
 
 import llguidance
 
+from reft_serve.engine.closed_schemas import closed
 from reft_serve.errors import RequestInvalid
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "WAITING_PER_CALLER",
     "WALL_SECONDS",
     "read_message",
+    "schema_options",
     "send_message",
     "serialise",
 ]
@@ -61,6 +63,8 @@ KEPT_VERDICTS = 1_024
 MATCHING_SECONDS = 0.25
 TOKEN_SECONDS = 0.002
 STEP_SECONDS = 0.04
+# Between the elements of JSON: regular expressions. Free white space would let small models pad until their tokens end.
+_SEPARATORS = {"item_separator": r",\x20?", "key_separator": r":\x20?"}
 _LEXER_FUEL, _STEP_LEXER_FUEL = 500_000, 50_000
 LIMITS = llguidance.LLParserLimits(
     initial_lexer_fuel=_LEXER_FUEL,
@@ -75,6 +79,11 @@ _WALKS, _WALK_TOKENS, _TOKEN_SECONDS = 3, 24, 0.02
 _PR_SET_PDEATHSIG = 1
 
 
+def schema_options(*, white_space: bool) -> dict[str, Any]:
+    """The options of JSON schemas: one line, with a space after a comma or a colon where `white_space` allows it."""
+    return {"whitespace_flexible": False, **(_SEPARATORS if white_space else {})}
+
+
 def serialise(kind: Any, text: str, options: Any) -> str:
     """A constraint in llguidance's own form. `kind` is a field of `structured_outputs`; `options` are of JSON schemas.
 
@@ -83,13 +92,17 @@ def serialise(kind: Any, text: str, options: Any) -> str:
     """
     matcher = llguidance.LLMatcher
     try:
-        if kind in ("json", "json_object"):
-            return matcher.grammar_from_json_schema(text or '{"type": "object"}', defaults=options)
+        if kind == "json_object":
+            return matcher.grammar_from_json_schema('{"type": "object"}', defaults=options)
+        if kind == "json":
+            return matcher.grammar_from_json_schema(json.dumps(closed(json.loads(text))), defaults=options)
         if kind == "structural_tag":
             return _tags(json.loads(text), options)
         if kind == "choice":  # one lexeme, since rows of the parser hold fewer alternatives
             return "start: CHOICE\nCHOICE: " + " | ".join(json.dumps(choice) for choice in json.loads(text))
         return llguidance.grammar_from(kind, text)
+    except RequestInvalid:
+        raise
     except Exception as exc:  # of several parsers, some written in Python
         raise RequestInvalid(f"{kind} is not valid: {str(exc)[:500]}") from exc
 
@@ -104,7 +117,7 @@ def _tags(given: dict[str, Any], options: Any) -> str:
         trigger = next((trigger for trigger in triggers if begin.startswith(trigger)), None)
         if trigger is None:
             raise RequestInvalid(f"structural_tag: no trigger begins {begin[:100]!r}")
-        schema = llguidance.LLMatcher.grammar_from_json_schema(structure["schema"], defaults=options)
+        schema = llguidance.LLMatcher.grammar_from_json_schema(closed(structure["schema"]), defaults=options)
         tags.append(llguidance.StructTag(trigger=trigger, begin=begin, grammar=schema, end=structure["end"]))
     return llguidance.StructTag.to_grammar(tags)
 

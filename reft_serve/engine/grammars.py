@@ -16,7 +16,14 @@ import torch
 from vllm.v1.structured_output.backend_guidance import GuidanceBackend, GuidanceGrammar
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar, StructuredOutputOptions
 
-from reft_serve.engine.grammar_process import LIMITS, MATCHING_SECONDS, STEP_SECONDS, TOKEN_SECONDS, serialise
+from reft_serve.engine.grammar_process import (
+    LIMITS,
+    MATCHING_SECONDS,
+    STEP_SECONDS,
+    TOKEN_SECONDS,
+    schema_options,
+    serialise,
+)
 
 __all__ = ["BACKEND", "EXCEEDED", "BoundedGrammar"]
 
@@ -66,7 +73,7 @@ def compiling_bounded(_: Any) -> Callable[..., BoundedGrammar]:
         self: GuidanceBackend, request_type: StructuredOutputOptions, grammar_spec: str, **_: Any
     ) -> BoundedGrammar:
         if request_type != StructuredOutputOptions.GRAMMAR:  # it did not come by a front end
-            options = {"whitespace_flexible": not self.disable_any_whitespace}
+            options = schema_options(white_space=not self.disable_any_whitespace)
             grammar_spec = serialise(request_type.name.lower(), grammar_spec, options)
         matcher = llguidance.LLMatcher(self.ll_tokenizer, grammar_spec, limits=LIMITS, log_level=0)
         if matcher.is_error():

@@ -25,7 +25,7 @@ from vllm.v1.structured_output.backend_guidance import GuidanceBackend
 from reft_serve import demo
 from reft_serve.engine import grammar_checks
 from reft_serve.engine.grammar_checks import GrammarChecks
-from reft_serve.engine.grammar_process import AT_ONCE, LIMITS, WAITING_PER_CALLER, serialise
+from reft_serve.engine.grammar_process import AT_ONCE, LIMITS, WAITING_PER_CALLER, schema_options, serialise
 from reft_serve.engine.grammars import EXCEEDED, BoundedGrammar, end_costly
 from reft_serve.engine.plugin import register
 from tests.gateway.test_inference import wait_for
@@ -84,6 +84,10 @@ def test_what_can_be_bounded_is_served(checks: GrammarChecks, constraint: dict[s
         ({"json": {"type": "nonsense"}}, "Invalid type"),
         ({"json": {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}}, "integer range"),
         ({"json": {"$ref": "#"}}, "json cannot be used"),
+        (
+            {"json": {"properties": {"x": {}}, "patternProperties": {"^n_": {}}}},
+            "`patternProperties` beside `properties`",
+        ),
         ({"json": {"$ref": "http://127.0.0.1:9/schema"}}, "json cannot be used"),
         ({"structural_tag": "{}"}, "`triggers` and `structures` only"),
         ({"structural_tag": json.dumps({"triggers": [], "structures": [{"begin": "a"}]})}, "no trigger begins"),
@@ -219,7 +223,7 @@ def test_a_front_end_sends_on_only_what_was_compiled(processor: Any) -> None:
 
 # What vLLM's own choice of a backend would give to outlines and to xgrammar.
 FIRST = [
-    {"json": {"type": "object", "patternProperties": {"^n_": {"type": "integer"}}, "properties": {"x": {"multipleOf": 0.5}}}},
+    {"json": {"type": "object", "patternProperties": {"^n_": {"type": "number", "multipleOf": 0.5}}}},
     {"choice": ["yes", "no"]},
     {"regex": "[a-d]{4}"},
 ]  # fmt: skip
@@ -284,6 +288,50 @@ def test_a_forced_tool_call_follows_the_schema_of_its_tool(processor: Any) -> No
         adjusted = parser(processor.tokenizer, request.tools).adjust_request(request)
         assert adjusted.structured_outputs.structural_tag is None
         assert '"grams"' in json.dumps(adjusted.structured_outputs.json)
+
+
+@pytest.mark.parametrize(
+    ("white_space", "text", "sound"),
+    [
+        (True, '{"x": [1, 2]}', True),
+        (True, '{"x":[1,2]}', True),
+        (True, '{"x":  []}', False),
+        (True, '{"x"\n: []}', False),
+        (True, '{\n"x": []}', False),
+        (False, '{"x":[1,2]}', True),
+        (False, '{"x": [1]}', False),
+    ],
+)
+def test_json_cannot_be_padded_with_white_space(white_space: bool, text: str, sound: bool) -> None:
+    schema = {"type": "object", "properties": {"x": {"type": "array", "items": {"type": "number"}}}, "required": ["x"]}
+    tokenizer = llguidance.LLTokenizer("byte")
+    grammar = serialise("json", json.dumps(schema), schema_options(white_space=white_space))
+    matcher = llguidance.LLMatcher(tokenizer, grammar, limits=LIMITS, log_level=0)
+    assert (matcher.try_consume_tokens(tokenizer.tokenize_str(text)) == len(text)) is sound
+
+
+NAMED = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "sound"),
+    [
+        (NAMED, '{"a": 1}', True),
+        (NAMED, '{"a": 1, "b": 2}', False),
+        (NAMED | {"additionalProperties": True}, '{"a": 1, "b": 2}', True),
+        ({"type": "array", "items": NAMED}, '[{"b": 2}]', False),
+        ({"$ref": "#/$defs/n", "$defs": {"n": NAMED}}, '{"b": 2}', False),
+        ({"anyOf": [NAMED, {"type": "null"}]}, '{"b": 2}', False),
+        ({"type": "object"}, '{"b": 2}', True),
+        ({"allOf": [NAMED, {"properties": {"b": {"type": "integer"}}, "required": ["b"]}]}, '{"a": 1, "b": 2}', True),
+        ({"properties": {"properties": {"const": {"properties": {}}}}}, '{"properties": {"properties": {}}}', True),
+    ],
+)  # fmt: skip
+def test_an_object_is_generated_with_the_properties_that_are_named(schema: Any, text: str, sound: bool) -> None:
+    tokenizer = llguidance.LLTokenizer("byte")
+    grammar = serialise("json", json.dumps(schema), schema_options(white_space=True))
+    matcher = llguidance.LLMatcher(tokenizer, grammar, limits=LIMITS, log_level=0)
+    assert (matcher.try_consume_tokens(tokenizer.tokenize_str(text)) == len(text)) is sound
 
 
 def bounded(kind: str, text: str) -> tuple[BoundedGrammar, torch.Tensor]:

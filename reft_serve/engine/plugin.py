@@ -12,6 +12,7 @@ from typing import Any
 
 import vllm
 
+from reft_serve.engine.amx import permit_amx
 from reft_serve.errors import EngineUnsupported
 
 __all__ = ["KNOWN_VERSIONS", "register"]
@@ -35,6 +36,7 @@ def register() -> None:
     # vLLM's tags for tool calls are understood by xgrammar alone, and leave the arguments free; without them a forced call
     # follows the JSON schema of its tool. Parsers read this when they are imported.
     os.environ.setdefault("VLLM_ENFORCE_STRICT_TOOL_CALLING", "0")
+    permit_amx()
     _patch_configuration()
     _patch_front_end()
     _patch_scheduler()

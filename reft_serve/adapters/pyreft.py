@@ -133,6 +133,8 @@ def _recorded_places(config: dict[str, Any], base: BaseFacts, flags: ImportFlags
     if not (isinstance(rows, list) and isinstance(types, list) and isinstance(keys, list)) or not rows:
         faults.broken.append(f"{CONFIG} must list representations, intervention_types and sorted_keys")
         return []
+    # Some versions of pyvene name the files in sorted_keys, others the interventions.
+    keys = [key.removeprefix("intkey_") if isinstance(key, str) else key for key in keys]
     if not len(rows) == len(types) == len(keys) <= _MAX_ROWS:
         lengths = f"{len(rows)}, {len(types)} and {len(keys)}"
         faults.broken.append(f"{CONFIG}: representations, intervention_types and sorted_keys have {lengths} entries")

@@ -103,3 +103,10 @@ def test_what_is_no_vector_is_told(tmp_path: Path, base: BaseFacts, state: dict[
 def test_an_unknown_class_is_refused_with_what_to_do(tmp_path: Path, base: BaseFacts) -> None:
     with pytest.raises(AdapterUnsupported, match="If all that it does is add one vector, give --kind lobireft"):
         bring_in(written(tmp_path / "save", {"steer": VECTOR}, "mine.Shift"), base)
+
+
+def test_a_save_whose_sorted_keys_name_its_files_is_read_too(tmp_path: Path, base: BaseFacts) -> None:
+    path = written(tmp_path / "save", {"bias": VECTOR}, "__main__.BiasIntervention")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"sorted_keys": [KEY]}))
+    assert bring_in(path, base).manifest.interventions[0].kind == "lobireft"

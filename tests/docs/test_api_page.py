@@ -31,9 +31,9 @@ def test_each_code_has_the_status_and_the_exception_that_the_page_says(code: str
 
 
 def test_every_failure_that_a_request_can_meet_is_on_the_page() -> None:
-    # What only commands and engines raise never becomes an answer.
+    # What only commands, engines and workers raise never becomes an answer.
     elsewhere = {
         "reft_error", "positions_invalid", "adapter_not_found", "adapter_exists", "adapter_unsupported", "lease_lost",
-        "import_flag_missing", "adapter_changed", "base_model_invalid", "engine_unsupported",
+        "import_flag_missing", "adapter_changed", "base_model_invalid", "engine_unsupported", "job_limit",
     }  # fmt: skip
     assert {code for code, _, _ in ROWS} >= set(CODES) - elsewhere

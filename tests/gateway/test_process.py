@@ -115,7 +115,8 @@ def test_what_it_writes_is_readable_by_its_owner_alone(
     tmp_path: Path, served: tuple[FakeEngine, str], key: str
 ) -> None:
     headers = {"authorization": f"Bearer {key}"}
-    shutil.rmtree(tmp_path / "store", ignore_errors=True)
+    for name in ("store", "blobs"):  # those of the gateway, in this process, that made the key
+        shutil.rmtree(tmp_path / name, ignore_errors=True)
     files = [("files", (file.name, file.read_bytes())) for file in sorted((DEMO / "adapters" / "cats").iterdir())]
     with (
         process(tmp_path, served[1]) as (_, url),

@@ -36,6 +36,7 @@ class Damage(NamedTuple):
     name: str
     apply: Callable[[Path], object]
     phrase: str
+    engine: str | None = None  # what an engine reports, if it refuses the manifest before it reads a tensor
 
 
 def write_good(path: Path, seed: int = 0) -> Adapter:
@@ -267,7 +268,7 @@ CONTENT = [
     Damage("W2 all zeros", _tensor("interventions.1.W2", torch.zeros_like), "W2 is all zeros"),
     Damage("no effect", _only_loreft(_no_effect), "it changes nothing"),
     Damage("rank over the maximum", _wide, "needs rank 9 and this engine takes 8: raise REFT_MAX_RANK"),
-    Damage("rank over the width", _spec(rank=65), "rank 65 is larger than the hidden size 64"),
+    Damage("rank over the width", _spec(rank=65), "rank 65 is larger than the hidden size 64", engine="needs rank 65"),
     Damage("rank of another tensor", _spec(rank=5), "R has shape (4, 64) and must have (5, 64)"),
     Damage("five edits at one place", _repeated, "5 interventions follow one another at block 2 (prefix); at most 4"),
 ]
@@ -311,7 +312,12 @@ MANIFEST = [
 
 BASE = [
     Damage("another architecture", _base(architecture="Qwen2ForCausalLM"), "it was trained on a Qwen2ForCausalLM"),
-    Damage("another width", _base(hidden_size=128), "R has shape (4, 64) and must have (4, 128)"),
+    Damage(
+        "another width",
+        _base(hidden_size=128),
+        "R has shape (4, 64) and must have (4, 128)",
+        engine="its hidden size is 128 and the base model's is 64",
+    ),  # fmt: skip
     Damage("another depth", _base(num_hidden_layers=8), "it was trained on 8 layers and the base model has 4"),
     Damage("width zero", _base(hidden_size=0), "base_model.hidden_size: Input should be greater than or equal to 1"),
 ]

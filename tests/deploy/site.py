@@ -36,7 +36,7 @@ socket.getaddrinfo = answer
 sys.argv[1:] = ["--port", "{port}"]
 runpy.run_module("reft_serve.cli_gateway", run_name="__main__")
 """
-_NOTICE = 1.5  # to REFT_PROBE_SECONDS what the manifest's 20 s and 15 s are to its 2 s, or nearly
+_NOTICE_LIMIT = 30.0
 
 
 class Site:
@@ -63,14 +63,23 @@ class Site:
         self.engines[address] = Served(fake.app, address, self._engine_port)
         self._engine_port = self.engines[address].port
         self.zone.write_text("\n".join(self.engines))
-        time.sleep(_NOTICE)  # minReadySeconds
+        self._noticed("found an engine", address)
         return fake
+
+    def _noticed(self, event: str, address: str) -> None:
+        """Wait for what minReadySeconds and preStop leave time for: every gateway has seen the engine come or go."""
+        until = time.monotonic() + _NOTICE_LIMIT
+        for port in self.gateways:
+            log = self.folder / f"gateway-{port}.log"
+            while not any(event in line and f"//{address}:" in line for line in log.read_text().splitlines()):
+                assert time.monotonic() < until, f"gateway {port} has not reported {event!r} for {address}"
+                time.sleep(0.05)
 
     def stop_engine(self, address: str) -> None:
         """As a cluster ends a pod: it is out of its name first, then sleeps (preStop), then finishes what it has."""
         leaving = self.engines.pop(address)
         self.zone.write_text("\n".join(self.engines))
-        time.sleep(_NOTICE)
+        self._noticed("an engine has left", address)
         leaving.stop()
 
     def start_gateway(self) -> int:

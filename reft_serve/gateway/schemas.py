@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, WithJsonSchema
 
 from reft_serve.config import TenantLimits
 from reft_serve.database import models
@@ -161,6 +161,14 @@ class TenantOut(BaseModel):
         )  # fmt: skip
 
 
+class KeyLimits(TenantLimits):
+    """The limits of one key; a limit that counts what belongs to no key must be null."""
+
+    running_jobs: Annotated[int | None, WithJsonSchema({"type": "null"})] = Field(
+        default=None, description="A limit of tenants only."
+    )
+
+
 class KeyIn(RequestModel):
     """A key to make."""
 
@@ -168,7 +176,7 @@ class KeyIn(RequestModel):
     role: Role = "inference"
     scopes: list[Scope] | None = None
     expires_at: _Seconds | None = None
-    limits: _Limits = TenantLimits()
+    limits: Annotated[KeyLimits, *NULLS_ARE_ABSENT] = KeyLimits()
 
 
 class KeyOut(BaseModel):

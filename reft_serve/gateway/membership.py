@@ -93,7 +93,8 @@ class Membership:
                 self._found[name] = ()
             else:  # who is known stays: engines do not end because a resolver does
                 _log.warning(
-                    "the engines' name cannot be looked up", extra={"data": {"name": name, "reason": str(exc)}}
+                    "the engines' name cannot be looked up",
+                    extra={"data": {"name": parts.hostname, "reason": str(exc)}},
                 )
             return
         hosts = sorted({str(address[0]) for *_, address in answers})

@@ -317,7 +317,7 @@ BASE = [
         _base(hidden_size=128),
         "R has shape (4, 64) and must have (4, 128)",
         engine="its hidden size is 128 and the base model's is 64",
-    ),  # fmt: skip
+    ),
     Damage("another depth", _base(num_hidden_layers=8), "it was trained on 8 layers and the base model has 4"),
     Damage("width zero", _base(hidden_size=0), "base_model.hidden_size: Input should be greater than or equal to 1"),
 ]

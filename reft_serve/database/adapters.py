@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, exists, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from reft_serve.database.insertion import insert_new
+from reft_serve.database.connection import insert_new
 from reft_serve.database.models import Adapter, Alias, Share, Tenant, Version, new_id, now_ms
 from reft_serve.database.names import PRODUCTION, check_adapter_name, check_alias_name
 from reft_serve.errors import Conflict, NotFound, RequestInvalid

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from contextvars import ContextVar
@@ -18,12 +18,14 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from asyncpg.exceptions import InterfaceError, PostgresError
-from sqlalchemy import URL, Connection, Engine, create_engine, event, text
+from sqlalchemy import URL, Connection, Dialect, Engine, create_engine, event, text
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.exc import TimeoutError as SQLAlchemyTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
+from reft_serve.database.models import Base
 from reft_serve.errors import DatabaseUnusable
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "Database",
     "check_schema",
     "database_user",
+    "insert_new",
     "migrate",
     "revision_of",
 ]
@@ -341,3 +344,10 @@ def _reason(exc: BaseException) -> str:
     """One line without the statement and its parameters, which may hold what nobody should read."""
     cause = getattr(exc, "orig", None) or exc
     return " ".join(str(cause).split())[:200]
+
+
+def insert_new(dialect: Dialect, table: type[Base], unique: Sequence[str]) -> postgresql.Insert | sqlite.Insert:
+    """The statement that inserts rows but for those whose `unique` columns are taken: what is there stays as it is."""
+    if dialect.name == "postgresql":
+        return postgresql.insert(table).on_conflict_do_nothing(index_elements=list(unique))
+    return sqlite.insert(table).on_conflict_do_nothing(index_elements=list(unique))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from sqlalchemy import ColumnElement, func, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from reft_serve.database.insertion import insert_new
+from reft_serve.database.connection import insert_new
 from reft_serve.database.models import Adapter, Checkpoint, Permission, Tenant, Version, new_id, now_ms
 from reft_serve.errors import Conflict, NotFound, RequestInvalid
 

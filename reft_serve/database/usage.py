@@ -14,7 +14,7 @@ from sqlalchemy import Connection, delete, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import InstrumentedAttribute
 
-from reft_serve.database.insertion import insert_new
+from reft_serve.database.connection import insert_new
 from reft_serve.database.models import Admission, Usage, now_ms
 from reft_serve.errors import RequestInvalid
 

@@ -29,6 +29,7 @@ from reft_serve.gateway.fleet import Fleet
 from reft_serve.gateway.intake import Intake
 from reft_serve.gateway.job_events import Followers
 from reft_serve.gateway.ledger import Ledger
+from reft_serve.gateway.lookup import Directory
 from reft_serve.gateway.membership import Membership
 from reft_serve.gateway.notifying import Notifier
 from reft_serve.gateway.quotas import Quotas
@@ -47,7 +48,7 @@ from reft_serve.gateway.routes import (
     webhooks,
 )
 from reft_serve.gateway.routes import usage as usage_routes
-from reft_serve.gateway.services import Directory, Services
+from reft_serve.gateway.services import Services
 from reft_serve.gateway.tracing import configure_tracing
 from reft_serve.gateway.write_probe import WriteProbe
 from reft_serve.observability import BoundedNames

@@ -25,8 +25,8 @@ from reft_serve import errors
 from reft_serve.config import GatewaySettings
 from reft_serve.gateway.budget import Budget, Lease
 from reft_serve.gateway.connections import peer_left
-from reft_serve.gateway.edge import Requires
 from reft_serve.gateway.json_check import check_json
+from reft_serve.gateway.routes.auth import Requires
 from reft_serve.gateway.services import Services
 from reft_serve.gateway.streaming import ClientGone, while_there
 

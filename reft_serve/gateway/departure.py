@@ -6,7 +6,7 @@ import asyncio
 
 from reft_serve.gateway.engine import Engine
 from reft_serve.gateway.reservation import Demand
-from reft_serve.gateway.rewriting import Tokens
+from reft_serve.gateway.tokens import Tokens
 
 __all__ = ["estimated", "used_until_now"]
 

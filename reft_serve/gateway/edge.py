@@ -10,7 +10,6 @@ import time
 import uuid
 from typing import Any
 
-from fastapi import Request
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -23,7 +22,7 @@ from reft_serve.gateway.services import Services
 from reft_serve.gateway.tracing import span
 from reft_serve.observability import REQUEST_SECONDS, REQUESTS, request_id
 
-__all__ = ["OPEN_PATHS", "Edge", "Requires", "caller_of", "requires"]
+__all__ = ["OPEN_PATHS", "Edge"]
 
 _log = logging.getLogger(__name__)
 OPEN_PATHS = frozenset({"/health/live", "/health/ready"})
@@ -118,41 +117,3 @@ def _account(scope: Scope, status: int, seconds: float) -> None:
             "tenant": caller.tenant if caller else None, "key": caller.key_id if caller else None,
         }  # fmt: skip
         _log.info("request", extra={"data": data})
-
-
-def caller_of(request: Request) -> Principal:
-    """Who asks."""
-    found: Principal = request.state.caller
-    return found
-
-
-class Requires:
-    """A dependency: the caller, if its key has one of these scopes."""
-
-    def __init__(self, *scopes: str) -> None:
-        self.scopes = scopes
-
-    # FastAPI would call a plain function in another thread.
-    async def __call__(self, request: Request) -> Principal:
-        """The caller.
-
-        Raises:
-            NotAllowed: its key has none of the scopes.
-        """
-        return self.check(caller_of(request))
-
-    def check(self, caller: Principal) -> Principal:
-        """The caller, if it may.
-
-        Raises:
-            NotAllowed: its key has none of the scopes.
-        """
-        if caller.scopes.isdisjoint(self.scopes):
-            lacking = " or ".join(map(repr, self.scopes))
-            raise errors.NotAllowed(f"this API key may not do this: it lacks the scope {lacking}")
-        return caller
-
-
-def requires(*scopes: str) -> Any:
-    """A dependency: the caller, if its key has one of these scopes."""
-    return Requires(*scopes)

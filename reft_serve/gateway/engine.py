@@ -16,7 +16,7 @@ from reft_serve.adapters.engine_card import EngineCard, read_card
 from reft_serve.database.names import ENGINE_PREFIX
 from reft_serve.errors import AdapterInvalid, EngineFailed, EngineTrouble, EngineUnavailable
 from reft_serve.gateway.engine_state import EngineState
-from reft_serve.gateway.rewriting import Tokens
+from reft_serve.gateway.tokens import Tokens
 from reft_serve.gateway.upstream import Http, Upstream
 from reft_serve.observability import ENGINE_IN_FLIGHT, ENGINE_UP, LOAD_SECONDS, LOADS
 

@@ -31,9 +31,10 @@ from reft_serve.gateway.engine import Engine, engine_name, message_of
 from reft_serve.gateway.engine_ends import ended_with, note_end
 from reft_serve.gateway.quotas import Spending
 from reft_serve.gateway.reservation import Demand, bounded, demand_of
-from reft_serve.gateway.rewriting import Rewriter, Tokens, rewrite_whole, sse_error
+from reft_serve.gateway.rewriting import Rewriter, rewrite_whole, sse_error
 from reft_serve.gateway.services import Services
 from reft_serve.gateway.streaming import ClientGone, Streamed, while_there
+from reft_serve.gateway.tokens import Tokens
 from reft_serve.gateway.tracing import outgoing
 from reft_serve.gateway.upstream import Upstream
 from reft_serve.observability import FIRST_BYTE_SECONDS, RETRIES, TOKENS, request_id

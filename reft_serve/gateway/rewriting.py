@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from typing import Any
 
 from reft_serve.errors import EngineUnavailable
+from reft_serve.gateway.tokens import Tokens
 
-__all__ = ["Rewriter", "Tokens", "rewrite_whole", "sse_error"]
+__all__ = ["Rewriter", "rewrite_whole", "sse_error"]
 
 _USAGE = re.compile(rb',"usage":(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}|null)')
 _INDEX = re.compile(rb'"index":(\d+)')
@@ -23,30 +23,6 @@ _DONE = b"data: [DONE]"
 _ABORTED = b'"finish_reason":"abort"'
 _ENDING = "the engine was told to end before the answer was whole; try again"
 _FINAL_EVENTS = (b"event: response.completed", b"event: response.incomplete", b"event: response.failed")
-
-
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """What was used. `cached` is a part of `prompt`."""
-
-    prompt: int = 0
-    cached: int = 0
-    completion: int = 0
-
-    @classmethod
-    def of(cls, usage: dict[str, Any] | None) -> Tokens:
-        """From any of OpenAI's usage objects."""
-        usage = usage or {}
-        details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or {}
-        prompt = usage.get("prompt_tokens", usage.get("input_tokens", 0))
-        completion = usage.get("completion_tokens", usage.get("output_tokens", 0))
-        cached = details.get("cached_tokens", usage.get("cached_tokens", 0))
-        return cls(prompt or 0, cached or 0, completion or 0)
-
-    @property
-    def work(self) -> int:
-        """What an engine computed."""
-        return self.prompt - self.cached + self.completion
 
 
 def rewrite_whole(content: bytes, theirs: str, public: str) -> tuple[bytes, Tokens]:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import Request
 
@@ -18,80 +16,22 @@ from reft_serve.adapters.blobs import BlobStore
 from reft_serve.adapters.store import AdapterStore
 from reft_serve.config import GatewaySettings
 from reft_serve.database.connection import Database
-from reft_serve.database.keys import Principal, authenticate, digest_of_secret
-from reft_serve.database.models import now_ms
-from reft_serve.database.resolution import Route, Target, resolve
-from reft_serve.errors import ModelNotFound
 from reft_serve.gateway.checking import CheckPlaces
 from reft_serve.gateway.fleet import Fleet
 from reft_serve.gateway.intake import Intake
 from reft_serve.gateway.job_events import Followers
 from reft_serve.gateway.ledger import Ledger
+from reft_serve.gateway.lookup import Directory
 from reft_serve.gateway.notifying import Notifier
 from reft_serve.gateway.quarantine import Quarantine
 from reft_serve.gateway.quotas import Quotas
 from reft_serve.gateway.write_probe import WriteProbe
 from reft_serve.observability import BoundedNames
 
-__all__ = ["BACKGROUND_PER_TENANT", "Directory", "Services", "services_of"]
+__all__ = ["BACKGROUND_PER_TENANT", "Services", "services_of"]
 
 _log = logging.getLogger(__name__)
 BACKGROUND_PER_TENANT = 2
-_REMEMBERED = 50_000
-_K = TypeVar("_K")
-_V = TypeVar("_V")
-
-
-class Directory:
-    """Who holds a key, and what a model's name stands for: asked of the database, remembered for a moment."""
-
-    def __init__(self, database: Database, base_model: str, seconds: float) -> None:
-        self._database, self._base_model, self._seconds = database, base_model, seconds
-        self._keys: dict[str, tuple[float, Principal | None]] = {}
-        self._routes: dict[tuple[str, str], tuple[float, Route | None]] = {}
-        self._random = random.Random()  # noqa: S311 - it only shares traffic out
-
-    def forget(self) -> None:
-        """Ask anew: something was changed here."""
-        self._keys.clear()
-        self._routes.clear()
-
-    async def principal(self, secret: str) -> Principal | None:
-        """Who holds the key; None where nobody does."""
-        digest, now = digest_of_secret(secret), time.monotonic()
-        remembered = self._keys.get(digest)
-        if remembered is None or remembered[0] < now:
-            found = await self._database.read(lambda session: authenticate(session, digest))
-            remembered = _remember(self._keys, digest, (now + self._seconds, found))
-        principal = remembered[1]
-        if principal is not None and principal.expires_ms is not None and principal.expires_ms <= now_ms():
-            return None
-        return principal
-
-    async def target(self, caller: Principal, model: str) -> Target | None:
-        """The version that answers this request; None for the base model.
-
-        Raises:
-            ModelNotFound: the caller has no such model.
-        """
-        if model == self._base_model:
-            return None
-        key, now = (caller.tenant_id, model), time.monotonic()
-        remembered = (now, None) if "\0" in model else self._routes.get(key)  # PostgreSQL has no such text
-        if remembered is None or remembered[0] < now:
-            found = await self._database.read(lambda session: resolve(session, caller.tenant_id, model))
-            remembered = _remember(self._routes, key, (now + self._seconds, found))
-        route = remembered[1]
-        if route is None:
-            raise ModelNotFound(f"The model {model[:200]!r} does not exist or you do not have access to it.")
-        return route.draw(self._random.random())
-
-
-def _remember(cache: dict[_K, _V], key: _K, value: _V) -> _V:
-    if len(cache) >= _REMEMBERED:
-        cache.clear()
-    cache[key] = value
-    return value
 
 
 @dataclass(slots=True)

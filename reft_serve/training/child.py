@@ -20,13 +20,10 @@ from pydantic import ValidationError
 
 from reft_serve.config import set_environment
 from reft_serve.errors import ServiceError
-from reft_serve.training.messages import JobSpec, Message, read_message
+from reft_serve.training.messages import STOP, JobSpec, Message, read_message
 
-__all__ = ["RUN", "STOP", "Child", "Nursery"]
+__all__ = ["Child", "Nursery"]
 
-RUN = "run"
-"""The run's directory, in a job's folder."""
-STOP = b"stop\n"
 _LONGEST_LINE = 16 << 20
 
 

@@ -13,7 +13,7 @@ from reft_serve.database.names import check_adapter_name
 from reft_serve.database.outcomes import Failed
 from reft_serve.errors import BlobMissing, NotFound, RequestInvalid, StoreUnusable
 from reft_serve.training import archive
-from reft_serve.training.child import RUN
+from reft_serve.training.messages import RUN
 from reft_serve.training.surroundings import Surroundings
 
 __all__ = ["Unfit", "check_name", "checkpoint_key", "checkpoints_of", "fetch_checkpoint", "fetch_file"]

@@ -26,10 +26,21 @@ from reft_serve.datafiles.formats import read_rows
 from reft_serve.errors import AdapterInvalid, BaseModelInvalid, ClientError, DataInvalid, JobLimitExceeded, ServiceError
 from reft_serve.training import archive, choices, memory
 from reft_serve.training.bounds import Clock, check_size, hours_sentence
-from reft_serve.training.child import RUN, STOP
 from reft_serve.training.data import TrainingData, encode
 from reft_serve.training.examples import Example, Preference
-from reft_serve.training.messages import Broken, Ended, JobSpec, Measured, Message, Noted, Resolved, Saved, Started
+from reft_serve.training.messages import (
+    RUN,
+    STOP,
+    Broken,
+    Ended,
+    JobSpec,
+    Measured,
+    Message,
+    Noted,
+    Resolved,
+    Saved,
+    Started,
+)
 from reft_serve.training.plan import DType
 from reft_serve.training.report import METRICS
 from reft_serve.training.run import train

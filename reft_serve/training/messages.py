@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 __all__ = [
+    "RUN",
+    "STOP",
     "Bounds",
     "Broken",
     "Ended",
@@ -20,6 +22,11 @@ __all__ = [
     "Started",
     "read_message",
 ]
+
+RUN = "run"
+"""The run's directory, in a job's folder."""
+STOP = b"stop\n"
+"""The line that asks a job to stop after its step."""
 
 
 class _Plain(BaseModel):

@@ -11,7 +11,7 @@ import pytest
 from reft_serve.gateway.departure import estimated
 from reft_serve.gateway.fake_engine import FakeEngine
 from reft_serve.gateway.reservation import Demand
-from reft_serve.gateway.rewriting import Tokens
+from reft_serve.gateway.tokens import Tokens
 from tests.gateway.harness import Gateway, Tenant
 from tests.gateway.test_inference import usage_of, wait_for
 

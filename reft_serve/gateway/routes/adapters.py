@@ -21,9 +21,8 @@ from reft_serve.database.tenants import find_tenant
 from reft_serve.errors import NotFound
 from reft_serve.gateway import publishing
 from reft_serve.gateway.bounded_route import BoundedRoute
-from reft_serve.gateway.edge import requires
 from reft_serve.gateway.links import leads_to, link
-from reft_serve.gateway.routes.actors import actor_of
+from reft_serve.gateway.routes.auth import actor_of, requires
 from reft_serve.gateway.schemas import AdapterOut, AliasIn, AliasOut, Deleted, ListOf, VersionOut
 from reft_serve.gateway.services import Services, services_of
 

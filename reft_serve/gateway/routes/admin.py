@@ -10,11 +10,10 @@ from reft_serve.database import audit, tenants
 from reft_serve.database.models import now_ms
 from reft_serve.errors import Conflict
 from reft_serve.gateway.bounded_route import BoundedRoute
-from reft_serve.gateway.edge import caller_of, requires
 from reft_serve.gateway.engine import Engine
 from reft_serve.gateway.links import leads_to, link
 from reft_serve.gateway.publishing import retire
-from reft_serve.gateway.routes.actors import actor_of
+from reft_serve.gateway.routes.auth import actor_of, caller_of, requires
 from reft_serve.gateway.routes.keys import make_key
 from reft_serve.gateway.routes.metrics import EngineName
 from reft_serve.gateway.schemas import Deleted, EngineOut, KeyIn, ListOf, NewKeyOut, TenantIn, TenantOut, TenantPatch

@@ -10,9 +10,8 @@ from reft_serve.database import audit, fine_tuning
 from reft_serve.database.outcomes import Status
 from reft_serve.database.tenants import find_tenant
 from reft_serve.gateway.bounded_route import BoundedRoute
-from reft_serve.gateway.edge import requires
 from reft_serve.gateway.job_schemas import JobAdminOut, Page
-from reft_serve.gateway.routes.actors import actor_of
+from reft_serve.gateway.routes.auth import actor_of, requires
 from reft_serve.gateway.routes.fine_tuning import JOB_ID
 from reft_serve.gateway.services import Services, services_of
 

@@ -12,9 +12,8 @@ from reft_serve.database.keys import Principal
 from reft_serve.errors import RequestInvalid
 from reft_serve.gateway import ordering
 from reft_serve.gateway.bounded_route import BoundedRoute
-from reft_serve.gateway.edge import requires
 from reft_serve.gateway.job_schemas import CheckpointOut, EventOut, JobIn, JobOut, Page
-from reft_serve.gateway.routes.actors import actor_of
+from reft_serve.gateway.routes.auth import actor_of, requires
 from reft_serve.gateway.services import Services, services_of
 
 __all__ = ["JOB_ID", "router"]

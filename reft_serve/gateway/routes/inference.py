@@ -17,8 +17,8 @@ from reft_serve.errors import RequestInvalid
 from reft_serve.gateway.bodies import ChatBody, CompletionBody, EmbeddingBody, InferenceBody, ResponseBody
 from reft_serve.gateway.bounded_route import BoundedRoute
 from reft_serve.gateway.connections import peer_left
-from reft_serve.gateway.edge import caller_of, requires
 from reft_serve.gateway.inference import Endpoint, infer
+from reft_serve.gateway.routes.auth import caller_of, requires
 from reft_serve.gateway.services import Services, services_of
 
 __all__ = ["router"]

@@ -12,9 +12,8 @@ from reft_serve.database.keys import Principal
 from reft_serve.database.tenants import find_tenant
 from reft_serve.errors import Conflict, NotAllowed
 from reft_serve.gateway.bounded_route import BoundedRoute
-from reft_serve.gateway.edge import caller_of, requires
 from reft_serve.gateway.links import leads_to, link
-from reft_serve.gateway.routes.actors import actor_of
+from reft_serve.gateway.routes.auth import actor_of, caller_of, requires
 from reft_serve.gateway.schemas import KeyIn, KeyOut, ListOf, NewKeyOut, TenantOut
 from reft_serve.gateway.services import Services, services_of
 

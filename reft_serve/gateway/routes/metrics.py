@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, Path, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from reft_serve.gateway.bounded_route import BoundedRoute
-from reft_serve.gateway.edge import requires
+from reft_serve.gateway.routes.auth import requires
 from reft_serve.gateway.services import Services, services_of
 
 __all__ = ["EngineName", "router"]

@@ -11,9 +11,8 @@ from reft_serve.database.keys import Principal
 from reft_serve.database.models import Adapter, Version
 from reft_serve.errors import ModelNotFound, NotAllowed
 from reft_serve.gateway.bounded_route import BoundedRoute
-from reft_serve.gateway.edge import requires
 from reft_serve.gateway.publishing import retire
-from reft_serve.gateway.routes.actors import actor_of
+from reft_serve.gateway.routes.auth import actor_of, requires
 from reft_serve.gateway.schemas import Deleted, ListOf, ModelOut
 from reft_serve.gateway.services import Services, services_of
 

@@ -9,9 +9,8 @@ from fastapi import APIRouter, Depends, Path, Query, Request
 from reft_serve.database import audit, permissions
 from reft_serve.database.keys import Principal
 from reft_serve.gateway.bounded_route import BoundedRoute
-from reft_serve.gateway.edge import requires
 from reft_serve.gateway.job_schemas import Page, PermissionOut, PermissionsIn
-from reft_serve.gateway.routes.actors import actor_of
+from reft_serve.gateway.routes.auth import actor_of, requires
 from reft_serve.gateway.schemas import Deleted
 from reft_serve.gateway.services import Services, services_of
 

@@ -14,7 +14,7 @@ from reft_serve.database.keys import Principal
 from reft_serve.database.models import now_ms
 from reft_serve.errors import NotAllowed
 from reft_serve.gateway.bounded_route import BoundedRoute
-from reft_serve.gateway.edge import requires
+from reft_serve.gateway.routes.auth import requires
 from reft_serve.gateway.schemas import AuditOut, ListOf, UsageOut
 from reft_serve.gateway.services import Services, services_of
 

@@ -12,9 +12,8 @@ from reft_serve.database.models import now_ms
 from reft_serve.errors import RequestInvalid
 from reft_serve.gateway import notifying
 from reft_serve.gateway.bounded_route import BoundedRoute
-from reft_serve.gateway.edge import requires
 from reft_serve.gateway.job_schemas import Page
-from reft_serve.gateway.routes.actors import actor_of
+from reft_serve.gateway.routes.auth import actor_of, requires
 from reft_serve.gateway.schemas import Deleted
 from reft_serve.gateway.services import Services, services_of
 from reft_serve.gateway.webhook_schemas import (

@@ -1,5 +1,5 @@
 # An engine without a GPU: vLLM's CPU build, our plugin, and a small model in /models/demo. For trials and for CI.
-#   docker build -f docker/engine-cpu.Dockerfile -t reft-serve-engine-cpu:0.1.0 .
+#   docker build -f docker/engine-cpu.Dockerfile -t reft-serve-engine-cpu:0.2.0 .
 # Pin the base by its digest: --build-arg PYTHON_IMAGE=python:3.12-slim-bookworm@sha256:...
 ARG PYTHON_IMAGE=python:3.12-slim-bookworm
 
@@ -20,7 +20,7 @@ RUN mv /opt/venv/lib/python3.12/site-packages/reft_serve/demo/model /demo-model 
     && ln -s /models/demo /opt/venv/lib/python3.12/site-packages/reft_serve/demo/model
 
 FROM ${PYTHON_IMAGE}
-ARG VERSION=0.1.0
+ARG VERSION=0.2.0
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="reft-serve-engine-cpu" \
       org.opencontainers.image.description="vLLM's CPU build with the reft-serve plugin and a small model" \

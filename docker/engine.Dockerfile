@@ -1,5 +1,5 @@
 # An engine on NVIDIA GPUs: vLLM's own image, and our plugin beside it. vLLM brings all that the plugin needs.
-#   docker build -f docker/engine.Dockerfile -t reft-serve-engine:0.1.0 .
+#   docker build -f docker/engine.Dockerfile -t reft-serve-engine:0.2.0 .
 # Pin the bases by their digests: --build-arg VLLM_IMAGE=vllm/vllm-openai:v0.32.0@sha256:... (and PYTHON_IMAGE)
 ARG PYTHON_IMAGE=python:3.12-slim-bookworm
 ARG VLLM_IMAGE=vllm/vllm-openai:v0.32.0
@@ -14,7 +14,7 @@ COPY reft_serve reft_serve
 RUN pip wheel --no-deps --no-build-isolation --wheel-dir /wheels .
 
 FROM ${VLLM_IMAGE}
-ARG VERSION=0.1.0
+ARG VERSION=0.2.0
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="reft-serve-engine" \
       org.opencontainers.image.description="vLLM with the reft-serve plugin: many ReFT adapters over one base model" \

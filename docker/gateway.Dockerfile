@@ -1,5 +1,5 @@
 # The gateway, its administration and its migrations: neither torch nor vLLM.
-#   docker build -f docker/gateway.Dockerfile -t reft-serve-gateway:0.1.0 .
+#   docker build -f docker/gateway.Dockerfile -t reft-serve-gateway:0.2.0 .
 # Pin the base by its digest: --build-arg PYTHON_IMAGE=python:3.12-slim-bookworm@sha256:...
 ARG PYTHON_IMAGE=python:3.12-slim-bookworm
 
@@ -16,7 +16,7 @@ RUN pip wheel --no-deps --no-build-isolation --wheel-dir /wheels . \
     && rm -rf /opt/venv/lib/python3.*/site-packages/reft_serve/demo/model
 
 FROM ${PYTHON_IMAGE}
-ARG VERSION=0.1.0
+ARG VERSION=0.2.0
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="reft-serve-gateway" \
       org.opencontainers.image.description="OpenAI-style front door for many ReFT adapters over one base model" \

@@ -1,5 +1,5 @@
 # A training worker. The same file makes both: CUDA as it is, CPU with --build-arg TORCH_BACKEND=cpu.
-#   docker build -f docker/trainer.Dockerfile -t reft-serve-trainer:0.1.0 .
+#   docker build -f docker/trainer.Dockerfile -t reft-serve-trainer:0.2.0 .
 # Pin the base by its digest: --build-arg PYTHON_IMAGE=python:3.12-slim-bookworm@sha256:...
 ARG PYTHON_IMAGE=python:3.12-slim-bookworm
 
@@ -22,7 +22,7 @@ RUN mv /opt/venv/lib/python3.12/site-packages/reft_serve/demo/model /demo-model 
     && ln -s /models/demo /opt/venv/lib/python3.12/site-packages/reft_serve/demo/model
 
 FROM ${PYTHON_IMAGE}
-ARG VERSION=0.1.0
+ARG VERSION=0.2.0
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="reft-serve-trainer" \
       org.opencontainers.image.description="Training worker of reft-serve: makes ReFT adapters of uploaded data" \

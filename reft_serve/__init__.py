@@ -1,3 +1,3 @@
 """Serve many trained ReFT adapters over one shared base model."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+_AT_THE_DOOR = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "CODE_OF_CONDUCT.md")
+PAGES = (*(ROOT / name for name in _AT_THE_DOOR), *sorted((ROOT / "docs").glob("*.md")))
 LONG_WORDS = 30
 # The voice guide's list (CONTRIBUTING.md): each pattern with the plain word to write instead.
 AVOID = {

@@ -8,30 +8,21 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 import reft_serve.demo
+from tests.support.deploy.open_loop import Tenant
+from tests.support.gateway.process import free_port
 
 DEMO = Path(reft_serve.demo.__file__).parent
 _READY_SECONDS = 600
-
-
-@dataclass(frozen=True, slots=True)
-class Tenant:
-    """One tenant of a deployment: its name, its key, and the names of its adapters."""
-
-    name: str
-    key: str
-    models: tuple[str, ...]
 
 
 class Deployment:
@@ -158,12 +149,6 @@ def _role(command: str) -> str:
         if part in command:
             return role
     return "helpers"
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 class Prometheus:

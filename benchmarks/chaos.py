@@ -34,10 +34,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks._report import save
-from tests.database.servers import postgres_server
-from tests.gateway.killable import FAKE, REAL
-from tests.gateway.killing import Round, scene
-from tests.gateway.test_databases import create_database
+from tests.support.killing.killable import FAKE, REAL
+from tests.support.killing.rounds import Round, scene
+from tests.support.postgres import create_database, postgres_server
 
 ENDS = ("whole", "failed", "refused", "cut")
 

@@ -13,71 +13,20 @@ engine answers after 50 ms and then every 20 ms, as a model of some size does; `
 from __future__ import annotations
 
 import argparse
-import asyncio
-import multiprocessing
 import statistics
-import sys
 import tempfile
-import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks._deployment import Deployment
 from benchmarks._report import save
-from benchmarks._tenant import tenant
-from benchmarks.gateway import free_port, process
-from tests.gateway.harness import first_key
-
-FIRST_SECONDS, TOKEN_SECONDS = 0.05, 0.02
-ARMS: Mapping[str, float] = {"away": 0.0, "at its limit": 1.0, "at 50x its limit": 50.0}
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A gateway and the keys of the two tenants."""
-
-    url: str
-    steady: str
-    flooding: str
-
-
-def turn(
-    place: Place, others: ProcessPoolExecutor, rate: float, flood: float, seconds: float
-) -> tuple[list[float], Counter[int]]:
-    """(the steady tenant's seconds to first events, the other's answers by status)."""
-    until = time.perf_counter() + seconds  # the same clock in every process
-    flooding = others.submit(tenant, place.url, place.flooding, flood, until)
-    given, firsts = tenant(place.url, place.steady, rate, until)
-    assert set(given) == {200}, f"the steady tenant was not always answered: {given}"
-    return firsts, flooding.result()[0]
-
-
-def another_process() -> ProcessPoolExecutor:
-    """Where the flooding tenant lives."""
-    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-
-
-@contextmanager
-def fake() -> Iterator[tuple[str, str]]:
-    """A gateway over the fake engine: its URL and an admin's key."""
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        port, engine, database = free_port(), free_port(), f"sqlite:///{Path(folder) / 'reft.db'}"
-        command = [sys.executable, "-m", "tests.gateway.engine_process", str(engine), str(TOKEN_SECONDS)]
-        stack.enter_context(process([*command, str(FIRST_SECONDS)], engine))
-        key = asyncio.run(first_key(database))
-        settings = {"REFT_DATABASE": database, "REFT_STORE": folder, "REFT_ENGINES": f"http://127.0.0.1:{engine}"}
-        gateway = [sys.executable, "-m", "reft_serve.cli_gateway", "--port", str(port)]
-        stack.enter_context(process(gateway, port, **settings))
-        yield f"http://127.0.0.1:{port}", key
+from tests.support.gateway.flood import ARMS, another_process, fake, tenants, turn
 
 
 @contextmanager
@@ -89,17 +38,6 @@ def real() -> Iterator[tuple[str, str]]:
             yield deployment.url, deployment.key
         finally:
             deployment.stop()
-
-
-def tenants(url: str, admin: str, limit: int) -> Place:
-    """Two tenants, the second with a limit of requests per minute."""
-    with httpx.Client(base_url=url, headers={"authorization": f"Bearer {admin}"}, timeout=60, trust_env=False) as http:
-        keys = []
-        for name, limits in (("steady", {}), ("flooding", {"requests_per_minute": limit})):
-            http.post("/v1/admin/tenants", json={"name": name, "limits": limits}).raise_for_status()
-            made = http.post(f"/v1/admin/tenants/{name}/keys", json={"role": "inference"}).raise_for_status()
-            keys.append(made.json()["secret"])
-    return Place(url, *keys)
 
 
 def p99(seconds: list[float]) -> float:

@@ -16,13 +16,11 @@ import asyncio
 import contextlib
 import json
 import os
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +29,11 @@ from rich.console import Console
 from rich.table import Table
 
 import reft_serve.demo
-from benchmarks._models import Shape
 from benchmarks._report import save
 from reft_serve.database import keys, tenants
 from reft_serve.database.connection import Database, migrate
+from tests.support.gateway.process import free_port, listening
+from tests.support.shapes import Shape
 
 FAKE_MODEL, REAL_MODEL = "/models/fake-base", "random"
 TOKENIZER = Path(reft_serve.demo.__file__).parent / "model"
@@ -177,27 +176,6 @@ async def measure(args: argparse.Namespace, direct: Arm, through: Arm, gateway: 
     }  # fmt: skip
 
 
-@contextlib.contextmanager
-def process(command: list[str], port: int, **settings: str) -> Iterator[int]:
-    """A server process's id, from its first answer to the end of the block."""
-    with tempfile.TemporaryFile() as log:
-        running = subprocess.Popen(command, env=os.environ | settings, stdout=log, stderr=log)
-        try:
-            deadline = time.monotonic() + 240
-            while True:
-                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                    break
-                if running.poll() is not None or time.monotonic() > deadline:
-                    log.seek(0)
-                    raise RuntimeError(f"a server did not start:\n{log.read().decode()[-4000:]}")
-                time.sleep(0.05)
-            time.sleep(1.0)
-            yield running.pid
-        finally:
-            running.terminate()
-            running.wait()
-
-
 async def first_key(url: str, role: keys.Role = "inference") -> str:
     database = Database(url)
     await migrate(database)
@@ -205,12 +183,6 @@ async def first_key(url: str, role: keys.Role = "inference") -> str:
         _, secret = await keys.create_key(session, await tenants.create_tenant(session, f"bench-{role}"), role)
     await database.close()
     return secret
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def serve_fake(port: int, token_seconds: float) -> None:
@@ -244,11 +216,11 @@ def main() -> None:
             command, model = fake_engine(engine, args.token_seconds), FAKE_MODEL
         else:
             command, model = real_engine(engine, Path(folder) / "model", args.streams), REAL_MODEL
-        stack.enter_context(process(command, engine))
+        stack.enter_context(listening(command, engine))
         key = asyncio.run(first_key(database))
         settings = {"REFT_DATABASE": database, "REFT_STORE": folder, "REFT_ENGINES": f"http://127.0.0.1:{engine}"}
         gateway = [sys.executable, "-m", "reft_serve.cli_gateway", "--port", str(port)]
-        pid = stack.enter_context(process(gateway, port, **settings))
+        pid = stack.enter_context(listening(gateway, port, **settings))
         direct = Arm("direct", "127.0.0.1", engine, model, "none")
         result = asyncio.run(measure(args, direct, Arm("gateway", "127.0.0.1", port, "base", key), pid))
     result = {"arguments": vars(args), **result}

@@ -22,7 +22,8 @@ import httpx
 from rich.console import Console
 
 from benchmarks._report import save
-from benchmarks.gateway import Arm, Connection, fake_engine, first_key, free_port, process
+from benchmarks.gateway import Arm, Connection, fake_engine, first_key
+from tests.support.gateway.process import free_port, listening
 
 _STREAMED, _SCRAPES, _CONNECTIONS, _TOKENS = 2 / 3, 100, 4, 4
 
@@ -68,11 +69,11 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         engine, port, database = free_port(), free_port(), f"sqlite:///{Path(folder) / 'reft.db'}"
-        stack.enter_context(process(fake_engine(engine, 0.0), engine))
+        stack.enter_context(listening(fake_engine(engine, 0.0), engine))
         key, reader = (asyncio.run(first_key(database, role)) for role in ("inference", "metrics"))
         settings = {"REFT_DATABASE": database, "REFT_STORE": folder, "REFT_ENGINES": f"http://127.0.0.1:{engine}"}
         command = [sys.executable, "-m", "reft_serve.cli_gateway", "--port", str(port)]
-        pid = stack.enter_context(process(command, port, **settings))
+        pid = stack.enter_context(listening(command, port, **settings))
         arm = Arm("gateway", "127.0.0.1", port, "base", key)
         found = asyncio.run(measure(arm, reader, pid, args.rounds, args.requests))
     save("gateway-memory", {"arguments": vars(args), "resident_mb": [round(each, 2) for each in found]}, _plot)

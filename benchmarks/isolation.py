@@ -19,8 +19,8 @@ from hypothesis.stateful import run_state_machine_as_test
 from rich.console import Console
 
 from benchmarks._report import save
-from tests.gateway.harness import running
-from tests.gateway.isolation_jobs import Everything
+from tests.support.gateway.harness import running
+from tests.support.isolation.jobs import Everything
 
 _STEPS_PER_RUN = 50
 

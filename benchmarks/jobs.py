@@ -28,9 +28,9 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from benchmarks._report import save
 from reft_serve.database.connection import Database, migrate
-from tests.database.servers import postgres_server
-from tests.training.chaos import Chaos, Tally
-from tests.training.jobs import QUICK, Place
+from tests.support.postgres import postgres_server
+from tests.support.training.chaos import Chaos, Tally
+from tests.support.training.jobs import QUICK, Place
 
 
 async def trial(args: argparse.Namespace, folder: Path, url: str) -> dict[str, Any]:

@@ -20,9 +20,9 @@ from rich.console import Console
 
 from benchmarks._report import save
 from reft_serve.gateway.fake_engine import FakeEngine
-from tests.gateway.harness import Gateway, Served
-from tests.gateway.openapi_judge import ROTATION, furnish, judge
-from tests.gateway.test_process import process
+from tests.support.gateway.harness import Gateway, Served
+from tests.support.gateway.openapi_judge import ROTATION, furnish, judge
+from tests.support.gateway.process import process
 
 
 def main() -> None:

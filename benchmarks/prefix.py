@@ -34,8 +34,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks._models import Shape, lora_adapter, reft_adapter
 from benchmarks._report import save
+from tests.support.shapes import Shape, lora_adapter, reft_adapter
 
 ARMS = ("base", "reft", "reft unshared", "lora")
 

@@ -1,8 +1,9 @@
 """Many random requests with the prefix cache on, each compared with its run without: the property test, at length.
 
-Adapters, position rules, prompts, salts, strengths and their order are drawn at random (tests/engine/prefix_cases.py); the
-same judge as in the tests compares every logprob and every count of cached tokens. A difference above 1e-3, or a block
-shared that must not be or not shared that could be, ends the run with the smallest case that shows it.
+Adapters, position rules, prompts, salts, strengths and their order are drawn at random
+(tests/support/engine/prefix_cases.py); the same judge as in the tests compares every logprob and
+every count of cached tokens. A difference above 1e-3, or a block shared that must not be or not
+shared that could be, ends the run with the smallest case that shows it.
 
   scripts/bench prefix_property --requests 50000
 """
@@ -18,7 +19,7 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks._report import save
-from tests.engine.prefix_judge import TOLERANCE, judge_random, judging
+from tests.support.engine.prefix_judge import TOLERANCE, judge_random, judging
 
 
 def main() -> None:

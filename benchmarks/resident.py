@@ -17,8 +17,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks._models import Shape, reft_adapter
 from benchmarks._report import save
+from tests.support.shapes import Shape, reft_adapter
 
 
 def main() -> None:

@@ -32,9 +32,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks._report import RESULTS, save
-from benchmarks._train_ours import Rows
 from benchmarks._train_sides import ask, side
 from reft_serve.demo.behaviours import MODEL
+from tests.support.training.steps import Rows
 
 _RANK, _POSITIONS = 8, "f7+l7"
 
@@ -181,7 +181,7 @@ def _random_model(path: Path) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from benchmarks._models import Shape
+    from tests.support.shapes import Shape
 
     config = LlamaConfig.from_pretrained(Shape(dtype="float32").write(path))
     torch.manual_seed(0)

@@ -1,14 +1,25 @@
-"""Places that tests read from, and what every test process needs."""
+"""What every test process needs."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
 
+import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-GOLDEN = ROOT / "tests" / "golden"
-# Large or third-party data that lies beside the repository; tests marked `shared` are skipped without it.
-SHARED = ROOT.parent / "shared"
+pytest.register_assert_rewrite("tests.support")
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    from tests.support.postgres import postgres_server
+
+    with postgres_server() as url:
+        yield url

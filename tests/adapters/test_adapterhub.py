@@ -18,7 +18,7 @@ from reft_serve.adapters.foreign import Imported, ImportFlags
 from reft_serve.adapters.formats import read_any
 from reft_serve.errors import AdapterInvalid, AdapterUnsupported, ClientError, ImportFlagMissing
 from reft_serve.interventions.kinds import edit
-from tests.adapters.saves import LLAMA
+from tests.support.adapters.saves import LLAMA
 
 BASE = read_base_model(LLAMA)
 CONFIG: dict[str, Any] = {

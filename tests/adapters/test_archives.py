@@ -17,8 +17,8 @@ import pytest
 
 from reft_serve.adapters.archives import IGNORED, MAX_ARCHIVE_MEMBERS, unpack_archive
 from reft_serve.errors import RequestInvalid, RequestTooLarge, StoreUnusable
-from tests.gateway.harness import adapter_files
-from tests.gateway.test_adapters import tar_of, zip_of
+from tests.support.adapters.archives import tar_of, zip_of
+from tests.support.gateway.harness import adapter_files
 
 GOOD = adapter_files()
 MARKS = {"__MACOSX/._reft_config.json": b"\0" * 10, "._reft_config.json": b"x", ".DS_Store": b"x", "README.md": b"# A",

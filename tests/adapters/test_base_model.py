@@ -11,7 +11,7 @@ import pytest
 from reft_serve.adapters.base_model import read_base_model
 from reft_serve.adapters.manifest import BaseFacts
 from reft_serve.errors import BaseModelInvalid
-from tests.conftest import GOLDEN
+from tests.support.paths import GOLDEN
 
 GOOD = {"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_hidden_layers": 4}
 

@@ -17,7 +17,7 @@ from reft_serve.adapters.blobs import BlobStore
 from reft_serve.adapters.files import Aside, sweep_asides
 from reft_serve.adapters.store import AdapterStore
 from reft_serve.errors import BlobMissing, RequestTooLarge, StoreUnusable
-from tests.adapters.buckets import s3_bucket
+from tests.support.buckets import s3_bucket
 
 pytestmark = pytest.mark.anyio
 BIG = os.urandom(9 << 20)  # more than one part of a multipart upload

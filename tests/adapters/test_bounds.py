@@ -14,7 +14,7 @@ import pytest
 from reft_serve.adapters.directory import read_adapter
 from reft_serve.adapters.structure import CONFIG, LORA_CONFIG, LORA_TENSORS, TENSORS, check_structure
 from reft_serve.errors import AdapterInvalid
-from tests.gateway.harness import adapter_files
+from tests.support.gateway.harness import adapter_files
 
 GOOD = json.loads(adapter_files()[CONFIG])
 SPEC = GOOD["interventions"][0]

@@ -11,7 +11,7 @@ import torch
 from reft_serve.adapters.base_model import read_base_model
 from reft_serve.adapters.foreign import ImportFlags
 from reft_serve.adapters.formats import import_adapter
-from tests.conftest import SHARED
+from tests.support.paths import SHARED
 
 CHECKPOINTS = SHARED / "data" / "pyreft_ckpts"
 INDEX = json.loads((CHECKPOINTS / "INDEX.json").read_text()) if CHECKPOINTS.is_dir() else []

@@ -12,9 +12,9 @@ from typer.testing import CliRunner, Result
 
 from reft_serve.adapters.directory import read_adapter
 from reft_serve.cli import app
-from tests.adapters.damage import write_good
-from tests.adapters.saves import LLAMA, named
-from tests.conftest import ROOT
+from tests.support.adapters.damage import write_good
+from tests.support.adapters.saves import LLAMA, named
+from tests.support.paths import ROOT
 
 UNTIED = ["--positions", "f5+l5", "--untied"]
 

@@ -14,7 +14,7 @@ from reft_serve.adapters.manifest import Limits
 from reft_serve.adapters.structure import check_structure
 from reft_serve.cli import app
 from reft_serve.errors import AdapterInvalid
-from tests.adapters.damage import DAMAGE, MAX_BYTES, MAX_RANK, MODEL, Damage, write_good
+from tests.support.adapters.damage import DAMAGE, MAX_BYTES, MAX_RANK, MODEL, Damage, write_good
 
 
 def faults(path: Path) -> list[str]:

@@ -31,9 +31,9 @@ from reft_serve.interventions.vocabulary import (
     optional_tensors,
     required_tensors,
 )
-from tests.adapters.damage import write_good
-from tests.adapters.loras import write_lora
-from tests.conftest import ROOT
+from tests.support.adapters.damage import write_good
+from tests.support.adapters.loras import write_lora
+from tests.support.paths import ROOT
 
 
 @contextmanager
@@ -182,7 +182,7 @@ def test_whatever_is_at_the_target_is_left_as_it_is(tmp_path: Path, kind: str) -
 _STOPPED = """
 import os, sys, time
 from pathlib import Path
-from tests.adapters.damage import write_good
+from tests.support.adapters.damage import write_good
 def stop(*args):
     print("written", flush=True)
     time.sleep(60)

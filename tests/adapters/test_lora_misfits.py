@@ -17,10 +17,10 @@ from reft_serve.adapters.lora import CONFIG, TENSORS
 from reft_serve.adapters.structure import check_structure, unknown_modules
 from reft_serve.cli import app
 from reft_serve.errors import AdapterInvalid
-from tests.adapters.damage import write_good
-from tests.adapters.loras import write_lora
-from tests.adapters.saves import LLAMA
-from tests.conftest import GOLDEN
+from tests.support.adapters.damage import write_good
+from tests.support.adapters.loras import write_lora
+from tests.support.adapters.saves import LLAMA
+from tests.support.paths import GOLDEN
 
 
 def run(*words: str | Path) -> Result:

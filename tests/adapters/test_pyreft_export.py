@@ -15,8 +15,8 @@ from reft_serve.adapters.formats import import_adapter, read_any
 from reft_serve.adapters.pyreft_export import export_pyreft, import_flags
 from reft_serve.errors import AdapterExists, AdapterUnsupported
 from reft_serve.interventions.positions import PositionRule
-from tests.adapters.saves import IMPORTABLE, Save, named
-from tests.conftest import GOLDEN
+from tests.support.adapters.saves import IMPORTABLE, Save, named
+from tests.support.paths import GOLDEN
 
 
 def brought_in(save: Save, to: Path) -> Adapter:

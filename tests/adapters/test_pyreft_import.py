@@ -19,9 +19,9 @@ from reft_serve.adapters.foreign import Imported, ImportFlags
 from reft_serve.adapters.formats import read_any
 from reft_serve.adapters.pyreft import read_pyreft
 from reft_serve.errors import AdapterInvalid, AdapterUnsupported, ClientError, ImportFlagMissing, PositionsInvalid
-from tests.adapters.loras import write_lora
-from tests.adapters.saves import IMPORTABLE, SAVES, Save, named
-from tests.conftest import GOLDEN
+from tests.support.adapters.loras import write_lora
+from tests.support.adapters.saves import IMPORTABLE, SAVES, Save, named
+from tests.support.paths import GOLDEN
 
 PARAMETRISED = ("direft", "consreft", "lobireft")
 

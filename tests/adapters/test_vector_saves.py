@@ -16,7 +16,7 @@ from reft_serve.adapters.formats import import_adapter, read_any
 from reft_serve.adapters.manifest import BaseFacts
 from reft_serve.errors import AdapterInvalid, AdapterUnsupported
 from reft_serve.interventions.kinds import edit
-from tests.adapters.saves import LLAMA, named
+from tests.support.adapters.saves import LLAMA, named
 
 KEY = "intkey_layer_3_comp_block_output_unit_pos_nunit_1#0"
 VECTOR = torch.randn(64, generator=torch.Generator().manual_seed(1))

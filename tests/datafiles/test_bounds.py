@@ -17,8 +17,7 @@ from reft_serve.datafiles.json_list import ListReader
 from reft_serve.datafiles.json_text import Broken
 from reft_serve.datafiles.lines import Limits
 from reft_serve.errors import DataInvalid
-from tests.datafiles.damaged import assistant, chat, user
-from tests.datafiles.test_data_files import VALUES, faults_of
+from tests.support.damaged_data import VALUES, assistant, chat, faults_of, user
 
 COSTLY = {
     "a row of many keys, one twice": b"{" + b"".join(b'"k%d":1,' % i for i in range(60_000)) + b'"k59999":1}',

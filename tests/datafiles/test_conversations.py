@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from reft_serve.datafiles.formats import Chat, PreferencePair, check_rows
-from tests.datafiles.damaged import TOOL, assistant, call, chat, lines, pair, tool, user
+from tests.support.damaged_data import TOOL, assistant, call, chat, lines, pair, tool, user
 
 SDK_MARKS = {"refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": None}
 PLAIN = Chat.model_validate(chat())

@@ -16,7 +16,18 @@ from hypothesis import strategies as st
 from reft_serve.datafiles.formats import Chat, Glue, check_rows, read_rows
 from reft_serve.datafiles.lines import Limits
 from reft_serve.errors import DataInvalid
-from tests.datafiles.damaged import DAMAGED, Damaged, assistant, chat, completion, lines, pair, user
+from tests.support.damaged_data import (
+    DAMAGED,
+    VALUES,
+    Damaged,
+    assistant,
+    chat,
+    completion,
+    faults_of,
+    lines,
+    pair,
+    user,
+)
 
 GLUE = {"question": "Who barked?", "sentence": "The dog did.", "label": 1, "idx": 4}
 SOUND = {
@@ -27,12 +38,6 @@ SOUND = {
                          {"instruction": "1 + 1?", "answer": "2", "task": "sums"}),
     "glue": lines(GLUE, {"sentence1": "A dog.", "sentence2": "An animal.", "label": 3.5}),
 }  # fmt: skip
-
-
-def faults_of(data: bytes, limits: Limits | None = None) -> tuple[str, ...]:
-    with pytest.raises(DataInvalid) as caught:
-        check_rows(io.BytesIO(data), "data.jsonl", limits)
-    return caught.value.faults
 
 
 @pytest.mark.parametrize("damaged", DAMAGED, ids=lambda damaged: damaged.name)
@@ -136,16 +141,6 @@ def _reads(data: bytes) -> None:
         str(exc).encode()  # a sentence that can be sent
     assert faults or (faults is None and count and format_ in SOUND)
     assert time.monotonic() - started < 5
-
-
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(
-        st.sampled_from(["messages", "role", "content", "weight", "prompt", "completion", "input", "preferred_output",
-                         "non_preferred_output", "instruction", "output", "answer", "sentence", "sentence1", "premise",
-                         "label", "tools", "name"]) | st.text(), inner, max_size=4),
-    max_leaves=20,
-)  # fmt: skip
 
 
 @settings(deadline=None, max_examples=300)

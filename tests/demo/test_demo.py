@@ -15,7 +15,7 @@ from reft_serve.demo.behaviours import ADAPTERS, BEHAVIOURS, MODEL, Behaviour, i
 from reft_serve.demo.run import BASE, Answer, Ask, faults_of
 from reft_serve.demo.server import serving
 from reft_serve.errors import ServiceError
-from tests.conftest import ROOT
+from tests.support.paths import ROOT
 
 NAMES = [behaviour.name for behaviour in BEHAVIOURS]
 SAMPLES = {

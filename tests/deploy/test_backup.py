@@ -23,10 +23,9 @@ from reft_serve.database.files import key_of_blob
 from reft_serve.database.models import Event, File, Job
 from reft_serve.errors import Conflict, DatabaseUnusable, StoreUnusable
 from reft_serve.gateway.fake_engine import FakeEngine
-from tests.database.servers import postgres_server
-from tests.deploy.load import asking
-from tests.deploy.test_upgrades import execute
-from tests.gateway.harness import Gateway, Served, running
+from tests.support.deploy.load import asking
+from tests.support.gateway.harness import Gateway, Served, running
+from tests.support.postgres import execute, postgres_server
 
 BOTH = ["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)]
 

@@ -20,8 +20,9 @@ from packaging.utils import canonicalize_name
 
 import reft_serve
 from reft_serve.config import EngineSettings, GatewaySettings, ServeSettings, TrainerSettings
-from tests.adapters.buckets import s3_bucket
-from tests.deploy.manifests import OVERLAYS, ROOT, command, environment, workloads
+from tests.support.buckets import s3_bucket
+from tests.support.deploy.manifests import OVERLAYS, command, environment, workloads
+from tests.support.paths import ROOT
 
 DOCKER = ROOT / "docker"
 DOCKERFILES = sorted(DOCKER.glob("*.Dockerfile"))
@@ -274,7 +275,7 @@ def test_every_command_line_is_one_that_we_and_vllm_take() -> None:
 
 def _faults(commands: list[list[str]]) -> list[str]:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.deploy.commands"], input=json.dumps(commands), capture_output=True, text=True,
+        [sys.executable, "-m", "tests.support.deploy.commands"], input=json.dumps(commands), capture_output=True, text=True,
         timeout=180, check=True, cwd=ROOT,
     )  # fmt: skip
     found: list[str] = json.loads(done.stdout.splitlines()[-1])

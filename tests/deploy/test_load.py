@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks._deployment import Tenant
-from benchmarks.load import Arrival, Outcome, Run, arrivals, drive, growth, result_of, summary
-from tests.gateway.harness import running
+from tests.support.deploy.open_loop import Arrival, Outcome, Run, Tenant, arrivals, drive, growth, result_of, summary
+from tests.support.gateway.harness import running
 
 TENANTS = (Tenant("a", "ka", ("x", "y", "z")), Tenant("b", "kb", ("x",)))
 ARGS = argparse.Namespace(first_token=0.5, each_token=0.1, warm_up=0.0)

@@ -12,7 +12,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 
-from tests.deploy.manifests import (
+from tests.support.deploy.manifests import (
     OVERLAYS,
     ROOT,
     Workload,

@@ -15,7 +15,7 @@ import yaml
 from prometheus_client import generate_latest
 
 from reft_serve import observability
-from tests.deploy.expressions import ALERTS, DEPLOY, Asked, alerts, asked, panels, selectors, unmet
+from tests.support.deploy.expressions import ALERTS, DEPLOY, Asked, alerts, asked, panels, selectors, unmet
 
 ROOT = DEPLOY.parent
 PROMTOOL = shutil.which("promtool")

@@ -15,12 +15,12 @@ import pytest
 from torch import Tensor
 
 from reft_serve.interventions.positions import PositionRule
-from tests.adapters.damage import MODEL
-from tests.deploy.manifests import workload
-from tests.deploy.processes import Container
-from tests.engine.golden_check import TOLERANCE
-from tests.engine.test_parallel import EDITS, PROMPT, by_hooks, write_loreft
-from tests.gateway.test_process import free_port
+from tests.support.adapters.damage import MODEL
+from tests.support.deploy.manifests import workload
+from tests.support.deploy.processes import Container
+from tests.support.engine.golden_check import TOLERANCE
+from tests.support.engine.loreft_edits import EDITS, PROMPT, by_hooks, write_loreft
+from tests.support.gateway.process import free_port
 
 NAMES = ("everywhere", "first rank alone", "second rank alone")
 ENDS_WITHIN = 60.0

@@ -23,10 +23,11 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from reft_serve.gateway.engine import NAME_PREFIX
-from tests.database.servers import postgres_server
-from tests.deploy.manifests import ROOT, workload
-from tests.deploy.processes import BIN, Container
-from tests.gateway.test_process import free_port
+from tests.support.deploy.manifests import workload
+from tests.support.deploy.processes import BIN, Container
+from tests.support.gateway.process import free_port
+from tests.support.paths import ROOT
+from tests.support.postgres import postgres_server
 
 DEMO = ROOT / "reft_serve" / "demo"
 PROMPT = "once upon a time there was"

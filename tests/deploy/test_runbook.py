@@ -12,8 +12,9 @@ import yaml
 
 from reft_serve.config import GatewaySettings
 from reft_serve.gateway.app import create_app
-from tests.deploy.manifests import OVERLAYS, ROOT, environment, rendered, workloads
-from tests.deploy.processes import BIN
+from tests.support.deploy.manifests import OVERLAYS, environment, rendered, workloads
+from tests.support.deploy.processes import BIN
+from tests.support.paths import ROOT
 
 RUNBOOK = (ROOT / "docs" / "runbook.md").read_text()
 KINDS = {"deployment": "Deployment", "statefulset": "StatefulSet", "job": "Job", "scaledobject": "ScaledObject"}

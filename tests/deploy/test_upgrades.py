@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 from collections.abc import Iterator
 
 import pytest
-from sqlalchemy import text
-from sqlalchemy.ext.asyncio import create_async_engine
 
-from tests.database.servers import postgres_server
-from tests.deploy.load import TOKENS, asking
-from tests.deploy.site import Site
+from tests.support.deploy.load import TOKENS, asking
+from tests.support.deploy.site import Site
+from tests.support.postgres import execute, postgres_server
 
 MODELS = ["base", "cats", "birds", "birds@1"]
 # What the next release needs: a column more in a table that is written to all the time, and a table.
@@ -29,20 +26,6 @@ def upgrade() -> None:
     op.add_column("usage", sa.Column("region", sa.String(16), nullable=True))
     op.create_table("regions", sa.Column("id", sa.String(16), primary_key=True))
 """
-
-
-def execute(url: str, statement: str) -> list[tuple[object, ...]]:
-    """One statement on a PostgreSQL server; its rows."""
-
-    async def executed() -> list[tuple[object, ...]]:
-        engine = create_async_engine(url.replace("postgresql:", "postgresql+asyncpg:"), isolation_level="AUTOCOMMIT")
-        async with engine.connect() as connection:
-            found = await connection.execute(text(statement))
-            rows = [tuple(row) for row in found] if found.returns_rows else []
-        await engine.dispose()
-        return rows
-
-    return asyncio.run(executed())
 
 
 @pytest.fixture(scope="module")

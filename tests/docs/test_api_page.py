@@ -10,7 +10,7 @@ import pytest
 
 from reft_serve import errors
 from reft_serve.gateway import answers
-from tests.docs.blocks import ROOT
+from tests.support.paths import ROOT
 
 PAGE = (ROOT / "docs" / "gateway-api.md").read_text().partition("<!-- errors -->")[2].partition("\n\n")[0]
 ROWS = [(m[1], int(m[2]), m[3]) for m in re.finditer(r"^\| `(\w+)` \| (\d+) \| `(\w+)`", PAGE, re.MULTILINE)]

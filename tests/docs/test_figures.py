@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.docs.blocks import ROOT
+from tests.support.paths import ROOT
 
 Result = dict[str, Any]
 

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from reft_serve.config import EngineSettings, GatewaySettings, TenantLimits, TrainerSettings
-from tests.docs.blocks import ROOT
+from tests.support.paths import ROOT
 
 _PAGE = ROOT / "docs/limits.md"
 _SCOPES = {"request", "connection", "address", "key", "tenant", "process", "job", "engine", "installation"}

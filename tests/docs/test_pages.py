@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from docs import pictures, tables
-from tests.docs.blocks import ROOT, Block, blocks
+from tests.support.blocks import Block, blocks
+from tests.support.paths import ROOT
 
 PAGES = ["README.md", "docs/load.md", "docs/quick-start.md", "docs/tenancy.md", "CONTRIBUTING.md"]
 RUNNABLE = [block for page in PAGES for block in blocks(page) if block.how == "yes"]

@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tests.adapters.damage import write_good
-from tests.engine.engines import running_engine, stats
+from tests.support.adapters.damage import write_good
+from tests.support.engine.engines import running_engine, stats
 
 PROMPT = {"prompt_token_ids": [1, *range(20, 40)]}
 

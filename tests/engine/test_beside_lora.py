@@ -15,10 +15,10 @@ from reft_serve.adapters.digest import digest_of
 from reft_serve.adapters.files import write_directory
 from reft_serve.adapters.structure import CONFIG, TENSORS
 from reft_serve.errors import AdapterInvalid, AdapterUnsupported
-from tests.adapters.damage import write_good
-from tests.adapters.loras import SCALE, write_lora
-from tests.conftest import GOLDEN
-from tests.engine.engines import running_engine, stats
+from tests.support.adapters.damage import write_good
+from tests.support.adapters.loras import SCALE, write_lora
+from tests.support.engine.engines import running_engine, stats
+from tests.support.paths import GOLDEN
 
 PROMPTS = [[1, *range(10 + 3 * i, 30 + 3 * i)] for i in range(6)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import threading
 from collections.abc import Iterator
@@ -14,7 +15,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks import churn
 from reft_serve.adapters.directory import Adapter
 from reft_serve.adapters.manifest import MAX_PASSES, Limits
 from reft_serve.engine.edits import Edits
@@ -24,8 +24,9 @@ from reft_serve.engine.registry import Registry
 from reft_serve.interventions.batched import UnitPool
 from reft_serve.interventions.kinds import fold
 from reft_serve.interventions.positions import Part
-from tests.adapters.damage import write_good
-from tests.engine.engines import running_engine, stats
+from tests.support.adapters.damage import write_good
+from tests.support.engine import churn
+from tests.support.engine.engines import running_engine, stats
 
 SLOTS = 3
 OPERATIONS = ["load", "load", "load", "remove", "pin", "hold", "release"]
@@ -205,7 +206,7 @@ def test_a_churn_from_many_sides_loses_no_request_and_keeps_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = {"adapters": 60, "slots": 8, "loads": 1200, "callers": 4, "clients": 12}
-    args = churn.arguments([word for name, size in sizes.items() for word in (f"--{name}", str(size))])
+    args = argparse.Namespace(**sizes, rank=4, seed=0)
     for name, value in churn.environment(args).items():
         monkeypatch.setenv(name, value)
     result = churn.run(args, tmp_path)

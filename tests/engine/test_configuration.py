@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from reft_serve.engine.facts import limits_of, settings_of
-from tests.adapters.damage import MODEL, write_good
-from tests.engine.test_beside_lora import write_lora
+from tests.support.adapters.damage import MODEL, write_good
+from tests.support.adapters.loras import write_lora
 
 
 def server_config(*arguments: str) -> Any:

@@ -9,12 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.engine.engine_process import Answer, Asked, answer_in_rounds, engine_process
-from tests.engine.family_models import FAMILIES, Family, make_adapters, reference_logprobs
-
-# What an edit must change at least, so that one that is left out, or made elsewhere, is seen.
-EFFECT = 0.05
-PROMPTS = [[1, *range(10, 52)], [1, *range(60, 63)], [1, *range(20, 33), *range(10, 20)]]
+from tests.support.engine.engine_process import Answer, Asked, answer_in_rounds, engine_process
+from tests.support.engine.family_models import EFFECT, FAMILIES, PROMPTS, Family, make_adapters, reference_logprobs
 
 
 def check_against_reference(model: Any, family: Family, asked: Sequence[Asked], answers: Sequence[Answer]) -> float:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.engine.engines import running_engine, stats
-from tests.engine.golden_check import PLACES, Cases, check_golden, decode_with_adapters, golden_cases
+from tests.support.engine.engines import running_engine, stats
+from tests.support.engine.golden_check import PLACES, Cases, check_golden, decode_with_adapters, golden_cases
 
 ARMS = {
     "llama, LoRA machinery on, chunks of 17": ("tiny-llama", {}, {"max_num_batched_tokens": 17, "max_num_seqs": 17}),

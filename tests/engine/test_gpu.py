@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.engines import running_engine
-from tests.engine.golden_check import PLACES, Cases, check_golden, decode_with_adapters, golden_cases
-from tests.engine.test_bfloat16 import check_bfloat16
+from tests.support.engine.bfloat16_check import check_bfloat16
+from tests.support.engine.engines import running_engine
+from tests.support.engine.golden_check import PLACES, Cases, check_golden, decode_with_adapters, golden_cases
 
 pytestmark = [
     pytest.mark.gpu,

@@ -28,7 +28,7 @@ from reft_serve.engine.grammar_checks import GrammarChecks
 from reft_serve.engine.grammar_process import AT_ONCE, LIMITS, WAITING_PER_CALLER, schema_options, serialise
 from reft_serve.engine.grammars import EXCEEDED, BoundedGrammar, end_costly
 from reft_serve.engine.plugin import register
-from tests.gateway.test_inference import wait_for
+from tests.support.waiting import wait_for
 
 TOKENIZER = (Path(demo.__file__).parent / "model" / "tokenizer.json").read_text()
 AMBIGUOUS = "root ::= w*\nw ::= [a-z ]* [a-z ]* [a-z ]* | w w | w w w"

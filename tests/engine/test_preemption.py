@@ -11,8 +11,8 @@ import pytest
 
 from reft_serve.adapters.manifest import InterventionSpec
 from reft_serve.interventions.positions import PositionRule
-from tests.engine.engines import running_engine, stats
-from tests.engine.prefix_cases import Recipe
+from tests.support.engine.engines import running_engine, stats
+from tests.support.engine.prefix_cases import Recipe
 
 TOLERANCE = 1e-3
 RULES = (

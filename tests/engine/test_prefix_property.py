@@ -15,8 +15,8 @@ import zmq
 
 from reft_serve.adapters.manifest import InterventionSpec
 from reft_serve.interventions.positions import PositionRule
-from tests.engine.prefix_cases import STEMS, Recipe
-from tests.engine.prefix_judge import BLOCK, TOLERANCE, Judge, judge_random, judging
+from tests.support.engine.prefix_cases import STEMS, Recipe
+from tests.support.engine.prefix_judge import BLOCK, TOLERANCE, Judge, judge_random, judging
 
 REQUESTS = 2000
 

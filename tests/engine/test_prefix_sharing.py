@@ -14,8 +14,8 @@ from reft_serve.adapters.directory import publish
 from reft_serve.adapters.manifest import InterventionSpec, Manifest
 from reft_serve.interventions.kinds import Weights
 from reft_serve.interventions.positions import PositionRule
-from tests.conftest import GOLDEN
-from tests.engine.engines import running_engine
+from tests.support.engine.engines import running_engine
+from tests.support.paths import GOLDEN
 
 RULES = {
     "l1": ("l1", 1),

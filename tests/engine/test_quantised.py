@@ -12,10 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.engine.engine_process import answer_in_rounds, engine_process
-from tests.engine.family_models import FAMILIES, make_adapters, reference_logprobs
-from tests.engine.quantised_models import SCHEMES
-from tests.engine.test_families import EFFECT, PROMPTS
+from tests.support.engine.engine_process import answer_in_rounds, engine_process
+from tests.support.engine.family_models import EFFECT, FAMILIES, PROMPTS, make_adapters, reference_logprobs
+from tests.support.engine.quantised_models import SCHEMES
 
 # GPU kernels for 4 bits want inner widths that are multiples of 128.
 LLAMA = replace(FAMILIES["llama"], options={**FAMILIES["llama"].options, "intermediate_size": 256})

@@ -16,14 +16,7 @@ from reft_serve.engine.configuration import check_modes
 from reft_serve.engine.places import decoder_layers, places_of, watch
 from reft_serve.engine.plugin import KNOWN_VERSIONS, check_version
 from reft_serve.errors import EngineUnsupported
-from tests.conftest import GOLDEN
-
-
-def engine_config(**options: Any) -> Any:
-    from vllm.engine.arg_utils import EngineArgs
-
-    model = str(GOLDEN / "models" / "tiny-llama")
-    return EngineArgs(model=model, enable_lora=True, max_model_len=64, **options).create_engine_config()
+from tests.support.engine.engines import engine_config
 
 
 @pytest.mark.parametrize("version", ["0.31.4", "0.33.0", "0.32.1", "1.0"])

@@ -19,10 +19,10 @@ from reft_serve.adapters.base_model import read_base_model
 from reft_serve.adapters.directory import Adapter, publish
 from reft_serve.adapters.manifest import InterventionSpec, Manifest
 from reft_serve.interventions.positions import PositionRule
-from tests.conftest import GOLDEN
-from tests.engine.engines import running_engine
-from tests.engine.hooked_llama import HookedLlama
-from tests.interventions.edit_cases import random_weights
+from tests.support.engine.engines import running_engine
+from tests.support.engine.hooked_llama import HookedLlama
+from tests.support.interventions.edit_cases import random_weights
+from tests.support.paths import GOLDEN
 
 TOLERANCE = 1e-3
 LIMIT, CHUNK = 64, 8

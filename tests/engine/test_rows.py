@@ -9,17 +9,7 @@ from reft_serve.engine.identity import Identity
 from reft_serve.engine.prefix_cache import edited_in
 from reft_serve.engine.rows import StepRequest, rows_of
 from reft_serve.interventions.positions import Part, PositionRule
-
-RULES = st.one_of(
-    st.builds(
-        PositionRule,
-        st.sampled_from(["f1", "l1", "f3", "l5", "f3+l3", "f7+l7", "first", "last", "0,2,-1,-3"]),
-        last_offset=st.integers(0, 2),
-        phase=st.sampled_from(["prompt", "all", "generated"]),
-    ),
-    st.builds(PositionRule, st.just("all"), phase=st.sampled_from(["prompt", "all", "generated"])),
-    st.builds(PositionRule, st.sampled_from(["f1+l1", "f5+l2", "f7+l7"]), tied=st.just(False)),
-)
+from tests.support.engine.position_rules import RULES
 
 
 def edited(rule: PositionRule, prompt_len: int, length: int) -> set[tuple[int, int]]:

@@ -12,9 +12,9 @@ import pytest
 from reft_serve.adapters.directory import Adapter, read_adapter
 from reft_serve.adapters.manifest import InterventionSpec
 from reft_serve.interventions.positions import PositionRule
-from tests.engine.engines import running_engine
-from tests.engine.hooked_llama import HookedLlama
-from tests.engine.prefix_cases import Recipe
+from tests.support.engine.engines import running_engine
+from tests.support.engine.hooked_llama import HookedLlama
+from tests.support.engine.prefix_cases import Recipe
 
 RULES = (
     PositionRule("l1"), PositionRule("f3+l3"), PositionRule("f5+l2", tied=False), PositionRule("l4", last_offset=1),

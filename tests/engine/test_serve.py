@@ -33,7 +33,7 @@ from reft_serve.errors import (
 )
 from reft_serve.interventions.modules import Intervention
 from reft_serve.interventions.positions import PositionRule
-from tests.conftest import GOLDEN
+from tests.support.paths import GOLDEN
 
 MODEL = GOLDEN / "models" / "tiny-llama"
 SAVE = GOLDEN / "adapters" / "tiny-llama" / "loreft_f3l3_tied"

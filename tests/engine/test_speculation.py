@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from reft_serve.interventions.positions import PositionRule
-from tests.engine.engines import running_engine
-from tests.engine.golden_check import TOLERANCE, check_golden, golden_cases
-from tests.engine.test_parallel import write_loreft
+from tests.support.engine.engines import running_engine
+from tests.support.engine.golden_check import TOLERANCE, check_golden, golden_cases
+from tests.support.engine.loreft_edits import write_loreft
 
 RULES = {
     "prompt": PositionRule("f3+l3"),

@@ -15,7 +15,7 @@ from reft_serve.engine.identity import Identity, bound_request
 from reft_serve.engine.prefix_cache import extra_keys, shared_tokens
 from reft_serve.engine.telemetry import counting_prefixes, take
 from reft_serve.interventions.positions import PositionRule
-from tests.engine.test_rows import RULES
+from tests.support.engine.position_rules import RULES
 
 DIGEST = "0" * 64
 

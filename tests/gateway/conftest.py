@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from reft_serve.gateway.fake_engine import FakeEngine
-from tests.gateway.fake_worker import FakeWorker
-from tests.gateway.harness import Gateway, Tenant, running
-
-
-@pytest.fixture(scope="session")
-def anyio_backend() -> str:
-    return "asyncio"
+from tests.support.gateway.fake_worker import FakeWorker
+from tests.support.gateway.harness import Gateway, Tenant, running
+from tests.support.postgres import BOTH, create_database
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +55,11 @@ def worker(gateway: Gateway) -> FakeWorker:
         if job["status"] in ("queued", "paused"):
             gateway.admin.post(f"/v1/admin/jobs/{job['id']}/cancel")
     return FakeWorker(gateway.settings)
+
+
+@pytest.fixture(params=BOTH)
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'reft.db'}"
+        return
+    yield create_database(request.getfixturevalue("postgres"), f"gateway_{secrets.token_hex(6)}")

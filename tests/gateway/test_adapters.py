@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import tarfile
-import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,32 +10,11 @@ from typing import Any
 import pytest
 
 from reft_serve.gateway.fake_engine import FakeEngine
-from tests.gateway.harness import Gateway, Tenant, adapter_files, running
-from tests.gateway.test_inference import wait_for
+from tests.support.adapters.archives import tar_of, zip_of
+from tests.support.gateway.harness import Gateway, Tenant, adapter_files, running
+from tests.support.waiting import wait_for
 
 Files = list[tuple[str, tuple[str, bytes]]]
-
-
-def tar_of(members: dict[str, bytes], mode: str = "w", links: dict[str, str] | None = None) -> bytes:
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode=mode) as archive:  # type: ignore[call-overload]
-        for name, content in members.items():
-            facts = tarfile.TarInfo(name)
-            facts.size = len(content)
-            archive.addfile(facts, io.BytesIO(content))
-        for name, target in (links or {}).items():
-            facts = tarfile.TarInfo(name)
-            facts.type, facts.linkname = tarfile.SYMTYPE, target
-            archive.addfile(facts)
-    return packed.getvalue()
-
-
-def zip_of(members: dict[str, bytes]) -> bytes:
-    packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-    return packed.getvalue()
 
 
 def send(tenant: Tenant, name: str, *files: tuple[str, bytes]) -> Any:

@@ -13,9 +13,9 @@ import httpx
 import pytest
 
 from reft_serve.gateway.fake_engine import FakeEngine
-from tests.gateway.harness import Gateway, Served, adapter_files
-from tests.gateway.test_process import process
 from tests.support.attacks import ATTACKS, Attacker, act
+from tests.support.gateway.harness import Gateway, Served, adapter_files
+from tests.support.gateway.process import process
 
 SEED = 14
 REPEATS = 2

@@ -5,9 +5,8 @@ from __future__ import annotations
 import secrets
 from typing import Any
 
-from tests.gateway.harness import Gateway, Tenant, adapter_files
-from tests.gateway.test_files import jsonl
-from tests.gateway.test_tenancy import operations
+from tests.support.gateway.harness import Gateway, Tenant, adapter_files, operations
+from tests.support.gateway.uploads import jsonl
 
 # What changes nothing that outlives the request.
 UNRECORDED = {

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.gateway.harness import Gateway, Tenant, running
+from tests.support.gateway.harness import Gateway, Tenant, running
 
 Act = Callable[[Gateway, Tenant, Tenant, str], object]
 

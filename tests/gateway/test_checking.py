@@ -17,9 +17,9 @@ from reft_serve.errors import DataInvalid, RateLimited, RequestInvalid
 from reft_serve.gateway import subprocess_check
 from reft_serve.gateway.checking import CHECKS_WAITING_PER_TENANT, CheckPlaces
 from reft_serve.gateway.subprocess_check import check_in_subprocess
-from tests.gateway.harness import running
-from tests.gateway.test_files import Process
-from tests.gateway.test_inference import wait_for
+from tests.support.gateway.harness import running
+from tests.support.gateway.process import Process
+from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.anyio
 GOOD = b'{"prompt": "a", "completion": "b"}\n'

@@ -15,8 +15,8 @@ from typer.testing import CliRunner, Result
 from reft_serve.cli_admin import app
 from reft_serve.cli_up import _Child, _make_private, _places
 from reft_serve.errors import Conflict, NotFound, RequestInvalid
-from tests.gateway.harness import running
-from tests.gateway.test_inference import wait_for
+from tests.support.gateway.harness import running
+from tests.support.waiting import wait_for
 
 
 @pytest.fixture

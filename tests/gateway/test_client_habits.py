@@ -18,7 +18,7 @@ from reft_serve.gateway.bodies import ChatBody, CompletionBody, EmbeddingBody, R
 from reft_serve.gateway.client_fields import IGNORED, REFUSED
 from reft_serve.gateway.fake_engine import FakeEngine
 from reft_serve.gateway.request_model import RequestModel
-from tests.gateway.harness import Tenant
+from tests.support.gateway.harness import Tenant
 
 HELLO: list[Any] = [{"role": "user", "content": "hello there"}]
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "default": None}}}

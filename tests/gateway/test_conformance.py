@@ -17,14 +17,16 @@ from typing import Any
 import openai
 import pytest
 
-from tests.deploy.expressions import unmet
-from tests.docs.blocks import ROOT, Block, blocks
-from tests.gateway.collector import Collector
-from tests.gateway.permissions import readable_by_others
-from tests.gateway.scoring import Endings
-from tests.gateway.strict import strict, strict_each
-from tests.gateway.test_inference import take, wait_for
-from tests.gateway.up_process import DEMO, PROMPT, READY_SECONDS, Up
+from tests.support.blocks import Block, blocks
+from tests.support.deploy.expressions import unmet
+from tests.support.gateway.collector import Collector
+from tests.support.gateway.harness import take
+from tests.support.gateway.permissions import readable_by_others
+from tests.support.gateway.scoring import Endings
+from tests.support.gateway.strict import strict, strict_each
+from tests.support.gateway.up_process import DEMO, PROMPT, READY_SECONDS, Up
+from tests.support.paths import ROOT
+from tests.support.waiting import wait_for
 
 HELLO: list[Any] = [{"role": "user", "content": "Tell me a story"}]
 FLAG = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.gateway.harness import Gateway, running
+from tests.support.gateway.harness import Gateway, running
 
 _PAGE = "https://app.example.com"
 _ASK = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,x-stainless-os"}

@@ -2,46 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
-from collections.abc import Iterator
 from pathlib import Path
 
 import openai
 import pytest
-from sqlalchemy import text
-from sqlalchemy.ext.asyncio import create_async_engine
 
-from tests.database.conftest import BOTH, postgres  # noqa: F401
-from tests.gateway.fake_worker import FakeWorker
-from tests.gateway.harness import running
-from tests.gateway.test_files import upload
-from tests.gateway.test_inference import usage_of, wait_for
-
-
-@pytest.fixture(params=BOTH)
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    if request.param == "sqlite":
-        yield f"sqlite:///{tmp_path / 'reft.db'}"
-        return
-    yield create_database(request.getfixturevalue("postgres"), f"gateway_{secrets.token_hex(6)}")
-
-
-def create_database(server: str, name: str) -> str:
-    """A new database on a server: its URL."""
-    _execute(server, f"CREATE DATABASE {name}")
-    return f"{server.rpartition('/')[0]}/{name}"
-
-
-def _execute(server: str, statement: str) -> None:
-    async def executed() -> None:
-        driver = server.replace("postgresql://", "postgresql+asyncpg://")
-        engine = create_async_engine(driver, isolation_level="AUTOCOMMIT")
-        async with engine.connect() as connection:
-            await connection.execute(text(statement))
-        await engine.dispose()
-
-    asyncio.run(executed())
+from tests.support.gateway.fake_worker import FakeWorker
+from tests.support.gateway.harness import running, usage_of
+from tests.support.gateway.uploads import upload
+from tests.support.postgres import _execute
+from tests.support.waiting import wait_for
 
 
 def test_a_tenants_life_is_the_same_on_both(tmp_path: Path, url: str) -> None:

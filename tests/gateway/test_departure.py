@@ -12,8 +12,8 @@ from reft_serve.gateway.departure import estimated
 from reft_serve.gateway.fake_engine import FakeEngine
 from reft_serve.gateway.reservation import Demand
 from reft_serve.gateway.tokens import Tokens
-from tests.gateway.harness import Gateway, Tenant
-from tests.gateway.test_inference import usage_of, wait_for
+from tests.support.gateway.harness import Gateway, Tenant, usage_of
+from tests.support.waiting import wait_for
 
 WORDS = "word " * 300
 REQUESTS: dict[str, dict[str, Any]] = {

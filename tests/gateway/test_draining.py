@@ -14,9 +14,9 @@ import httpx
 import pytest
 
 from reft_serve.gateway.fake_engine import FakeEngine
-from tests.gateway.harness import Gateway, Served
-from tests.gateway.test_inference import wait_for
-from tests.gateway.test_process import free_port, process
+from tests.support.gateway.harness import Gateway, Served
+from tests.support.gateway.process import free_port, process
+from tests.support.waiting import wait_for
 
 BODY = {"model": "base", "prompt": "x", "max_tokens": 2}
 

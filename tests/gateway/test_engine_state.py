@@ -16,9 +16,9 @@ from starlette.responses import JSONResponse, PlainTextResponse
 from reft_serve.errors import EngineUnavailable
 from reft_serve.gateway.engine import Engine
 from reft_serve.gateway.fake_engine import FakeEngine
-from tests.gateway.harness import Gateway, Served
-from tests.gateway.test_inference import wait_for
-from tests.gateway.test_process import free_port, process
+from tests.support.gateway.harness import Gateway, Served
+from tests.support.gateway.process import free_port, process
+from tests.support.waiting import wait_for
 
 
 class Guarded:

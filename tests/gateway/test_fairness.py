@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 
-from benchmarks.fairness import ARMS, FIRST_SECONDS, another_process, fake, tenants, turn
+from tests.support.gateway.flood import ARMS, FIRST_SECONDS, another_process, fake, tenants, turn
 
 LIMIT, RATE, SECONDS = 60, 15.0, 3.0
 

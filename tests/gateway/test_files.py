@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import signal
 import socket
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -21,18 +16,10 @@ import httpx
 import openai
 import pytest
 
-from tests.gateway.harness import Gateway, Tenant, running
-from tests.gateway.test_inference import wait_for
-
-ROW = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "there"}]}
-
-
-def jsonl(*rows: Any) -> bytes:
-    return b"".join(json.dumps(row).encode() + b"\n" for row in rows or [ROW] * 3)
-
-
-def upload(tenant: Tenant, content: bytes = b"", name: str = "rows.jsonl", **options: Any) -> openai.types.FileObject:
-    return tenant.openai.files.create(file=(name, content or jsonl()), purpose="fine-tune", **options)
+from tests.support.gateway.harness import Gateway, Tenant, running
+from tests.support.gateway.process import Process
+from tests.support.gateway.uploads import ROW, jsonl, upload
+from tests.support.waiting import wait_for
 
 
 def blobs(gateway: Gateway) -> set[str]:
@@ -256,36 +243,6 @@ def test_a_caller_that_leaves_half_way_leaves_nothing(gateway: Gateway, tenant: 
     after = rows_of(gateway)
     assert len(after) == len(before[1]) + 1
     assert len(blobs(gateway)) == len(before[0]) + 1
-
-
-class Process:
-    """A gateway as a process of its own, which can be killed."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.environment = os.environ | {
-            "REFT_DATABASE": f"sqlite:///{folder / 'reft.db'}", "REFT_STORE": str(folder / "store"),
-            "REFT_ENGINES": "http://127.0.0.1:1", "REFT_UPKEEP_SECONDS": "0.2", "REFT_LOG_LEVEL": "ERROR",
-        }  # fmt: skip
-        self.start()
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "reft_serve.cli_gateway", "--port", str(self.port)]
-        self.process = subprocess.Popen(command, env=self.environment)
-        wait_for(self._lives, 60)
-
-    def _lives(self) -> bool:
-        try:
-            return httpx.get(f"http://127.0.0.1:{self.port}/health/live", trust_env=False).status_code == 200
-        except httpx.HTTPError:
-            return False
-
-    def kill(self) -> None:
-        os.kill(self.process.pid, signal.SIGKILL)
-        self.process.wait()
 
 
 def test_a_gateway_that_is_killed_during_uploads_leaves_no_blob_without_a_row(tmp_path: Path) -> None:

@@ -12,19 +12,13 @@ from typing import Any
 
 import openai
 import pytest
-from openai.types.fine_tuning import FineTuningJob
 
 from reft_serve.database.outcomes import Cancelled, Failed, Paused
-from tests.docs.blocks import ROOT
-from tests.gateway.fake_worker import CSV, FakeWorker
-from tests.gateway.harness import Gateway, Tenant, running
-from tests.gateway.test_files import upload
-from tests.gateway.test_inference import wait_for
-
-
-def create(tenant: Tenant, **options: Any) -> FineTuningJob:
-    given = {"model": "base", "training_file": options.pop("training_file", None) or upload(tenant).id} | options
-    return tenant.openai.fine_tuning.jobs.create(**given)
+from tests.support.gateway.fake_worker import CSV, FakeWorker
+from tests.support.gateway.harness import Gateway, Tenant, running
+from tests.support.gateway.uploads import create, upload
+from tests.support.paths import ROOT
+from tests.support.waiting import wait_for
 
 
 def test_a_job_from_its_file_to_answers(

@@ -11,11 +11,10 @@ from openai import Stream
 from openai.types.fine_tuning import FineTuningJobEvent
 
 from reft_serve.database.outcomes import Failed
-from tests.gateway.fake_worker import FakeWorker
-from tests.gateway.harness import Gateway, Tenant
-from tests.gateway.strict import strict, strict_each
-from tests.gateway.test_files import jsonl, upload
-from tests.gateway.test_job_requests import PAIR
+from tests.support.gateway.fake_worker import FakeWorker
+from tests.support.gateway.harness import Gateway, Tenant
+from tests.support.gateway.strict import strict, strict_each
+from tests.support.gateway.uploads import PAIR, jsonl, upload
 
 
 @pytest.mark.parametrize("method", ["supervised", "dpo"])

@@ -14,8 +14,8 @@ import openai
 import pytest
 
 from examples.fine_tune import ANSWERS
-from tests.docs.blocks import ROOT
-from tests.gateway.up_process import Up
+from tests.support.gateway.up_process import Up
+from tests.support.paths import ROOT
 
 
 def test_a_script_trains_and_asks_a_tuned_model_within_three_minutes(tmp_path: Path) -> None:

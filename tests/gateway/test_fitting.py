@@ -18,8 +18,8 @@ from reft_serve.gateway.fake_engine import FakeEngine
 from reft_serve.gateway.fitting import misfit
 from reft_serve.interventions.positions import PositionRule
 from reft_serve.interventions.vocabulary import KINDS, Component, Kind, has_activation
-from tests.gateway.harness import Gateway, Served, Tenant
-from tests.gateway.test_files import upload
+from tests.support.gateway.harness import Gateway, Served, Tenant
+from tests.support.gateway.uploads import upload
 
 BASE = BaseFacts(name="/models/tiny", architecture="LlamaForCausalLM", hidden_size=24, num_hidden_layers=4)
 CARD = EngineCard(base=BASE, limits=Limits(max_rank=16, max_interventions=6), max_lora_rank=8)

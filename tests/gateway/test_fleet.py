@@ -11,8 +11,8 @@ import openai
 import pytest
 
 from reft_serve.gateway.fake_engine import FakeEngine
-from tests.gateway.harness import Gateway, Served, running
-from tests.gateway.test_inference import usage_of, wait_for
+from tests.support.gateway.harness import Gateway, Served, running, usage_of
+from tests.support.waiting import wait_for
 
 BODY = {"model": "base", "prompt": "x", "max_tokens": 1}
 

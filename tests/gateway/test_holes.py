@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from reft_serve.gateway.fake_engine import FakeEngine
-from tests.gateway.harness import Gateway, Tenant, adapter_files, running
-from tests.gateway.test_inference import wait_for
+from tests.support.gateway.harness import Gateway, Tenant, adapter_files, running
+from tests.support.waiting import wait_for
 
 
 def test_unloading_frees_the_engine(engine: FakeEngine, tenant: Tenant) -> None:

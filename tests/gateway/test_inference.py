@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -12,28 +11,11 @@ import openai
 import pytest
 
 from reft_serve.gateway.fake_engine import FakeEngine
-from tests.gateway.harness import Gateway, Tenant
-from tests.gateway.strict import strict
+from tests.support.gateway.harness import Gateway, Tenant, take, usage_of
+from tests.support.gateway.strict import strict
+from tests.support.waiting import wait_for
 
 HELLO: list[Any] = [{"role": "user", "content": "hello there"}]
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 5.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)
-
-
-def take(stream: Iterable[Any], into: list[Any]) -> None:
-    for chunk in stream:
-        into.append(chunk)
-
-
-def usage_of(tenant: Tenant, *groups: str) -> list[dict[str, Any]]:
-    query = "&".join(f"group_by={group}" for group in groups)
-    found: list[dict[str, Any]] = tenant.http.get(f"/v1/usage?{query}").json()["data"]
-    return found
 
 
 def test_every_name_of_an_adapter_reaches_the_engine_under_an_opaque_one(engine: FakeEngine, tenant: Tenant) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from tests.gateway.harness import running
-from tests.gateway.isolation_jobs import Everything
+from tests.support.gateway.harness import running
+from tests.support.isolation.jobs import Everything
 
 
 def test_no_tenant_reads_uses_counts_or_times_anothers() -> None:

@@ -15,10 +15,10 @@ from openai import Stream
 from openai.types.fine_tuning import FineTuningJobEvent
 from sqlalchemy import event
 
-from tests.gateway.fake_worker import FakeWorker
-from tests.gateway.harness import Gateway, Tenant, running
-from tests.gateway.test_fine_tuning import create
-from tests.gateway.test_inference import take, wait_for
+from tests.support.gateway.fake_worker import FakeWorker
+from tests.support.gateway.harness import Gateway, Tenant, running, take
+from tests.support.gateway.uploads import create
+from tests.support.waiting import wait_for
 
 
 def test_events_are_listed_by_pages_and_followed_as_they_come(worker: FakeWorker, tenant: Tenant) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from reft_serve.config import GatewaySettings
-from tests.gateway.harness import Tenant
+from tests.support.gateway.harness import Tenant
 
 
 def ask(tenant: Tenant, rows: int, **hyperparameters: Any) -> Any:

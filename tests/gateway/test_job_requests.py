@@ -8,16 +8,9 @@ from typing import Any
 import openai
 import pytest
 
-from tests.gateway.fake_worker import FakeWorker
-from tests.gateway.harness import Tenant
-from tests.gateway.test_files import ROW, jsonl, upload
-from tests.gateway.test_fine_tuning import create
-
-PAIR = {
-    "input": {"messages": ROW["messages"][:1]},
-    "preferred_output": ROW["messages"][1:],
-    "non_preferred_output": [{"role": "assistant", "content": "no"}],
-}
+from tests.support.gateway.fake_worker import FakeWorker
+from tests.support.gateway.harness import Tenant
+from tests.support.gateway.uploads import PAIR, create, jsonl, upload
 
 
 def supervised(**given: Any) -> dict[str, Any]:

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.database.conftest import BOTH, postgres  # noqa: F401
-from tests.gateway.killing import Scene, scene
-from tests.gateway.test_databases import create_database
+from tests.support.killing.rounds import Scene, scene
+from tests.support.postgres import BOTH, create_database
 
 STREAMS = 30
 

@@ -20,9 +20,9 @@ from reft_serve.gateway.fake_engine import FakeEngine
 from reft_serve.gateway.quotas import Quotas
 from reft_serve.gateway.reservation import bounded, demand_of
 from reft_serve.observability import BoundedNames
-from tests.gateway.fake_worker import FakeWorker
-from tests.gateway.harness import Gateway, Tenant
-from tests.gateway.test_files import jsonl, upload
+from tests.support.gateway.fake_worker import FakeWorker
+from tests.support.gateway.harness import Gateway, Tenant
+from tests.support.gateway.uploads import jsonl, upload
 
 BODY: dict[str, Any] = {"model": "base", "prompt": "x", "max_tokens": 1}
 _Attempt = Callable[[Tenant], int]

@@ -9,13 +9,11 @@ from typing import Any
 import pytest
 from sqlalchemy import event
 
-from tests.database.conftest import BOTH, postgres  # noqa: F401
-from tests.gateway.harness import Gateway, Tenant, running
-from tests.gateway.test_databases import url  # noqa: F401
+from tests.support.gateway.harness import Gateway, Tenant, running
 
 
 @pytest.fixture
-def gateway(tmp_path: Any, url: str) -> Iterator[Gateway]:  # noqa: F811
+def gateway(tmp_path: Any, url: str) -> Iterator[Gateway]:
     with running(tmp_path, database=url) as (made, _):
         yield made
 

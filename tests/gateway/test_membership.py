@@ -13,8 +13,8 @@ import pytest
 from reft_serve.errors import ServiceError
 from reft_serve.gateway.fake_engine import FakeEngine
 from reft_serve.gateway.membership import Membership
-from tests.gateway.harness import Gateway, Served
-from tests.gateway.test_inference import wait_for
+from tests.support.gateway.harness import Gateway, Served
+from tests.support.waiting import wait_for
 
 NAME = "engines.reft.test"
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.gateway.harness import Gateway, running
-from tests.gateway.openapi_judge import ROTATION, furnish, judge
+from tests.support.gateway.harness import Gateway, running
+from tests.support.gateway.openapi_judge import ROTATION, furnish, judge
 
 
 def test_every_answer_is_what_the_document_says(tmp_path: Path) -> None:

@@ -6,12 +6,9 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +16,11 @@ import httpx
 import pytest
 
 from reft_serve.gateway.fake_engine import FakeEngine
-from tests.gateway.harness import Gateway, Served
-from tests.gateway.permissions import readable_by_others
-from tests.gateway.test_inference import wait_for
-from tests.gateway.up_process import DEMO
+from tests.support.gateway.harness import Gateway, Served
+from tests.support.gateway.permissions import readable_by_others
+from tests.support.gateway.process import free_port, process
+from tests.support.gateway.up_process import DEMO
+from tests.support.waiting import wait_for
 
 _WITHOUT = """
 import sys
@@ -34,45 +32,6 @@ class Absent:
 
 sys.meta_path.insert(0, Absent())
 """
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-@contextmanager
-def process(
-    folder: Path, engine: str, before: str = "", **settings: str
-) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """A gateway process over an engine; `before` is Python that runs first."""
-    port = free_port()
-    given = {
-        "REFT_DATABASE": f"sqlite:///{folder / 'reft.db'}", "REFT_STORE": str(folder / "store"), "REFT_ENGINES": engine,
-        "REFT_GATEWAY_NAME": "test", "REFT_PROBE_SECONDS": "0.2", **settings,
-    }  # fmt: skip
-    code = f"{before}\nimport runpy, sys\nsys.argv[1:] = ['--port', '{port}']\n"
-    code += "runpy.run_module('reft_serve.cli_gateway', run_name='__main__')"
-    with (folder / "gateway.log").open("ab") as log:
-        running = subprocess.Popen([sys.executable, "-c", code], env=os.environ | given, stdout=log, stderr=log)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                if httpx.get(f"{url}/health/ready", trust_env=False).status_code == 200:
-                    break
-            except httpx.HTTPError:
-                pass
-            assert running.poll() is None, (folder / "gateway.log").read_text()
-            assert time.monotonic() < deadline, (folder / "gateway.log").read_text()
-            time.sleep(0.05)
-        yield running, url
-    finally:
-        if running.poll() is None:
-            running.terminate()
-            running.wait(20)
 
 
 @pytest.fixture

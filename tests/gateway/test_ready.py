@@ -12,8 +12,8 @@ import pytest
 from reft_serve.adapters.store import AdapterStore
 from reft_serve.errors import DatabaseUnusable, StoreUnusable
 from reft_serve.gateway.write_probe import WriteProbe
-from tests.gateway.harness import Gateway, running
-from tests.gateway.test_inference import wait_for
+from tests.support.gateway.harness import Gateway, running
+from tests.support.waiting import wait_for
 
 
 def ready(gateway: Gateway) -> tuple[int, str]:

@@ -16,8 +16,8 @@ from limits.storage import storage_from_string
 
 from reft_serve.gateway import concurrency
 from reft_serve.gateway.fake_engine import FakeEngine
-from tests.gateway.harness import Gateway, Tenant, running
-from tests.gateway.test_process import free_port
+from tests.support.gateway.harness import Gateway, Tenant, running
+from tests.support.gateway.process import free_port
 
 BODY = {"model": "base", "prompt": "x", "max_tokens": 1}
 

@@ -11,7 +11,7 @@ import pytest
 from reft_serve.config import GatewaySettings, read_settings
 from reft_serve.errors import ServiceError
 from reft_serve.gateway.fake_engine import FakeEngine
-from tests.gateway.harness import Tenant, running
+from tests.support.gateway.harness import Tenant, running
 
 HELLO: list[Any] = [{"role": "user", "content": "hello there"}]
 ASKS: dict[str, dict[str, Any]] = {

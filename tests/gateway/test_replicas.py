@@ -11,8 +11,8 @@ import openai
 import pytest
 
 from reft_serve.gateway.fake_engine import FakeEngine
-from tests.gateway.harness import Gateway, Served, Tenant, running
-from tests.gateway.test_inference import wait_for
+from tests.support.gateway.harness import Gateway, Served, Tenant, running
+from tests.support.waiting import wait_for
 
 
 @pytest.fixture(scope="module")

@@ -21,9 +21,9 @@ import pytest
 
 from reft_serve.gateway.draining import unsent_bytes
 from reft_serve.gateway.fake_engine import FakeEngine
-from tests.gateway.harness import Gateway, Served, Tenant
-from tests.gateway.test_inference import wait_for
-from tests.gateway.test_process import process
+from tests.support.gateway.harness import Gateway, Served, Tenant
+from tests.support.gateway.process import process
+from tests.support.waiting import wait_for
 
 _JSON = {"content-type": "application/json"}
 _SETTINGS = {

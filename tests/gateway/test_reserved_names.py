@@ -13,7 +13,7 @@ from sqlalchemy import update
 from reft_serve.database.connection import Database
 from reft_serve.database.models import Adapter
 from reft_serve.database.names import RESERVED
-from tests.gateway.harness import Gateway, Tenant, running
+from tests.support.gateway.harness import Gateway, Tenant, running
 
 _NAMES = ["base", "BASE", "Base", "reft-v-" + "0" * 32, "Reft-V-x", *sorted(RESERVED)]
 

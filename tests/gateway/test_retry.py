@@ -14,8 +14,8 @@ import openai
 import pytest
 
 from reft_serve.gateway.fake_engine import FakeEngine
-from tests.gateway.harness import Gateway, Served, Tenant
-from tests.gateway.test_inference import take, usage_of, wait_for
+from tests.support.gateway.harness import Gateway, Served, Tenant, take, usage_of
+from tests.support.waiting import wait_for
 
 
 class HangingUp:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from reft_serve.gateway.fake_engine import FakeEngine
-from tests.gateway.harness import Tenant
+from tests.support.gateway.harness import Tenant
 
 HUGE = {"type": "array", "minItems": 2**31, "prefixItems": [{}, {}]}
 MESSAGES = [{"role": "user", "content": "hi"}]

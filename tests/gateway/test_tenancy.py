@@ -14,13 +14,8 @@ import pytest
 from reft_serve.database.keys import MAKERS
 from reft_serve.gateway.edge import OPEN_PATHS
 from reft_serve.gateway.fake_engine import FakeEngine
-from tests.gateway.harness import Gateway, Tenant, running
-from tests.gateway.test_inference import wait_for
-
-
-def operations(gateway: Gateway) -> list[tuple[str, str]]:
-    document = gateway.served.app.openapi()
-    return [(method, path) for path, item in document["paths"].items() for method in item]
+from tests.support.gateway.harness import Gateway, Tenant, operations, running
+from tests.support.waiting import wait_for
 
 
 @pytest.mark.parametrize(

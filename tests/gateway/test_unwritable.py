@@ -5,8 +5,8 @@ from __future__ import annotations
 import sqlite3
 from pathlib import Path
 
-from tests.gateway.harness import running
-from tests.gateway.test_inference import usage_of, wait_for
+from tests.support.gateway.harness import running, usage_of
+from tests.support.waiting import wait_for
 
 BODY = {"model": "base", "prompt": "x", "max_tokens": 3}
 

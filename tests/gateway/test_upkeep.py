@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from reft_serve.database import jobs
-from tests.gateway.fake_worker import FakeWorker
-from tests.gateway.harness import running
-from tests.gateway.test_fine_tuning import create
-from tests.gateway.test_inference import wait_for
+from tests.support.gateway.fake_worker import FakeWorker
+from tests.support.gateway.harness import running
+from tests.support.gateway.uploads import create
+from tests.support.waiting import wait_for
 
 
 def test_a_job_that_loses_its_workers_has_as_many_attempts_as_the_settings_say(tmp_path: Path) -> None:

@@ -22,10 +22,10 @@ from reft_serve.errors import RequestInvalid
 from reft_serve.gateway.addresses import is_public
 from reft_serve.gateway.notifying import SENDERS_PER_TENANT, check_url, choose
 from reft_serve.gateway.routes.webhooks import TESTS_PER_MINUTE
-from tests.gateway.fake_worker import FakeWorker
-from tests.gateway.harness import Gateway, Tenant, running
-from tests.gateway.test_files import upload
-from tests.gateway.test_inference import wait_for
+from tests.support.gateway.fake_worker import FakeWorker
+from tests.support.gateway.harness import Gateway, Tenant, running
+from tests.support.gateway.uploads import upload
+from tests.support.waiting import wait_for
 
 ALL: list[Any] = ["fine_tuning.job.succeeded", "fine_tuning.job.failed", "fine_tuning.job.cancelled"]
 

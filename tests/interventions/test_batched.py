@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from edit_cases import Case, cases, random_weights, ulp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from reft_serve.interventions.batched import TILE, Tiles, UnitPool, edit_tiles, tile_rows
 from reft_serve.interventions.kinds import Unit, edit, fold
+from tests.support.interventions.edit_cases import Case, cases, random_weights, ulp
 
 often = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+
+from tests.support.paths import ROOT
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -18,13 +19,13 @@ from triton.compiler import ASTSource
 
 from reft_serve.interventions import fused
 
-HERE = Path(__file__).parent
+CASES = ROOT / "tests" / "support" / "interventions" / "interpreted_cases.py"
 
 
 def test_the_kernel_is_the_batched_edit_in_tritons_interpreter():
     """In a process of its own: Triton decides when it is imported whether it interprets."""
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreted_cases.py")],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

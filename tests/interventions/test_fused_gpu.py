@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from edit_cases import DTYPES, random_weights
 
 from reft_serve.interventions import batched
 from reft_serve.interventions.batched import TILE, Tiles, UnitPool, tile_rows
 from reft_serve.interventions.kinds import fold
 from reft_serve.interventions.vocabulary import ACTIVATION_CODES, KINDS, has_activation
+from tests.support.interventions.edit_cases import DTYPES, random_weights
 
 pytestmark = [
     pytest.mark.gpu,

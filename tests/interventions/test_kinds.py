@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from edit_cases import random_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -22,6 +21,7 @@ from reft_serve.interventions.vocabulary import (
     required_tensors,
     unit_rank,
 )
+from tests.support.interventions.edit_cases import random_weights
 
 OPS = Path(__file__).parents[1] / "golden" / "ops"
 GOLDEN = [op for op in json.loads((OPS / "ops.json").read_text())["ops"] if "pyreft_error" not in op]

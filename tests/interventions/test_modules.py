@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from edit_cases import random_weights
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils.parametrizations import orthogonal
@@ -13,6 +12,7 @@ from reft_serve.errors import AdapterInvalid
 from reft_serve.interventions.kinds import Weights, edit
 from reft_serve.interventions.modules import Intervention
 from reft_serve.interventions.vocabulary import KINDS, ORTHONORMAL, has_activation, optional_tensors, required_tensors
+from tests.support.interventions.edit_cases import random_weights
 
 WIDTH = 12
 # Rank 12 is the square R, for which torch uses another map.

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import reft_serve
-from tests.conftest import ROOT
+from tests.support.paths import ROOT
 
 VERSION = reft_serve.__version__
 

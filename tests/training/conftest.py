@@ -8,12 +8,7 @@ from pathlib import Path
 import pytest
 
 from reft_serve.database.connection import Database, migrate
-from tests.training.jobs import Place
-
-
-@pytest.fixture(scope="session")
-def anyio_backend() -> str:
-    return "asyncio"
+from tests.support.training.jobs import Place
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.training.chaos import Chaos
-from tests.training.jobs import QUICK, Place
+from tests.support.training.chaos import Chaos
+from tests.support.training.jobs import QUICK, Place
 
 pytestmark = pytest.mark.anyio
 

@@ -13,7 +13,7 @@ from reft_serve.interventions.positions import PositionRule
 from reft_serve.training import machine
 from reft_serve.training.choices import DataFacts, choose, most_tokens, plan_from
 from reft_serve.training.memory import context_of, estimate
-from tests.training.jobs import MODEL
+from tests.support.training.jobs import MODEL
 
 WIDE = BaseFacts(name="x", architecture="LlamaForCausalLM", hidden_size=4096, num_hidden_layers=32)
 NARROW = BaseFacts(name="x", architecture="LlamaForCausalLM", hidden_size=6, num_hidden_layers=2)

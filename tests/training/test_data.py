@@ -18,8 +18,8 @@ from reft_serve.interventions.positions import PositionRule
 from reft_serve.training.data import TrainingData, encode
 from reft_serve.training.examples import IGNORED, Example
 from reft_serve.training.recipes import Task, load_recipe
-from tests.conftest import GOLDEN
-from tests.datafiles.damaged import assistant, chat, completion, lines, pair, user
+from tests.support.damaged_data import assistant, chat, completion, lines, pair, user
+from tests.support.paths import GOLDEN
 
 LLAMA = GOLDEN / "models" / "tiny-llama"
 SYSTEM = {"role": "system", "content": "Be brief."}

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from reft_serve.cli_evaluate import evaluate
 from reft_serve.errors import ClientError, DataInvalid, ReftError, ServiceError
+from tests.support.training.evaluation import table
 
 SUMS = [{"instruction": f"{a} + {b}?", "input": "", "output": f"It is {a + b}.", "answer": f"{a + b}.0", "task": name}
         for name, a, b in [("small", 1, 2), ("small", 2, 2), ("large", 20, 30), ("large", 7, 70)]]  # fmt: skip
@@ -116,11 +117,6 @@ def run(api: Api, *arguments: object, model: str = "adder", recipe: str = "math"
         raise result.exception
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result
-
-
-def table(stdout: str) -> list[list[str]]:
-    """The cells of the printed table."""
-    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in stdout.splitlines() if "│" in line]
 
 
 def predictions(path: Path) -> list[dict[str, Any]]:

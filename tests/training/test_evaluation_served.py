@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from reft_serve.cli_evaluate import evaluate
 from reft_serve.demo.behaviours import ADAPTERS, MODEL
 from reft_serve.demo.server import serving
-from tests.training.test_evaluation import table
+from tests.support.training.evaluation import table
 
 STARTS = ("Once upon a time, there was a girl.", "Tom and Mia went to the park.", "One day, it was very hot.",
           "A little boy had a red ball.", "Every morning, Max ate an egg.", "Ben and his mom went to the shop.")  # fmt: skip

@@ -9,39 +9,21 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from reft_serve.adapters.directory import read_adapter
-from reft_serve.interventions.modules import Intervention
-from reft_serve.interventions.positions import Part, PositionRule
 from reft_serve.training.adapter import build
 from reft_serve.training.batching import collate
 from reft_serve.training.examples import Example, Preference
 from reft_serve.training.frozen import FrozenStates, worth_keeping
-from reft_serve.training.hooked import Edit, EditedModel
+from reft_serve.training.hooked import EditedModel
 from reft_serve.training.plan import AdapterPlan, LoraPlan, Plan
 from reft_serve.training.run import train
-from tests.conftest import GOLDEN
-from tests.engine.family_models import FAMILIES
-from tests.training.test_hooked import learnt
-from tests.training.test_methods import BASE, StopsAt, examples, metrics, pairs
+from tests.support.engine.family_models import FAMILIES
+from tests.support.paths import GOLDEN
+from tests.support.training.models import RULE, edited, examples_of, learnt
+from tests.support.training.runs import BASE, StopsAt, examples, metrics, pairs
 
-RULE = PositionRule("f3+l3")
 UPPER = AdapterPlan("loreft", 4, (2, 3), RULE)
-
-
-def edited(folder: Path, lowest: int) -> EditedModel:
-    torch.manual_seed(0)
-    lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    config = lm.config.get_text_config()
-    layers = range(lowest, config.num_hidden_layers)
-    return EditedModel(lm, [Edit(k, Part.PREFIX, Intervention("loreft", config.hidden_size, 3)) for k in layers])
-
-
-def examples_of(model: EditedModel, count: int) -> list[Example]:
-    vocabulary = model.lm.config.get_text_config().vocab_size
-    all_ids = [tuple(i % vocabulary for i in each.input_ids) for each in examples(count)]
-    return [Example(ids, ids, len(ids) // 2 + 1) for ids in all_ids]
 
 
 def check_equal(model: EditedModel, *, packed: bool) -> None:

@@ -13,11 +13,12 @@ from transformers import AutoModelForCausalLM
 
 from reft_serve.interventions.modules import Intervention
 from reft_serve.interventions.positions import Part, PositionRule
-from reft_serve.training.batching import Batch, collate
+from reft_serve.training.batching import collate
 from reft_serve.training.examples import IGNORED, Example
 from reft_serve.training.hooked import Edit, EditedModel
-from tests.conftest import GOLDEN
-from tests.engine.family_models import FAMILIES
+from tests.support.engine.family_models import FAMILIES
+from tests.support.paths import GOLDEN
+from tests.support.training.models import learnt
 
 RULES = [PositionRule("f3+l3", tied=False), PositionRule("all", phase="all"), PositionRule("0,-1")]
 
@@ -39,14 +40,6 @@ def examples() -> list[Example]:
         ids = tuple(choose.randint(3, 255) for _ in range(length))
         found.append(Example(ids, (IGNORED,) * prompt_len + ids[prompt_len:], prompt_len))
     return found
-
-
-def learnt(model: EditedModel, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-    """Log-probabilities of the targets, and what a weighted sum of them gives as gradients of the interventions."""
-    model.zero_grad()
-    logprobs = model(batch)
-    (logprobs * torch.linspace(0.5, 1, len(logprobs))).sum().backward()
-    return logprobs.detach(), [p.grad.clone() for p in model.interventions.parameters() if p.grad is not None]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule.spec}-{rule.phase}")

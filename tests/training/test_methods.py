@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 import random
@@ -23,39 +22,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from reft_serve.adapters.directory import read_adapter
 from reft_serve.errors import AdapterInvalid, BaseModelInvalid, ClientError
 from reft_serve.interventions.kinds import edit
-from reft_serve.interventions.positions import PositionRule
 from reft_serve.training.adapter import build, restore
 from reft_serve.training.batching import StepSampler, collate, micro_batches
-from reft_serve.training.examples import IGNORED, Example, Preference
-from reft_serve.training.plan import AdapterPlan, LoraPlan, Plan, parse_layers
+from reft_serve.training.examples import IGNORED, Example
+from reft_serve.training.plan import LoraPlan, Plan, parse_layers
 from reft_serve.training.run import train
-from tests.conftest import GOLDEN
-
-BASE = GOLDEN / "models" / "tiny-llama"
-SHAPE = AdapterPlan("loreft", 4, None, PositionRule("f3+l3"))
-
-
-def tokens(choose: random.Random, count: int) -> tuple[int, ...]:
-    return tuple(choose.randint(3, 299) for _ in range(count))
-
-
-def examples(count: int) -> list[Example]:
-    choose = random.Random(5)
-    found = []
-    for _ in range(count):
-        prompt, answer = tokens(choose, choose.randint(2, 24)), tokens(choose, choose.randint(1, 9))
-        found.append(Example(prompt + answer, (IGNORED,) * len(prompt) + answer, len(prompt)))
-    return found
-
-
-def pairs(count: int) -> list[Preference]:
-    choose = random.Random(6)
-    return [Preference(tokens(choose, 8), (11, 12, 13), (21, 22)) for _ in range(count)]
-
-
-def metrics(out: Path, name: str) -> list[float]:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [line[name] for line in lines if name in line]
+from tests.support.training.runs import BASE, SHAPE, StopsAt, examples, metrics, pairs
 
 
 def test_dpo_learns_the_preference(tmp_path: Path) -> None:
@@ -171,7 +143,7 @@ def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
     two = tmp_path / "two"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*launch, "tests.training.run_of_two", str(two)], env=environment, check=True, timeout=200)
+    subprocess.run([*launch, "tests.support.training.run_of_two", str(two)], env=environment, check=True, timeout=200)
     for name in ("loss", "eval_loss"):
         assert metrics(tmp_path / "alone", name) == pytest.approx(metrics(two / "measured", name), rel=1e-5), name
     assert metrics(two / "measured", "tokens")[-1] == alone.tokens
@@ -211,24 +183,6 @@ def test_a_run_that_diverges_is_not_published(tmp_path: Path) -> None:
     with pytest.raises(AdapterInvalid, match="NaN or Inf"):
         train(BASE, Plan(shape, epochs=3, batch=4, learning_rate=1e30, clip=0), examples(8), tmp_path / "run")
     assert not (tmp_path / "run" / "adapter").exists()
-
-
-class StopsAt:
-    """A watcher that stops the run after a step."""
-
-    def __init__(self, last: int) -> None:
-        self.last, self.step, self.paths = last, 0, list[Path]()
-
-    def started(self, step: int, steps: int) -> None: ...
-
-    def logged(self, step: int, metrics: dict[str, float]) -> None: ...
-
-    def saved(self, step: int, path: Path) -> None:
-        self.paths.append(path)
-
-    def wants_stop(self) -> bool:
-        self.step += 1
-        return self.step == self.last
 
 
 def test_a_watcher_stops_a_run_within_a_step_and_it_can_be_resumed(tmp_path: Path) -> None:

@@ -16,9 +16,8 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from reft_serve.training.batching import collate
 from reft_serve.training.passes import join_passes
-from tests.engine.family_models import FAMILIES
-from tests.training.test_frozen import RULE, edited, examples_of
-from tests.training.test_hooked import learnt
+from tests.support.engine.family_models import FAMILIES
+from tests.support.training.models import RULE, edited, examples_of, learnt
 
 
 def frozen(norm: Any) -> Any:

@@ -13,7 +13,7 @@ from reft_serve.datafiles.lines import Limits
 from reft_serve.errors import DataInvalid
 from reft_serve.training.evaluation import questions
 from reft_serve.training.recipes import load_recipe
-from tests.conftest import SHARED
+from tests.support.paths import SHARED
 
 SETS = SHARED / "data" / "reft_paper"
 FILES = sorted(

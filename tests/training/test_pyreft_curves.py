@@ -21,7 +21,7 @@ from reft_serve.training.hooked import EditedModel
 from reft_serve.training.objectives import Supervised
 from reft_serve.training.plan import AdapterPlan, Plan
 from reft_serve.training.trainer import ReftTrainer, arguments
-from tests.conftest import GOLDEN
+from tests.support.paths import GOLDEN
 
 CURVES = load_file(Path(__file__).parent / "fixtures" / "pyreft_curves.safetensors")
 BASE = GOLDEN / "models" / "tiny-llama"

@@ -23,7 +23,7 @@ from reft_serve.training.data import encode
 from reft_serve.training.examples import IGNORED, Example
 from reft_serve.training.plan import AdapterPlan, LoraPlan, Plan
 from reft_serve.training.run import started_at, train
-from tests.conftest import GOLDEN
+from tests.support.paths import GOLDEN
 
 BASE = GOLDEN / "models" / "tiny-llama"
 # More for a longer trial; ten were run once.

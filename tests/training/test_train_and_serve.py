@@ -17,7 +17,7 @@ from reft_serve.demo.behaviours import MODEL
 from reft_serve.training.adapter import restore
 from reft_serve.training.batching import collate
 from reft_serve.training.examples import IGNORED, Example
-from tests.engine.engines import running_engine
+from tests.support.engine.engines import running_engine
 
 TOLERANCE = 1e-3
 PROMPTS = (

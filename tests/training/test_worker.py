@@ -23,8 +23,8 @@ from reft_serve.database.files import key_of_blob
 from reft_serve.database.models import Job
 from reft_serve.training.probe import server
 from reft_serve.training.sweeping import sweep
-from tests.adapters.buckets import s3_bucket
-from tests.training.jobs import MODEL, QUICK, Place, rows
+from tests.support.buckets import s3_bucket
+from tests.support.training.jobs import MODEL, QUICK, Place, rows
 
 pytestmark = pytest.mark.anyio
 # Steps of half a second and more, so that a test can do something during one.

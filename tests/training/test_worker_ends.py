@@ -14,8 +14,8 @@ import pytest
 
 from reft_serve.database.connection import CLOSE_SECONDS, Database, migrate
 from reft_serve.training.worker import running
-from tests.database.servers import postgres_server
-from tests.training.jobs import Place
+from tests.support.postgres import postgres_server
+from tests.support.training.jobs import Place
 
 pytestmark = [pytest.mark.anyio, pytest.mark.postgres]
 

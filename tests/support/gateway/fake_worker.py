@@ -1,0 +1,84 @@
+"""A worker that trains nothing: it takes jobs from the database and ends them as a test says."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from reft_serve.adapters.blobs import BlobStore
+from reft_serve.adapters.store import AdapterStore
+from reft_serve.config import GatewaySettings
+from reft_serve.database import files, jobs
+from reft_serve.database.connection import Database
+from reft_serve.database.outcomes import NewCheckpoint, NewVersion, Outcome, Succeeded
+from tests.support.gateway.harness import adapter_files
+
+T = TypeVar("T")
+CSV = b"step,train_loss\n1,2.0\n2,1.0\n"
+
+
+class FakeWorker:
+    """Each call is a transaction of its own on a connection of its own."""
+
+    def __init__(self, settings: GatewaySettings) -> None:
+        self.settings = settings
+
+    def act(self, work: Callable[[AsyncSession], Awaitable[T]]) -> T:
+        async def acting() -> T:
+            database = Database(self.settings.database)
+            try:
+                async with database.writing() as session:
+                    return await work(session)
+            finally:
+                await database.close()
+
+        return asyncio.run(acting())
+
+    def claim(self) -> jobs.Claim:
+        found = self.act(lambda session: jobs.claim(session, "fake", 60.0))
+        assert found is not None
+        return found
+
+    def beat(self, job: jobs.Claim, step: int = 0, steps: int = 4) -> str:
+        progress = jobs.Progress(step, steps, step * 100, job.created_ms + 60_000)
+        return self.act(lambda session: jobs.heartbeat(session, job.id, job.worker, 60.0, progress))
+
+    def tell(self, job: jobs.Claim, message: str, metrics: dict[str, float] | None = None) -> None:
+        self.act(lambda session: jobs.add_event(session, job.id, job.worker, message, metrics=metrics))
+
+    def finish(self, job: jobs.Claim, outcome: Outcome) -> str:
+        return self.act(lambda session: jobs.finish(session, job.id, job.worker, outcome))
+
+    def release(self, job: jobs.Claim, traceback: str) -> str:
+        return self.act(lambda session: jobs.release(session, job.id, job.worker, traceback))
+
+    def succeed(self, job: jobs.Claim, seed: int = 0) -> str:
+        """Publish an adapter with two checkpoints and a file of metrics."""
+        versions = [self._publish(seed + k) for k in range(3)]
+        checkpoints = [NewCheckpoint(k + 1, {"train_loss": 2.0 - k}, versions[k]) for k in range(2)]
+        written = self._write_result(job)
+        return self.finish(job, Succeeded(versions[2], checkpoints, 400, written))
+
+    def _publish(self, seed: int) -> NewVersion:
+        store = AdapterStore(self.settings.store)
+        with store.staging() as staged:
+            for name, content in adapter_files(seed).items():
+                (staged / name).write_bytes(content)
+            return NewVersion(store.publish(staged), "tiny", 100)
+
+    def _write_result(self, job: jobs.Claim) -> files.WrittenFile:
+        begun = self.act(
+            lambda session: files.start_file(
+                session, job.tenant_id, None, filename="metrics.csv", purpose="fine-tune-results", expires_ms=None
+            )
+        )
+
+        async def chunks():  # type: ignore[no-untyped-def]
+            yield CSV
+
+        blobs = BlobStore(self.settings.blobs_url)
+        written = asyncio.run(blobs.write(files.key_of_blob(begun), chunks(), 1 << 20))
+        return files.WrittenFile(begun, written.size, written.sha256)

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from tests.docs.blocks import ROOT
+from tests.support.paths import ROOT
 
 LINKS = sorted(set(re.findall(r"\]\(([^)#]+)\)", (ROOT / "llms.txt").read_text())))
 NAMED = sorted(set(re.findall(r"`([\w./]+/|[\w./]+\.(?:py|md)|scripts/\w+)`", (ROOT / "AGENTS.md").read_text())))

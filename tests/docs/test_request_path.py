@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from tests.docs.blocks import ROOT
+from tests.support.paths import ROOT
 
 PATHS = sorted(set(re.findall(r"`([\w/]+\.py)`", (ROOT / "docs" / "request-path.md").read_text())))
 

@@ -71,12 +71,12 @@ def with_settings(original: Any) -> Callable[..., VllmConfig]:
     return create_engine_config
 
 
-def keeping_compilation(original: Callable[[VllmConfig], None]) -> Callable[[VllmConfig], None]:
+def keeping_compilation(original: Callable[[Any, VllmConfig], None]) -> Callable[[Any, VllmConfig], None]:
     """Around the CPU platform's `check_and_update_config`, which turns torch.compile off for LoRA's sake."""
 
-    def check_and_update_config(config: VllmConfig) -> None:
+    def check_and_update_config(cls: Any, config: VllmConfig) -> None:
         with _hidden_where_off(config):
-            original(config)
+            original(cls, config)
 
     return check_and_update_config
 

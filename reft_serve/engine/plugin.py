@@ -1,162 +1,180 @@
-"""The plugin: where ReFT meets vLLM. Every seam that is replaced or wrapped is in this file.
-
-vLLM's internals move, so the versions that were tested are named and others are refused.
-"""
+"""The plugin: checks that the vLLM functions in `seams` are those that the wrappers were written for, then wraps them."""
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Callable
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import wraps
+from importlib import import_module
 from typing import Any
 
 import vllm
 
 from reft_serve.engine.amx import permit_amx
+from reft_serve.engine.seams import ADDITIONS, SEAMS, Addition, Seam, fingerprint
 from reft_serve.errors import EngineUnsupported
 
-__all__ = ["KNOWN_VERSIONS", "register"]
+__all__ = ["KNOWN_VERSIONS", "Target", "apply", "check_version", "register", "resolve", "source_of"]
 
 KNOWN_VERSIONS = ("0.32.0",)
 
 _registered = False
+_registering = threading.RLock()
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A seam's function as it is found: the places that hold it, and its raw attribute (a function, or a static or class
+    method).
+    """
+
+    seam: Seam
+    owners: tuple[Any, ...]
+    raw: Any
 
 
 def register() -> None:
     """Make this process's vLLM serve ReFT adapters. vLLM calls it in every process; further calls do nothing.
 
+    Everything is checked before anything is wrapped, so a refusal leaves vLLM as it was.
+
     Raises:
-        EngineUnsupported: a vLLM version that this plugin was not tested with.
+        EngineUnsupported: a vLLM version, or a function of it, that this plugin was not written for.
     """
     global _registered
-    if _registered:
-        return
-    check_version(vllm.__version__)
-    _registered = True
-    # vLLM's tags for tool calls are understood by xgrammar alone, and leave the arguments free; without them a forced call
-    # follows the JSON schema of its tool. Parsers read this when they are imported.
-    os.environ.setdefault("VLLM_ENFORCE_STRICT_TOOL_CALLING", "0")
-    permit_amx()
-    _patch_configuration()
-    _patch_front_end()
-    _patch_scheduler()
-    _patch_workers()
+    with _registering:
+        if _registered:
+            return
+        check_version(vllm.__version__)
+        # vLLM's tags for tool calls are understood by xgrammar alone, and leave the arguments free; without them a forced
+        # call follows the JSON schema of its tool. Parsers read this when they are imported.
+        os.environ.setdefault("VLLM_ENFORCE_STRICT_TOOL_CALLING", "0")
+        apply(resolve(SEAMS, vllm.__version__), ADDITIONS)
+        permit_amx()
+        _add_usage_route()
+        _registered = True
 
 
 def check_version(version: str) -> None:
     """Refuse a vLLM version that this plugin was not tested with."""
-    if version.partition("+")[0] not in KNOWN_VERSIONS:
+    if _public(version) not in KNOWN_VERSIONS:
         raise EngineUnsupported(
             f"reft-serve knows vLLM {', '.join(KNOWN_VERSIONS)} and this is {version}: install a known version, or start "
             "without ReFT by VLLM_PLUGINS=''"
         )
 
 
-def _wrap(owner: Any, name: str, around: Callable[[Any], Any]) -> None:
-    original = getattr(owner, name)
-    setattr(owner, name, wraps(original)(around(original)))
+def resolve(seams: Sequence[Seam], version: str) -> list[Target]:
+    """Find every seam's function and check that wrapping it reaches all of its callers. Changes nothing.
+
+    Raises:
+        EngineUnsupported: a function is missing, has another source, is held by a module or overridden by a class that the
+            seam does not name; the message names each function.
+    """
+    targets, faults = [], []
+    for seam in seams:
+        try:
+            target = _target(seam)
+        except (ImportError, AttributeError, KeyError):
+            faults.append(f"{seam} does not exist")
+            continue
+        targets.append(target)
+        if fingerprint(_source(target.raw)) != seam.sources.get(_public(version)):
+            faults.append(f"{seam} has another source than the one that reft-serve was written for")
+        faults += [f"{seam} is overridden by {name}" for name in _overrides(target) if name not in seam.overridden_by]
+    faults += [f"{target.seam} is also held by {name}" for target, name in _other_holders(targets)]
+    if faults:
+        raise EngineUnsupported(
+            f"reft-serve does not match the installed vLLM {version}: {'; '.join(faults)}. Install vLLM from its own wheel "
+            "and remove plugins that change these functions, or start without ReFT by VLLM_PLUGINS=''"
+        )
+    return targets
 
 
-def _patch_configuration() -> None:
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.platforms.cpu import CpuPlatform
+def apply(targets: Sequence[Target], additions: Sequence[Addition]) -> None:
+    """Wrap every function that `resolve` found, and add our methods."""
+    wrappers = [_ours(target.seam.wrapper) for target in targets]
+    added = [(_owner(addition.owner), addition.name, _ours(addition.function)) for addition in additions]
+    for target, wrapper in zip(targets, wrappers, strict=True):
+        # A function with several rows is wrapped once more by each: the last row's wrapper is called first.
+        replacement = _wrapped(vars(target.owners[0])[target.seam.name], wrapper)
+        for owner in target.owners:
+            setattr(owner, target.seam.name, replacement)
+    for owner, name, function in added:
+        setattr(owner, name, function)
 
-    from reft_serve.engine import configuration
 
-    _wrap(EngineArgs, "create_engine_config", configuration.with_settings)
-    EngineArgs.from_cli_args = classmethod(configuration.noting_modules(EngineArgs.from_cli_args.__func__))
-    CpuPlatform.check_and_update_config = staticmethod(
-        configuration.keeping_compilation(CpuPlatform.check_and_update_config)
-    )
-
-
-def _patch_front_end() -> None:
-    from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
-    from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
-    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
-    from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
-    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+def _add_usage_route() -> None:
     from vllm.entrypoints.serve.instrumentator import health
-    from vllm.v1.engine.async_llm import AsyncLLM
-    from vllm.v1.engine.input_processor import InputProcessor
-    from vllm.v1.engine.llm_engine import LLMEngine
-    from vllm.v1.engine.output_processor import OutputProcessor
-    from vllm.v1.structured_output import backend_guidance
 
-    from reft_serve.engine import beams, front_end, grammar_checks, telemetry, usage
+    from reft_serve.engine import usage
 
-    # Constraints are checked by `grammar_checks`, in another process.
-    backend_guidance.validate_guidance_grammar = lambda *_, **__: None
-    _wrap(InputProcessor, "__init__", grammar_checks.starting_checks)
-    _wrap(InputProcessor, "process_inputs", grammar_checks.checking_inputs)
-    _wrap(AsyncLLM, "generate", grammar_checks.checking_first)
-    _wrap(InputProcessor, "process_inputs", front_end.binding_inputs)
-    for engine in (LLMEngine, AsyncLLM):
-        for name in ("add_lora", "remove_lora", "pin_lora", "list_loras"):
-            _wrap(engine, name, getattr(front_end, name))
-    for searcher in (BeamSearchOfflineMixin, BeamSearchOnlineMixin):
-        _wrap(searcher, "beam_search", beams.refusing_beams)
-    _wrap(OpenAIServingModels, "load_lora_adapter", front_end.answering_faults)
-    _wrap(OpenAIServingModels, "unload_lora_adapter", front_end.freeing_slots)
-    _wrap(OpenAIServingModels, "show_available_models", front_end.telling_limits)
-    _wrap(AsyncLLM, "_run_output_handler", telemetry.sampling_workers)
-    _wrap(OutputProcessor, "_update_stats_from_finished", telemetry.counting_prefixes)
-    _wrap(OutputProcessor, "_update_stats_from_finished", usage.noting_ends)
-    _wrap(OutputProcessor, "abort_requests", usage.noting_aborts)
-    for serving in (OpenAIServingChat, OpenAIServingCompletion):
-        _wrap(serving, "__init__", usage.with_details)
     usage.add_route(health.router)
 
 
-def _patch_scheduler() -> None:
-    import vllm.v1.core.block_pool
-    import vllm.v1.core.kv_cache_utils
-    import vllm.v1.simple_kv_offload.manager
-    from vllm.v1.core.sched.scheduler import Scheduler
-    from vllm.v1.engine.core import EngineCore
-    from vllm.v1.structured_output import StructuredOutputManager
-    from vllm.v1.structured_output.backend_guidance import GuidanceBackend
-
-    from reft_serve.engine import admission, grammars, prefix_cache
-
-    core = vllm.v1.core
-    for module in (core.kv_cache_utils, core.block_pool, vllm.v1.simple_kv_offload.manager):
-        _wrap(module, "generate_block_hash_extra_keys", prefix_cache.with_adapter_keys)
-    _wrap(EngineCore, "preprocess_add_request", admission.reading_ahead)
-    _wrap(EngineCore, "add_request", admission.admitting)
-    _wrap(EngineCore, "add_lora", admission.adding)
-    _wrap(EngineCore, "remove_lora", admission.removing)
-    _wrap(EngineCore, "pin_lora", admission.pinning)
-    EngineCore.reft_read_ahead = admission.read_ahead
-    _wrap(Scheduler, "_free_request", admission.noting_finished)
-    _wrap(StructuredOutputManager, "__init__", grammars.with_backend)
-    _wrap(StructuredOutputManager, "grammar_bitmask", grammars.bounding_steps)
-    _wrap(StructuredOutputManager, "accept_tokens", grammars.noting_exceeded)
-    _wrap(GuidanceBackend, "compile_grammar", grammars.compiling_bounded)
+def source_of(seam: Seam) -> str:
+    """The source text of a seam's function in the installed vLLM."""
+    return _source(_target(seam).raw)
 
 
-def _patch_workers() -> None:
-    from vllm.lora.ops.torch_ops import lora_ops
-    from vllm.lora.punica_wrapper import punica_cpu
-    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-    from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
-    from vllm.v1.worker.worker_base import WorkerBase
+def _target(seam: Seam) -> Target:
+    owner = _owner(seam.owner)
+    raw = vars(owner)[seam.name]
+    holders = tuple(import_module(name) for name in seam.holders)
+    missing = [holder.__name__ for holder in holders if vars(holder).get(seam.name) is not raw]
+    if missing:
+        raise KeyError(missing)
+    return Target(seam, (owner, *holders), raw)
 
-    from reft_serve.engine import configuration, loras, pipelines, runners, seeds
 
-    _wrap(BaseModelLoader, "create_model", configuration.building_without_lora)
-    for name in ("bgmv_expand", "bgmv_expand_slice"):
-        _wrap(lora_ops, name, loras.sparing_base_rows)
-        setattr(punica_cpu, name, getattr(lora_ops, name))
-    _wrap(LoRAModelRunnerMixin, "load_lora_model", runners.with_manager)
-    _wrap(LoRAModelRunnerMixin, "set_active_loras", runners.preparing_rows)
-    _wrap(GPUModelRunner, "_determine_batch_execution_and_padding", runners.dispatching_by_rows)
-    _wrap(GPUModelRunner, "sync_and_gather_intermediate_tensors", pipelines.making_buffers)
-    _wrap(GPUModelRunner, "_sample", seeds.rewinding_generators)
-    _wrap(GPUModelRunner, "_bookkeeping_sync", seeds.hiding_generators)
-    WorkerBase.reft_counters = runners.reft_counters
-    WorkerBase.reft_stats = runners.reft_stats
-    WorkerBase.reft_hold = runners.reft_hold
-    WorkerBase.reft_add = runners.reft_add
-    WorkerBase.reft_release = runners.reft_release
+def _wrapped(raw: Any, wrapper: Callable[[Any], Any]) -> Any:
+    if isinstance(raw, (staticmethod, classmethod)):
+        return type(raw)(wraps(raw.__func__)(wrapper(raw.__func__)))
+    return wraps(raw)(wrapper(raw))
+
+
+def _owner(path: str) -> Any:
+    module, _, name = path.partition(":")
+    found = import_module(module)
+    return getattr(found, name) if name else found
+
+
+def _ours(path: str) -> Any:
+    module, _, name = path.partition(".")
+    return getattr(import_module(f"reft_serve.engine.{module}"), name)
+
+
+def _source(raw: Any) -> str:
+    try:
+        return inspect.getsource(getattr(raw, "__func__", raw))
+    except (OSError, TypeError):  # compiled, or made at run time
+        return ""
+
+
+def _overrides(target: Target) -> Iterator[str]:
+    waiting = [owner for owner in target.owners if inspect.isclass(owner)]
+    while waiting:
+        for subclass in waiting.pop().__subclasses__():
+            waiting.append(subclass)
+            if target.seam.name in vars(subclass):
+                yield f"{subclass.__module__}:{subclass.__qualname__}"
+
+
+def _other_holders(targets: Sequence[Target]) -> Iterator[tuple[Target, str]]:
+    """The modules that hold a wrapped function of a module by name and are not named by its seam."""
+    functions = {id(target.raw): target for target in targets if inspect.ismodule(target.owners[0])}
+    for module in list(sys.modules.values()):
+        if not getattr(module, "__name__", "").startswith("vllm"):
+            continue
+        for value in list(vars(module).values()):
+            target = functions.get(id(value))
+            if target is not None and module not in target.owners:
+                yield target, module.__name__
+
+
+def _public(version: str) -> str:
+    return version.partition("+")[0]

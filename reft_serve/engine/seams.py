@@ -1,0 +1,415 @@
+"""The vLLM functions that the plugin wraps, one row each: why, and the source that the wrapper was written against.
+
+`plugin.register` compares each fingerprint with the installed source before it wraps anything. For a new vLLM version,
+`scripts/seams --diff OLD NEW` shows which of these functions changed and how. Nothing here imports vLLM.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+__all__ = ["ADDITIONS", "SEAMS", "Addition", "Seam", "fingerprint"]
+
+
+@dataclass(frozen=True, slots=True)
+class Seam:
+    """A vLLM function, and the function of ours that makes its replacement from the original."""
+
+    #: `module` or `module:Class`, where the function is defined.
+    owner: str
+    name: str
+    #: `module.function` of this package.
+    wrapper: str
+    why: str
+    #: `fingerprint` of the function's source, by vLLM version.
+    sources: Mapping[str, str]
+    #: Other modules that import the function by name, where it is replaced too.
+    holders: tuple[str, ...] = ()
+    #: Subclasses that override the method, known to call it.
+    overridden_by: tuple[str, ...] = ()
+    #: The issue or pull request of a fault of vLLM's own that this works around, with no part in ReFT.
+    upstream: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.owner.replace(':', '.')}.{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Addition:
+    """A method of ours that a vLLM class gets, so that vLLM's RPC can call it."""
+
+    owner: str
+    name: str
+    function: str
+
+
+def fingerprint(source: str) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of a function's source text."""
+    return hashlib.sha256(source.encode()).hexdigest()[:16]
+
+
+_ENGINES = "vllm.v1.engine"
+_INPUTS = f"{_ENGINES}.input_processor:InputProcessor"
+_OUTPUTS = f"{_ENGINES}.output_processor:OutputProcessor"
+_CORE = f"{_ENGINES}.core:EngineCore"
+_RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+_MIXIN = "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin"
+_MODELS = "vllm.entrypoints.openai.models.serving:OpenAIServingModels"
+_STRUCTURED = "vllm.v1.structured_output:StructuredOutputManager"
+_BEAMS = "vllm.entrypoints.generate.beam_search"
+
+SEAMS = (
+    # Configuration
+    Seam(
+        "vllm.engine.arg_utils:EngineArgs",
+        "create_engine_config",
+        "configuration.with_settings",
+        "decides REFT_* settings once; they travel in the configuration to every process",
+        {"0.32.0": "b9b94288f46d2f67"},
+    ),
+    Seam(
+        "vllm.engine.arg_utils:EngineArgs",
+        "from_cli_args",
+        "configuration.noting_modules",
+        "notes whether only ReFT adapters can come to this server",
+        {"0.32.0": "51a013f61829ac5c"},
+    ),
+    Seam(
+        "vllm.platforms.cpu:CpuPlatform",
+        "check_and_update_config",
+        "configuration.keeping_compilation",
+        "keeps torch.compile on a CPU, which vLLM turns off for LoRA",
+        {"0.32.0": "d2960ad5d1836767"},
+    ),
+    # Front end
+    Seam(
+        "vllm.v1.structured_output.backend_guidance",
+        "validate_guidance_grammar",
+        "grammar_checks.leaving_checks",
+        "the front end's check compiles in its own process; `grammar_checks` does so in another one, with bounds",
+        {"0.32.0": "dc3fa0999e37057c"},
+    ),
+    Seam(
+        _INPUTS,
+        "__init__",
+        "grammar_checks.starting_checks",
+        "starts the process that compiles constraints",
+        {"0.32.0": "5137c92ffb9254d2"},
+    ),
+    Seam(
+        _INPUTS,
+        "process_inputs",
+        "grammar_checks.checking_inputs",
+        "only compiled constraints reach the engine core",
+        {"0.32.0": "e22b5f772979054c"},
+    ),
+    Seam(
+        f"{_ENGINES}.async_llm:AsyncLLM",
+        "generate",
+        "grammar_checks.checking_first",
+        "waits for a constraint's verdict without blocking the event loop",
+        {"0.32.0": "5bd0ee90459b0e29"},
+    ),
+    Seam(
+        _INPUTS,
+        "process_inputs",
+        "front_end.binding_inputs",
+        "binds each request to the version, rule and strength of its adapter",
+        {"0.32.0": "e22b5f772979054c"},
+    ),
+    Seam(
+        f"{_ENGINES}.llm_engine:LLMEngine",
+        "add_lora",
+        "front_end.add_lora",
+        "checks an adapter before the engine sees it",
+        {"0.32.0": "ad12a2e7820577e3"},
+    ),
+    Seam(
+        f"{_ENGINES}.llm_engine:LLMEngine",
+        "remove_lora",
+        "front_end.remove_lora",
+        "frees what the front end keeps of an adapter",
+        {"0.32.0": "28d68220a867884d"},
+    ),
+    Seam(
+        f"{_ENGINES}.llm_engine:LLMEngine",
+        "pin_lora",
+        "front_end.pin_lora",
+        "pins every strength of an adapter",
+        {"0.32.0": "357b71dfd9e2be52"},
+    ),
+    Seam(
+        f"{_ENGINES}.llm_engine:LLMEngine",
+        "list_loras",
+        "front_end.list_loras",
+        "lists adapters by the ids that callers gave",
+        {"0.32.0": "504942c407bc05a4"},
+    ),
+    Seam(
+        f"{_ENGINES}.async_llm:AsyncLLM",
+        "add_lora",
+        "front_end.add_lora",
+        "checks an adapter before the engine sees it",
+        {"0.32.0": "72ca27e79c0049a2"},
+    ),
+    Seam(
+        f"{_ENGINES}.async_llm:AsyncLLM",
+        "remove_lora",
+        "front_end.remove_lora",
+        "frees what the front end keeps of an adapter",
+        {"0.32.0": "9aac9679ae874477"},
+    ),
+    Seam(
+        f"{_ENGINES}.async_llm:AsyncLLM",
+        "pin_lora",
+        "front_end.pin_lora",
+        "pins every strength of an adapter",
+        {"0.32.0": "e6749af01db82104"},
+    ),
+    Seam(
+        f"{_ENGINES}.async_llm:AsyncLLM",
+        "list_loras",
+        "front_end.list_loras",
+        "lists adapters by the ids that callers gave",
+        {"0.32.0": "f3389baef0c9bf01"},
+    ),
+    Seam(
+        f"{_BEAMS}.offline:BeamSearchOfflineMixin",
+        "beam_search",
+        "beams.refusing_beams",
+        "refuses beam search with an adapter, whose beams would lose it",
+        {"0.32.0": "b4b93229fd76b6a8"},
+    ),
+    Seam(
+        f"{_BEAMS}.online:BeamSearchOnlineMixin",
+        "beam_search",
+        "beams.refusing_beams",
+        "as offline",
+        {"0.32.0": "e2e6d1893a8f2c1d"},
+    ),
+    Seam(
+        _MODELS,
+        "load_lora_adapter",
+        "front_end.answering_faults",
+        "answers a bad adapter with a 400 that lists every fault",
+        {"0.32.0": "10dfa2a6fcf10de4"},
+    ),
+    Seam(
+        _MODELS,
+        "unload_lora_adapter",
+        "front_end.freeing_slots",
+        "frees the slot and the host memory of an adapter",
+        {"0.32.0": "9d3e23adf5199694"},
+    ),
+    Seam(
+        _MODELS,
+        "show_available_models",
+        "front_end.telling_limits",
+        "adds the engine's limits to its model card",
+        {"0.32.0": "8ec3d280b3591c81"},
+    ),
+    Seam(
+        f"{_ENGINES}.async_llm:AsyncLLM",
+        "_run_output_handler",
+        "telemetry.sampling_workers",
+        "samples the workers' ReFT counters",
+        {"0.32.0": "5111696248ec17f0"},
+    ),
+    Seam(
+        _OUTPUTS,
+        "_update_stats_from_finished",
+        "telemetry.counting_prefixes",
+        "counts prompt tokens by source: computed, cached, shared with the base",
+        {"0.32.0": "611dcabf0c11b4b9"},
+    ),
+    Seam(
+        _OUTPUTS,
+        "_update_stats_from_finished",
+        "usage.noting_ends",
+        "notes what a request has used, for a gateway whose caller has left",
+        {"0.32.0": "611dcabf0c11b4b9"},
+    ),
+    Seam(
+        _OUTPUTS,
+        "abort_requests",
+        "usage.noting_aborts",
+        "as _update_stats_from_finished, for requests that are aborted",
+        {"0.32.0": "6dd03abb8ea35e7c"},
+    ),
+    Seam(
+        "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat",
+        "__init__",
+        "usage.with_details",
+        "usage reports cached prompt tokens without a flag",
+        {"0.32.0": "36059defbe726c97"},
+    ),
+    Seam(
+        "vllm.entrypoints.openai.completion.serving:OpenAIServingCompletion",
+        "__init__",
+        "usage.with_details",
+        "as for chats",
+        {"0.32.0": "321fd18beab5c13e"},
+    ),
+    # Engine core
+    Seam(
+        "vllm.v1.core.kv_cache_utils",
+        "generate_block_hash_extra_keys",
+        "prefix_cache.with_adapter_keys",
+        "keys a block by the edits inside it instead of by the adapter's name",
+        {"0.32.0": "fabb6e4b928af21a"},
+        holders=("vllm.v1.core.block_pool", "vllm.v1.simple_kv_offload.manager"),
+    ),
+    Seam(
+        _CORE,
+        "preprocess_add_request",
+        "admission.reading_ahead",
+        "reads an adapter's files in the input thread, off the step",
+        {"0.32.0": "a8b386db3f85cf76"},
+    ),
+    Seam(
+        _CORE,
+        "add_request",
+        "admission.admitting",
+        "holds the adapter for as long as the request lives",
+        {"0.32.0": "e1292d26930e5b72"},
+        overridden_by=("vllm.v1.engine.core:DPEngineCoreProc",),
+    ),
+    Seam(
+        _CORE,
+        "add_lora",
+        "admission.adding",
+        "fills the slot from host memory",
+        {"0.32.0": "8337cb3be82e49c9"},
+    ),
+    Seam(
+        _CORE,
+        "remove_lora",
+        "admission.removing",
+        "drops the host memory too",
+        {"0.32.0": "6d4a54223bd13b19"},
+    ),
+    Seam(
+        _CORE,
+        "pin_lora",
+        "admission.pinning",
+        "pins the host memory too",
+        {"0.32.0": "770a979322c19a1c"},
+    ),
+    Seam(
+        "vllm.v1.core.sched.scheduler:Scheduler",
+        "_free_request",
+        "admission.noting_finished",
+        "releases the adapter of a request that ends",
+        {"0.32.0": "1b386dca84e6bb73"},
+    ),
+    Seam(
+        _STRUCTURED,
+        "__init__",
+        "grammars.with_backend",
+        "one backend for all requests, whatever the first one asks for",
+        {"0.32.0": "585ff4311f12b214"},
+    ),
+    Seam(
+        _STRUCTURED,
+        "grammar_bitmask",
+        "grammars.bounding_steps",
+        "ends the costliest requests of a step that takes too long",
+        {"0.32.0": "46f2867ad31aea09"},
+    ),
+    Seam(
+        _STRUCTURED,
+        "accept_tokens",
+        "grammars.noting_exceeded",
+        "the answer says that its constraint was too costly",
+        {"0.32.0": "67b4e70569349367"},
+    ),
+    Seam(
+        "vllm.v1.structured_output.backend_guidance:GuidanceBackend",
+        "compile_grammar",
+        "grammars.compiling_bounded",
+        "compiles with llguidance's bounds, which vLLM does not set",
+        {"0.32.0": "264c741ffceff04c"},
+    ),
+    # Workers
+    Seam(
+        _MIXIN,
+        "load_lora_model",
+        "runners.with_manager",
+        "uses the manager that holds ReFT adapters and LoRAs",
+        {"0.32.0": "dbd70775ffc57fc6"},
+    ),
+    Seam(
+        _MIXIN,
+        "set_active_loras",
+        "runners.preparing_rows",
+        "computes the edited rows of a step",
+        {"0.32.0": "b706b820550c0679"},
+    ),
+    Seam(
+        _RUNNER,
+        "_determine_batch_execution_and_padding",
+        "runners.dispatching_by_rows",
+        "a step without edited rows replays the graph without adapters",
+        {"0.32.0": "8a022812851793da"},
+    ),
+    Seam(
+        "vllm.model_executor.model_loader.base_loader:BaseModelLoader",
+        "create_model",
+        "configuration.building_without_lora",
+        "a ReFT-only engine builds experts without LoRA kernels",
+        {"0.32.0": "476e680313ee6b3f"},
+    ),
+    # Workarounds of faults of vLLM's own
+    Seam(
+        "vllm.lora.ops.torch_ops.lora_ops",
+        "bgmv_expand",
+        "loras.sparing_base_rows",
+        "a row without a LoRA (index -1) gets the last slot's LoRA on a CPU",
+        {"0.32.0": "634dfed323317a2a"},
+        holders=("vllm.lora.ops.torch_ops", "vllm.lora.punica_wrapper.punica_cpu"),
+        upstream="https://github.com/vllm-project/vllm/pull/48421",
+    ),
+    Seam(
+        "vllm.lora.ops.torch_ops.lora_ops",
+        "bgmv_expand_slice",
+        "loras.sparing_base_rows",
+        "as bgmv_expand",
+        {"0.32.0": "3534905281a25201"},
+        holders=("vllm.lora.ops.torch_ops", "vllm.lora.punica_wrapper.punica_cpu"),
+        upstream="https://github.com/vllm-project/vllm/pull/48421",
+    ),
+    Seam(
+        _RUNNER,
+        "sync_and_gather_intermediate_tensors",
+        "pipelines.making_buffers",
+        "a CPU pipeline that is not compiled has no buffers, as its warm-up is skipped",
+        {"0.32.0": "ab853c8015d42481"},
+        upstream="not reported; vLLM 0.32.0, CPUModelRunner.warming_up_model",
+    ),
+    Seam(
+        _RUNNER,
+        "_sample",
+        "seeds.rewinding_generators",
+        "a CPU generator has no offset to rewind after a chunk of a prompt",
+        {"0.32.0": "5cb5c1da02cfdc68"},
+        upstream="not reported for CPUs; the offset came with https://github.com/vllm-project/vllm/pull/10097",
+    ),
+    Seam(
+        _RUNNER,
+        "_bookkeeping_sync",
+        "seeds.hiding_generators",
+        "as _sample",
+        {"0.32.0": "13c3e81003a7e168"},
+        upstream="not reported for CPUs; the offset came with https://github.com/vllm-project/vllm/pull/10097",
+    ),
+)
+
+ADDITIONS = (
+    Addition(_CORE, "reft_read_ahead", "admission.read_ahead"),
+    *(
+        Addition("vllm.v1.worker.worker_base:WorkerBase", name, f"runners.{name}")
+        for name in ("reft_counters", "reft_stats", "reft_hold", "reft_add", "reft_release")
+    ),
+)

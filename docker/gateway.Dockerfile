@@ -19,7 +19,7 @@ FROM ${PYTHON_IMAGE}
 ARG VERSION=0.2.0
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="reft-serve-gateway" \
-      org.opencontainers.image.description="OpenAI-style front door for many ReFT adapters over one base model" \
+      org.opencontainers.image.description="OpenAI-compatible gateway for many ReFT adapters over one base model" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"

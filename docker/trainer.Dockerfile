@@ -25,7 +25,7 @@ FROM ${PYTHON_IMAGE}
 ARG VERSION=0.2.0
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="reft-serve-trainer" \
-      org.opencontainers.image.description="Training worker of reft-serve: makes ReFT adapters of uploaded data" \
+      org.opencontainers.image.description="Training worker of reft-serve: trains ReFT adapters on uploaded data" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"

@@ -144,8 +144,8 @@ def _owner(path: str) -> Any:
 
 
 def _ours(path: str) -> Any:
-    module, _, name = path.partition(".")
-    return getattr(import_module(f"reft_serve.engine.{module}"), name)
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(module), name)
 
 
 def _source(raw: Any) -> str:

@@ -68,7 +68,9 @@ def _modules() -> Iterator[None]:
 def seam(name: str = "step", source: str | None = None) -> Seam:
     """A seam of `Engine`, written for its source as it is, or for another."""
     written = inspect.getsource(getattr(Engine, name)) if source is None else source
-    return Seam("vllm_like:Engine", name, "test_wrappers.outer", "a test", {VERSION: fingerprint(written)})
+    return Seam(
+        "vllm_like:Engine", name, "reft_serve.engine.test_wrappers.outer", "a test", {VERSION: fingerprint(written)}
+    )
 
 
 def test_a_function_that_is_the_known_one_is_wrapped() -> None:
@@ -79,7 +81,7 @@ def test_a_function_that_is_the_known_one_is_wrapped() -> None:
 
 
 def test_a_function_with_two_rows_is_wrapped_by_both_the_last_outermost() -> None:
-    again = replace(seam(), wrapper="test_wrappers.outermost")
+    again = replace(seam(), wrapper="reft_serve.engine.test_wrappers.outermost")
     apply(resolve([seam(), again], VERSION), ())
     assert Engine().step() == "outermost(ours(step))"
 
@@ -153,7 +155,13 @@ def test_a_module_that_imported_the_function_by_name_is_named(monkeypatch: pytes
     home.hashed = user.hashed = hashed  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm_home", home)
     monkeypatch.setitem(sys.modules, "vllm_user", user)
-    one = Seam("vllm_home", "hashed", "test_wrappers.outer", "", {VERSION: fingerprint(inspect.getsource(hashed))})
+    one = Seam(
+        "vllm_home",
+        "hashed",
+        "reft_serve.engine.test_wrappers.outer",
+        "",
+        {VERSION: fingerprint(inspect.getsource(hashed))},
+    )
     with pytest.raises(EngineUnsupported, match=r"vllm_home\.hashed is also held by vllm_user"):
         resolve([one], VERSION)
     (target,) = resolve([replace(one, holders=("vllm_user",))], VERSION)
@@ -165,7 +173,7 @@ def test_every_row_says_why_and_has_its_wrapper() -> None:
     for row in SEAMS:
         assert row.why
         assert row.sources
-        assert row.wrapper.count(".") == 1
+        assert row.wrapper.startswith("reft_serve.engine.")
         assert row.sources == sources.setdefault((row.owner, row.name), row.sources), "one function, one source"
     assert {addition.name.partition("_")[0] for addition in ADDITIONS} == {"reft"}
 

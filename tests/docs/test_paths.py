@@ -46,5 +46,5 @@ def test_a_link_of_llms_txt_leads_to_a_file(path: str) -> None:
 
 def test_llms_txt_links_every_page() -> None:
     included = {"docs/changelog.md", "docs/contributing.md", "docs/index.md"}
-    pages = {str(path.relative_to(ROOT)) for path in PAGES if path.parent.name == "docs"}
+    pages = {str(path.relative_to(ROOT)) for path in PAGES if path.parent == ROOT / "docs"}
     assert pages - included <= set(LINKS)

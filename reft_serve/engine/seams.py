@@ -404,6 +404,15 @@ SEAMS = (
         {"0.32.0": "13c3e81003a7e168"},
         upstream="not reported for CPUs; the offset came with https://github.com/vllm-project/vllm/pull/10097",
     ),
+    Seam(
+        "vllm.v1.sample.ops.logprobs",
+        "batched_count_greater_than",
+        "reft_serve.engine.sampling.uncompiled",
+        "on a CPU the first request for logprobs would build C++ inside a step, which stops every request",
+        {"0.32.0": "85869de0f00bb508"},
+        holders=("vllm.v1.sample.sampler",),
+        upstream="not reported for vLLM; https://github.com/torch-spyre/sendnn-inference/issues/550 describes it",
+    ),
 )
 
 ADDITIONS = (

@@ -493,6 +493,29 @@ def test_what_tools_returned_is_read_by_a_real_engine_and_nothing_is_fetched(up:
         up.openai.responses.create(model="birds", input=turns)
 
 
+COSTLY: dict[str, Any] = {
+    "a schema of two milliard items": {"json": {"type": "array", "minItems": 2**31, "prefixItems": [{}, {}]}},
+    "a schema that two backends read differently": {
+        "json": {"type": "object", "patternProperties": {"^n_": {"type": "integer"}}, "required": ["x"],
+                 "properties": {"x": {"type": "number", "multipleOf": 0.5}}, "additionalProperties": False},
+    },
+    "an ambiguous grammar": {"grammar": "root ::= w*\nw ::= [a-z ]* [a-z ]* [a-z ]* | w w | w w w"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("costly", COSTLY)
+def test_a_costly_constraint_harms_no_other_request(up: Up, costly: str) -> None:
+    asked = {"model": "base", "prompt": "hi", "max_tokens": 64, "n": 2, "structured_outputs": COSTLY[costly]}
+    with ThreadPoolExecutor(1) as pool:
+        hostile = pool.submit(up.http.post, "/v1/completions", json=asked, timeout=60)
+        begun = time.monotonic()
+        assert up.say("birds")
+        assert time.monotonic() - begun < 5
+        assert hostile.result().status_code in (200, 400)
+    choice = up.say("base", extra_body={"structured_outputs": {"choice": ["north", "south"]}})
+    assert choice in ("north", "south")
+
+
 def test_a_caller_that_leaves_frees_the_engine(up: Up) -> None:
     stream = up.openai.completions.create(
         model="birds", prompt=PROMPT, max_tokens=900, stream=True, extra_body={"ignore_eos": True}

@@ -22,7 +22,16 @@ from reft_serve.engine.identity import IDS, Identity, identity_of, with_engine_i
 from reft_serve.engine.registry import Folded, read_folded
 from reft_serve.errors import ServiceError
 
-__all__ = ["Admission", "adding", "admitting", "noting_finished", "pinning", "read_ahead", "reading_ahead", "removing"]
+__all__ = [
+    "Admission",
+    "read_ahead",
+    "wrap_add_lora",
+    "wrap_add_request",
+    "wrap_free_request",
+    "wrap_pin_lora",
+    "wrap_preprocess_add_request",
+    "wrap_remove_lora",
+]
 
 logger = logging.getLogger("vllm.reft_serve")
 
@@ -163,7 +172,7 @@ def _admission_of(core: Any) -> Admission | None:
     return kept.get("_reft_admission")
 
 
-def admitting(original: Any) -> Callable[..., None]:
+def wrap_add_request(original: Any) -> Callable[..., None]:
     """Around `EngineCore.add_request`."""
 
     def add_request(self: Any, request: Request, request_wave: int = 0) -> None:
@@ -188,7 +197,7 @@ def admitting(original: Any) -> Callable[..., None]:
     return add_request
 
 
-def adding(_: Any) -> Callable[..., bool]:
+def wrap_add_lora(_: Any) -> Callable[..., bool]:
     """In place of `EngineCore.add_lora`: held first, so that the slot is filled from memory."""
 
     def add_lora(self: Any, lora_request: LoRARequest) -> bool:
@@ -212,7 +221,7 @@ def on_every_worker(executor: Any, method: str, *args: Any) -> None:
         raise ServiceError(fault)
 
 
-def noting_finished(original: Any) -> Callable[..., Any]:
+def wrap_free_request(original: Any) -> Callable[..., Any]:
     """Around `Scheduler._free_request`, through which every request leaves."""
 
     def free_request(self: Any, request: Request, *args: Any, **kwargs: Any) -> Any:
@@ -224,7 +233,7 @@ def noting_finished(original: Any) -> Callable[..., Any]:
     return free_request
 
 
-def reading_ahead(original: Any) -> Callable[..., Any]:
+def wrap_preprocess_add_request(original: Any) -> Callable[..., Any]:
     """Around `EngineCore.preprocess_add_request`, which the core's input thread calls: its failure ends one request."""
 
     def preprocess(self: Any, request: Any) -> Any:
@@ -236,7 +245,7 @@ def reading_ahead(original: Any) -> Callable[..., Any]:
     return preprocess
 
 
-def removing(original: Any) -> Callable[..., bool]:
+def wrap_remove_lora(original: Any) -> Callable[..., bool]:
     """Around `EngineCore.remove_lora`, which frees the slot: let go of what is in host memory too."""
 
     def remove_lora(self: Any, lora_id: int) -> bool:
@@ -249,7 +258,7 @@ def removing(original: Any) -> Callable[..., bool]:
     return remove_lora
 
 
-def pinning(original: Any) -> Callable[..., bool]:
+def wrap_pin_lora(original: Any) -> Callable[..., bool]:
     """Around `EngineCore.pin_lora`, which keeps the slot: keep what is in host memory too."""
 
     def pin_lora(self: Any, lora_id: int) -> bool:

@@ -15,10 +15,10 @@ from vllm.lora.request import LoRARequest
 from reft_serve.engine.front_end import binder_of
 from reft_serve.engine.identity import identity_of
 
-__all__ = ["refusing_beams"]
+__all__ = ["wrap_beam_search"]
 
 
-def refusing_beams(original: Any) -> Callable[..., Any]:
+def wrap_beam_search(original: Any) -> Callable[..., Any]:
     """Around `beam_search` of vLLM's `LLM` and of its server; base and LoRA requests go on as they are."""
     signature = inspect.signature(original)
 

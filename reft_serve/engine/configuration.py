@@ -23,11 +23,11 @@ from reft_serve.errors import EngineUnsupported
 
 __all__ = [
     "KNOWN_CONNECTORS",
-    "building_without_lora",
     "check_modes",
-    "keeping_compilation",
-    "noting_modules",
-    "with_settings",
+    "wrap_check_and_update_config",
+    "wrap_create_engine_config",
+    "wrap_create_model",
+    "wrap_from_cli_args",
 ]
 
 # Stores of KV blocks outside the engine that are proven to keep adapters apart. One that finds blocks by their tokens alone
@@ -35,7 +35,7 @@ __all__ = [
 KNOWN_CONNECTORS: frozenset[str] = frozenset()
 
 
-def noting_modules(original: Any) -> Callable[[Any, argparse.Namespace], EngineArgs]:
+def wrap_from_cli_args(original: Any) -> Callable[[Any, argparse.Namespace], EngineArgs]:
     """Around `EngineArgs.from_cli_args`: note whether only ReFT adapters can ever come to this server."""
 
     def from_cli_args(cls: Any, args: argparse.Namespace) -> EngineArgs:
@@ -50,7 +50,7 @@ def noting_modules(original: Any) -> Callable[[Any, argparse.Namespace], EngineA
     return from_cli_args
 
 
-def with_settings(original: Any) -> Callable[..., VllmConfig]:
+def wrap_create_engine_config(original: Any) -> Callable[..., VllmConfig]:
     """Around `EngineArgs.create_engine_config`: decide the settings once; they travel in the configuration."""
 
     def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
@@ -71,7 +71,7 @@ def with_settings(original: Any) -> Callable[..., VllmConfig]:
     return create_engine_config
 
 
-def keeping_compilation(original: Callable[[Any, VllmConfig], None]) -> Callable[[Any, VllmConfig], None]:
+def wrap_check_and_update_config(original: Callable[[Any, VllmConfig], None]) -> Callable[[Any, VllmConfig], None]:
     """Around the CPU platform's `check_and_update_config`, which turns torch.compile off for LoRA's sake."""
 
     def check_and_update_config(cls: Any, config: VllmConfig) -> None:
@@ -81,7 +81,7 @@ def keeping_compilation(original: Callable[[Any, VllmConfig], None]) -> Callable
     return check_and_update_config
 
 
-def building_without_lora(original: Any) -> Callable[..., Any]:
+def wrap_create_model(original: Any) -> Callable[..., Any]:
     """Around `BaseModelLoader.create_model`, where experts choose kernels that take LoRAs: slower ones, and none on a CPU."""
 
     def create_model(self: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Any:

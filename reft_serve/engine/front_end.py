@@ -136,7 +136,7 @@ def binder_of(engine: Any) -> Binder:
     return binder
 
 
-def binding_inputs(original: Any) -> Callable[..., Any]:
+def wrap_process_inputs(original: Any) -> Callable[..., Any]:
     """Around `InputProcessor.process_inputs`: the request goes on with its adapter's identity."""
     signature = inspect.signature(original)
 
@@ -222,7 +222,7 @@ def _at_strength(bound: LoRARequest | None, strength: float | None) -> LoRAReque
     return bound if strength == 1 else with_strength(bound, strength)
 
 
-def add_lora(original: Any) -> Callable[..., Any]:
+def wrap_add_lora(original: Any) -> Callable[..., Any]:
     """Around `add_lora` of `LLMEngine` and of `AsyncLLM`, whose event loop must not wait for a disk."""
 
     async def add_from_thread(self: Any, request: LoRARequest) -> Any:
@@ -237,17 +237,17 @@ def add_lora(original: Any) -> Callable[..., Any]:
     return add_from_thread if inspect.iscoroutinefunction(original) else add
 
 
-def remove_lora(original: Any) -> Callable[..., Any]:
+def wrap_remove_lora(original: Any) -> Callable[..., Any]:
     """Around `remove_lora`: by the engine's id."""
     return lambda self, lora_id: original(self, binder_of(self).forget(lora_id))
 
 
-def pin_lora(original: Any) -> Callable[..., Any]:
+def wrap_pin_lora(original: Any) -> Callable[..., Any]:
     """Around `pin_lora`: by the engine's id."""
     return lambda self, lora_id: original(self, binder_of(self).engine_id(lora_id))
 
 
-def list_loras(original: Any) -> Callable[..., Any]:
+def wrap_list_loras(original: Any) -> Callable[..., Any]:
     """Around `list_loras`: in the front end's ids."""
 
     async def listed(answer: Awaitable[set[int]], binder: Binder) -> set[int]:
@@ -260,7 +260,7 @@ def list_loras(original: Any) -> Callable[..., Any]:
     return list_ids
 
 
-def answering_faults(original: Any) -> Callable[..., Any]:
+def wrap_load_lora_adapter(original: Any) -> Callable[..., Any]:
     """Around `OpenAIServingModels.load_lora_adapter`: an adapter's faults are the caller's to mend, so 400 and not 500."""
 
     async def load_lora_adapter(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
@@ -283,7 +283,7 @@ def answering_faults(original: Any) -> Callable[..., Any]:
     return load_lora_adapter
 
 
-def telling_limits(original: Any) -> Callable[..., Any]:
+def wrap_show_available_models(original: Any) -> Callable[..., Any]:
     """Around `OpenAIServingModels.show_available_models`: the base model's card says which adapters are taken."""
 
     async def show_available_models(self: Any) -> Any:
@@ -299,7 +299,7 @@ def telling_limits(original: Any) -> Callable[..., Any]:
     return show_available_models
 
 
-def freeing_slots(original: Any) -> Callable[..., Any]:
+def wrap_unload_lora_adapter(original: Any) -> Callable[..., Any]:
     """Around `OpenAIServingModels.unload_lora_adapter`, which only forgets the name: give the engine its memory back."""
 
     async def unload_lora_adapter(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:

@@ -241,12 +241,12 @@ def checks_of(processor: Any) -> GrammarChecks | None:
     return getattr(processor, "_reft_grammar_checks", None)
 
 
-def leaving_checks(_: Any) -> Callable[..., None]:
+def wrap_validate_guidance_grammar(_: Any) -> Callable[..., None]:
     """In place of `validate_guidance_grammar`, which compiles in the front end's own process and without bounds."""
     return lambda *_, **__: None
 
 
-def starting_checks(original: Any) -> Callable[..., None]:
+def wrap_input_processor_init(original: Any) -> Callable[..., None]:
     """Around `InputProcessor.__init__`: start the process early, since it reads the tokenizer."""
 
     def init(self: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
@@ -292,7 +292,7 @@ def sending_compiled(request: Any, verdict: Future[_Verdict]) -> None:
     params.structured_outputs._backend = backend
 
 
-def checking_inputs(original: Any) -> Callable[..., Any]:
+def wrap_process_inputs(original: Any) -> Callable[..., Any]:
     """Around `InputProcessor.process_inputs`, after vLLM's own checks: only what was compiled goes on to the core.
 
     On a server the verdict is known by now; elsewhere this waits for it.
@@ -315,7 +315,7 @@ def _caller(prompt: Any) -> str:
     return str(prompt.get("cache_salt") or "") if isinstance(prompt, dict) else ""
 
 
-def checking_first(original: Any) -> Callable[..., AsyncIterator[Any]]:
+def wrap_generate(original: Any) -> Callable[..., AsyncIterator[Any]]:
     """Around `AsyncLLM.generate`: await the verdict, and report a bound that was exceeded while matching."""
 
     def generate(self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:

@@ -66,7 +66,7 @@ class BoundedGrammar(GuidanceGrammar):  # type: ignore[misc]  # vLLM is untyped 
             self.exceeded = True
 
 
-def compiling_bounded(_: Any) -> Callable[..., BoundedGrammar]:
+def wrap_compile_grammar(_: Any) -> Callable[..., BoundedGrammar]:
     """In place of `GuidanceBackend.compile_grammar`, which knows no bounds. Runs on threads of vLLM's."""
 
     def compile_grammar(
@@ -84,7 +84,7 @@ def compiling_bounded(_: Any) -> Callable[..., BoundedGrammar]:
     return compile_grammar
 
 
-def with_backend(original: Any) -> Callable[..., None]:
+def wrap_manager_init(original: Any) -> Callable[..., None]:
     """Around `StructuredOutputManager.__init__`: the backend is there from the start, whatever the first request is."""
 
     def init(self: Any, vllm_config: Any) -> None:
@@ -99,7 +99,7 @@ def with_backend(original: Any) -> Callable[..., None]:
     return init
 
 
-def bounding_steps(original: Any) -> Callable[..., Any]:
+def wrap_grammar_bitmask(original: Any) -> Callable[..., Any]:
     """Around `StructuredOutputManager.grammar_bitmask`, which a step calls for all of its requests."""
 
     def grammar_bitmask(self: Any, requests: Any, structured_output_request_ids: Any, *args: Any, **kwargs: Any) -> Any:
@@ -124,7 +124,7 @@ def end_costly(grammars: Iterable[StructuredOutputGrammar | Future[Any]]) -> Non
         total -= grammar.last
 
 
-def noting_exceeded(original: Any) -> Callable[..., bool]:
+def wrap_accept_tokens(original: Any) -> Callable[..., bool]:
     """Around `StructuredOutputManager.accept_tokens`: say in the answer why the request ended."""
 
     def accept_tokens(self: Any, request: Any, new_token_ids: list[int]) -> bool:

@@ -17,7 +17,7 @@ from reft_serve.adapters.structure import unknown_modules
 from reft_serve.engine.identity import identity_of, lora_id_of
 from reft_serve.errors import AdapterUnsupported
 
-__all__ = ["LoraManager", "lora_half", "sparing_base_rows"]
+__all__ = ["LoraManager", "lora_half", "wrap_bgmv_expand"]
 
 _LAYER = re.compile(r"\.(\d+)\.")
 
@@ -88,7 +88,7 @@ class LoraManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]  # vllm is n
         return self._held.get(lora_request.lora_int_id) or super()._load_adapter(lora_request)
 
 
-def sparing_base_rows(original: Any) -> Callable[..., None]:
+def wrap_bgmv_expand(original: Any) -> Callable[..., None]:
     """Around the CPU's `bgmv_expand` and `bgmv_expand_slice`: rows without a LoRA get none.
 
     Their index is -1, by which vLLM's plain torch ops take the last slot's LoRA once it is in use.

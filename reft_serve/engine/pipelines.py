@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["making_buffers"]
+__all__ = ["wrap_sync_and_gather_intermediate_tensors"]
 
 
-def making_buffers(sync: Callable[..., Any]) -> Callable[..., Any]:
+def wrap_sync_and_gather_intermediate_tensors(sync: Callable[..., Any]) -> Callable[..., Any]:
     """Around `GPUModelRunner.sync_and_gather_intermediate_tensors`: make the buffers, as a warm-up would have, once."""
 
     def sync_and_gather_intermediate_tensors(self: Any, *args: Any, **options: Any) -> Any:

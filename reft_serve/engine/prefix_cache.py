@@ -46,7 +46,7 @@ def shared_tokens(identity: Identity, prompt_len: int, cached: int, block: int) 
     return cached if cached <= first else first - first % block
 
 
-def with_adapter_keys(original: Any) -> Any:
+def wrap_generate_block_hash_extra_keys(original: Any) -> Any:
     """Wrap vLLM's `generate_block_hash_extra_keys`: its keys, with our adapter part in place of name and path."""
 
     def generate(request: Request, start: int, end: int, start_mm_idx: int) -> tuple[tuple[Any, ...] | None, int]:

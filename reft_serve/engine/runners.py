@@ -25,18 +25,18 @@ from reft_serve.engine.registry import Folded
 from reft_serve.errors import EngineUnsupported
 
 __all__ = [
-    "dispatching_by_rows",
-    "preparing_rows",
     "reft_add",
     "reft_counters",
     "reft_hold",
     "reft_release",
     "reft_stats",
-    "with_manager",
+    "wrap_determine_batch_execution_and_padding",
+    "wrap_load_lora_model",
+    "wrap_set_active_loras",
 ]
 
 
-def with_manager(_: Any) -> Callable[..., nn.Module]:
+def wrap_load_lora_model(_: Any) -> Callable[..., nn.Module]:
     """In place of `LoRAModelRunnerMixin.load_lora_model`: our manager, and vLLM's own inside it where LoRA is on."""
 
     def load_lora_model(self: Any, model: nn.Module, vllm_config: VllmConfig, device: torch.device) -> nn.Module:
@@ -56,7 +56,7 @@ def with_manager(_: Any) -> Callable[..., nn.Module]:
     return load_lora_model
 
 
-def preparing_rows(_: Any) -> Callable[..., None]:
+def wrap_set_active_loras(_: Any) -> Callable[..., None]:
     """In place of `LoRAModelRunnerMixin.set_active_loras`, which V1 calls once per step."""
 
     def set_active_loras(
@@ -81,7 +81,7 @@ def preparing_rows(_: Any) -> Callable[..., None]:
     return set_active_loras
 
 
-def dispatching_by_rows(original: Any) -> Callable[..., Any]:
+def wrap_determine_batch_execution_and_padding(original: Any) -> Callable[..., Any]:
     """Around V1's `_determine_batch_execution_and_padding`: a step without rows takes the graph without adapters."""
 
     def determine(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["hiding_generators", "rewinding_generators"]
+__all__ = ["wrap_bookkeeping_sync", "wrap_sample"]
 
 
-def rewinding_generators(sample: Callable[..., Any]) -> Callable[..., Any]:
+def wrap_sample(sample: Callable[..., Any]) -> Callable[..., Any]:
     """Around `GPUModelRunner._sample`."""
 
     def _sample(self: Any, *args: Any, **options: Any) -> Any:
@@ -30,7 +30,7 @@ def rewinding_generators(sample: Callable[..., Any]) -> Callable[..., Any]:
     return _sample
 
 
-def hiding_generators(bookkeeping: Callable[..., Any]) -> Callable[..., Any]:
+def wrap_bookkeeping_sync(bookkeeping: Callable[..., Any]) -> Callable[..., Any]:
     """Around `GPUModelRunner._bookkeeping_sync`, which finds nothing left to undo."""
 
     def _bookkeeping_sync(self: Any, *args: Any, **options: Any) -> Any:

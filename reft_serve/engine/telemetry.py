@@ -13,13 +13,13 @@ from reft_serve.engine.identity import identity_of
 from reft_serve.engine.metrics import EVICTIONS, FILLS, PREFIX_TOKENS, ROWS, SLOTS, SLOTS_USED, STALL_SECONDS, STEPS
 from reft_serve.engine.prefix_cache import shared_tokens
 
-__all__ = ["counting_prefixes", "sampling_workers", "take"]
+__all__ = ["take", "wrap_run_output_handler", "wrap_update_stats_from_finished"]
 
 _log = logging.getLogger("vllm.reft_serve")
 _SECONDS = 5.0
 
 
-def counting_prefixes(original: Any) -> Callable[..., None]:
+def wrap_update_stats_from_finished(original: Any) -> Callable[..., None]:
     """Around `OutputProcessor._update_stats_from_finished`, which every request with statistics ends in."""
 
     def update(self: Any, req_state: Any, finish_reason: Any, iteration_stats: Any) -> None:
@@ -43,7 +43,7 @@ def _count_prefix(state: Any, block: int) -> None:
             PREFIX_TOKENS.labels(kind, source).inc(tokens)
 
 
-def sampling_workers(original: Any) -> Callable[..., None]:
+def wrap_run_output_handler(original: Any) -> Callable[..., None]:
     """Around `AsyncLLM._run_output_handler`, which runs once in the event loop of a front end.
 
     Of several front ends of one engine the first asks: counters of all of them are added up.

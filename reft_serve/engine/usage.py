@@ -12,7 +12,14 @@ from typing import Any
 
 from fastapi import APIRouter, HTTPException
 
-__all__ = ["ENTRIES", "add_route", "noting_aborts", "noting_ends", "usage_of", "with_details"]
+__all__ = [
+    "ENTRIES",
+    "add_route",
+    "usage_of",
+    "wrap_abort_requests",
+    "wrap_serving_init",
+    "wrap_update_stats_from_finished",
+]
 
 ENTRIES = 10_000
 # The gateway's own ids, within vLLM's names of completions, chats, responses, their prompts and choices.
@@ -20,7 +27,7 @@ _ID = re.compile(r"(?:req|resp)_([0-9a-f]{32})")
 _used: OrderedDict[str, dict[str, int]] = OrderedDict()
 
 
-def noting_ends(original: Any) -> Callable[..., None]:
+def wrap_update_stats_from_finished(original: Any) -> Callable[..., None]:
     """Around `OutputProcessor._update_stats_from_finished`."""
 
     def update(self: Any, req_state: Any, *args: Any, **kwargs: Any) -> None:
@@ -30,7 +37,7 @@ def noting_ends(original: Any) -> Callable[..., None]:
     return update
 
 
-def noting_aborts(original: Any) -> Callable[..., list[str]]:
+def wrap_abort_requests(original: Any) -> Callable[..., list[str]]:
     """Around `OutputProcessor.abort_requests`, which calls itself for the choices of a request."""
 
     def abort_requests(self: Any, request_ids: Iterable[str], *args: Any, **kwargs: Any) -> list[str]:
@@ -44,7 +51,7 @@ def noting_aborts(original: Any) -> Callable[..., list[str]]:
     return abort_requests
 
 
-def with_details(original: Any) -> Callable[..., None]:
+def wrap_serving_init(original: Any) -> Callable[..., None]:
     """Around `__init__` of the serving classes: usage says how many tokens of the prompt were cached, without a flag."""
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:

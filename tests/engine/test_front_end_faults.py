@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from reft_serve.engine.front_end import answering_faults
+from reft_serve.engine.front_end import wrap_load_lora_adapter
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,6 @@ def test_a_refusal_of_a_worker_is_a_400(message: str, told: str) -> None:
         return SimpleNamespace(error=error)
 
     request = SimpleNamespace(lora_path="/given")
-    asyncio.run(answering_faults(load)(SimpleNamespace(), request))
+    asyncio.run(wrap_load_lora_adapter(load)(SimpleNamespace(), request))
     assert (error.type, error.code, error.param) == ("BadRequestError", 400, "lora_path")
     assert error.message == told

@@ -260,7 +260,7 @@ def test_a_bound_that_is_exceeded_while_matching_is_the_callers_error(processor:
         yield SimpleNamespace(outputs=[SimpleNamespace(stop_reason=None)])
         yield ended
 
-    generate = grammar_checks.checking_first(original)
+    generate = grammar_checks.wrap_generate(original)
     front = SimpleNamespace(input_processor=processor)
     params = SamplingParams(structured_outputs=StructuredOutputsParams(regex="[0-9]{7}"))
 

@@ -222,7 +222,7 @@ def test_vllm_still_gives_a_row_without_a_lora_the_last_slot_s_on_a_cpu() -> Non
     expand = inspect.unwrap(bgmv_expand)
     output = torch.zeros(1, 2)
     expand(torch.ones(1, 3), torch.ones(2, 1, 2, 3), output, torch.tensor([-1]), True)
-    assert output.tolist() == [[3.0, 3.0]], "upstream leaves such rows alone now: remove loras.sparing_base_rows"
+    assert output.tolist() == [[3.0, 3.0]], "upstream leaves such rows alone now: remove loras.wrap_bgmv_expand"
 
 
 def test_vllm_still_rewinds_a_generator_s_offset_which_a_cpu_s_has_not() -> None:

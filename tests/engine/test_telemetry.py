@@ -13,7 +13,7 @@ from vllm.lora.request import LoRARequest
 
 from reft_serve.engine.identity import Identity, bound_request
 from reft_serve.engine.prefix_cache import extra_keys, shared_tokens
-from reft_serve.engine.telemetry import counting_prefixes, take
+from reft_serve.engine.telemetry import take, wrap_update_stats_from_finished
 from reft_serve.interventions.positions import PositionRule
 from tests.support.engine.position_rules import RULES
 
@@ -50,7 +50,7 @@ def test_shared_tokens_are_those_of_the_first_blocks_without_a_key(
 
 @pytest.fixture
 def counted() -> Any:
-    """What `counting_prefixes` added for a request, by (request, source)."""
+    """What `wrap_update_stats_from_finished` added for a request, by (request, source)."""
     kinds = [(kind, source) for kind in ("base", "reft", "lora") for source in ("computed", "shared", "own")]
 
     def totals() -> dict[tuple[str, str], float]:
@@ -86,7 +86,7 @@ def test_prompt_tokens_are_counted_by_whose_blocks_they_came_from(
 ) -> None:
     if isinstance(request_, Identity):
         request_ = bound_request(LoRARequest("a", 1, "/a"), "/a", request_)
-    update = counting_prefixes(lambda *_: None)
+    update = wrap_update_stats_from_finished(lambda *_: None)
     state = _Request(request_, prompt_len=50, num_cached_tokens=32)
     update(_Processor(16), state, "stop", None)  # statistics are off
     assert counted() == {}

@@ -21,7 +21,7 @@ def state(name: str, tokens: int, parent: Any = None, index: int = 0) -> Any:
 def test_an_aborted_request_is_noted_once_with_all_its_prompts_and_choices() -> None:
     states = {f"{k}": state(f"cmpl-req_{NAME}-{k // 2}", 5, object(), k % 2) for k in range(4)}
     processor = SimpleNamespace(request_states=states)
-    abort = usage.noting_aborts(lambda self, ids, internal: list(ids))
+    abort = usage.wrap_abort_requests(lambda self, ids, internal: list(ids))
     abort(processor, ["0", "1", "2", "3"], internal=True)
     abort(processor, ["0"], internal=True)
     assert usage.usage_of(f"req_{NAME}") == {"prompt_tokens": 20, "cached_tokens": 8, "completion_tokens": 20}
@@ -30,7 +30,7 @@ def test_an_aborted_request_is_noted_once_with_all_its_prompts_and_choices() -> 
 
 
 def test_requests_of_others_are_not_noted_and_the_oldest_are_forgotten() -> None:
-    note = usage.noting_ends(lambda self, state, *args: None)
+    note = usage.wrap_update_stats_from_finished(lambda self, state, *args: None)
     note(None, state("cmpl-mine-0", 1), None, None)
     for k in range(usage.ENTRIES + 1):
         note(None, state(f"chatcmpl-req_{k:032x}", 1), None, None)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from weakref import WeakKeyDictionary
 from vllm.config import VllmConfig
 from vllm.lora.request import LoRARequest
 from vllm.v1.request import Request
@@ -26,6 +27,7 @@ __all__ = [
     "Admission",
     "read_ahead",
     "wrap_add_lora",
+    "admission_of",
     "wrap_add_request",
     "wrap_free_request",
     "wrap_pin_lora",
@@ -163,20 +165,23 @@ class Admission:
         return next(number for number in tries if number not in taken)
 
 
-def _admission_of(core: Any) -> Admission | None:
-    """The admission of an engine core; it lies with the scheduler, which tells it what has finished."""
-    kept: dict[str, Admission] = core.scheduler.__dict__
-    if "_reft_admission" not in kept and core.vllm_config.lora_config is not None:
+_admissions: WeakKeyDictionary[Any, Admission] = WeakKeyDictionary()  # by scheduler, which reports what has finished
+
+
+def admission_of(core: Any) -> Admission | None:
+    """The admission of an engine core; None if adapters are off."""
+    admission = _admissions.get(core.scheduler)
+    if admission is None and core.vllm_config.lora_config is not None:
         # Two threads may come here first.
-        kept.setdefault("_reft_admission", Admission(core.model_executor, core.vllm_config))
-    return kept.get("_reft_admission")
+        return _admissions.setdefault(core.scheduler, Admission(core.model_executor, core.vllm_config))
+    return admission
 
 
 def wrap_add_request(original: Any) -> Callable[..., None]:
     """Around `EngineCore.add_request`."""
 
     def add_request(self: Any, request: Request, request_wave: int = 0) -> None:
-        admission = _admission_of(self)
+        admission = admission_of(self)
         try:
             if admission is not None:
                 admission.admit(request)
@@ -201,7 +206,7 @@ def wrap_add_lora(_: Any) -> Callable[..., bool]:
     """In place of `EngineCore.add_lora`: held first, so that the slot is filled from memory."""
 
     def add_lora(self: Any, lora_request: LoRARequest) -> bool:
-        admission = _admission_of(self)
+        admission = admission_of(self)
         if admission is not None:
             admission.load(lora_request)
         on_every_worker(self.model_executor, "reft_add", lora_request)
@@ -225,7 +230,7 @@ def wrap_free_request(original: Any) -> Callable[..., Any]:
     """Around `Scheduler._free_request`, through which every request leaves."""
 
     def free_request(self: Any, request: Request, *args: Any, **kwargs: Any) -> Any:
-        admission = self.__dict__.get("_reft_admission")
+        admission = _admissions.get(self)
         if admission is not None:
             admission.finished(request)
         return original(self, request, *args, **kwargs)
@@ -237,7 +242,7 @@ def wrap_preprocess_add_request(original: Any) -> Callable[..., Any]:
     """Around `EngineCore.preprocess_add_request`, which the core's input thread calls: its failure ends one request."""
 
     def preprocess(self: Any, request: Any) -> Any:
-        admission = _admission_of(self)
+        admission = admission_of(self)
         if admission is not None:
             admission.read_ahead(request.lora_request)
         return original(self, request)
@@ -250,7 +255,7 @@ def wrap_remove_lora(original: Any) -> Callable[..., bool]:
 
     def remove_lora(self: Any, lora_id: int) -> bool:
         removed = bool(original(self, lora_id))
-        admission = _admission_of(self)
+        admission = admission_of(self)
         if admission is not None:
             admission.unload(lora_id)
         return removed
@@ -263,7 +268,7 @@ def wrap_pin_lora(original: Any) -> Callable[..., bool]:
 
     def pin_lora(self: Any, lora_id: int) -> bool:
         pinned = bool(original(self, lora_id))
-        admission = _admission_of(self)
+        admission = admission_of(self)
         if pinned and admission is not None:
             admission.pin(lora_id)
         return pinned
@@ -276,7 +281,7 @@ _READERS = ThreadPoolExecutor(2, thread_name_prefix="reft-read")
 
 def read_ahead(self: Any, lora_request: LoRARequest) -> Future[None] | None:
     """A method for `EngineCore`: what a front end calls before `add_lora`, whose reading would hold up the loop."""
-    admission = _admission_of(self)
+    admission = admission_of(self)
     return None if admission is None else _READERS.submit(admission.read_ahead, lora_request)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from weakref import WeakKeyDictionary
 from vllm.config import VllmConfig
 from vllm.exceptions import LoRAAdapterNotFoundError, VLLMValidationError
 from vllm.lora.peft_helper import PEFTHelper
@@ -130,9 +131,12 @@ class Binder:
 def binder_of(engine: Any) -> Binder:
     """The binder of a front-end engine object; the input processor and its engine share one."""
     processor = getattr(engine, "input_processor", engine)
-    binder: Binder | None = processor.__dict__.get("_reft_binder")
+_binders: WeakKeyDictionary[Any, Binder] = WeakKeyDictionary()  # by input processor
+
+
+    binder = _binders.get(processor)
     if binder is None:
-        binder = processor._reft_binder = Binder(processor.vllm_config)
+        binder = _binders.setdefault(processor, Binder(processor.vllm_config))  # threads may come here at once
     return binder
 
 

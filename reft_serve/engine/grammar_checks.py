@@ -234,11 +234,12 @@ class GrammarChecks:
 
 
 _STARTING = threading.Lock()
+_checks: weakref.WeakKeyDictionary[Any, GrammarChecks] = weakref.WeakKeyDictionary()  # by input processor
 
 
 def checks_of(processor: Any) -> GrammarChecks | None:
     """The checks of a front end, given its input processor; None if vLLM is left as it is."""
-    return getattr(processor, "_reft_grammar_checks", None)
+    return _checks.get(processor)
 
 
 def wrap_validate_guidance_grammar(_: Any) -> Callable[..., None]:
@@ -254,7 +255,7 @@ def wrap_input_processor_init(original: Any) -> Callable[..., None]:
         config = vllm_config.structured_outputs_config
         if config.backend == BACKEND and self.tokenizer is not None:
             options = schema_options(white_space=not config.disable_any_whitespace)
-            self._reft_grammar_checks = GrammarChecks(_told(self.tokenizer, vllm_config), options)
+            _checks[self] = GrammarChecks(_told(self.tokenizer, vllm_config), options)
 
     return init
 

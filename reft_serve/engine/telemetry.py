@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from reft_serve.engine.identity import identity_of
 from reft_serve.engine.metrics import EVICTIONS, FILLS, PREFIX_TOKENS, ROWS, SLOTS, SLOTS_USED, STALL_SECONDS, STEPS
@@ -17,6 +18,7 @@ __all__ = ["take", "wrap_run_output_handler", "wrap_update_stats_from_finished"]
 
 _log = logging.getLogger("vllm.reft_serve")
 _SECONDS = 5.0
+_block_sizes: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # by output processor
 
 
 def wrap_update_stats_from_finished(original: Any) -> Callable[..., None]:
@@ -24,7 +26,7 @@ def wrap_update_stats_from_finished(original: Any) -> Callable[..., None]:
 
     def update(self: Any, req_state: Any, finish_reason: Any, iteration_stats: Any) -> None:
         original(self, req_state, finish_reason, iteration_stats)
-        block = self.__dict__.get("_reft_block_size")
+        block = _block_sizes.get(self)
         if iteration_stats is not None and block is not None:
             _count_prefix(req_state, block)
 
@@ -52,7 +54,7 @@ def wrap_run_output_handler(original: Any) -> Callable[..., None]:
     def run(self: Any) -> None:
         begins = self.output_handler is None
         original(self)
-        self.output_processor._reft_block_size = self.vllm_config.cache_config.block_size
+        _block_sizes[self.output_processor] = self.vllm_config.cache_config.block_size
         core = self.engine_core
         if begins and self.log_stats and self.vllm_config.lora_config is not None and core.client_index == 0:
             task = asyncio.create_task(_sample_forever(core), name="reft-telemetry")

@@ -9,6 +9,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any
+from weakref import WeakSet
 
 from fastapi import APIRouter, HTTPException
 
@@ -24,6 +25,7 @@ __all__ = [
 ENTRIES = 10_000
 # The gateway's own ids, within vLLM's names of completions, chats, responses, their prompts and choices.
 _ID = re.compile(r"(?:req|resp)_([0-9a-f]{32})")
+_noted: WeakSet[Any] = WeakSet()  # the states of requests that are counted in `_used`
 _used: OrderedDict[str, dict[str, int]] = OrderedDict()
 
 
@@ -63,9 +65,9 @@ def wrap_serving_init(original: Any) -> Callable[..., None]:
 
 def _note(state: Any) -> None:
     found = _ID.search(state.external_req_id or state.request_id)
-    if found is None or state.__dict__.get("_reft_noted"):
+    if found is None or state in _noted:
         return
-    state._reft_noted = True
+    _noted.add(state)
     first = not state.parent_req or not state.request_index  # the choices of a prompt share it
     generated = state.detokenizer.num_output_tokens() if state.detokenizer is not None else 0
     used = _used.pop(found[1], None) or dict.fromkeys(("prompt_tokens", "cached_tokens", "completion_tokens"), 0)

@@ -88,7 +88,10 @@ class Served:
     @property
     def unfinished(self) -> dict[str, int]:
         """The versions that unfinished requests hold."""
-        admission = self.engine.llm_engine.engine_core.engine_core.scheduler._reft_admission
+        from reft_serve.engine.admission import admission_of
+
+        admission = admission_of(self.engine.llm_engine.engine_core.engine_core)
+        assert admission is not None
         return dict(admission._unfinished)
 
 

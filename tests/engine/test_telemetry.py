@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 from vllm.lora.request import LoRARequest
 
+from reft_serve.engine import telemetry
 from reft_serve.engine.identity import Identity, bound_request
 from reft_serve.engine.prefix_cache import extra_keys, shared_tokens
 from reft_serve.engine.telemetry import take, wrap_update_stats_from_finished
@@ -67,7 +68,7 @@ def counted() -> Any:
 
 class _Processor:
     def __init__(self, block: int) -> None:
-        self._reft_block_size = block
+        telemetry._block_sizes[self] = block
 
 
 @pytest.mark.parametrize(

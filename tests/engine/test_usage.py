@@ -10,9 +10,13 @@ from reft_serve.engine import usage
 NAME = "0123456789abcdef" * 2
 
 
+class _State(SimpleNamespace):
+    __hash__ = object.__hash__  # type: ignore[assignment]  # vLLM's has one too
+
+
 def state(name: str, tokens: int, parent: Any = None, index: int = 0) -> Any:
     detokenizer = SimpleNamespace(num_output_tokens=lambda: tokens)
-    return SimpleNamespace(
+    return _State(
         external_req_id=name, request_id=name, parent_req=parent, request_index=index, prompt_len=10,
         num_cached_tokens=4, detokenizer=detokenizer,
     )  # fmt: skip

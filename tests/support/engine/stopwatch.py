@@ -16,6 +16,8 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreRequestType
 from vllm.v1.engine.core import EngineCoreProc
 
+from reft_serve.engine.admission import admission_of
+
 
 class WatchedScheduler(Scheduler):
     """vLLM's own."""
@@ -51,7 +53,7 @@ def _stopwatch(self: Any) -> dict[str, Any]:
     given = {kind: list(seconds) for kind, seconds in _spent.items()}
     for seconds in _spent.values():
         seconds.clear()
-    admission = self.scheduler.__dict__.get("_reft_admission")
+    admission = admission_of(self)
     entries = sum(map(len, tables(admission))) if admission is not None else 0
     return given | {"resident_bytes": resident_bytes(), "entries": entries}
 

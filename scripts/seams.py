@@ -34,7 +34,8 @@ def source(root: Path, seam: Seam) -> str | None:
     body: list[ast.stmt] = ast.parse(text).body
     if owner:
         body = next((node.body for node in body if isinstance(node, ast.ClassDef) and node.name == owner), [])
-    found = next((node for node in body if isinstance(node, _Function) and node.name == seam.name), None)
+    named = [node for node in body if isinstance(node, _Function) and node.name == seam.name]
+    found = named[-1] if named else None  # after its overloads
     if found is None:
         return None
     first = min([found.lineno, *(decorator.lineno for decorator in found.decorator_list)])

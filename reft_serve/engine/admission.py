@@ -9,25 +9,27 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
-
 from weakref import WeakKeyDictionary
+
 from vllm.config import VllmConfig
 from vllm.lora.request import LoRARequest
 from vllm.v1.request import Request
 
+from reft_serve.adapters.engine_fault import EngineFault
 from reft_serve.engine.facts import base_facts, limits_of, settings_of
 from reft_serve.engine.identity import IDS, Identity, identity_of, with_engine_id
 from reft_serve.engine.registry import Folded, read_folded
-from reft_serve.errors import ServiceError
+from reft_serve.errors import ReftError, ServiceError
 
 __all__ = [
     "Admission",
+    "admission_of",
     "read_ahead",
     "wrap_add_lora",
-    "admission_of",
     "wrap_add_request",
     "wrap_free_request",
     "wrap_pin_lora",
@@ -84,7 +86,7 @@ class Admission:
         """Have the workers hold the request's adapter, and give the request an id that no other identity has.
 
         Raises:
-            ServiceError: what a worker met; the request must not be scheduled then.
+            ReftError: what a worker met; the request must not be scheduled then.
         """
         identity = identity_of(request.lora_request)
         if identity is None:
@@ -114,7 +116,7 @@ class Admission:
         """Have the workers hold an adapter that no request is there for yet.
 
         Raises:
-            ServiceError: what a worker met.
+            ReftError: what a worker met.
         """
         identity = identity_of(request)
         if identity is None:
@@ -144,7 +146,7 @@ class Admission:
             self._release(over)
         try:
             on_every_worker(self._executor, "reft_hold", request, self._ahead.get(identity.digest))
-        except ServiceError:
+        except ReftError:
             self._release([identity.digest])  # other ranks may hold it
             raise
         else:
@@ -207,23 +209,34 @@ def wrap_add_lora(_: Any) -> Callable[..., bool]:
 
     def add_lora(self: Any, lora_request: LoRARequest) -> bool:
         admission = admission_of(self)
-        if admission is not None:
-            admission.load(lora_request)
-        on_every_worker(self.model_executor, "reft_add", lora_request)
+        with faults_as_text():
+            if admission is not None:
+                admission.load(lora_request)
+            on_every_worker(self.model_executor, "reft_add", lora_request)
         return True
 
     return add_lora
 
 
-def on_every_worker(executor: Any, method: str, *args: Any) -> None:
-    """Have every worker do something that may fail.
+def on_every_worker(executor: Any, method: str, request: LoRARequest, *args: Any) -> None:
+    """Have every worker do something with an adapter that may fail.
 
     Raises:
-        ServiceError: with what the first worker said that could not.
+        ReftError: what the first worker met that could not.
     """
-    fault = next((fault for fault in executor.collective_rpc(method, args=args) if fault is not None), None)
-    if fault is not None:
-        raise ServiceError(fault)
+    faults: list[EngineFault | None] = executor.collective_rpc(method, args=(request, *args))
+    for fault in faults:
+        if fault is not None:
+            raise fault.error(request.lora_path)
+
+
+@contextmanager
+def faults_as_text() -> Iterator[None]:
+    """Raise failures with their data as text: vLLM gives a front end the text of the core's exceptions, and no more."""
+    try:
+        yield
+    except ReftError as exc:
+        raise ServiceError(EngineFault.of(exc).text()) from exc
 
 
 def wrap_free_request(original: Any) -> Callable[..., Any]:
@@ -282,7 +295,12 @@ _READERS = ThreadPoolExecutor(2, thread_name_prefix="reft-read")
 def read_ahead(self: Any, lora_request: LoRARequest) -> Future[None] | None:
     """A method for `EngineCore`: what a front end calls before `add_lora`, whose reading would hold up the loop."""
     admission = admission_of(self)
-    return None if admission is None else _READERS.submit(admission.read_ahead, lora_request)
+    return None if admission is None else _READERS.submit(_read_ahead, admission, lora_request)
+
+
+def _read_ahead(admission: Admission, request: LoRARequest) -> None:
+    with faults_as_text():
+        admission.read_ahead(request)
 
 
 # vLLM converts the arguments of such calls by their annotations, which are strings in this file.

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import re
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
-
 from weakref import WeakKeyDictionary
+
 from vllm.config import VllmConfig
 from vllm.exceptions import LoRAAdapterNotFoundError, VLLMValidationError
 from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
+from vllm.renderers.chat_utils import ChatTemplateResolutionError
 
 from reft_serve.adapters.directory import CONFIG, is_adapter, read_adapter
 from reft_serve.adapters.engine_card import CARD_KEY
+from reft_serve.adapters.engine_fault import ALREADY_LOADED, CHAT_TEMPLATE, EngineFault
 from reft_serve.adapters.manifest import Manifest
 from reft_serve.engine.facts import base_facts, engine_card, limits_of, rank_faults, settings_of
 from reft_serve.engine.identity import Identity, bound_request, identity_of, with_prompt_tokens, with_strength
@@ -28,8 +31,8 @@ __all__ = ["PROMPT_TOKENS", "STRENGTH", "Binder", "binder_of"]
 STRENGTH = "reft_strength"
 PROMPT_TOKENS = "reft_prompt_tokens"
 _MOST = 100.0
-# How `AdapterInvalid` reads; an exception of a worker comes as text.
-_REFUSED = re.compile(r"adapter \S.* cannot be used: (.+)", re.DOTALL)
+# What `add_lora` raised, for the route that called it: vLLM's own code keeps its text alone.
+_refusals: ContextVar[list[ClientError] | None] = ContextVar("reft_refusals", default=None)
 
 
 class Binder:
@@ -128,12 +131,12 @@ class Binder:
         return request
 
 
-def binder_of(engine: Any) -> Binder:
-    """The binder of a front-end engine object; the input processor and its engine share one."""
-    processor = getattr(engine, "input_processor", engine)
 _binders: WeakKeyDictionary[Any, Binder] = WeakKeyDictionary()  # by input processor
 
 
+def binder_of(engine: Any) -> Binder:
+    """The binder of a front-end engine object; the input processor and its engine share one."""
+    processor = getattr(engine, "input_processor", engine)
     binder = _binders.get(processor)
     if binder is None:
         binder = _binders.setdefault(processor, Binder(processor.vllm_config))  # threads may come here at once
@@ -230,15 +233,33 @@ def wrap_add_lora(original: Any) -> Callable[..., Any]:
     """Around `add_lora` of `LLMEngine` and of `AsyncLLM`, whose event loop must not wait for a disk."""
 
     async def add_from_thread(self: Any, request: LoRARequest) -> Any:
-        bound = await asyncio.to_thread(binder_of(self).bind, request)
-        if identity_of(bound) is not None:
-            await self.engine_core.call_utility_async("reft_read_ahead", bound)
-        return await original(self, bound)
+        with _faults_of(request.lora_path):
+            bound = await asyncio.to_thread(binder_of(self).bind, request)
+            if identity_of(bound) is not None:
+                await self.engine_core.call_utility_async("reft_read_ahead", bound)
+            return await original(self, bound)
 
     def add(self: Any, request: LoRARequest) -> Any:
-        return original(self, binder_of(self).bind(request))
+        with _faults_of(request.lora_path):
+            return original(self, binder_of(self).bind(request))
 
     return add_from_thread if inspect.iscoroutinefunction(original) else add
+
+
+@contextmanager
+def _faults_of(path: str) -> Iterator[None]:
+    """Raise what the engine core met, whose exceptions come as text, and note what is the caller's to mend."""
+    try:
+        yield
+    except Exception as exc:
+        fault = EngineFault.in_text(str(exc))
+        error = exc if fault is None else fault.error(path)
+        refusals = _refusals.get()
+        if refusals is not None and isinstance(error, ClientError):
+            refusals.append(error)
+        if fault is None:
+            raise
+        raise error from exc
 
 
 def wrap_remove_lora(original: Any) -> Callable[..., Any]:
@@ -265,26 +286,46 @@ def wrap_list_loras(original: Any) -> Callable[..., Any]:
 
 
 def wrap_load_lora_adapter(original: Any) -> Callable[..., Any]:
-    """Around `OpenAIServingModels.load_lora_adapter`: an adapter's faults are the caller's to mend, so 400 and not 500."""
+    """Around `OpenAIServingModels.load_lora_adapter`: an adapter's faults are the caller's to mend, so 400 and not 500.
+
+    The error's `type` is the failure's class and its `faults` are all that was found, as data.
+    """
 
     async def load_lora_adapter(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        answer = await original(self, request, *args, **kwargs)
+        refusals: list[ClientError] = []
+        noting = _refusals.set(refusals)
+        try:
+            answer = await original(self, request, *args, **kwargs)
+        finally:
+            _refusals.reset(noting)
         error = getattr(answer, "error", None)
-        if error is None or error.type != "InternalServerError" or not request.lora_path:
+        if error is None:
             return answer
-        fault = None
-        if (refused := _REFUSED.search(error.message)) is not None:  # by a worker, which saw the model's modules
-            fault = f"adapter {request.lora_path} cannot be used: {refused[1].strip()}"
-        else:
-            try:
-                binder_of(self.engine_client).check(request.lora_path)
-            except ClientError as exc:
-                fault = str(exc)
-        if fault is not None:
-            error.type, error.code, error.param, error.message = "BadRequestError", 400, "lora_path", fault
+        if refusals:
+            fault = EngineFault.of(refusals[0])
+            error.type, error.code, error.param, error.message = fault.type, 400, "lora_path", fault.message
+            error.faults = list(fault.faults)
+        elif error.type == "InvalidUserInput" and request.lora_name in self.lora_requests:
+            error.type = ALREADY_LOADED
         return answer
 
     return load_lora_adapter
+
+
+class ChatTemplateMissing(VLLMValidationError, ChatTemplateResolutionError):  # type: ignore[misc]  # vLLM is untyped here
+    """vLLM's error for a base model without a chat template, with the field that its answer names."""
+
+
+def wrap_safe_apply_chat_template(original: Any) -> Callable[..., Any]:
+    """Around `safe_apply_chat_template`: the answer's `param` says that the base model has no chat template."""
+
+    def safe_apply_chat_template(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(*args, **kwargs)
+        except ChatTemplateResolutionError as exc:
+            raise ChatTemplateMissing(str(exc), parameter=CHAT_TEMPLATE) from exc
+
+    return safe_apply_chat_template
 
 
 def wrap_show_available_models(original: Any) -> Callable[..., Any]:

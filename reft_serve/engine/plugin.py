@@ -124,7 +124,7 @@ def source_of(seam: Seam) -> str:
 def _target(seam: Seam) -> Target:
     owner = _owner(seam.owner)
     raw = vars(owner)[seam.name]
-    holders = tuple(import_module(name) for name in seam.holders)
+    holders = [sys.modules[name] for name in seam.holders if name in sys.modules]
     missing = [holder.__name__ for holder in holders if vars(holder).get(seam.name) is not raw]
     if missing:
         raise KeyError(missing)

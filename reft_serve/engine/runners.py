@@ -18,6 +18,7 @@ from vllm.lora.request import LoRARequest
 from vllm.model_executor.models import supports_lora
 from vllm.v1.worker.gpu.lora_utils import LoraState
 
+from reft_serve.adapters.engine_fault import EngineFault
 from reft_serve.engine.facts import settings_of
 from reft_serve.engine.loras import LoraManager
 from reft_serve.engine.manager import AdapterManager, StepBatch
@@ -146,7 +147,7 @@ class RowAwareLoraState(LoraState):  # type: ignore[misc]  # vllm is not type-ch
         return {request.lora_int_id: request for request in self.lora_requests.values()}
 
 
-def reft_hold(self: Any, request: LoRARequest, read: Folded | None) -> str | None:
+def reft_hold(self: Any, request: LoRARequest, read: Folded | None) -> EngineFault | None:
     """Called on every worker before a version gets its first unfinished request, and before it is loaded; answers what
     went wrong, if anything.
     """
@@ -158,18 +159,18 @@ def reft_release(self: Any, digests: list[str]) -> None:
     self.model_runner.lora_manager.release(digests)
 
 
-def reft_add(self: Any, request: LoRARequest) -> str | None:
+def reft_add(self: Any, request: LoRARequest) -> EngineFault | None:
     """A worker's `add_lora`, answering what went wrong, if anything."""
     return _fault(self.add_lora, request)
 
 
-def _fault(call: Callable[..., object], *args: Any) -> str | None:
+def _fault(call: Callable[..., object], *args: Any) -> EngineFault | None:
     # Answered and not raised: vLLM stops reading at the first rank that raises, and takes what the others say for their
     # answers to its next call, which may be a step.
     try:
         call(*args)
     except Exception as exc:
-        return str(exc) or type(exc).__name__
+        return EngineFault.of(exc)
     return None
 
 

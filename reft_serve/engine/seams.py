@@ -25,7 +25,7 @@ class Seam:
     why: str
     #: `fingerprint` of the function's source, by vLLM version.
     sources: Mapping[str, str]
-    #: Other modules that import the function by name, where it is replaced too.
+    #: Other modules that import the function by name. One that is imported already gets the replacement too.
     holders: tuple[str, ...] = ()
     #: Subclasses that override the method, known to call it.
     overridden_by: tuple[str, ...] = ()
@@ -80,8 +80,9 @@ SEAMS = (
         "vllm.platforms.cpu:CpuPlatform",
         "check_and_update_config",
         "reft_serve.engine.configuration.wrap_check_and_update_config",
-        "keeps torch.compile on a CPU, which vLLM turns off for LoRA",
+        "keeps torch.compile on a CPU, which vLLM turns off if --enable-lora is set, for an engine without LoRA layers",
         {"0.32.0": "d2960ad5d1836767"},
+        upstream="not reported: right for LoRAs, and no setting says that none will come",
     ),
     # Front end
     Seam(
@@ -209,6 +210,14 @@ SEAMS = (
         "reft_serve.engine.front_end.wrap_show_available_models",
         "adds the engine's limits to its model card",
         {"0.32.0": "8ec3d280b3591c81"},
+    ),
+    Seam(
+        "vllm.renderers.hf",
+        "safe_apply_chat_template",
+        "reft_serve.engine.front_end.wrap_safe_apply_chat_template",
+        "a missing chat template is named by the answer's `param`",
+        {"0.32.0": "b60e88ebf7002c15"},
+        holders=("vllm.entrypoints.pooling.scoring.io_processor",),
     ),
     Seam(
         f"{_ENGINES}.async_llm:AsyncLLM",
@@ -358,8 +367,9 @@ SEAMS = (
         "vllm.model_executor.model_loader.base_loader:BaseModelLoader",
         "create_model",
         "reft_serve.engine.configuration.wrap_create_model",
-        "a ReFT-only engine builds experts without LoRA kernels",
+        "experts get the Triton kernels for LoRAs if --enable-lora is set, also on a CPU, which has none",
         {"0.32.0": "476e680313ee6b3f"},
+        upstream="not reported: right for LoRAs, and no setting says that none will come",
     ),
     # Workarounds of faults of vLLM's own
     Seam(
@@ -369,7 +379,7 @@ SEAMS = (
         "a row without a LoRA (index -1) gets the last slot's LoRA on a CPU",
         {"0.32.0": "634dfed323317a2a"},
         holders=("vllm.lora.ops.torch_ops", "vllm.lora.punica_wrapper.punica_cpu"),
-        upstream="https://github.com/vllm-project/vllm/pull/48421",
+        upstream="https://github.com/vllm-project/vllm/pull/48421 and https://github.com/vllm-project/vllm/pull/49656",
     ),
     Seam(
         "vllm.lora.ops.torch_ops.lora_ops",
@@ -378,23 +388,31 @@ SEAMS = (
         "as bgmv_expand",
         {"0.32.0": "3534905281a25201"},
         holders=("vllm.lora.ops.torch_ops", "vllm.lora.punica_wrapper.punica_cpu"),
-        upstream="https://github.com/vllm-project/vllm/pull/48421",
+        upstream="https://github.com/vllm-project/vllm/pull/48421 and https://github.com/vllm-project/vllm/pull/49656",
     ),
     Seam(
         _RUNNER,
         "sync_and_gather_intermediate_tensors",
         "reft_serve.engine.pipelines.wrap_sync_and_gather_intermediate_tensors",
-        "a CPU pipeline that is not compiled has no buffers, as its warm-up is skipped",
+        "On a CPU, the first step of a pipeline without compilation (--enforce-eager, or LoRA on) fails: every rank but the "
+        "first asserts `self.intermediate_tensors is not None`. The buffers are made in the warm-up only, and "
+        "CPUModelRunner.warming_up_model returns without one if the compilation mode is NONE. To reproduce: "
+        "vllm serve MODEL --pipeline-parallel-size 2 --enforce-eager on a CPU, and one request. The buffers could be made "
+        "on first use",
         {"0.32.0": "ab853c8015d42481"},
-        upstream="not reported; vLLM 0.32.0, CPUModelRunner.warming_up_model",
+        upstream="not reported",
     ),
     Seam(
         _RUNNER,
         "_sample",
         "reft_serve.engine.seeds.wrap_sample",
-        "a CPU generator has no offset to rewind after a chunk of a prompt",
+        "On a CPU, a request with a seed whose prompt is longer than --max-num-batched-tokens ends the engine. vLLM samples "
+        "after each chunk of a prompt, discards the token, and rewinds the request's generator with "
+        "gen.set_offset(gen.get_offset() - 4), which raises for a CPU generator: it has no offset. To reproduce: "
+        "vllm serve MODEL --max-num-batched-tokens 16 --max-num-seqs 4 on a CPU, and a completion of 40 tokens of prompt "
+        'with "seed": 1. The generator\'s state could be kept before sampling and restored',
         {"0.32.0": "5cb5c1da02cfdc68"},
-        upstream="not reported for CPUs; the offset came with https://github.com/vllm-project/vllm/pull/10097",
+        upstream="not reported; the offset came with https://github.com/vllm-project/vllm/pull/10097",
     ),
     Seam(
         _RUNNER,
@@ -402,7 +420,7 @@ SEAMS = (
         "reft_serve.engine.seeds.wrap_bookkeeping_sync",
         "as _sample",
         {"0.32.0": "13c3e81003a7e168"},
-        upstream="not reported for CPUs; the offset came with https://github.com/vllm-project/vllm/pull/10097",
+        upstream="not reported; the offset came with https://github.com/vllm-project/vllm/pull/10097",
     ),
     Seam(
         "vllm.v1.sample.ops.logprobs",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from reft_serve.adapters.engine_card import EngineCard, read_card
+from reft_serve.adapters.engine_fault import ALREADY_LOADED, EngineFault
 from reft_serve.database.names import ENGINE_PREFIX
 from reft_serve.errors import AdapterInvalid, EngineFailed, EngineTrouble, EngineUnavailable
 from reft_serve.gateway.engine_state import EngineState
@@ -20,7 +21,7 @@ from reft_serve.gateway.tokens import Tokens
 from reft_serve.gateway.upstream import Http, Upstream
 from reft_serve.observability import ENGINE_IN_FLIGHT, ENGINE_UP, LOAD_SECONDS, LOADS
 
-__all__ = ["NAME_PREFIX", "Engine", "engine_name", "message_of"]
+__all__ = ["NAME_PREFIX", "Engine", "engine_name"]
 
 NAME_PREFIX = ENGINE_PREFIX
 _PROBE_SECONDS, _LOAD_SECONDS = 5.0, 60.0
@@ -159,12 +160,11 @@ class Engine:
         if status in _KEY_REFUSED:
             self.fail("key_refused")
             raise _refuses_key()
-        message = message_of(content)
-        if status == 400 and "already been loaded" in message:
+        fault = EngineFault.in_answer(content)
+        if fault.type == ALREADY_LOADED:
             return
         if status == 400:
-            faults = message.replace(str(path), "").partition("cannot be used:")[2] or message.replace(str(path), "it")
-            raise AdapterInvalid("", faults.strip().split("; "))
+            raise AdapterInvalid("", [each.replace(str(path), "it") for each in fault.faults or [fault.message]])
         raise EngineFailed(f"an engine could not load the adapter (it answered {status})")
 
     async def unload(self, name: str) -> None:
@@ -241,13 +241,3 @@ class Engine:
 
 def _refuses_key() -> EngineUnavailable:
     return EngineUnavailable("an engine refuses the gateway's key; the operator has the details", trouble="key_refused")
-
-
-def message_of(content: bytes) -> str:
-    """The message in an engine's error, whichever of its shapes it has."""
-    try:
-        body = json.loads(content)
-        found = body.get("error", body)
-        return str(found.get("message", found) if isinstance(found, dict) else found)
-    except (ValueError, AttributeError):
-        return content[:500].decode(errors="replace")

@@ -23,6 +23,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from reft_serve.adapters.engine_card import CARD_KEY, EngineCard
+from reft_serve.adapters.engine_fault import ALREADY_LOADED, CHAT_TEMPLATE, EngineFault
+from reft_serve.errors import AdapterInvalid
 
 __all__ = ["FakeEngine"]
 
@@ -103,11 +105,10 @@ class FakeEngine:
         body = await request.json()
         name, path = body["lora_name"], body["lora_path"]
         if self.refuse_adapters is not None:
-            return _error(400, f"adapter {path} cannot be used: {self.refuse_adapters}", "lora_path")
+            refused = AdapterInvalid(path, [self.refuse_adapters])
+            return _error(400, str(refused), "lora_path", EngineFault.of(refused))
         if name in self.adapters:
-            return _error(
-                400, f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in place"
-            )
+            return _error(400, f"The lora adapter '{name}' has already been loaded.", fault=EngineFault(ALREADY_LOADED))
         if not (Path(path) / "reft_config.json").is_file():
             return _error(404, f"No adapter found for {name} at {path}")
         self.adapters[name] = path
@@ -138,7 +139,7 @@ class FakeEngine:
             return refusal
         chat = request.url.path.endswith("/chat/completions")
         if chat and not self.has_chat_template:
-            return _error(400, _NO_TEMPLATE)
+            return _error(400, _NO_TEMPLATE, CHAT_TEMPLATE)
         answer = _Answer(self, body, chat)
         if body.get("stream"):
             return StreamingResponse(self._counted(request, answer, answer.stream()), media_type="text/event-stream")
@@ -336,6 +337,9 @@ def _typed(data: dict[str, Any]) -> str:
     return f"event: {data['type']}\n" + _event(data)
 
 
-def _error(status: int, message: str, param: str | None = None) -> Response:
+def _error(status: int, message: str, param: str | None = None, fault: EngineFault | None = None) -> Response:
     kind = "BadRequestError" if status < 500 else "InternalServerError"
-    return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": status}}, status)
+    error: dict[str, Any] = {"message": message, "type": kind, "param": param, "code": status}
+    if fault is not None:
+        error |= {"type": fault.type, "faults": fault.faults}
+    return JSONResponse({"error": error}, status)

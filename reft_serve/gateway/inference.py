@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from fastapi import Request, Response
 
 from reft_serve import errors, structured_outputs
+from reft_serve.adapters.engine_fault import CHAT_TEMPLATE, EngineFault
 from reft_serve.database.keys import Principal
 from reft_serve.database.models import now_ms
 from reft_serve.database.resolution import Target
@@ -27,7 +28,7 @@ from reft_serve.gateway.answers import error_body, status_of
 from reft_serve.gateway.bodies import InferenceBody
 from reft_serve.gateway.budget import Lease
 from reft_serve.gateway.departure import estimated, used_until_now
-from reft_serve.gateway.engine import Engine, engine_name, message_of
+from reft_serve.gateway.engine import Engine, engine_name
 from reft_serve.gateway.engine_ends import ended_with, note_end
 from reft_serve.gateway.quotas import Spending
 from reft_serve.gateway.reservation import Demand, bounded, demand_of
@@ -43,7 +44,6 @@ __all__ = ["Endpoint", "infer"]
 
 _TRIES = 3
 _GONE = 499
-_NO_TEMPLATE = "you must provide a chat template"
 _COMMIT_SECONDS = 5.0
 _UNCOUNTED = "the database does not answer, so the request could not be counted"
 _T = TypeVar("_T")
@@ -416,30 +416,23 @@ def _headers(exchange: _Exchange) -> dict[str, str]:
 
 def _refusal(exchange: _Exchange, status: int, content: bytes) -> errors.ReftError:
     """An engine's error in our words: none of its names, no path."""
-    message = message_of(content).replace(exchange.theirs, exchange.public)
+    fault = EngineFault.in_answer(content)
+    message = fault.message.replace(exchange.theirs, exchange.public)
     if exchange.target is not None:
         message = message.replace(str(exchange.services.store.path(exchange.target.digest)), exchange.public)
     if status == 404:
         return errors.RequestInvalid("the engine does not serve this endpoint for this model", None)
-    if _NO_TEMPLATE in message:
+    if fault.param == CHAT_TEMPLATE:
         return errors.RequestInvalid(
             "the base model has no chat template, so it cannot answer messages: ask /v1/completions, or let the operator "
             "start its engine with --chat-template FILE",
             "messages",
         )
     if 400 <= status < 500:
-        return errors.RequestInvalid(message[:2000], _param(content))
+        return errors.RequestInvalid(message[:2000], fault.param)
     if status == 503:
         return errors.Overloaded("the engine cannot take the request now; try again")
     return errors.EngineFailed("the engine failed to answer this request")
-
-
-def _param(content: bytes) -> str | None:
-    try:
-        body = json.loads(content)
-        return str(found) if (found := body.get("error", body).get("param")) is not None else None
-    except (ValueError, AttributeError):
-        return None
 
 
 def _checked(

@@ -132,13 +132,13 @@ def create_key(
 
     async def create(session: AsyncSession) -> str:
         from reft_serve.database import audit, keys, tenants
-        from reft_serve.database.models import now_ms
+        from reft_serve.database.models import DAY_MS, now_ms
         from reft_serve.errors import RequestInvalid
 
         if role not in keys.ROLES:
             raise RequestInvalid(f"--role {role[:40]!r} is not one of {', '.join(keys.ROLES)}")
         found = await tenants.find_tenant(session, name)
-        expires = None if days is None else now_ms() + days * 86_400_000
+        expires = None if days is None else now_ms() + days * DAY_MS
         chosen = None if scopes is None else [scope.strip() for scope in scopes.split(",")]
         made, secret = await keys.create_key(
             session,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import importlib.metadata
 import importlib.util
 import os
@@ -15,17 +14,19 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from reft_serve.parent import end_with_parent
 
 __all__ = ["SETTINGS", "up"]
 
 SETTINGS = {"ignore_unknown_options": True, "allow_extra_args": True}
 _DEMO = Path(__file__).parent / "demo" / "model"
 _STEADY_SECONDS, _LONGEST_PAUSE = 60.0, 30.0
-_PR_SET_PDEATHSIG = 1
 _TENANT = "default"
 _COMPILING = ("--enforce-eager", "--no-enforce-eager", "--compilation-config", "-O", "-cc")
 _SMALL_BYTES = 64 << 20
@@ -57,7 +58,10 @@ class _Child:
             # Linux shares cores out by session (sched_autogroup), and the engine's, which waits by polling, kept the
             # gateway's from a core for a tenth of a second and more at a time.
             self.process = await asyncio.create_subprocess_exec(
-                *self.command, env=self.environment, process_group=0, preexec_fn=_end_with_parent
+                *self.command,
+                env=self.environment,
+                process_group=0,
+                preexec_fn=partial(end_with_parent, signal.SIGTERM),
             )
             code = await self.process.wait()
             if self.stopping:
@@ -84,13 +88,6 @@ class _Child:
         if self.process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
-
-
-def _end_with_parent() -> None:
-    """Have Linux send SIGTERM to this new process if `up` dies without ending it, by kill -9 for example."""
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if prctl:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def up(

@@ -20,6 +20,7 @@ __all__ = [
     "TenantLimits",
     "TrainerSettings",
     "child_environment",
+    "compiler",
     "read_settings",
     "set_environment",
 ]
@@ -394,6 +395,11 @@ def read_settings(kind: type[_S]) -> _S:
         raise ServiceError(f"a setting in the environment cannot be used: {wrong}") from exc
     except SettingsError as exc:
         raise ServiceError(f"a setting in the environment cannot be used: {exc}; write a list as JSON") from exc
+
+
+def compiler() -> str:
+    """The C++ compiler that torch uses."""
+    return os.environ.get("CXX", "g++")
 
 
 def set_environment(changes: Mapping[str, str]) -> None:

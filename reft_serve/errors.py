@@ -220,6 +220,11 @@ class ModelNotFound(NotFound):
 
     code = "model_not_found"
 
+    @classmethod
+    def named(cls, model: str) -> ModelNotFound:
+        """The error for a model name of a request."""
+        return cls(f"The model {model[:200]!r} does not exist or you do not have access to it.")
+
 
 class Conflict(ClientError):
     """The name is taken, or the thing is in a state that does not allow this."""

@@ -31,7 +31,7 @@ from reft_serve.adapters.structure import (
 from reft_serve.adapters.tensors import entries_of, parse_tensors
 from reft_serve.errors import AdapterChanged, AdapterInvalid, AdapterNotFound, AdapterUnsupported
 from reft_serve.interventions.kinds import Weights, fold
-from reft_serve.interventions.vocabulary import ORTHONORMAL, optional_tensors, required_tensors
+from reft_serve.interventions.vocabulary import ORTHONORMAL, ORTHONORMAL_TOLERANCE, optional_tensors, required_tensors
 
 __all__ = [
     "CONFIG",
@@ -45,7 +45,6 @@ __all__ = [
     "read_version",
 ]
 
-_ORTHONORMAL_TOLERANCE = 1e-3
 DTYPES: dict[DType, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -182,7 +181,7 @@ def check_tensors(
         weights.append(Weights.of(spec.kind, own, spec.activation))
         if spec.kind in ORTHONORMAL:
             off = _orthonormal_error(weights[-1].projection)
-            if off > _ORTHONORMAL_TOLERANCE:
+            if off > ORTHONORMAL_TOLERANCE:
                 warnings.append(
                     f"intervention {k} ({spec.where}): R is not orthonormal (off by {off:.2g}), as pyreft leaves it after "
                     "a resumed training; it is served as it is"

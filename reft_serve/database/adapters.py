@@ -13,14 +13,16 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from reft_serve.database.connection import insert_new
 from reft_serve.database.models import Adapter, Alias, Share, Tenant, Version, new_id, now_ms
 from reft_serve.database.names import PRODUCTION, check_adapter_name, check_alias_name
-from reft_serve.errors import Conflict, NotFound, RequestInvalid
+from reft_serve.errors import Conflict, ModelNotFound, NotFound, RequestInvalid
 
 __all__ = [
     "ALIASES_PER_ADAPTER",
     "SHARES_PER_ADAPTER",
     "Description",
     "add_version",
+    "all_digests",
     "delete_adapter",
+    "delete_alias",
     "delete_version",
     "describe",
     "find_adapter",
@@ -34,6 +36,7 @@ __all__ = [
     "set_alias",
     "share",
     "unshare",
+    "version_by_id",
 ]
 
 
@@ -120,6 +123,23 @@ async def list_versions(
     return (await session.scalars(query)).all()
 
 
+async def version_by_id(session: AsyncSession, version_id: str, model: str) -> Version:
+    """A version by its id.
+
+    Args:
+        session: any.
+        version_id: of a version that may have been deleted meanwhile.
+        model: the name that the caller used, for the error.
+
+    Raises:
+        ModelNotFound: it was deleted.
+    """
+    version = await session.get(Version, version_id)
+    if version is None:
+        raise ModelNotFound.named(model)
+    return version
+
+
 async def find_version(session: AsyncSession, adapter: Adapter, selector: str) -> Version:
     """A version by its number, or by the alias that names it.
 
@@ -141,6 +161,18 @@ async def find_version(session: AsyncSession, adapter: Adapter, selector: str) -
 async def list_aliases(session: AsyncSession, adapter_id: str) -> Sequence[Alias]:
     """The aliases of an adapter, by name."""
     return (await session.scalars(select(Alias).where(Alias.adapter_id == adapter_id).order_by(Alias.name))).all()
+
+
+async def delete_alias(session: AsyncSession, adapter: Adapter, name: str) -> None:
+    """Delete an alias of an adapter; the version stays.
+
+    Raises:
+        NotFound: the adapter has no such alias.
+    """
+    alias = await session.get(Alias, (adapter.id, name))
+    if alias is None:
+        raise NotFound(f"adapter {adapter.name} has no alias {name!r}")
+    await session.delete(alias)
 
 
 async def add_version(
@@ -273,6 +305,11 @@ async def delete_adapter(session: AsyncSession, adapter: Adapter) -> set[str]:
     await session.delete(adapter)
     await session.flush()
     return digests
+
+
+async def all_digests(session: AsyncSession) -> set[str]:
+    """The digests of all versions of all tenants."""
+    return set(await session.scalars(select(Version.digest).distinct()))
 
 
 async def is_used(session: AsyncSession, digest: str) -> bool:

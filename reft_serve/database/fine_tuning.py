@@ -29,6 +29,7 @@ __all__ = [
     "number_of_event",
     "states_of",
     "unfinished_jobs_of",
+    "unfinished_of",
 ]
 
 _MODEL_ID = 255
@@ -233,6 +234,11 @@ async def list_checkpoints(
         query = query.where(Checkpoint.step < step)
     found = (await session.scalars(query.order_by(Checkpoint.step.desc()).limit(limit + 1))).all()
     return found[:limit], len(found) > limit
+
+
+async def unfinished_of(session: AsyncSession, job_ids: Collection[str]) -> set[str]:
+    """Those of these jobs that have not ended, of whatever tenant."""
+    return set(await session.scalars(select(Job.id).where(Job.id.in_(job_ids), Job.status.not_in(FINAL))))
 
 
 async def unfinished_jobs_of(session: AsyncSession, tenant_id: str) -> int:

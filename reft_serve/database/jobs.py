@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import Select, case, func, or_, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from reft_serve.config import TenantLimits
+from reft_serve.config import TenantLimits, TrainerSettings
 from reft_serve.database.models import Job, Tenant, new_id, now_ms
 from reft_serve.database.outcomes import (
     Failed,
@@ -50,7 +50,7 @@ __all__ = [
     "sweep",
 ]
 
-MOST_ATTEMPTS = 3
+MOST_ATTEMPTS: int = TrainerSettings.model_fields["train_attempts"].default
 _NO_LIMITS = TenantLimits()
 # Since when a job in the queue waits.
 _SINCE = func.coalesce(Job.lease_until_ms, Job.created_ms)

@@ -25,6 +25,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 __all__ = [
+    "DAY_MS",
     "Adapter",
     "Admission",
     "Alias",
@@ -48,6 +49,9 @@ __all__ = [
 
 # SQLite counts up by itself only in an INTEGER column.
 _Counter = BigInteger().with_variant(Integer, "sqlite")
+
+
+DAY_MS = 86_400_000
 
 
 def now_ms() -> int:

@@ -12,10 +12,10 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from reft_serve.database.files import delete_files_of
-from reft_serve.database.models import Adapter, Tenant, Version, new_id
+from reft_serve.database.models import Adapter, Tenant, Version, new_id, now_ms
 from reft_serve.errors import Conflict, NotFound, RequestInvalid
 
-__all__ = ["TENANT_NAME", "create_tenant", "delete_tenant", "find_tenant", "list_tenants"]
+__all__ = ["TENANT_NAME", "change_tenant", "create_tenant", "delete_tenant", "find_tenant", "list_tenants"]
 
 TENANT_NAME = r"^[a-z0-9][a-z0-9-]{0,62}$"
 
@@ -62,6 +62,14 @@ async def list_tenants(
     if after is not None:
         query = query.where(Tenant.name > (await find_tenant(session, after)).name)
     return (await session.scalars(query)).all()
+
+
+def change_tenant(tenant: Tenant, *, limits: dict[str, Any] | None = None, disabled: bool | None = None) -> None:
+    """Replace a tenant's limits, disable it or enable it; None changes nothing."""
+    if limits is not None:
+        tenant.limits = limits
+    if disabled is not None:
+        tenant.disabled_ms = now_ms() if disabled else None
 
 
 async def delete_tenant(session: AsyncSession, tenant: Tenant) -> set[str]:

@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import InstrumentedAttribute
 
 from reft_serve.database.connection import insert_new
-from reft_serve.database.models import Admission, Usage, now_ms
+from reft_serve.database.models import DAY_MS, Admission, Usage, now_ms
 from reft_serve.errors import RequestInvalid
 
 __all__ = [
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 Status = Literal["completed", "failed", "cancelled", "interrupted"]
-BUCKETS = {"hour": 3_600_000, "day": 86_400_000}
+BUCKETS = {"hour": 3_600_000, "day": DAY_MS}
 ROWS = 10_000
 GROUPS = ("tenant", "key", "model", "version", "endpoint", "status")
 _COLUMNS: Mapping[str, InstrumentedAttribute[Any]] = {

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from sqlalchemy import ColumnElement, delete, func, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from reft_serve.database.models import Delivery, Webhook, new_id, now_ms
+from reft_serve.database.models import DAY_MS, Delivery, Webhook, new_id, now_ms
 from reft_serve.errors import NotFound, RequestInvalid
 
 __all__ = [
@@ -27,7 +27,9 @@ __all__ = [
     "EventType",
     "Parcel",
     "add_webhook",
+    "change_webhook",
     "claim_deliveries",
+    "delete_webhook",
     "due_webhooks",
     "enqueue",
     "find_webhook",
@@ -48,7 +50,6 @@ EVENT_TYPES: tuple[EventType, ...] = (
 WEBHOOKS_PER_TENANT = 20
 # Deliveries that wait for one webhook; events beyond them are not sent to it.
 PENDING_PER_WEBHOOK = 1000
-_DAY_MS = 86_400_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +114,23 @@ async def find_webhook(session: AsyncSession, tenant_id: str, webhook_id: str) -
     return found
 
 
+async def delete_webhook(session: AsyncSession, tenant_id: str, webhook_id: str) -> None:
+    """Delete a tenant's webhook with its deliveries.
+
+    Raises:
+        NotFound: it has none of this id.
+    """
+    await session.delete(await find_webhook(session, tenant_id, webhook_id))
+
+
+def change_webhook(webhook: Webhook, changes: Mapping[str, Any]) -> None:
+    """Set columns of a webhook by name."""
+    for name, value in changes.items():
+        setattr(webhook, name, value)
+    if changes:
+        webhook.updated_ms = now_ms()
+
+
 async def list_webhooks(
     session: AsyncSession, tenant_id: str, *, after: str | None = None, limit: int = 20
 ) -> tuple[Sequence[Webhook], bool]:
@@ -133,7 +151,7 @@ async def list_webhooks(
 def rotate_secret(webhook: Webhook, keep_old: bool) -> None:
     """Give it a new secret; with `keep_old` the old one signs as well for a day."""
     webhook.old_secret = webhook.secret if keep_old else None
-    webhook.old_until_ms = now_ms() + _DAY_MS if keep_old else None
+    webhook.old_until_ms = now_ms() + DAY_MS if keep_old else None
     webhook.secret, webhook.updated_ms = new_secret(), now_ms()
 
 

@@ -6,7 +6,6 @@ A child that needs too much memory or time ends alone. Imports neither vllm nor 
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import itertools
 import json
@@ -23,6 +22,7 @@ import llguidance
 
 from reft_serve.engine.closed_schemas import closed
 from reft_serve.errors import RequestInvalid
+from reft_serve.parent import end_with_parent
 
 __all__ = [
     "AT_ONCE",
@@ -76,7 +76,6 @@ LIMITS = llguidance.LLParserLimits(
 )
 # Tokens that a child tries, and what matching one may cost after the first, which the engine prepares off its loop.
 _WALKS, _WALK_TOKENS, _TOKEN_SECONDS = 3, 24, 0.02
-_PR_SET_PDEATHSIG = 1
 
 
 def schema_options(*, white_space: bool) -> dict[str, Any]:
@@ -197,7 +196,7 @@ def _serve(tokenizer: llguidance.LLTokenizer, fd: int) -> None:
 
 
 def _limit_itself() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     pages = int(open("/proc/self/statm").read().split()[0])  # noqa: SIM115 - it is about to exit
     allowed = pages * resource.getpagesize() + MAX_MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (allowed, allowed))

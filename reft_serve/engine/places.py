@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from reft_serve.errors import EngineUnsupported
+from reft_serve.interventions.layers import ATTENTION, attention_of, child_of, lists_of
 
 __all__ = ["Place", "decoder_layers", "places_of", "watch"]
 
 # (boundary, "block") or (layer, "mlp_output" | "attention_output"), as adapters.manifest.place_of names them.
 Place = tuple[int, str]
 
-_ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 _PARTS = {
-    "attention_output": _ATTENTION,
+    "attention_output": ATTENTION,
     # OPT has no module around its two linear layers; the last one's output is what leaves them.
     "mlp_output": ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "fc2"),
 }
@@ -55,12 +55,10 @@ def decoder_layers(model: nn.Module, count: int) -> dict[int, nn.Module]:
         )
     # An image or audio tower may have as many layers.
     language_model: nn.Module = getattr(model, "get_language_model", lambda: model)()
-    for module in language_model.modules():
-        if not (isinstance(module, nn.ModuleList) and len(module) == count):
-            continue
+    for module in lists_of(language_model, count):
         # A rank of a pipeline has placeholders, without children, for the layers of the others.
         own = {k: layer for k, layer in enumerate(module) if any(layer.children())}
-        without = [k for k, layer in own.items() if _child(layer, _ATTENTION) is None]
+        without = [k for k, layer in own.items() if attention_of(layer) is None]
         if own and not without:
             return own
         if len(without) < len(own):
@@ -80,7 +78,9 @@ def places_of(layers: Mapping[int, nn.Module], components: Iterable[str]) -> dic
             places += [(0, "block")] if number == 0 else []
             places.append((number + 1, "block"))
         if type(layer).__name__ not in _OTHER_PARTS:
-            places += [(number, name) for name, names in _PARTS.items() if name in components and _child(layer, names)]
+            places += [
+                (number, name) for name, names in _PARTS.items() if name in components and child_of(layer, names)
+            ]
     return {place: number for number, place in enumerate(places)}
 
 
@@ -97,17 +97,10 @@ def watch(layers: Mapping[int, nn.Module], places: Mapping[Place, int], engine: 
         elif name == "block":
             layers[layer - 1].register_forward_hook(_block_hook(engine, number))
         else:
-            part = _child(layers[layer], _PARTS[name])
+            part = child_of(layers[layer], _PARTS[name])
             assert part is not None, "places_of names only parts that are there"
             _check_whole(part, name)
             part.register_forward_hook(_part_hook(engine, number, name))
-
-
-def _child(layer: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
-    children = dict(layer.named_children())
-    found = next((children[name] for name in names if name in children), None)
-    # A list is never called itself: a hook on it would be silent.
-    return None if isinstance(found, nn.ModuleList) else found
 
 
 def _check_whole(part: nn.Module, name: str) -> None:

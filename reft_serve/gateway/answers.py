@@ -42,7 +42,7 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_
 _CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large", 415: "unsupported_media_type"}
 
 
-class _Error(BaseModel):
+class ErrorObject(BaseModel):
     message: str
     type: str
     param: str | None
@@ -52,7 +52,7 @@ class _Error(BaseModel):
 class ErrorAnswer(BaseModel):
     """What every failure looks like."""
 
-    error: _Error
+    error: ErrorObject
 
 
 _DESCRIPTIONS = {

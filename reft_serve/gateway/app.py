@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 from collections.abc import AsyncIterator
 from typing import Any
@@ -57,6 +58,11 @@ __all__ = ["create_app"]
 
 _log = logging.getLogger(__name__)
 _RECOVERY_SECONDS = 60.0
+# The names that these schemas have had in the OpenAPI document, and so in generated clients.
+_SCHEMA_NAMES = {
+    "ErrorObject": "reft_serve__gateway__answers___Error",
+    "JobError": "reft_serve__gateway__job_schemas___Error",
+}
 _ROUTES = (
     health, metrics, inference, models, adapters, files, fine_tuning, permissions, webhooks, keys, usage_routes, admin,
     admin_jobs,
@@ -193,12 +199,22 @@ def _document_keys(app: FastAPI) -> None:
     plain = app.openapi
 
     def documented() -> dict[str, Any]:
-        document = plain()
-        document.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        document["security"] = [{"key": []}]
-        for path in document["paths"].values():
-            for operation in path.values():
-                operation["responses"].pop("422", None)
-        return document
+        if app.openapi_schema is None:
+            app.openapi_schema = _documented(plain())
+        return app.openapi_schema
 
     app.openapi = documented  # type: ignore[method-assign]
+
+
+def _documented(document: dict[str, Any]) -> dict[str, Any]:
+    document.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    document["security"] = [{"key": []}]
+    for path in document["paths"].values():
+        for operation in path.values():
+            operation["responses"].pop("422", None)
+    text = json.dumps(document)
+    for name, kept in _SCHEMA_NAMES.items():
+        text = text.replace(f'"#/components/schemas/{name}"', f'"#/components/schemas/{kept}"')
+        text = text.replace(f'"{name}": {{', f'"{kept}": {{')
+    named: dict[str, Any] = json.loads(text)
+    return named

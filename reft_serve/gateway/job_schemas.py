@@ -11,6 +11,7 @@ from reft_serve.database import models
 from reft_serve.database.hyperparameters import DpoHyperparameters, SupervisedHyperparameters
 from reft_serve.database.names import ADAPTER_NAME
 from reft_serve.database.outcomes import FINAL
+from reft_serve.gateway.numbers import NO_NUL, TENANT_ID
 from reft_serve.gateway.request_model import NULLS_ARE_ABSENT, RequestModel
 
 __all__ = [
@@ -29,7 +30,6 @@ __all__ = [
 ]
 
 FILE_ID = r"^file-[A-Za-z0-9]{1,58}$"
-_NO_NUL = r"^[^\x00]*$"
 _SupervisedHyperparameters = Annotated[SupervisedHyperparameters, *NULLS_ARE_ABSENT]
 _DpoHyperparameters = Annotated[DpoHyperparameters, *NULLS_ARE_ABSENT]
 _FileId = Annotated[str, Field(pattern=FILE_ID)]
@@ -85,10 +85,10 @@ class FileOut(Identified):
 
 
 class _Wandb(RequestModel):
-    project: Annotated[str, Field(min_length=1, max_length=128, pattern=_NO_NUL)]
-    name: Annotated[str, Field(max_length=128, pattern=_NO_NUL)] | None = None
-    entity: Annotated[str, Field(max_length=128, pattern=_NO_NUL)] | None = None
-    tags: Annotated[list[Annotated[str, Field(max_length=64, pattern=_NO_NUL)]], Field(max_length=32)] | None = None
+    project: Annotated[str, Field(min_length=1, max_length=128, pattern=NO_NUL)]
+    name: Annotated[str, Field(max_length=128, pattern=NO_NUL)] | None = None
+    entity: Annotated[str, Field(max_length=128, pattern=NO_NUL)] | None = None
+    tags: Annotated[list[Annotated[str, Field(max_length=64, pattern=NO_NUL)]], Field(max_length=32)] | None = None
 
 
 class _Integration(RequestModel):
@@ -138,8 +138,8 @@ class JobIn(RequestModel):
     metadata: (
         Annotated[
             dict[
-                Annotated[str, Field(max_length=64, pattern=_NO_NUL)],
-                Annotated[str, Field(max_length=512, pattern=_NO_NUL)],
+                Annotated[str, Field(max_length=64, pattern=NO_NUL)],
+                Annotated[str, Field(max_length=512, pattern=NO_NUL)],
             ],
             Field(max_length=16),
             *NULLS_ARE_ABSENT,
@@ -150,7 +150,7 @@ class JobIn(RequestModel):
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
 
 
-class _Error(BaseModel):
+class JobError(BaseModel):
     code: str
     message: str
     param: str | None
@@ -184,7 +184,7 @@ class JobOut(Identified):
     hyperparameters: dict[str, Any]
     method: _Method
     trained_tokens: int | None
-    error: _Error | None
+    error: JobError | None
     seed: int
     suffix: str | None
     metadata: dict[str, str]
@@ -284,9 +284,7 @@ class CheckpointOut(Identified):
 class PermissionsIn(RequestModel):
     """The tenants that may use a version."""
 
-    project_ids: Annotated[
-        list[Annotated[str, Field(pattern=r"^tnt_[0-9a-f]{24}$")]], Field(min_length=1, max_length=100)
-    ]
+    project_ids: Annotated[list[Annotated[str, Field(pattern=TENANT_ID)]], Field(min_length=1, max_length=100)]
 
 
 class PermissionOut(Identified):

@@ -60,7 +60,7 @@ class Directory:
             remembered = _remember(self._routes, key, (now + self._seconds, found))
         route = remembered[1]
         if route is None:
-            raise ModelNotFound(f"The model {model[:200]!r} does not exist or you do not have access to it.")
+            raise ModelNotFound.named(model)
         return route.draw(self._random.random())
 
 

@@ -1,10 +1,15 @@
-"""JSON's whole numbers: 2.0 is one, and true is none."""
+"""Fields of requests: JSON's whole numbers (2.0 is one, and true is none) and the patterns of ids and texts."""
 
 from __future__ import annotations
 
 from pydantic import BeforeValidator
 
-__all__ = ["WHOLE"]
+__all__ = ["NO_NUL", "TENANT_ID", "TENANT_ID_OR_NAME", "WHOLE"]
+
+TENANT_ID = r"^tnt_[0-9a-f]{24}$"
+TENANT_ID_OR_NAME = r"^(tnt_[0-9a-f]{24}|[a-z0-9][a-z0-9-]{0,62})$"
+NO_NUL = r"^[^\x00]*$"
+"""PostgreSQL has no text with this character."""
 
 
 def _whole(value: object) -> object:

@@ -12,7 +12,7 @@ from reft_serve.database.keys import ROLES, Role, Scope, own_limits
 from reft_serve.database.names import ADAPTER_NAME, ALIAS_NAME
 from reft_serve.database.tenants import TENANT_NAME
 from reft_serve.errors import EngineTrouble
-from reft_serve.gateway.numbers import WHOLE
+from reft_serve.gateway.numbers import NO_NUL, WHOLE
 from reft_serve.gateway.request_model import NULLS_ARE_ABSENT, RequestModel
 
 __all__ = [
@@ -172,7 +172,7 @@ class KeyLimits(TenantLimits):
 class KeyIn(RequestModel):
     """A key to make."""
 
-    name: Annotated[str, Field(max_length=128, pattern=r"^[^\x00]*$")] = ""
+    name: Annotated[str, Field(max_length=128, pattern=NO_NUL)] = ""
     role: Role = "inference"
     scopes: list[Scope] | None = None
     expires_at: _Seconds | None = None

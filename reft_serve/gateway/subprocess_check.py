@@ -7,7 +7,6 @@ and with its gateway, however that ends.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import json
 import os
 import resource
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from reft_serve import errors
+from reft_serve.parent import end_with_parent
 
 __all__ = ["CHECK_MEMORY_BYTES", "CHECK_SECONDS", "CHECK_SECONDS_PER_MIB", "Check", "check_in_subprocess"]
 
@@ -30,7 +30,6 @@ CHECK_SECONDS_PER_MIB = 1
 _MAX_ANSWER = 4 << 20
 _NICE = 10
 _RETRY_SECONDS = 30.0
-_PR_SET_PDEATHSIG = 1
 
 
 async def check_in_subprocess(
@@ -133,9 +132,7 @@ def _limit_memory() -> None:
 
 def _end_with(parent: int) -> None:
     """Have the system end this process when the gateway ends."""
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if prctl:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     if os.getppid() != parent:  # it ended before
         os._exit(1)
 

@@ -10,7 +10,7 @@ import logging
 from typing import get_args
 
 from reft_serve.database import fine_tuning, jobs, webhooks
-from reft_serve.database.models import now_ms
+from reft_serve.database.models import DAY_MS, now_ms
 from reft_serve.database.outcomes import Status
 from reft_serve.gateway import data_files
 from reft_serve.gateway.services import Services
@@ -19,7 +19,7 @@ from reft_serve.observability import JOBS, JOBS_WAITING
 __all__ = ["tend", "tend_forever"]
 
 _log = logging.getLogger(__name__)
-_DELIVERIES_MS = 7 * 86_400_000
+_DELIVERIES_MS = 7 * DAY_MS
 
 
 async def tend(services: Services) -> None:

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, Field
 from reft_serve.database import models
 from reft_serve.database.webhooks import EventType
 from reft_serve.gateway.job_schemas import Identified
+from reft_serve.gateway.numbers import NO_NUL
 from reft_serve.gateway.request_model import RequestModel
 
 __all__ = [
@@ -22,7 +23,7 @@ __all__ = [
     "WebhookTestOut",
 ]
 
-_Name = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^\x00]*$")]
+_Name = Annotated[str, Field(min_length=1, max_length=128, pattern=NO_NUL)]
 _Url = Annotated[str, Field(max_length=2048, pattern=r"^https?://[!-~]+$")]
 _EventTypes = Annotated[
     list[EventType], Field(min_length=1, max_length=8), AfterValidator(lambda types: list(dict.fromkeys(types)))

@@ -16,11 +16,9 @@ from torch.nn.utils.parametrizations import orthogonal
 
 from reft_serve.errors import AdapterInvalid
 from reft_serve.interventions.kinds import Weights, edit
-from reft_serve.interventions.vocabulary import ORTHONORMAL, Kind, required_tensors
+from reft_serve.interventions.vocabulary import ORTHONORMAL, ORTHONORMAL_TOLERANCE, Kind, required_tensors
 
 __all__ = ["Intervention"]
-
-_ORTHONORMAL_TOLERANCE = 1e-3
 
 
 class Intervention(nn.Module):
@@ -146,7 +144,7 @@ class _Rotation(nn.Module):
     def restore(self, R: Tensor) -> None:
         """Make `R` the rows, bit for bit."""
         off = (R @ R.T - torch.eye(len(R))).abs().max().item()
-        if off > _ORTHONORMAL_TOLERANCE:
+        if off > ORTHONORMAL_TOLERANCE:
             fault = f"R is not orthonormal (off by {off:.2g}), so it can be served but not trained further"
             raise AdapterInvalid("to resume from", [fault])
         # Assigning completes R to a whole orthonormal base (width, width), with rounding; then R's own bits go in. With

@@ -9,6 +9,7 @@ __all__ = [
     "COMPONENTS",
     "KINDS",
     "LINEAR",
+    "ORTHONORMAL_TOLERANCE",
     "Component",
     "Kind",
     "has_activation",
@@ -26,6 +27,8 @@ COMPONENTS: tuple[Component, ...] = get_args(Component)
 # The names that pyreft takes as `act_fn` (transformers.activations.ACT2FN); names that mean one function share a code.
 # prelu and xielu are left out: they carry learned parameters that pyreft never saves.
 LINEAR = 0
+ORTHONORMAL_TOLERANCE = 1e-3
+"""How far R R^T may be from the identity, in any element."""
 ACTIVATION_CODES: dict[str, int] = {
     "linear": LINEAR,
     "relu": 1,

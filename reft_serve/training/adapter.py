@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from reft_serve.adapters.base_model import read_base_model
 from reft_serve.adapters.directory import Adapter, publish, read_adapter
 from reft_serve.adapters.manifest import BaseFacts, InterventionSpec, Manifest
 from reft_serve.adapters.manifest import Part as PartName
+from reft_serve.config import compiler
 from reft_serve.errors import AdapterUnsupported, BaseModelInvalid, ClientError
 from reft_serve.interventions.kinds import Weights
 from reft_serve.interventions.modules import Intervention
@@ -46,9 +46,9 @@ def build(base: Path, plan: Plan) -> EditedModel:
         raise ClientError(
             "float16 needs a GPU, where the loss is scaled so that small gradients do not vanish; choose bfloat16 or float32"
         )
-    if plan.compile and device.type == "cpu" and shutil.which(compiler := os.environ.get("CXX", "g++")) is None:
+    if plan.compile and device.type == "cpu" and shutil.which(compiler()) is None:
         raise ClientError(
-            f"compiling needs a C++ compiler and {compiler} is not found: install one, or leave out --compile"
+            f"compiling needs a C++ compiler and {compiler()} is not found: install one, or leave out --compile"
         )
     facts = read_base_model(base)
     lm = _language_model(base, facts, plan.dtype)

@@ -14,9 +14,10 @@ from reft_serve.database.hyperparameters import DpoHyperparameters
 from reft_serve.interventions.positions import PositionRule
 from reft_serve.training.plan import AdapterPlan, DType, LoraPlan, Method, Plan
 
-__all__ = ["DataFacts", "choose", "most_tokens", "plan_from"]
+__all__ = ["MICRO_TOKENS", "DataFacts", "choose", "most_tokens", "plan_from"]
 
-_MICRO_TOKENS = 8192
+MICRO_TOKENS = 8192
+"""Tokens of a micro-batch, unless one example is longer."""
 _LONGEST = 2048
 _WIDE = 1024
 
@@ -58,7 +59,7 @@ def choose(
     """
     batch = _or(asked.batch_size, _batch(data.examples))
     longest = max(1, min(data.longest, max_tokens))
-    accumulation = min(batch, _or(asked.accumulation, -(-batch * longest // _MICRO_TOKENS)))
+    accumulation = min(batch, _or(asked.accumulation, -(-batch * longest // MICRO_TOKENS)))
     rate = 9e-4 if base.hidden_size >= _WIDE else 4e-3
     lora_rank = _or(asked.lora_rank, 0)
     steps = -(-data.examples // batch)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from reft_serve.errors import BaseModelInvalid
+from reft_serve.interventions.layers import ATTENTION, attention_of, lists_of
 from reft_serve.interventions.modules import Intervention
 from reft_serve.interventions.positions import Part, PositionRule
 from reft_serve.training import attention
@@ -29,7 +30,6 @@ from reft_serve.training.rows import change
 
 __all__ = ["Edit", "EditedModel"]
 
-_ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 # Modules of a decoder layer that treat each token by itself.
 _TOKENWISE = ("mlp", "self_attn.q_proj", "self_attn.o_proj")
 # Settings of a transformers config that keep attention from looking back over the whole example.
@@ -88,7 +88,7 @@ class EditedModel(nn.Module):
         for name in _TOKENWISE:
             _at_targets(self._layers[-1], name, self._targets)
         for name, part in self._layers[-1].named_children():
-            if name in _ATTENTION:
+            if name in ATTENTION:
                 attention.look_from_targets(part)
         self._switch(True)
 
@@ -256,10 +256,8 @@ def _chosen(logits_YV: Tensor, ids_Y: Tensor) -> tuple[Tensor, Tensor]:
 def _decoder_layers(lm: nn.Module) -> nn.ModuleList:
     config: Any = lm.config
     count = config.get_text_config().num_hidden_layers
-    for module in lm.modules():
-        if not (isinstance(module, nn.ModuleList) and len(module) == count):
-            continue
-        if all(any(name in _ATTENTION for name, _ in layer.named_children()) for layer in module):
+    for module in lists_of(lm, count):
+        if all(attention_of(layer) is not None for layer in module):
             return module
     raise BaseModelInvalid(
         f"{type(lm).__name__} has no list of {count} decoder layers with attention inside, so it cannot be edited"

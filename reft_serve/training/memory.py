@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from reft_serve.database.hyperparameters import DpoHyperparameters
-from reft_serve.training.choices import most_tokens
+from reft_serve.training.choices import MICRO_TOKENS, most_tokens
 from reft_serve.training.plan import Plan, much_is_below
 
 __all__ = ["context_of", "estimate"]
 
 _PROCESS = 700 << 20
 _CUDA = 900 << 20
-_MICRO_TOKENS = 8192
 _WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 
 
@@ -33,7 +32,7 @@ def estimate(base: Path, asked: DpoHyperparameters, *, gpu: bool) -> int:
     parameters = stored // _WIDTHS.get(str(config.get("dtype") or config.get("torch_dtype")), 2)
     width = 2 if gpu else 4
     longest = most_tokens(asked, context_of(base))
-    tokens = max(_MICRO_TOKENS, longest)
+    tokens = max(MICRO_TOKENS, longest)
     if asked.batch_size != "auto" and asked.accumulation != "auto":
         tokens = -(-asked.batch_size // asked.accumulation) * longest
     hidden, layers = int(config.get("hidden_size") or 1), int(config.get("num_hidden_layers") or 1)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import re
 
-from sqlalchemy import select
-
 from reft_serve.adapters.files import sweep_asides
-from reft_serve.database.models import Job, Version, now_ms
-from reft_serve.database.outcomes import FINAL
+from reft_serve.database import adapters, fine_tuning
+from reft_serve.database.models import now_ms
 from reft_serve.training.publishing import retract
 from reft_serve.training.surroundings import Surroundings
 
@@ -33,7 +31,7 @@ async def sweep(around: Surroundings) -> None:
     before = now_ms() - int(around.settings.sweep_seconds * 1000)
     lying = await asyncio.to_thread(around.store.digests)
     async with around.database.reading() as session:
-        named = set(await session.scalars(select(Version.digest).distinct()))
+        named = await adapters.all_digests(session)
     strays = [digest for digest, changed in lying if changed < before and digest not in named]
     await retract(around, strays, older_than_ms=before)
 
@@ -42,7 +40,7 @@ async def _sweep_checkpoints(around: Surroundings) -> None:
     found = await around.blobs.list("checkpoints")
     jobs = {match[1] for blob in found if (match := _JOB.match(blob.key))}
     async with around.database.reading() as session:
-        alive = set(await session.scalars(select(Job.id).where(Job.id.in_(jobs), Job.status.not_in(FINAL))))
+        alive = await fine_tuning.unfinished_of(session, jobs)
     for blob in found:
         match = _JOB.match(blob.key)
         if match and match[1] not in alive:

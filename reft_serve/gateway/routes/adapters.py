@@ -18,13 +18,12 @@ from reft_serve.database.keys import Principal
 from reft_serve.database.models import Adapter
 from reft_serve.database.names import ADAPTER_NAME, ALIAS_NAME
 from reft_serve.database.tenants import find_tenant
-from reft_serve.errors import NotFound
 from reft_serve.gateway import publishing
 from reft_serve.gateway.bounded_route import BoundedRoute
 from reft_serve.gateway.links import leads_to, link
-from reft_serve.gateway.routes.auth import actor_of, requires
+from reft_serve.gateway.numbers import TENANT_ID
+from reft_serve.gateway.routes.auth import ServicesDep, actor_of, requires
 from reft_serve.gateway.schemas import AdapterOut, AliasIn, AliasOut, Deleted, ListOf, VersionOut
-from reft_serve.gateway.services import Services, services_of
 
 __all__ = ["ADAPTERS_PER_PAGE", "VERSIONS_SHOWN", "router"]
 
@@ -34,11 +33,10 @@ _AFTER = "The last id of the page before."
 
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"], route_class=BoundedRoute)
 _Caller = Annotated[Principal, Depends(requires("adapters"))]
-_Services = Annotated[Services, Depends(services_of)]
 _Name = Annotated[str, Path(pattern=ADAPTER_NAME)]
 _Alias = Annotated[str, Path(pattern=ALIAS_NAME)]
 _Version = Annotated[str, Path(pattern=r"^([0-9]{1,9}|[a-z][a-z0-9-]{0,30})$", description="Its number, or an alias.")]
-_Tenant = Annotated[str, Path(pattern=r"^tnt_[0-9a-f]{24}$", description="The other tenant's id.")]
+_Tenant = Annotated[str, Path(pattern=TENANT_ID, description="The other tenant's id.")]
 _CHUNK = 1 << 20
 _ADAPTER = {"name": "$response.body#/adapter"}
 _VERSION = _ADAPTER | {"version": "$response.body#/version"}
@@ -76,7 +74,7 @@ _POINTED = leads_to(
 async def upload(
     request: Request,
     caller: _Caller,
-    services: _Services,
+    services: ServicesDep,
     name: Annotated[str, Form(pattern=ADAPTER_NAME)],
     files: Annotated[
         list[UploadFile],
@@ -92,7 +90,7 @@ async def upload(
 @router.get("")
 async def list_all(
     caller: _Caller,
-    services: _Services,
+    services: ServicesDep,
     after: Annotated[str | None, Query(pattern=r"^adp_[0-9a-f]{24}$", description=_AFTER)] = None,
     limit: Annotated[int, Query(ge=1, le=ADAPTERS_PER_PAGE)] = ADAPTERS_PER_PAGE,
 ) -> ListOf[AdapterOut]:
@@ -104,14 +102,14 @@ async def list_all(
 
 
 @router.get("/{name}")
-async def get(name: _Name, caller: _Caller, services: _Services) -> AdapterOut:
+async def get(name: _Name, caller: _Caller, services: ServicesDep) -> AdapterOut:
     """One adapter with its latest versions and its aliases."""
     async with services.database.reading() as session:
         return await _described(session, await adapters.find_adapter(session, caller.tenant_id, name))
 
 
 @router.delete("/{name}")
-async def delete(name: _Name, request: Request, caller: _Caller, services: _Services) -> Deleted:
+async def delete(name: _Name, request: Request, caller: _Caller, services: ServicesDep) -> Deleted:
     """Delete an adapter with all its versions. Requests under way finish."""
     async with services.database.writing() as session:
         adapter = await adapters.find_adapter(session, caller.tenant_id, name)
@@ -126,7 +124,7 @@ async def delete(name: _Name, request: Request, caller: _Caller, services: _Serv
 async def list_versions(
     name: _Name,
     caller: _Caller,
-    services: _Services,
+    services: ServicesDep,
     after: Annotated[int | None, Query(ge=1, lt=1 << 31, description="The last version of the page before.")] = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
 ) -> ListOf[VersionOut]:
@@ -138,7 +136,7 @@ async def list_versions(
 
 
 @router.get("/{name}/versions/{version}")
-async def get_version(name: _Name, version: _Version, caller: _Caller, services: _Services) -> VersionOut:
+async def get_version(name: _Name, version: _Version, caller: _Caller, services: ServicesDep) -> VersionOut:
     """One version."""
     async with services.database.reading() as session:
         adapter = await adapters.find_adapter(session, caller.tenant_id, name)
@@ -147,7 +145,7 @@ async def get_version(name: _Name, version: _Version, caller: _Caller, services:
 
 @router.delete("/{name}/versions/{version}")
 async def delete_version(
-    name: _Name, version: _Version, request: Request, caller: _Caller, services: _Services
+    name: _Name, version: _Version, request: Request, caller: _Caller, services: ServicesDep
 ) -> Deleted:
     """Delete one version that no alias names."""
     async with services.database.writing() as session:
@@ -166,7 +164,7 @@ async def delete_version(
     response_class=StreamingResponse,
     responses={200: {"content": {"application/x-tar": {"schema": {"type": "string", "format": "binary"}}}}},
 )
-async def download(name: _Name, version: _Version, caller: _Caller, services: _Services) -> StreamingResponse:
+async def download(name: _Name, version: _Version, caller: _Caller, services: ServicesDep) -> StreamingResponse:
     """The files of a version, as a tar archive that can be uploaded again."""
     async with services.database.reading() as session:
         adapter = await adapters.find_adapter(session, caller.tenant_id, name)
@@ -179,7 +177,7 @@ async def download(name: _Name, version: _Version, caller: _Caller, services: _S
 
 @router.put("/{name}/aliases/{alias}", responses=_POINTED)
 async def put_alias(
-    name: _Name, alias: _Alias, body: AliasIn, request: Request, caller: _Caller, services: _Services
+    name: _Name, alias: _Alias, body: AliasIn, request: Request, caller: _Caller, services: ServicesDep
 ) -> AliasOut:
     """Point an alias at a version: `production` is what the bare name means; others may take a share of its requests."""
     async with services.database.writing() as session:
@@ -197,7 +195,7 @@ async def put_alias(
 
 
 @router.post("/{name}/aliases/{alias}/rollback")
-async def roll_back(name: _Name, alias: _Alias, request: Request, caller: _Caller, services: _Services) -> AliasOut:
+async def roll_back(name: _Name, alias: _Alias, request: Request, caller: _Caller, services: ServicesDep) -> AliasOut:
     """Point an alias at what it named before its last change."""
     async with services.database.writing() as session:
         adapter = await adapters.find_adapter(session, caller.tenant_id, name)
@@ -209,21 +207,20 @@ async def roll_back(name: _Name, alias: _Alias, request: Request, caller: _Calle
 
 
 @router.delete("/{name}/aliases/{alias}")
-async def delete_alias(name: _Name, alias: _Alias, request: Request, caller: _Caller, services: _Services) -> Deleted:
+async def delete_alias(name: _Name, alias: _Alias, request: Request, caller: _Caller, services: ServicesDep) -> Deleted:
     """Delete an alias; the version stays."""
     async with services.database.writing() as session:
         adapter = await adapters.find_adapter(session, caller.tenant_id, name)
-        found = [each for each in await adapters.list_aliases(session, adapter.id) if each.name == alias]
-        if not found:
-            raise NotFound(f"adapter {name} has no alias {alias!r}")
-        await session.delete(found[0])
+        await adapters.delete_alias(session, adapter, alias)
         audit.record(session, actor_of(request), "alias.delete", f"{name}@{alias}", caller.tenant_id)
     services.directory.forget()
     return Deleted(id=f"{name}@{alias}", object="adapter.alias")
 
 
 @router.put("/{name}/shares/{tenant}")
-async def put_share(name: _Name, tenant: _Tenant, request: Request, caller: _Caller, services: _Services) -> AdapterOut:
+async def put_share(
+    name: _Name, tenant: _Tenant, request: Request, caller: _Caller, services: ServicesDep
+) -> AdapterOut:
     """Let another tenant use an adapter, as `yourname/adapter`."""
     async with services.database.writing() as session:
         adapter = await adapters.find_adapter(session, caller.tenant_id, name)
@@ -236,7 +233,9 @@ async def put_share(name: _Name, tenant: _Tenant, request: Request, caller: _Cal
 
 
 @router.delete("/{name}/shares/{tenant}")
-async def delete_share(name: _Name, tenant: _Tenant, request: Request, caller: _Caller, services: _Services) -> Deleted:
+async def delete_share(
+    name: _Name, tenant: _Tenant, request: Request, caller: _Caller, services: ServicesDep
+) -> Deleted:
     """Take it back."""
     async with services.database.writing() as session:
         adapter = await adapters.find_adapter(session, caller.tenant_id, name)

@@ -7,27 +7,24 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Path, Query, Request
 
 from reft_serve.database import audit, tenants
-from reft_serve.database.models import now_ms
 from reft_serve.errors import Conflict
 from reft_serve.gateway.bounded_route import BoundedRoute
 from reft_serve.gateway.engine import Engine
 from reft_serve.gateway.links import leads_to, link
+from reft_serve.gateway.numbers import TENANT_ID, TENANT_ID_OR_NAME
 from reft_serve.gateway.publishing import retire
-from reft_serve.gateway.routes.auth import actor_of, caller_of, requires
+from reft_serve.gateway.routes.auth import ServicesDep, actor_of, caller_of, requires
 from reft_serve.gateway.routes.keys import make_key
 from reft_serve.gateway.routes.metrics import EngineName
 from reft_serve.gateway.schemas import Deleted, EngineOut, KeyIn, ListOf, NewKeyOut, TenantIn, TenantOut, TenantPatch
-from reft_serve.gateway.services import Services, services_of
+from reft_serve.gateway.services import Services
 
 __all__ = ["router"]
 
 router = APIRouter(
     prefix="/v1/admin", tags=["admin"], dependencies=[Depends(requires("admin"))], route_class=BoundedRoute
 )
-_Services = Annotated[Services, Depends(services_of)]
-_Tenant = Annotated[
-    str, Path(pattern=r"^(tnt_[0-9a-f]{24}|[a-z0-9][a-z0-9-]{0,62})$", description="Its id or its name.")
-]
+_Tenant = Annotated[str, Path(pattern=TENANT_ID_OR_NAME, description="Its id or its name.")]
 
 
 _MADE = {"tenant": "$response.body#/id"}
@@ -43,7 +40,7 @@ _MADE_TENANT = leads_to(
 
 
 @router.post("/tenants", status_code=201, responses=_MADE_TENANT)
-async def create_tenant(body: TenantIn, request: Request, services: _Services) -> TenantOut:
+async def create_tenant(body: TenantIn, request: Request, services: ServicesDep) -> TenantOut:
     """Make a tenant."""
     async with services.database.writing() as session:
         made = await tenants.create_tenant(session, body.name, body.limits.model_dump(exclude_none=True))
@@ -53,10 +50,8 @@ async def create_tenant(body: TenantIn, request: Request, services: _Services) -
 
 @router.get("/tenants")
 async def list_tenants(
-    services: _Services,
-    after: Annotated[
-        str | None, Query(pattern=r"^tnt_[0-9a-f]{24}$", description="The last id of the page before.")
-    ] = None,
+    services: ServicesDep,
+    after: Annotated[str | None, Query(pattern=TENANT_ID, description="The last id of the page before.")] = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 1000,
 ) -> ListOf[TenantOut]:
     """Tenants by name."""
@@ -66,23 +61,21 @@ async def list_tenants(
 
 
 @router.get("/tenants/{tenant}")
-async def get_tenant(tenant: _Tenant, services: _Services) -> TenantOut:
+async def get_tenant(tenant: _Tenant, services: ServicesDep) -> TenantOut:
     """One tenant."""
     async with services.database.reading() as session:
         return TenantOut.of(await tenants.find_tenant(session, tenant))
 
 
 @router.patch("/tenants/{tenant}")
-async def change_tenant(tenant: _Tenant, body: TenantPatch, request: Request, services: _Services) -> TenantOut:
+async def change_tenant(tenant: _Tenant, body: TenantPatch, request: Request, services: ServicesDep) -> TenantOut:
     """Change a tenant's limits, disable it, or enable it again."""
     async with services.database.writing() as session:
         found = await tenants.find_tenant(session, tenant)
-        if body.limits is not None:
-            found.limits = body.limits.model_dump(exclude_none=True)
-        if body.disabled is not None:
-            if body.disabled and found.id == caller_of(request).tenant_id:
-                raise Conflict("this would shut yourself out: use another tenant's admin key")
-            found.disabled_ms = now_ms() if body.disabled else None
+        if body.disabled and found.id == caller_of(request).tenant_id:
+            raise Conflict("this would shut yourself out: use another tenant's admin key")
+        limits = None if body.limits is None else body.limits.model_dump(exclude_none=True)
+        tenants.change_tenant(found, limits=limits, disabled=body.disabled)
         changes = body.model_dump(exclude_none=True)
         audit.record(session, actor_of(request), "tenant.change", found.name, found.id, **changes)
     services.directory.forget()
@@ -90,7 +83,7 @@ async def change_tenant(tenant: _Tenant, body: TenantPatch, request: Request, se
 
 
 @router.delete("/tenants/{tenant}")
-async def delete_tenant(tenant: _Tenant, request: Request, services: _Services) -> Deleted:
+async def delete_tenant(tenant: _Tenant, request: Request, services: ServicesDep) -> Deleted:
     """Delete a tenant with its keys, adapters, files and jobs. Its usage and its audit entries stay."""
     async with services.database.writing() as session:
         found = await tenants.find_tenant(session, tenant)
@@ -104,25 +97,25 @@ async def delete_tenant(tenant: _Tenant, request: Request, services: _Services) 
 
 
 @router.post("/tenants/{tenant}/keys", status_code=201)
-async def create_key(tenant: _Tenant, body: KeyIn, request: Request, services: _Services) -> NewKeyOut:
+async def create_key(tenant: _Tenant, body: KeyIn, request: Request, services: ServicesDep) -> NewKeyOut:
     """Make a key of a tenant. Its secret is in this answer and nowhere else."""
     return await make_key(services, request, caller_of(request), tenant, body)
 
 
 @router.get("/engines")
-async def list_engines(services: _Services) -> ListOf[EngineOut]:
+async def list_engines(services: ServicesDep) -> ListOf[EngineOut]:
     """The engines of this gateway."""
     return ListOf(data=[_out(engine) for engine in services.fleet.engines])
 
 
 @router.post("/engines/{engine}/drain")
-async def drain(engine: EngineName, request: Request, services: _Services) -> EngineOut:
+async def drain(engine: EngineName, request: Request, services: ServicesDep) -> EngineOut:
     """Give an engine no new request; those under way finish."""
     return await _set_draining(services, request, engine, True)
 
 
 @router.post("/engines/{engine}/resume")
-async def resume(engine: EngineName, request: Request, services: _Services) -> EngineOut:
+async def resume(engine: EngineName, request: Request, services: ServicesDep) -> EngineOut:
     """Give it requests again."""
     return await _set_draining(services, request, engine, False)
 

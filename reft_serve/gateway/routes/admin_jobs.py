@@ -11,28 +11,25 @@ from reft_serve.database.outcomes import Status
 from reft_serve.database.tenants import find_tenant
 from reft_serve.gateway.bounded_route import BoundedRoute
 from reft_serve.gateway.job_schemas import JobAdminOut, Page
-from reft_serve.gateway.routes.auth import actor_of, requires
+from reft_serve.gateway.numbers import TENANT_ID_OR_NAME
+from reft_serve.gateway.routes.auth import ServicesDep, actor_of, requires
 from reft_serve.gateway.routes.fine_tuning import JOB_ID
-from reft_serve.gateway.services import Services, services_of
 
 __all__ = ["router"]
 
 router = APIRouter(
     prefix="/v1/admin/jobs", tags=["admin"], dependencies=[Depends(requires("admin"))], route_class=BoundedRoute
 )
-_Services = Annotated[Services, Depends(services_of)]
 _Job = Annotated[str, Path(pattern=JOB_ID)]
 _Tenant = Annotated[
     str | None,
-    Query(
-        pattern=r"^(tnt_[0-9a-f]{24}|[a-z0-9][a-z0-9-]{0,62})$", description="Its id or its name; all of them without."
-    ),
+    Query(pattern=TENANT_ID_OR_NAME, description="Its id or its name; all of them without."),
 ]
 
 
 @router.get("")
 async def list_all(
-    services: _Services,
+    services: ServicesDep,
     after: Annotated[str | None, Query(pattern=JOB_ID)] = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 20,
     tenant: _Tenant = None,
@@ -46,7 +43,7 @@ async def list_all(
 
 
 @router.get("/{job}")
-async def get(job: _Job, services: _Services) -> JobAdminOut:
+async def get(job: _Job, services: ServicesDep) -> JobAdminOut:
     """One job, with its worker and its traceback."""
     async with services.database.reading() as session:
         return JobAdminOut.of(await fine_tuning.find_job(session, None, job))
@@ -54,7 +51,7 @@ async def get(job: _Job, services: _Services) -> JobAdminOut:
 
 @router.post("/{job}/{what}")
 async def ask(
-    job: _Job, what: Literal["cancel", "pause", "resume"], request: Request, services: _Services
+    job: _Job, what: Literal["cancel", "pause", "resume"], request: Request, services: ServicesDep
 ) -> JobAdminOut:
     """Stop any job, or let it go on."""
     async with services.database.writing() as session:

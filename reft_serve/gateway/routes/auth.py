@@ -1,17 +1,20 @@
-"""The caller of a request, the scopes that a route requires, and the actor that the audit log names."""
+"""What routes depend on: the gateway's services, the caller and its scopes, and the actor for the audit log."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import Request
+from fastapi import Depends, Request
 
 from reft_serve.database.audit import Actor
 from reft_serve.database.keys import Principal
 from reft_serve.errors import NotAllowed
+from reft_serve.gateway.services import Services, services_of
 from reft_serve.observability import request_id
 
-__all__ = ["Requires", "actor_of", "caller_of", "requires"]
+__all__ = ["Requires", "ServicesDep", "actor_of", "caller_of", "requires"]
+
+ServicesDep = Annotated[Services, Depends(services_of)]
 
 
 def caller_of(request: Request) -> Principal:

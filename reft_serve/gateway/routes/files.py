@@ -14,9 +14,8 @@ from reft_serve.errors import RequestInvalid
 from reft_serve.gateway import data_files
 from reft_serve.gateway.bounded_route import BoundedRoute
 from reft_serve.gateway.job_schemas import FILE_ID, FileOut, Page
-from reft_serve.gateway.routes.auth import actor_of, requires
+from reft_serve.gateway.routes.auth import ServicesDep, actor_of, requires
 from reft_serve.gateway.schemas import Deleted
-from reft_serve.gateway.services import Services, services_of
 
 __all__ = ["router"]
 
@@ -27,7 +26,6 @@ class _FileRoute(BoundedRoute):
 
 router = APIRouter(prefix="/v1/files", tags=["files"], route_class=_FileRoute)
 _Caller = Annotated[Principal, Depends(requires("files"))]
-_Services = Annotated[Services, Depends(services_of)]
 _File = Annotated[str, Path(pattern=FILE_ID)]
 
 
@@ -41,7 +39,7 @@ def _known_purpose(purpose: object) -> object:
 async def upload(
     request: Request,
     caller: _Caller,
-    services: _Services,
+    services: ServicesDep,
     file: Annotated[UploadFile, File(description="JSONL of chats, of prompts and completions, or of preferences.")],
     purpose: Annotated[Literal["fine-tune"], BeforeValidator(_known_purpose), Form()],
     anchor: Annotated[Literal["created_at"] | None, Form(alias="expires_after[anchor]")] = None,
@@ -56,7 +54,7 @@ async def upload(
 @router.get("")
 async def list_all(
     caller: _Caller,
-    services: _Services,
+    services: ServicesDep,
     after: Annotated[str | None, Query(pattern=FILE_ID, description="The last id of the page before.")] = None,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
     order: Literal["asc", "desc"] = "desc",
@@ -71,7 +69,7 @@ async def list_all(
 
 
 @router.get("/{file}")
-async def get(file: _File, caller: _Caller, services: _Services) -> FileOut:
+async def get(file: _File, caller: _Caller, services: ServicesDep) -> FileOut:
     """One file's facts."""
     async with services.database.reading() as session:
         return FileOut.of(await files.find_file(session, caller.tenant_id, file))
@@ -82,7 +80,7 @@ async def get(file: _File, caller: _Caller, services: _Services) -> FileOut:
     response_class=StreamingResponse,
     responses={200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}},
 )
-async def content(file: _File, caller: _Caller, services: _Services) -> StreamingResponse:
+async def content(file: _File, caller: _Caller, services: ServicesDep) -> StreamingResponse:
     """The bytes of a file: a data file as it was uploaded, or a job's metrics as CSV."""
     async with services.database.reading() as session:
         found = await files.find_file(session, caller.tenant_id, file)
@@ -97,7 +95,7 @@ async def content(file: _File, caller: _Caller, services: _Services) -> Streamin
 
 
 @router.delete("/{file}")
-async def delete(file: _File, request: Request, caller: _Caller, services: _Services) -> Deleted:
+async def delete(file: _File, request: Request, caller: _Caller, services: ServicesDep) -> Deleted:
     """Delete a file that no unfinished job needs."""
     async with services.database.writing() as session:
         gone = await files.delete_file(session, caller.tenant_id, file)

@@ -13,15 +13,14 @@ from reft_serve.errors import RequestInvalid
 from reft_serve.gateway import ordering
 from reft_serve.gateway.bounded_route import BoundedRoute
 from reft_serve.gateway.job_schemas import CheckpointOut, EventOut, JobIn, JobOut, Page
-from reft_serve.gateway.routes.auth import actor_of, requires
-from reft_serve.gateway.services import Services, services_of
+from reft_serve.gateway.routes.auth import ServicesDep, actor_of, requires
+from reft_serve.gateway.services import Services
 
 __all__ = ["JOB_ID", "router"]
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"], route_class=BoundedRoute)
 JOB_ID = r"^ftjob-[A-Za-z0-9]{1,57}$"
 _Caller = Annotated[Principal, Depends(requires("jobs"))]
-_Services = Annotated[Services, Depends(services_of)]
 _Job = Annotated[str, Path(pattern=JOB_ID)]
 _Limit = Annotated[int, Query(ge=1, le=1000)]
 _AfterEvent = Annotated[str | None, Query(pattern=r"^ftevent-[A-Za-z0-9]{1,55}$")]
@@ -38,7 +37,7 @@ _FILTER: dict[str, Any] = {
 
 
 @router.post("")
-async def create(body: JobIn, request: Request, caller: _Caller, services: _Services) -> JobOut:
+async def create(body: JobIn, request: Request, caller: _Caller, services: ServicesDep) -> JobOut:
     """Put a fine-tuning job into the queue."""
     return JobOut.of(await ordering.order(services, caller, actor_of(request), body))
 
@@ -47,7 +46,7 @@ async def create(body: JobIn, request: Request, caller: _Caller, services: _Serv
 async def list_all(
     request: Request,
     caller: _Caller,
-    services: _Services,
+    services: ServicesDep,
     after: Annotated[str | None, Query(pattern=JOB_ID, description="The last id of the page before.")] = None,
     limit: _Limit = 20,
 ) -> Page[JobOut]:
@@ -61,26 +60,26 @@ async def list_all(
 
 
 @router.get("/{job}")
-async def get(job: _Job, caller: _Caller, services: _Services) -> JobOut:
+async def get(job: _Job, caller: _Caller, services: ServicesDep) -> JobOut:
     """One job."""
     async with services.database.reading() as session:
         return JobOut.of(await fine_tuning.find_job(session, caller.tenant_id, job))
 
 
 @router.post("/{job}/cancel")
-async def cancel(job: _Job, request: Request, caller: _Caller, services: _Services) -> JobOut:
+async def cancel(job: _Job, request: Request, caller: _Caller, services: ServicesDep) -> JobOut:
     """Stop a job for good: at once where it waits, at its next step where it runs."""
     return await _ask(job, "cancel", request, caller, services)
 
 
 @router.post("/{job}/pause")
-async def pause(job: _Job, request: Request, caller: _Caller, services: _Services) -> JobOut:
+async def pause(job: _Job, request: Request, caller: _Caller, services: ServicesDep) -> JobOut:
     """Stop a job until it is resumed: at once where it waits, at its next step where it runs."""
     return await _ask(job, "pause", request, caller, services)
 
 
 @router.post("/{job}/resume")
-async def resume(job: _Job, request: Request, caller: _Caller, services: _Services) -> JobOut:
+async def resume(job: _Job, request: Request, caller: _Caller, services: ServicesDep) -> JobOut:
     """Let a paused job go on from its last checkpoint, when it is its turn."""
     return await _ask(job, "resume", request, caller, services)
 
@@ -89,7 +88,7 @@ async def resume(job: _Job, request: Request, caller: _Caller, services: _Servic
 async def events(
     job: _Job,
     caller: _Caller,
-    services: _Services,
+    services: ServicesDep,
     after: _AfterEvent = None,
     limit: _Limit = 20,
     stream: Annotated[
@@ -110,7 +109,7 @@ async def events(
 async def checkpoints(
     job: _Job,
     caller: _Caller,
-    services: _Services,
+    services: ServicesDep,
     after: Annotated[str | None, Query(pattern=r"^ftckpt-[A-Za-z0-9]{1,56}$")] = None,
     limit: _Limit = 10,
 ) -> Page[CheckpointOut]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Literal
+from typing import Literal
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from pydantic import BaseModel
 
 from reft_serve.errors import DatabaseUnusable, EngineUnavailable, Overloaded
 from reft_serve.gateway.answers import ErrorAnswer
-from reft_serve.gateway.services import Services, services_of
+from reft_serve.gateway.routes.auth import ServicesDep
 
 __all__ = ["router"]
 
@@ -31,7 +31,7 @@ async def live() -> Health:
 
 
 @router.get("/health/ready", responses={503: {"model": ErrorAnswer}}, openapi_extra={"security": []})
-async def ready(services: Annotated[Services, Depends(services_of)]) -> Health:
+async def ready(services: ServicesDep) -> Health:
     """200 if an engine is up and the database and the stores can be written to; 503 otherwise, and while draining."""
     if services.draining:
         raise Overloaded("the gateway is shutting down")

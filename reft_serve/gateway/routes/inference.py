@@ -18,7 +18,7 @@ from reft_serve.gateway.bodies import ChatBody, CompletionBody, EmbeddingBody, I
 from reft_serve.gateway.bounded_route import BoundedRoute
 from reft_serve.gateway.connections import peer_left
 from reft_serve.gateway.inference import Endpoint, infer
-from reft_serve.gateway.routes.auth import caller_of, requires
+from reft_serve.gateway.routes.auth import ServicesDep, caller_of, requires
 from reft_serve.gateway.services import Services, services_of
 
 __all__ = ["router"]
@@ -92,7 +92,6 @@ def _known_fields(kind: type[InferenceBody]) -> str:
 
 router = APIRouter(prefix="/v1", tags=["inference"], route_class=_Direct)
 _Caller = Annotated[Principal, Depends(requires("inference"))]
-_Services = Annotated[Services, Depends(services_of)]
 _ANSWER: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "OpenAI's answer; server-sent events where `stream` is true.",
@@ -109,24 +108,24 @@ _EMBEDDINGS = Endpoint("embeddings", "/v1/embeddings")
 
 
 @router.post("/completions", responses=_ANSWER, response_class=Response)
-async def completions(body: CompletionBody, request: Request, caller: _Caller, services: _Services) -> Response:
+async def completions(body: CompletionBody, request: Request, caller: _Caller, services: ServicesDep) -> Response:
     """Continue a prompt."""
     return await infer(services, request, caller, _COMPLETIONS, body)
 
 
 @router.post("/chat/completions", responses=_ANSWER, response_class=Response)
-async def chat(body: ChatBody, request: Request, caller: _Caller, services: _Services) -> Response:
+async def chat(body: ChatBody, request: Request, caller: _Caller, services: ServicesDep) -> Response:
     """Answer a conversation."""
     return await infer(services, request, caller, _CHAT, body)
 
 
 @router.post("/responses", responses=_ANSWER, response_class=Response)
-async def responses(body: ResponseBody, request: Request, caller: _Caller, services: _Services) -> Response:
+async def responses(body: ResponseBody, request: Request, caller: _Caller, services: ServicesDep) -> Response:
     """Answer an input; nothing is stored."""
     return await infer(services, request, caller, _RESPONSES, body)
 
 
 @router.post("/embeddings", responses=_ANSWER, response_class=Response)
-async def embeddings(body: EmbeddingBody, request: Request, caller: _Caller, services: _Services) -> Response:
+async def embeddings(body: EmbeddingBody, request: Request, caller: _Caller, services: ServicesDep) -> Response:
     """Embed texts, where the engine's model can."""
     return await infer(services, request, caller, _EMBEDDINGS, body)

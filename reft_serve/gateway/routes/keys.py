@@ -13,21 +13,20 @@ from reft_serve.database.tenants import find_tenant
 from reft_serve.errors import Conflict, NotAllowed
 from reft_serve.gateway.bounded_route import BoundedRoute
 from reft_serve.gateway.links import leads_to, link
-from reft_serve.gateway.routes.auth import actor_of, caller_of, requires
+from reft_serve.gateway.routes.auth import ServicesDep, actor_of, caller_of, requires
 from reft_serve.gateway.schemas import KeyIn, KeyOut, ListOf, NewKeyOut, TenantOut
-from reft_serve.gateway.services import Services, services_of
+from reft_serve.gateway.services import Services
 
 __all__ = ["make_key", "router"]
 
 router = APIRouter(prefix="/v1", tags=["keys"], route_class=BoundedRoute)
 _Caller = Annotated[Principal, Depends(requires("keys"))]
-_Services = Annotated[Services, Depends(services_of)]
 _ID = r"^key_[0-9a-f]{24}$"
 _Key = Annotated[str, Path(pattern=_ID)]
 
 
 @router.get("/tenant")
-async def tenant(caller: Annotated[Principal, Depends(caller_of)], services: _Services) -> TenantOut:
+async def tenant(caller: Annotated[Principal, Depends(caller_of)], services: ServicesDep) -> TenantOut:
     """The tenant that the caller's key belongs to."""
     async with services.database.reading() as session:
         return TenantOut.of(await find_tenant(session, caller.tenant_id))
@@ -38,7 +37,7 @@ _MADE_KEY = leads_to(201, (link("revoke_v1_keys__key__delete", _MADE), link("rot
 
 
 @router.post("/keys", status_code=201, responses=_MADE_KEY)
-async def create(body: KeyIn, request: Request, caller: _Caller, services: _Services) -> NewKeyOut:
+async def create(body: KeyIn, request: Request, caller: _Caller, services: ServicesDep) -> NewKeyOut:
     """Make a key of the caller's tenant, which may do no more than the caller's: no other scopes, no larger limits, no later
     end. Its secret is in this answer and nowhere else.
     """
@@ -49,7 +48,7 @@ async def create(body: KeyIn, request: Request, caller: _Caller, services: _Serv
 @router.get("/keys")
 async def list_all(
     caller: _Caller,
-    services: _Services,
+    services: ServicesDep,
     after: Annotated[str | None, Query(pattern=_ID, description="The last id of the page before.")] = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
 ) -> ListOf[KeyOut]:
@@ -60,7 +59,7 @@ async def list_all(
 
 
 @router.delete("/keys/{key}")
-async def revoke(key: _Key, request: Request, caller: _Caller, services: _Services) -> KeyOut:
+async def revoke(key: _Key, request: Request, caller: _Caller, services: ServicesDep) -> KeyOut:
     """End a key's life at once."""
     async with services.database.writing() as session:
         found = await keys.find_key(session, caller.tenant_id, key)
@@ -78,7 +77,7 @@ async def rotate(
     key: _Key,
     request: Request,
     caller: _Caller,
-    services: _Services,
+    services: ServicesDep,
     overlap_seconds: Annotated[int, Field(ge=0, le=30 * 86400)] = 0,
 ) -> NewKeyOut:
     """Make a key like this one; this one goes on for `overlap_seconds`."""

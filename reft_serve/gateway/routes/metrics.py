@@ -8,8 +8,7 @@ from fastapi import APIRouter, Depends, Path, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from reft_serve.gateway.bounded_route import BoundedRoute
-from reft_serve.gateway.routes.auth import requires
-from reft_serve.gateway.services import Services, services_of
+from reft_serve.gateway.routes.auth import ServicesDep, requires
 
 __all__ = ["EngineName", "router"]
 
@@ -26,6 +25,6 @@ async def metrics() -> Response:
 
 
 @router.get("/v1/admin/engines/{engine}/metrics", response_class=Response, responses=_PAGE)
-async def engine_metrics(engine: EngineName, services: Annotated[Services, Depends(services_of)]) -> Response:
+async def engine_metrics(engine: EngineName, services: ServicesDep) -> Response:
     """An engine's own Prometheus metrics, for where its socket is private; scope `metrics` or `admin`."""
     return Response(await services.fleet.named(engine).metrics(), media_type=CONTENT_TYPE_LATEST)

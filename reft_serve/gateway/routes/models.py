@@ -8,13 +8,13 @@ from fastapi import APIRouter, Depends, Query, Request
 
 from reft_serve.database import adapters, audit, listing
 from reft_serve.database.keys import Principal
-from reft_serve.database.models import Adapter, Version
+from reft_serve.database.models import Adapter
 from reft_serve.errors import ModelNotFound, NotAllowed
 from reft_serve.gateway.bounded_route import BoundedRoute
 from reft_serve.gateway.publishing import retire
-from reft_serve.gateway.routes.auth import actor_of, requires
+from reft_serve.gateway.routes.auth import ServicesDep, actor_of, requires
 from reft_serve.gateway.schemas import Deleted, ListOf, ModelOut
-from reft_serve.gateway.services import Services, services_of
+from reft_serve.gateway.services import Services
 
 __all__ = ["MODELS_PER_PAGE", "router"]
 
@@ -23,13 +23,12 @@ _AFTER = "The last id of the page before."
 
 router = APIRouter(prefix="/v1/models", tags=["models"], route_class=BoundedRoute)
 _Caller = Annotated[Principal, Depends(requires("models"))]
-_Services = Annotated[Services, Depends(services_of)]
 
 
 @router.get("")
 async def list_models(
     caller: _Caller,
-    services: _Services,
+    services: ServicesDep,
     after: Annotated[str | None, Query(max_length=400, pattern=r"^[^\x00]+$", description=_AFTER)] = None,
     limit: Annotated[int, Query(ge=1, le=MODELS_PER_PAGE)] = MODELS_PER_PAGE,
 ) -> ListOf[ModelOut]:
@@ -45,20 +44,18 @@ async def list_models(
 
 
 @router.get("/{model:path}")
-async def get_model(model: str, caller: _Caller, services: _Services) -> ModelOut:
+async def get_model(model: str, caller: _Caller, services: ServicesDep) -> ModelOut:
     """One model, by any of its names."""
     target = await services.directory.target(caller, model)
     if target is None:
         return _base(services)
     async with services.database.reading() as session:
-        version = await session.get(Version, target.version_id)
-    if version is None:
-        raise ModelNotFound(f"The model {model[:200]!r} does not exist or you do not have access to it.")
+        version = await adapters.version_by_id(session, target.version_id, model)
     return _model(model, version.created_ms, version.adapter)
 
 
 @router.delete("/{model:path}")
-async def delete_model(model: str, request: Request, caller: _Caller, services: _Services) -> Deleted:
+async def delete_model(model: str, request: Request, caller: _Caller, services: ServicesDep) -> Deleted:
     """Delete an adapter of the caller's with all its versions (`adapter`), or one version (`adapter@3`, `ft:...`)."""
     if "adapters" not in caller.scopes:
         raise NotAllowed("this API key may not do this: it lacks the scope 'adapters'")
@@ -66,9 +63,9 @@ async def delete_model(model: str, request: Request, caller: _Caller, services: 
     if target is None:
         raise NotAllowed("the base model cannot be deleted")
     async with services.database.writing() as session:
-        version = await session.get(Version, target.version_id)
-        if version is None or version.adapter.tenant_id != caller.tenant_id:
-            raise ModelNotFound(f"The model {model[:200]!r} does not exist or you do not have access to it.")
+        version = await adapters.version_by_id(session, target.version_id, model)
+        if version.adapter.tenant_id != caller.tenant_id:
+            raise ModelNotFound.named(model)
         whole = not model.startswith("ft:") and "@" not in model
         adapter = version.adapter
         digests = (

@@ -10,9 +10,9 @@ from reft_serve.database import audit, permissions
 from reft_serve.database.keys import Principal
 from reft_serve.gateway.bounded_route import BoundedRoute
 from reft_serve.gateway.job_schemas import Page, PermissionOut, PermissionsIn
-from reft_serve.gateway.routes.auth import actor_of, requires
+from reft_serve.gateway.numbers import TENANT_ID
+from reft_serve.gateway.routes.auth import ServicesDep, actor_of, requires
 from reft_serve.gateway.schemas import Deleted
-from reft_serve.gateway.services import Services, services_of
 
 __all__ = ["router"]
 
@@ -21,7 +21,6 @@ router = APIRouter(
 )
 _ID = r"^cp_[0-9a-f]{24}$"
 _Caller = Annotated[Principal, Depends(requires("adapters"))]
-_Services = Annotated[Services, Depends(services_of)]
 _Checkpoint = Annotated[
     str,
     Path(
@@ -34,7 +33,7 @@ _Permission = Annotated[str, Path(pattern=_ID)]
 
 @router.post("")
 async def create(
-    checkpoint: _Checkpoint, body: PermissionsIn, request: Request, caller: _Caller, services: _Services
+    checkpoint: _Checkpoint, body: PermissionsIn, request: Request, caller: _Caller, services: ServicesDep
 ) -> Page[PermissionOut]:
     """Let other tenants use a model. A project is a tenant here."""
     async with services.database.writing() as session:
@@ -56,11 +55,11 @@ async def create(
 async def list_all(
     checkpoint: _Checkpoint,
     caller: _Caller,
-    services: _Services,
+    services: ServicesDep,
     after: Annotated[str | None, Query(pattern=_ID)] = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 10,
     order: Literal["ascending", "descending"] = "descending",
-    project_id: Annotated[str | None, Query(pattern=r"^tnt_[0-9a-f]{24}$")] = None,
+    project_id: Annotated[str | None, Query(pattern=TENANT_ID)] = None,
 ) -> Page[PermissionOut]:
     """Who may use a model beside its owner."""
     async with services.database.reading() as session:
@@ -73,7 +72,7 @@ async def list_all(
 
 @router.delete("/{permission}")
 async def delete(
-    checkpoint: _Checkpoint, permission: _Permission, request: Request, caller: _Caller, services: _Services
+    checkpoint: _Checkpoint, permission: _Permission, request: Request, caller: _Caller, services: ServicesDep
 ) -> Deleted:
     """Take a permission back."""
     async with services.database.writing() as session:

@@ -11,27 +11,24 @@ from fastapi import APIRouter, Depends, Query, Response
 
 from reft_serve.database import audit, usage
 from reft_serve.database.keys import Principal
-from reft_serve.database.models import now_ms
+from reft_serve.database.models import DAY_MS, now_ms
 from reft_serve.errors import NotAllowed
 from reft_serve.gateway.bounded_route import BoundedRoute
-from reft_serve.gateway.routes.auth import requires
+from reft_serve.gateway.routes.auth import ServicesDep, requires
 from reft_serve.gateway.schemas import AuditOut, ListOf, UsageOut
-from reft_serve.gateway.services import Services, services_of
 
 __all__ = ["router"]
 
 router = APIRouter(prefix="/v1", tags=["usage"], route_class=BoundedRoute)
 _Caller = Annotated[Principal, Depends(requires("usage"))]
-_Services = Annotated[Services, Depends(services_of)]
 _Group = Literal["tenant", "key", "model", "version", "endpoint", "status"]
 _Moment = Annotated[int | None, Query(ge=0, le=10**11, description="Seconds since 1970.")]
-_DAY_MS = 86_400_000
 
 
 @router.get("/usage", responses={200: {"content": {"text/csv": {"schema": {"type": "string"}}}}})
 async def totals(
     caller: _Caller,
-    services: _Services,
+    services: ServicesDep,
     start_time: _Moment = None,
     end_time: _Moment = None,
     bucket: Literal["hour", "day"] | None = None,
@@ -43,7 +40,7 @@ async def totals(
     if all_tenants and "admin" not in caller.scopes:
         raise NotAllowed("only an admin sees other tenants' usage")
     end = end_time * 1000 if end_time is not None else now_ms() + 1
-    start = start_time * 1000 if start_time is not None else end - 30 * _DAY_MS
+    start = start_time * 1000 if start_time is not None else end - 30 * DAY_MS
     groups = list(dict.fromkeys(group_by or []))
     async with services.database.reading() as session:
         found = await usage.totals(
@@ -58,7 +55,7 @@ async def totals(
 @router.get("/audit")
 async def changes(
     caller: _Caller,
-    services: _Services,
+    services: ServicesDep,
     after: Annotated[int | None, Query(ge=0, lt=1 << 63, description="The last id of the page before.")] = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     all_tenants: bool = False,

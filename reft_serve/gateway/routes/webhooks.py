@@ -8,14 +8,12 @@ from fastapi import APIRouter, Depends, Path, Query, Request
 
 from reft_serve.database import audit, webhooks
 from reft_serve.database.keys import Principal
-from reft_serve.database.models import now_ms
 from reft_serve.errors import RequestInvalid
 from reft_serve.gateway import notifying
 from reft_serve.gateway.bounded_route import BoundedRoute
 from reft_serve.gateway.job_schemas import Page
-from reft_serve.gateway.routes.auth import actor_of, requires
+from reft_serve.gateway.routes.auth import ServicesDep, actor_of, requires
 from reft_serve.gateway.schemas import Deleted
-from reft_serve.gateway.services import Services, services_of
 from reft_serve.gateway.webhook_schemas import (
     EventTypesOut,
     RotationIn,
@@ -33,7 +31,6 @@ router = APIRouter(prefix="/v1", tags=["webhooks"], route_class=BoundedRoute)
 TESTS_PER_MINUTE = 20
 _ID = r"^we_[0-9a-f]{24}$"
 _Caller = Annotated[Principal, Depends(requires("webhooks"))]
-_Services = Annotated[Services, Depends(services_of)]
 _Webhook = Annotated[str, Path(pattern=_ID)]
 
 
@@ -44,7 +41,7 @@ async def event_types(_: _Caller) -> EventTypesOut:
 
 
 @router.post("/webhook_endpoints")
-async def create(body: WebhookIn, request: Request, caller: _Caller, services: _Services) -> WebhookSecretOut:
+async def create(body: WebhookIn, request: Request, caller: _Caller, services: ServicesDep) -> WebhookSecretOut:
     """Make a webhook endpoint. Its secret is in this answer and nowhere else."""
     notifying.check_url(body.url, services.settings)
     async with services.database.writing() as session:
@@ -56,7 +53,7 @@ async def create(body: WebhookIn, request: Request, caller: _Caller, services: _
 @router.get("/webhook_endpoints")
 async def list_all(
     caller: _Caller,
-    services: _Services,
+    services: ServicesDep,
     after: Annotated[str | None, Query(pattern=_ID)] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> Page[WebhookOut]:
@@ -67,7 +64,7 @@ async def list_all(
 
 
 @router.get("/webhook_endpoints/{webhook}")
-async def get(webhook: _Webhook, caller: _Caller, services: _Services) -> WebhookOut:
+async def get(webhook: _Webhook, caller: _Caller, services: ServicesDep) -> WebhookOut:
     """One webhook endpoint."""
     async with services.database.reading() as session:
         return WebhookOut(**WebhookOut.fields_of(await webhooks.find_webhook(session, caller.tenant_id, webhook)))
@@ -75,7 +72,7 @@ async def get(webhook: _Webhook, caller: _Caller, services: _Services) -> Webhoo
 
 @router.post("/webhook_endpoints/{webhook}")
 async def change(
-    webhook: _Webhook, body: WebhookPatch, request: Request, caller: _Caller, services: _Services
+    webhook: _Webhook, body: WebhookPatch, request: Request, caller: _Caller, services: ServicesDep
 ) -> WebhookOut:
     """Change what is given; the rest stays."""
     if body.url is not None:
@@ -83,26 +80,23 @@ async def change(
     async with services.database.writing() as session:
         found = await webhooks.find_webhook(session, caller.tenant_id, webhook)
         changes = body.model_dump(exclude_none=True)
-        for name, value in changes.items():
-            setattr(found, name, value)
-        if changes:
-            found.updated_ms = now_ms()
+        webhooks.change_webhook(found, changes)
         audit.record(session, actor_of(request), "webhook.change", webhook, caller.tenant_id, changed=sorted(changes))
         return WebhookOut(**WebhookOut.fields_of(found))
 
 
 @router.delete("/webhook_endpoints/{webhook}")
-async def delete(webhook: _Webhook, request: Request, caller: _Caller, services: _Services) -> Deleted:
+async def delete(webhook: _Webhook, request: Request, caller: _Caller, services: ServicesDep) -> Deleted:
     """Delete a webhook endpoint, and what is on its way to it."""
     async with services.database.writing() as session:
-        await session.delete(await webhooks.find_webhook(session, caller.tenant_id, webhook))
+        await webhooks.delete_webhook(session, caller.tenant_id, webhook)
         audit.record(session, actor_of(request), "webhook.delete", webhook, caller.tenant_id)
     return Deleted(id=webhook, object="webhook_endpoint.deleted")
 
 
 @router.post("/webhook_endpoints/{webhook}/rotate_secret")
 async def rotate(
-    webhook: _Webhook, request: Request, caller: _Caller, services: _Services, body: RotationIn | None = None
+    webhook: _Webhook, request: Request, caller: _Caller, services: ServicesDep, body: RotationIn | None = None
 ) -> WebhookSecretOut:
     """Give a webhook endpoint another secret; the one before signs as well for a day, if that is asked for."""
     keep = body is not None and body.keep_old_secret_active_for_24_hours
@@ -114,7 +108,7 @@ async def rotate(
 
 
 @router.post("/webhook_endpoints/{webhook}/test")
-async def test(webhook: _Webhook, body: WebhookTestIn, caller: _Caller, services: _Services) -> WebhookTestOut:
+async def test(webhook: _Webhook, body: WebhookTestIn, caller: _Caller, services: ServicesDep) -> WebhookTestOut:
     """Send a sample event now and report the answer. `success` is true for a status of 2xx."""
     await services.quotas.take(caller, "webhook tests", TESTS_PER_MINUTE)
     async with services.database.reading() as session:

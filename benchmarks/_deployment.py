@@ -34,7 +34,7 @@ class Deployment:
     def __init__(self, folder: Path, flags: list[str], limit: float = _READY_SECONDS, **settings: str) -> None:
         self.port, self.log, self.key = free_port(), folder / "up.log", ""
         self.url = f"http://127.0.0.1:{self.port}"
-        command = [sys.executable, "-m", "reft_serve.cli_up", "--data", str(folder / "data"), "--port", str(self.port)]
+        command = [sys.executable, "-m", "reft_serve.cli.up", "--data", str(folder / "data"), "--port", str(self.port)]
         self.seconds: dict[str, float] = {}
         self._http = httpx.Client(base_url=self.url, timeout=60, trust_env=False)
         self._begun = time.monotonic()

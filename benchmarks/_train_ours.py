@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from reft_serve.interventions.positions import PositionRule
-from reft_serve.training.adapter import build
+from reft_serve.training.model.adapter import build
 from reft_serve.training.plan import AdapterPlan, Plan
 from tests.support.training.steps import Rows, timed_steps
 

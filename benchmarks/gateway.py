@@ -189,7 +189,7 @@ def serve_fake(port: int, token_seconds: float) -> None:
     """Be the fake engine's process."""
     import uvicorn
 
-    from reft_serve.gateway.fake_engine import FakeEngine
+    from reft_serve.testing import FakeEngine
 
     uvicorn.run(FakeEngine(token_seconds=token_seconds, remember=False).app, port=port, log_level="error")
 
@@ -219,7 +219,7 @@ def main() -> None:
         stack.enter_context(listening(command, engine))
         key = asyncio.run(first_key(database))
         settings = {"REFT_DATABASE": database, "REFT_STORE": folder, "REFT_ENGINES": f"http://127.0.0.1:{engine}"}
-        gateway = [sys.executable, "-m", "reft_serve.cli_gateway", "--port", str(port)]
+        gateway = [sys.executable, "-m", "reft_serve.cli.gateway", "--port", str(port)]
         pid = stack.enter_context(listening(gateway, port, **settings))
         direct = Arm("direct", "127.0.0.1", engine, model, "none")
         result = asyncio.run(measure(args, direct, Arm("gateway", "127.0.0.1", port, "base", key), pid))

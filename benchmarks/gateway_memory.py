@@ -72,7 +72,7 @@ def main() -> None:
         stack.enter_context(listening(fake_engine(engine, 0.0), engine))
         key, reader = (asyncio.run(first_key(database, role)) for role in ("inference", "metrics"))
         settings = {"REFT_DATABASE": database, "REFT_STORE": folder, "REFT_ENGINES": f"http://127.0.0.1:{engine}"}
-        command = [sys.executable, "-m", "reft_serve.cli_gateway", "--port", str(port)]
+        command = [sys.executable, "-m", "reft_serve.cli.gateway", "--port", str(port)]
         pid = stack.enter_context(listening(command, port, **settings))
         arm = Arm("gateway", "127.0.0.1", port, "base", key)
         found = asyncio.run(measure(arm, reader, pid, args.rounds, args.requests))

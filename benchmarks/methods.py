@@ -39,20 +39,20 @@ from reft_serve.demo.behaviours import BEHAVIOURS, MODEL, Behaviour
 from reft_serve.demo.edited import Edit, Edits
 from reft_serve.demo.edited import EditedModel as Storyteller
 from reft_serve.demo.train import SEED, behaving_pairs, story_openings
+from reft_serve.evaluation.predictions import questions
+from reft_serve.evaluation.scoring import judge, wilson
 from reft_serve.interventions.positions import PositionRule
 from reft_serve.interventions.vocabulary import Kind
-from reft_serve.training.adapter import build, publish_version
-from reft_serve.training.batching import collate
-from reft_serve.training.data import encode
-from reft_serve.training.evaluation import questions
-from reft_serve.training.examples import IGNORED, Example
-from reft_serve.training.hooked import EditedModel
-from reft_serve.training.lora import wrap
-from reft_serve.training.objectives import Supervised
+from reft_serve.recipes.recipe import load_recipe
+from reft_serve.training.data.batching import collate
+from reft_serve.training.data.encoding import encode
+from reft_serve.training.data.examples import IGNORED, Example
+from reft_serve.training.loop.objectives import Supervised
+from reft_serve.training.loop.trainer import ReftTrainer, arguments
+from reft_serve.training.model.adapter import build, publish_version
+from reft_serve.training.model.edited_model import EditedModel
+from reft_serve.training.model.lora import wrap
 from reft_serve.training.plan import AdapterPlan, LoraPlan, Plan
-from reft_serve.training.recipes import load_recipe
-from reft_serve.training.scoring import judge, wilson
-from reft_serve.training.trainer import ReftTrainer, arguments
 
 # The paper's DiReFT has no orthogonality: pyreft's NodireftIntervention.
 KINDS: dict[str, Kind] = {"LoReFT": "loreft", "DiReFT": "nodireft"}

@@ -19,7 +19,7 @@ import httpx
 from rich.console import Console
 
 from benchmarks._report import save
-from reft_serve.gateway.fake_engine import FakeEngine
+from reft_serve.testing import FakeEngine
 from tests.support.gateway.harness import Gateway, Served
 from tests.support.gateway.openapi_judge import ROTATION, furnish, judge
 from tests.support.gateway.process import process

@@ -155,8 +155,8 @@ def _read(file: Path, name: str) -> Rows:
     from transformers import AutoTokenizer
 
     from reft_serve.datafiles.formats import read_rows
-    from reft_serve.training.data import encode
-    from reft_serve.training.recipes import load_recipe, recipe_names
+    from reft_serve.recipes.recipe import load_recipe, recipe_names
+    from reft_serve.training.data.encoding import encode
 
     task = load_recipe(name).task if name in recipe_names() else None
     data = encode(read_rows(file), AutoTokenizer.from_pretrained(MODEL), max_tokens=512, task=task)

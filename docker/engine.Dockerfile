@@ -27,7 +27,7 @@ RUN groupadd --gid 10001 reft && useradd --uid 10001 --gid reft --no-create-home
 COPY --from=build /wheels /tmp/wheels
 # The second line fails the build where vLLM has stopped to bring something that the plugin imports.
 RUN python3 -m pip install --no-cache-dir --no-deps /tmp/wheels/*.whl && rm -r /tmp/wheels \
-    && python3 -c "import reft_serve.cli_serve, reft_serve.engine.serve, reft_serve.adapters.formats"
+    && python3 -c "import reft_serve.cli.serve, reft_serve.engine.launch.plan, reft_serve.adapters.importers.detection"
 ENV HOME=/var/cache/reft-serve VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 PYTHONUNBUFFERED=1
 USER 10001:10001
 VOLUME ["/var/lib/reft-serve/adapters", "/var/cache/reft-serve", "/tmp"]

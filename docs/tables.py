@@ -17,9 +17,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from reft_serve import config, observability
-from reft_serve.engine import metrics
-from reft_serve.gateway import client_fields
+from reft_serve.engine.front_end import metrics
 from reft_serve.gateway.app import create_app
+from reft_serve.gateway.schemas import client_fields
 
 DOCS = Path(__file__).parent
 DEMO = DOCS.parent / "reft_serve" / "demo"

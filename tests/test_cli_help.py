@@ -10,11 +10,11 @@ import pytest
 from typer.testing import CliRunner
 
 import reft_serve
-from reft_serve.cli import app
+from reft_serve.cli.app import app
 
 SOURCES = {
-    "train": "cli_train.py", "worker": "cli_worker.py", "serve": "cli_serve.py", "up": "cli_up.py",
-    "gateway": "cli_gateway.py", "evaluate": "cli_evaluate.py",
+    "train": "cli/train.py", "worker": "cli/worker.py", "serve": "cli/serve.py", "up": "cli/up.py",
+    "gateway": "cli/gateway.py", "evaluate": "cli/evaluate.py",
 }  # fmt: skip
 
 
@@ -34,5 +34,5 @@ def test_help_shows_every_option_with_its_default(verb: str) -> None:
 
 
 def test_train_has_defaults_in_brackets() -> None:
-    strings = help_strings(Path(reft_serve.__file__).parent / "cli_train.py")
+    strings = help_strings(Path(reft_serve.__file__).parent / "cli/train.py")
     assert sum(bool(re.search(r"\[[a-z]", each)) for each in strings) >= 9

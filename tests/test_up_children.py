@@ -13,7 +13,7 @@ import pytest
 
 _UP = """
 import asyncio
-from reft_serve.cli_up import _Child
+from reft_serve.cli.up import _Child
 asyncio.run(_Child("sleeper", ["sh", "-c", "echo $$; exec sleep 120"], {"PATH": "/usr/bin:/bin"}).keep())
 """
 

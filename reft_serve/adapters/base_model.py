@@ -8,9 +8,9 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from reft_serve.adapters.files import read_plain
 from reft_serve.adapters.manifest import BaseFacts
 from reft_serve.errors import AdapterInvalid, BaseModelInvalid
+from reft_serve.storage.files import read_plain
 
 __all__ = ["base_facts", "read_base_model"]
 

@@ -17,7 +17,6 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from reft_serve.adapters.digest import digest_of
-from reft_serve.adapters.files import read_plain, write_directory
 from reft_serve.adapters.lora import Lora, holds_lora, lora_of_files
 from reft_serve.adapters.manifest import DType, Manifest, manifest_faults, parse_manifest
 from reft_serve.adapters.structure import (
@@ -32,6 +31,7 @@ from reft_serve.adapters.tensors import entries_of, parse_tensors
 from reft_serve.errors import AdapterChanged, AdapterInvalid, AdapterNotFound, AdapterUnsupported
 from reft_serve.interventions.kinds import Weights, fold
 from reft_serve.interventions.vocabulary import ORTHONORMAL, ORTHONORMAL_TOLERANCE, optional_tensors, required_tensors
+from reft_serve.storage.files import read_plain, write_directory
 
 __all__ = [
     "CONFIG",

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from reft_serve.adapters.files import open_plain
 from reft_serve.errors import AdapterInvalid
+from reft_serve.storage.files import open_plain
 
 __all__ = ["MAX_DIMENSION", "MAX_DIMENSIONS", "MAX_HEADER_BYTES", "MAX_TENSORS", "Entry", "header_bytes", "read_header"]
 

@@ -16,12 +16,12 @@ from typing import Any
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from reft_serve.adapters.files import read_plain
 from reft_serve.adapters.structure import LORA_CONFIG as CONFIG
 from reft_serve.adapters.structure import LORA_NAME, MAX_CONFIG_BYTES, lora_faults, module_faults
 from reft_serve.adapters.structure import LORA_TENSORS as TENSORS
 from reft_serve.adapters.tensors import entries_of, parse_tensors
 from reft_serve.errors import AdapterInvalid
+from reft_serve.storage.files import read_plain
 
 __all__ = [
     "CONFIG",

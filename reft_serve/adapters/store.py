@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from reft_serve.adapters.digest import digest_of_directory
-from reft_serve.adapters.files import NO_SPACE, Aside, probe_writes, sweep_asides, sync_path
 from reft_serve.errors import StoreUnusable
+from reft_serve.storage.files import NO_SPACE, Aside, probe_writes, sweep_asides, sync_path
 
 __all__ = ["AdapterStore"]
 

@@ -12,11 +12,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from reft_serve.adapters.files import read_plain
 from reft_serve.adapters.header import Entry, read_header
 from reft_serve.adapters.manifest import InterventionSpec, Manifest, parse_manifest
 from reft_serve.errors import AdapterInvalid
 from reft_serve.interventions.vocabulary import optional_tensors, required_tensors
+from reft_serve.storage.files import read_plain
 
 __all__ = [
     "CONFIG",

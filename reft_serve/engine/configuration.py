@@ -17,8 +17,8 @@ from vllm.lora.utils import get_adapter_absolute_path
 from reft_serve.adapters.directory import is_adapter
 from reft_serve.adapters.lora import holds_lora
 from reft_serve.config import EngineSettings, read_settings
-from reft_serve.engine.facts import SETTINGS_KEY, settings_of
-from reft_serve.engine.grammars import BACKEND
+from reft_serve.engine.core.grammars import BACKEND
+from reft_serve.engine.vllm_config import SETTINGS_KEY, settings_of
 from reft_serve.errors import EngineUnsupported
 
 __all__ = [

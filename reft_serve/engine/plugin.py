@@ -14,8 +14,8 @@ from typing import Any
 
 import vllm
 
-from reft_serve.engine.amx import permit_amx
 from reft_serve.engine.seams import ADDITIONS, SEAMS, Addition, Seam, fingerprint
+from reft_serve.engine.worker.amx import permit_amx
 from reft_serve.errors import EngineUnsupported
 
 __all__ = ["KNOWN_VERSIONS", "Target", "apply", "check_version", "register", "resolve", "source_of"]
@@ -111,7 +111,7 @@ def apply(targets: Sequence[Target], additions: Sequence[Addition]) -> None:
 def _add_usage_route() -> None:
     from vllm.entrypoints.serve.instrumentator import health
 
-    from reft_serve.engine import usage
+    from reft_serve.engine.front_end import usage
 
     usage.add_route(health.router)
 

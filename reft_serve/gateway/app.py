@@ -16,24 +16,24 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from reft_serve import __version__
-from reft_serve.adapters.blobs import BlobStore
 from reft_serve.adapters.store import AdapterStore
 from reft_serve.config import GatewaySettings
 from reft_serve.database import usage
 from reft_serve.database.connection import Database, check_schema, migrate
 from reft_serve.database.models import now_ms
 from reft_serve.errors import DatabaseUnusable, ReftError, StoreUnusable
-from reft_serve.gateway import answers, upkeep
-from reft_serve.gateway.cors import Cors
-from reft_serve.gateway.edge import Edge
-from reft_serve.gateway.fleet import Fleet
-from reft_serve.gateway.intake import Intake
-from reft_serve.gateway.job_events import Followers
-from reft_serve.gateway.ledger import Ledger
+from reft_serve.gateway import maintenance
+from reft_serve.gateway.accounting.ledger import Ledger
+from reft_serve.gateway.accounting.quotas import Quotas
+from reft_serve.gateway.engines.discovery import Membership
+from reft_serve.gateway.engines.fleet import Fleet
+from reft_serve.gateway.events.job_events import Followers
+from reft_serve.gateway.events.webhook_sender import Notifier
+from reft_serve.gateway.http.cors import Cors
+from reft_serve.gateway.http.intake import Intake
+from reft_serve.gateway.http.tracing import configure_tracing
 from reft_serve.gateway.lookup import Directory
-from reft_serve.gateway.membership import Membership
-from reft_serve.gateway.notifying import Notifier
-from reft_serve.gateway.quotas import Quotas
+from reft_serve.gateway.middleware import Edge
 from reft_serve.gateway.routes import (
     adapters,
     admin,
@@ -49,10 +49,11 @@ from reft_serve.gateway.routes import (
     webhooks,
 )
 from reft_serve.gateway.routes import usage as usage_routes
+from reft_serve.gateway.schemas import errors
 from reft_serve.gateway.services import Services
-from reft_serve.gateway.tracing import configure_tracing
 from reft_serve.gateway.write_probe import WriteProbe
 from reft_serve.observability import BoundedNames
+from reft_serve.storage.blobs import BlobStore
 
 __all__ = ["create_app"]
 
@@ -80,7 +81,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
 
     app = FastAPI(
         title="reft-serve", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
-        openapi_url="/openapi.json", responses=answers.RESPONSES, separate_input_output_schemas=False,
+        openapi_url="/openapi.json", responses=errors.RESPONSES, separate_input_output_schemas=False,
     )  # fmt: skip
     for routes in _ROUTES:
         app.include_router(routes.router)
@@ -107,7 +108,7 @@ async def _running(settings: GatewaySettings) -> AsyncIterator[Services]:
     services.write_probe.start()
     await services.fleet.start()
     recovering = asyncio.create_task(_recover_forever(services))
-    tending = asyncio.create_task(upkeep.tend_forever(services))
+    tending = asyncio.create_task(maintenance.tend_forever(services))
     try:
         yield services
     finally:
@@ -177,17 +178,17 @@ async def _recover_forever(services: Services) -> None:
 
 async def _named(_: Any, exc: Exception) -> JSONResponse:
     assert isinstance(exc, ReftError)
-    return answers.answer(exc)
+    return errors.answer(exc)
 
 
 async def _invalid(_: Any, exc: Exception) -> JSONResponse:
     assert isinstance(exc, RequestValidationError)
-    return answers.from_validation(exc)
+    return errors.from_validation(exc)
 
 
 async def _http(request: Request, exc: Exception) -> JSONResponse:
     assert isinstance(exc, HTTPException)
-    found = answers.from_http(exc)
+    found = errors.from_http(exc)
     if exc.status_code == 405:  # the framework names the methods of one route only, and a path may have several
         same = (route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE)
         found.headers["allow"] = ", ".join(sorted({method for route in same for method in route.methods}))

@@ -17,9 +17,9 @@ from reft_serve.database.names import check_adapter_name, check_alias_name
 from reft_serve.database.room import check_room, lock_room
 from reft_serve.database.tenants import find_tenant
 from reft_serve.errors import AdapterInvalid, RateLimited
-from reft_serve.gateway.engine import engine_name
+from reft_serve.gateway.engines.engine import engine_name
 from reft_serve.gateway.services import Services
-from reft_serve.gateway.uploads import CheckedAdapter, Uploaded, stage
+from reft_serve.gateway.uploads.unpacking import CheckedAdapter, Uploaded, stage
 
 __all__ = ["Upload", "publish", "retire"]
 

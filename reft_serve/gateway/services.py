@@ -12,21 +12,21 @@ from typing import Any
 
 from fastapi import Request
 
-from reft_serve.adapters.blobs import BlobStore
 from reft_serve.adapters.store import AdapterStore
 from reft_serve.config import GatewaySettings
 from reft_serve.database.connection import Database
-from reft_serve.gateway.checking import CheckPlaces
-from reft_serve.gateway.fleet import Fleet
-from reft_serve.gateway.intake import Intake
-from reft_serve.gateway.job_events import Followers
-from reft_serve.gateway.ledger import Ledger
+from reft_serve.gateway.accounting.ledger import Ledger
+from reft_serve.gateway.accounting.quotas import Quotas
+from reft_serve.gateway.engines.fleet import Fleet
+from reft_serve.gateway.engines.quarantine import Quarantine
+from reft_serve.gateway.events.job_events import Followers
+from reft_serve.gateway.events.webhook_sender import Notifier
+from reft_serve.gateway.http.intake import Intake
 from reft_serve.gateway.lookup import Directory
-from reft_serve.gateway.notifying import Notifier
-from reft_serve.gateway.quarantine import Quarantine
-from reft_serve.gateway.quotas import Quotas
+from reft_serve.gateway.uploads.checking import CheckPlaces
 from reft_serve.gateway.write_probe import WriteProbe
 from reft_serve.observability import BoundedNames
+from reft_serve.storage.blobs import BlobStore
 
 __all__ = ["BACKGROUND_PER_TENANT", "Services", "services_of"]
 

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from reft_serve.errors import ClientError
 from reft_serve.interventions.positions import PositionRule
 from reft_serve.interventions.vocabulary import ACTIVATION_CODES, KINDS, Kind
-from reft_serve.training.recipes import Recipe
+from reft_serve.recipes.recipe import Recipe
 
 __all__ = ["AdapterPlan", "DType", "LoraPlan", "Method", "Plan", "Schedule", "much_is_below", "parse_layers", "plan_of"]
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 
 from reft_serve.adapters.base_model import read_base_model
-from reft_serve.adapters.foreign import Imported, ImportFlags
-from reft_serve.adapters.formats import read_any
+from reft_serve.adapters.importers.common import Imported, ImportFlags
+from reft_serve.adapters.importers.detection import read_any
 from reft_serve.errors import AdapterInvalid, AdapterUnsupported, ClientError, ImportFlagMissing
 from reft_serve.interventions.kinds import edit
 from tests.support.adapters.saves import LLAMA

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from reft_serve.adapters.blobs import BlobStore
-from reft_serve.adapters.files import Aside, sweep_asides
 from reft_serve.adapters.store import AdapterStore
 from reft_serve.errors import BlobMissing, RequestTooLarge, StoreUnusable
+from reft_serve.storage.blobs import BlobStore
+from reft_serve.storage.files import Aside, sweep_asides
 from tests.support.buckets import s3_bucket
 
 pytestmark = pytest.mark.anyio
@@ -129,7 +129,7 @@ async def test_a_place_that_cannot_be_written_to_is_said() -> None:
 def test_a_disk_that_is_full_in_the_middle_is_said_and_leaves_nothing(tmp_path: Path) -> None:
     code = f"""
 import asyncio, resource, signal
-from reft_serve.adapters.blobs import BlobStore
+from reft_serve.storage.blobs import BlobStore
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 async def chunks():
@@ -162,7 +162,7 @@ async def test_what_a_killed_writer_left_is_swept_and_what_a_living_one_writes_i
     code = f"""
 import sys, time
 from pathlib import Path
-from reft_serve.adapters.files import Aside
+from reft_serve.storage.files import Aside
 aside = Aside.file(Path({str(tmp_path / ".writing")!r}))
 aside.path.write_bytes(b"half")
 folder = Aside.directory(Path({str(tmp_path / ".staging")!r}))

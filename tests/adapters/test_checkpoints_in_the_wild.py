@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from reft_serve.adapters.base_model import read_base_model
-from reft_serve.adapters.foreign import ImportFlags
-from reft_serve.adapters.formats import import_adapter
+from reft_serve.adapters.importers.common import ImportFlags
+from reft_serve.adapters.importers.detection import import_adapter
 from tests.support.paths import SHARED
 
 CHECKPOINTS = SHARED / "data" / "pyreft_ckpts"

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from reft_serve.adapters.directory import read_adapter
-from reft_serve.cli import app
+from reft_serve.cli.app import app
 from tests.support.adapters.damage import write_good
 from tests.support.adapters.saves import LLAMA, named
 from tests.support.paths import ROOT
@@ -30,7 +30,7 @@ def import_save(case: str, out: Path, *flags: str) -> Result:
 
 
 def test_help_needs_no_torch() -> None:
-    without = "import sys; sys.modules['torch'] = None; from reft_serve.cli import main; main()"
+    without = "import sys; sys.modules['torch'] = None; from reft_serve.cli.app import main; main()"
     for words in (["--help"], ["adapter", "--help"], ["adapter", "import", "--help"], ["train", "--help"]):
         done = subprocess.run(
             [sys.executable, "-c", without, *words], cwd=ROOT, capture_output=True, text=True, check=True

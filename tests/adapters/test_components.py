@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from reft_serve.adapters.components import PlaceUnknown, resolve_component
+from reft_serve.adapters.importers.components import PlaceUnknown, resolve_component
 from reft_serve.interventions.vocabulary import COMPONENTS
 
 LLAMA = "LlamaForCausalLM"

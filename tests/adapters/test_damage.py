@@ -12,7 +12,7 @@ from reft_serve.adapters.base_model import read_base_model
 from reft_serve.adapters.directory import read_adapter
 from reft_serve.adapters.manifest import Limits
 from reft_serve.adapters.structure import check_structure
-from reft_serve.cli import app
+from reft_serve.cli.app import app
 from reft_serve.errors import AdapterInvalid
 from tests.support.adapters.damage import DAMAGE, MAX_BYTES, MAX_RANK, MODEL, Damage, write_good
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 from reft_serve.adapters.base_modules import linear_modules
 from reft_serve.adapters.lora import CONFIG, TENSORS
 from reft_serve.adapters.structure import check_structure, unknown_modules
-from reft_serve.cli import app
+from reft_serve.cli.app import app
 from reft_serve.errors import AdapterInvalid
 from tests.support.adapters.damage import write_good
 from tests.support.adapters.loras import write_lora

@@ -11,8 +11,8 @@ import torch
 from torch.nn.utils.parametrizations import orthogonal
 
 from reft_serve.adapters.directory import Adapter, publish, read_adapter
-from reft_serve.adapters.formats import import_adapter, read_any
-from reft_serve.adapters.pyreft_export import export_pyreft, import_flags
+from reft_serve.adapters.importers.detection import import_adapter, read_any
+from reft_serve.adapters.importers.pyreft_export import export_pyreft, import_flags
 from reft_serve.errors import AdapterExists, AdapterUnsupported
 from reft_serve.interventions.positions import PositionRule
 from tests.support.adapters.saves import IMPORTABLE, Save, named

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from reft_serve.adapters.foreign import Imported, ImportFlags
-from reft_serve.adapters.formats import read_any
-from reft_serve.adapters.pyreft import read_pyreft
+from reft_serve.adapters.importers.common import Imported, ImportFlags
+from reft_serve.adapters.importers.detection import read_any
+from reft_serve.adapters.importers.pyreft import read_pyreft
 from reft_serve.errors import AdapterInvalid, AdapterUnsupported, ClientError, ImportFlagMissing, PositionsInvalid
 from tests.support.adapters.loras import write_lora
 from tests.support.adapters.saves import IMPORTABLE, SAVES, Save, named

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from reft_serve.adapters.base_model import read_base_model
-from reft_serve.adapters.foreign import Imported, ImportFlags
-from reft_serve.adapters.formats import import_adapter, read_any
+from reft_serve.adapters.importers.common import Imported, ImportFlags
+from reft_serve.adapters.importers.detection import import_adapter, read_any
 from reft_serve.adapters.manifest import BaseFacts
 from reft_serve.errors import AdapterInvalid, AdapterUnsupported
 from reft_serve.interventions.kinds import edit

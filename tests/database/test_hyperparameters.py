@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from reft_serve.database.hyperparameters import DpoHyperparameters, SupervisedHyperparameters, read_hyperparameters
+from reft_serve.recipes.hyperparameters import DpoHyperparameters, SupervisedHyperparameters, read_hyperparameters
 
 NAN = float("nan")
 

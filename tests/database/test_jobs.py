@@ -13,11 +13,11 @@ import pytest
 from sqlalchemy import select, update
 
 from reft_serve.config import TenantLimits
-from reft_serve.database import audit, files, fine_tuning, jobs, resolution, tenants, webhooks
+from reft_serve.database import audit, files, resolution, tenants, webhooks
 from reft_serve.database.adapters import list_versions
 from reft_serve.database.connection import Database
-from reft_serve.database.models import Adapter, Checkpoint, Delivery, Event, File, Job, Tenant, Version, now_ms
-from reft_serve.database.outcomes import (
+from reft_serve.database.jobs import fine_tuning, queue
+from reft_serve.database.jobs.outcomes import (
     FINAL,
     Cancelled,
     Failed,
@@ -27,6 +27,7 @@ from reft_serve.database.outcomes import (
     Paused,
     Succeeded,
 )
+from reft_serve.database.models import Adapter, Checkpoint, Delivery, Event, File, Job, Tenant, Version, now_ms
 from reft_serve.database.room import stored_bytes
 from reft_serve.errors import Conflict, LeaseLost, NotFound, RequestInvalid
 
@@ -59,25 +60,25 @@ async def make_job(database: Database, tenant: Tenant, file_id: str = "", **opti
         return (await fine_tuning.create_job(session, tenant, "key", wanted)).id
 
 
-async def claim(database: Database, worker: str = "w", lease: float = LEASE, **options: Any) -> jobs.Claim | None:
+async def claim(database: Database, worker: str = "w", lease: float = LEASE, **options: Any) -> queue.Claim | None:
     async with database.writing() as session:
-        return await jobs.claim(session, worker, lease, **options)
+        return await queue.claim(session, worker, lease, **options)
 
 
-async def held(database: Database, **options: Any) -> jobs.Claim:
+async def held(database: Database, **options: Any) -> queue.Claim:
     claimed = await claim(database, **options)
     assert claimed is not None
     return claimed
 
 
-async def finish(database: Database, held_: jobs.Claim, outcome: Outcome) -> str:
+async def finish(database: Database, held_: queue.Claim, outcome: Outcome) -> str:
     async with database.writing() as session:
-        return await jobs.finish(session, held_.id, held_.worker, outcome)
+        return await queue.finish(session, held_.id, held_.worker, outcome)
 
 
-async def beat(database: Database, held_: jobs.Claim, step: int = 0) -> str:
+async def beat(database: Database, held_: queue.Claim, step: int = 0) -> str:
     async with database.writing() as session:
-        return await jobs.heartbeat(session, held_.id, held_.worker, LEASE, jobs.Progress(step, 10, step * 5))
+        return await queue.heartbeat(session, held_.id, held_.worker, LEASE, queue.Progress(step, 10, step * 5))
 
 
 async def ask(database: Database, tenant: Tenant, job_id: str, what: Any) -> Job:
@@ -117,9 +118,9 @@ async def test_a_job_is_claimed_kept_and_published_in_one_go(database: Database)
     )
     assert await claim(database) is None
     async with database.writing() as session:
-        await jobs.resolve(session, mine.id, mine.worker, {"n_epochs": 3}, steps=10, memory_bytes=1000)
-        await jobs.add_event(session, mine.id, mine.worker, "Step 1/10", metrics={"step": 1, "train_loss": 2.0})
-        await jobs.add_checkpoint(session, mine.id, mine.worker, 1, {"train_loss": 9.0})
+        await queue.resolve(session, mine.id, mine.worker, {"n_epochs": 3}, steps=10, memory_bytes=1000)
+        await queue.add_event(session, mine.id, mine.worker, "Step 1/10", metrics={"step": 1, "train_loss": 2.0})
+        await queue.add_checkpoint(session, mine.id, mine.worker, 1, {"train_loss": 9.0})
         result = await files.start_file(
             session, tenant.id, "key", filename="r.csv", purpose="fine-tune-results", expires_ms=None
         )
@@ -166,11 +167,11 @@ async def test_nobody_but_the_holder_changes_a_job(database: Database) -> None:
             await finish(database, first, outcome)
     async with database.writing() as session:
         for act in (
-            jobs.heartbeat(session, job_id, first.worker, LEASE),
-            jobs.release(session, job_id, first.worker),
-            jobs.resolve(session, job_id, first.worker, {}),
-            jobs.add_event(session, job_id, first.worker, "late"),
-            jobs.add_checkpoint(session, job_id, first.worker, 1, {}),
+            queue.heartbeat(session, job_id, first.worker, LEASE),
+            queue.release(session, job_id, first.worker),
+            queue.resolve(session, job_id, first.worker, {}),
+            queue.add_event(session, job_id, first.worker, "late"),
+            queue.add_checkpoint(session, job_id, first.worker, 1, {}),
         ):
             with pytest.raises(LeaseLost):
                 await act
@@ -212,7 +213,7 @@ async def test_limits_of_tenants_and_of_memory_hold_a_job_back(database: Databas
     big = taken[1]
     assert big is not None
     async with database.writing() as session:
-        assert await jobs.release(session, big.id, big.worker, memory_bytes=500) == "queued"
+        assert await queue.release(session, big.id, big.worker, memory_bytes=500) == "queued"
     assert await claim(database, memory_bytes=499) is None
     again = await held(database, memory_bytes=500)
     assert (again.id, again.attempts) == (big.id, 1), "to hand a job back is no failed attempt"
@@ -224,7 +225,7 @@ async def test_a_job_that_fails_each_time_is_given_up_and_its_reason_kept_for_th
         mine = await held(database)
         assert mine.attempts == attempt
         async with database.writing() as session:
-            status = await jobs.release(session, job_id, mine.worker, traceback=f"Traceback {attempt}")
+            status = await queue.release(session, job_id, mine.worker, traceback=f"Traceback {attempt}")
         assert status == ("queued" if attempt < 3 else "failed")
     job = await state(database, job_id)
     assert job.error is not None
@@ -298,7 +299,7 @@ async def test_what_a_dead_worker_was_told_happens_without_it(database: Database
     await ask(database, tenant, job_id, what)
     await lose(database, job_id)
     async with database.writing() as session:
-        assert await jobs.sweep(session) == 1
+        assert await queue.sweep(session) == 1
     assert (await state(database, job_id)).status == status
 
 
@@ -369,7 +370,7 @@ async def test_events_are_listed_newest_first_and_followed_oldest_first(database
     mine = await held(database)
     async with database.writing() as session:
         for k in range(5):
-            await jobs.add_event(session, job_id, mine.worker, f"event {k}")
+            await queue.add_event(session, job_id, mine.worker, f"event {k}")
     async with database.reading() as session:
         page, more = await fine_tuning.list_events(session, job_id, limit=2)
         assert ([event.message for event in page], more) == (["event 4", "event 3"], True)
@@ -459,7 +460,7 @@ async def test_a_checkpoint_warns_that_the_result_will_not_fit(database: Databas
     mine = await held(database)
     for limits in (TenantLimits(storage_bytes=100), TenantLimits(storage_bytes=5)):
         async with database.writing() as session:
-            await jobs.add_checkpoint(session, mine.id, mine.worker, 1, {}, limits)
+            await queue.add_checkpoint(session, mine.id, mine.worker, 1, {}, limits)
     warned = [message for message in await told(database, job_id) if "could not be kept" in message]
     assert len(warned) == 1
 
@@ -536,7 +537,7 @@ async def test_many_workers_at_once_run_each_job_by_one_holder_to_one_end(databa
                     ends.append(mine.id)
             elif fate < 0.5:
                 async with pool.writing() as session:
-                    await jobs.release(session, mine.id, mine.worker)
+                    await queue.release(session, mine.id, mine.worker)
             else:
                 await finish(pool, mine, dice.choice([DONE, DONE, Failed("x", "y"), Cancelled()]))
                 ends.append(mine.id)
@@ -555,9 +556,9 @@ async def test_many_workers_at_once_run_each_job_by_one_holder_to_one_end(databa
 _FINAL_EVENTS = {"The job has successfully completed", "The job was cancelled", "The job failed: y"}
 
 
-async def make_way(database: Database, *held_: jobs.Claim, **options: Any) -> str | None:
+async def make_way(database: Database, *held_: queue.Claim, **options: Any) -> str | None:
     async with database.writing() as session:
-        return await jobs.make_way(session, [each.id for each in held_], 1 << 40, **options)
+        return await queue.make_way(session, [each.id for each in held_], 1 << 40, **options)
 
 
 async def test_a_job_gives_way_to_that_of_a_tenant_with_fewer_and_goes_on_after_it(database: Database) -> None:
@@ -572,9 +573,9 @@ async def test_a_job_gives_way_to_that_of_a_tenant_with_fewer_and_goes_on_after_
     assert await make_way(database, long) == long.id
     assert await make_way(database, long) is None, "one is enough"
     async with database.reading() as session:
-        assert await jobs.look(session, long.id, long.worker) == "yield"
+        assert await queue.look(session, long.id, long.worker) == "yield"
     async with database.writing() as session:
-        assert await jobs.release(session, long.id, long.worker) == "queued"
+        assert await queue.release(session, long.id, long.worker) == "queued"
     taken = await held(database)
     assert taken.id == short
     await finish(database, taken, Cancelled())
@@ -613,7 +614,7 @@ async def test_what_an_owner_asks_of_a_job_that_gives_way_holds(database: Databa
         async with database.writing() as session:
             await fine_tuning.ask(session, first.id, long.id, what)  # type: ignore[arg-type]
         async with database.writing() as session:
-            assert await jobs.release(session, long.id, long.worker) == status
+            assert await queue.release(session, long.id, long.worker) == status
             await fine_tuning.ask(session, second.id, waiting, "cancel")
 
 

@@ -124,7 +124,7 @@ def test_files_are_checked_and_recipes_read_without_torch_and_transformers() -> 
         "import io, sys\n"
         "sys.modules['torch'] = sys.modules['transformers'] = sys.modules['jinja2'] = None\n"
         "from reft_serve.datafiles.formats import check_rows\n"
-        "from reft_serve.training.recipes import load_recipe, recipe_names\n"
+        "from reft_serve.recipes.recipe import load_recipe, recipe_names\n"
         "for name in recipe_names(): load_recipe(name)\n"
         'print(check_rows(io.BytesIO(b\'{"prompt": "a", "completion": "b"}\'), \'data.jsonl\'))\n'
     )

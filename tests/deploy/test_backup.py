@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 from sqlalchemy import MetaData, select
 
-from reft_serve.adapters.blobs import BlobStore
 from reft_serve.adapters.store import AdapterStore
 from reft_serve.backup import Places, back_up, bring_back
 from reft_serve.database import keys, tenants
@@ -22,7 +21,8 @@ from reft_serve.database.connection import Database, migrate
 from reft_serve.database.files import key_of_blob
 from reft_serve.database.models import Event, File, Job
 from reft_serve.errors import Conflict, DatabaseUnusable, StoreUnusable
-from reft_serve.gateway.fake_engine import FakeEngine
+from reft_serve.storage.blobs import BlobStore
+from reft_serve.testing import FakeEngine
 from tests.support.deploy.load import asking
 from tests.support.gateway.harness import Gateway, Served, running
 from tests.support.postgres import execute, postgres_server

@@ -106,8 +106,9 @@ def test_an_image_is_built_from_what_is_there_and_from_locked_packages(path: Pat
 def test_vllm_brings_what_the_plugin_imports() -> None:
     """The engine's image installs us with --no-deps: so nothing may be missing."""
     code = (
-        "import json, sys; import reft_serve.cli, reft_serve.cli_serve, reft_serve.engine, reft_serve.engine.serve, "
-        "reft_serve.adapters.formats; print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+        "import json, sys; import reft_serve.cli.app, reft_serve.cli.serve, reft_serve.engine; "
+        "import reft_serve.engine.launch.plan, reft_serve.adapters.importers.detection; "
+        "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     owners = metadata.packages_distributions()

@@ -22,7 +22,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from reft_serve.gateway.engine import NAME_PREFIX
+from reft_serve.gateway.engines.engine import NAME_PREFIX
 from tests.support.deploy.manifests import workload
 from tests.support.deploy.processes import BIN, Container
 from tests.support.gateway.process import free_port

@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from reft_serve import errors
-from reft_serve.gateway import answers
+from reft_serve.gateway.schemas import errors as answers
 from tests.support.paths import ROOT
 
 PAGE = (ROOT / "docs" / "gateway-api.md").read_text().partition("<!-- errors -->")[2].partition("\n\n")[0]

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from reft_serve.gateway.fake_engine import FakeEngine
+from reft_serve.testing import FakeEngine
 from tests.support.blocks import blocks
 from tests.support.paths import ROOT
 

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from reft_serve.adapters.digest import digest_of
-from reft_serve.adapters.files import write_directory
 from reft_serve.adapters.structure import CONFIG, TENSORS
 from reft_serve.errors import AdapterInvalid, AdapterUnsupported
+from reft_serve.storage.files import write_directory
 from tests.support.adapters.damage import write_good
 from tests.support.adapters.loras import SCALE, write_lora
 from tests.support.engine.engines import running_engine, stats

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from reft_serve.adapters.directory import Adapter
 from reft_serve.adapters.manifest import MAX_PASSES, Limits
-from reft_serve.engine.edits import Edits
-from reft_serve.engine.front_end import Binder
-from reft_serve.engine.identity import Identity
-from reft_serve.engine.registry import Registry
+from reft_serve.engine.adapter_ref import Identity
+from reft_serve.engine.front_end.binding import Binder
+from reft_serve.engine.worker.edits import Edits
+from reft_serve.engine.worker.registry import Registry
 from reft_serve.interventions.batched import UnitPool
 from reft_serve.interventions.kinds import fold
 from reft_serve.interventions.positions import Part

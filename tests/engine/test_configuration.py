@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from reft_serve.engine.facts import limits_of, settings_of
+from reft_serve.engine.vllm_config import limits_of, settings_of
 from tests.support.adapters.damage import MODEL, write_good
 from tests.support.adapters.loras import write_lora
 

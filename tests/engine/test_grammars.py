@@ -23,10 +23,10 @@ from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.structured_output.backend_guidance import GuidanceBackend
 
 from reft_serve import demo
-from reft_serve.engine import grammar_checks
-from reft_serve.engine.grammar_checks import GrammarChecks
-from reft_serve.engine.grammar_process import AT_ONCE, LIMITS, WAITING_PER_CALLER, schema_options, serialise
-from reft_serve.engine.grammars import EXCEEDED, BoundedGrammar, end_costly
+from reft_serve.engine.core.grammars import EXCEEDED, BoundedGrammar, end_costly
+from reft_serve.engine.front_end import grammar_checks
+from reft_serve.engine.front_end.grammar_checks import GrammarChecks
+from reft_serve.engine.grammar_compiler.process import AT_ONCE, LIMITS, WAITING_PER_CALLER, schema_options, serialise
 from reft_serve.engine.plugin import register
 from tests.support.waiting import wait_for
 

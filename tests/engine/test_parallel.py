@@ -101,7 +101,7 @@ def test_every_rank_loads_and_unloads_the_same_versions(engine: Any, adapters: d
 
 
 def test_a_version_that_cannot_be_read_fails_its_request_alone(engine: Any, tmp_path: Path) -> None:
-    from reft_serve.engine.front_end import binder_of
+    from reft_serve.engine.front_end.binding import binder_of
 
     whole = first_logprobs(engine, [None])
     for number in (201, 202):

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from reft_serve.engine import places
-from reft_serve.engine.edits import Edits, attach_edits
-from reft_serve.engine.places import decoder_layers, places_of, watch
+from reft_serve.engine.worker import hook_points
+from reft_serve.engine.worker.edits import Edits, attach_edits
+from reft_serve.engine.worker.hook_points import decoder_layers, places_of, watch
 from reft_serve.errors import EngineUnsupported
 from reft_serve.interventions.batched import UnitPool
 from reft_serve.interventions.kinds import Unit
@@ -192,7 +192,7 @@ _NOT_SERVED = {
 def test_the_layers_that_add_their_residual_are_those_of_this_vllm() -> None:
     """`(hidden, residual)` alone does not tell; so read every layer of vLLM that returns it, and look for the addition."""
     found = {name for name, forward in _layers_of_vllm() if _returns_residual(forward) and _adds_residual(forward)}
-    assert found - _NOT_SERVED == places._ADDED_ALREADY
+    assert found - _NOT_SERVED == hook_points._ADDED_ALREADY
 
 
 def _layers_of_vllm() -> Iterator[tuple[str, ast.FunctionDef]]:

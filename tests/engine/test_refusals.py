@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from reft_serve.engine.configuration import check_modes
-from reft_serve.engine.places import decoder_layers, places_of, watch
 from reft_serve.engine.plugin import KNOWN_VERSIONS, check_version
+from reft_serve.engine.worker.hook_points import decoder_layers, places_of, watch
 from reft_serve.errors import EngineUnsupported
 from tests.support.engine.engines import engine_config
 

@@ -88,7 +88,7 @@ class Served:
     @property
     def unfinished(self) -> dict[str, int]:
         """The versions that unfinished requests hold."""
-        from reft_serve.engine.admission import admission_of
+        from reft_serve.engine.core.admission import admission_of
 
         admission = admission_of(self.engine.llm_engine.engine_core.engine_core)
         assert admission is not None

@@ -5,9 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reft_serve.engine.identity import Identity
-from reft_serve.engine.prefix_cache import edited_in
-from reft_serve.engine.rows import StepRequest, rows_of
+from reft_serve.engine.adapter_ref import Identity
+from reft_serve.engine.core.prefix_cache import edited_in
+from reft_serve.engine.worker.rows import StepRequest, rows_of
 from reft_serve.interventions.positions import Part, PositionRule
 from tests.support.engine.position_rules import RULES
 

@@ -15,11 +15,11 @@ import torch
 from typer.testing import CliRunner
 
 from reft_serve.adapters.directory import publish, read_adapter
-from reft_serve.adapters.foreign import ImportFlags
+from reft_serve.adapters.importers.common import ImportFlags
 from reft_serve.adapters.manifest import BaseFacts, InterventionSpec, Manifest
-from reft_serve.cli import app
+from reft_serve.cli.app import app
 from reft_serve.config import ServeSettings, read_settings
-from reft_serve.engine.serve import Plan, ServeRequest, become, plan
+from reft_serve.engine.launch.plan import Plan, ServeRequest, become, plan
 from reft_serve.errors import (
     AdapterInvalid,
     AdapterUnsupported,
@@ -329,7 +329,7 @@ def test_the_server_takes_the_place_of_the_process_with_its_environment(tmp_path
 
 
 def test_deciding_does_not_import_vllm() -> None:
-    code = "import sys, reft_serve.engine.serve; sys.exit('vllm' in sys.modules)"
+    code = "import sys, reft_serve.engine.launch.plan; sys.exit('vllm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -354,7 +354,7 @@ def test_keys_are_read_from_the_environment_and_are_in_no_command(monkeypatch: p
     monkeypatch.setenv("REFT_ENGINE_KEY_NEXT", "s-2")
     monkeypatch.setenv("VLLM_API_KEY", "s-1")
     chosen = planned()
-    assert "reft_serve.engine.server" in chosen.command
+    assert "reft_serve.engine.launch.server" in chosen.command
     assert "s-1" not in repr(chosen)
     code = "from vllm.entrypoints.launchers.api_server import entry; import sys\n"
     code += "entry.main = lambda: print(sys.argv[1:])\nfrom reft_serve.engine import server; server.main()"

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 from vllm.lora.request import LoRARequest
 
-from reft_serve.engine import telemetry
-from reft_serve.engine.identity import Identity, bound_request
-from reft_serve.engine.prefix_cache import extra_keys, shared_tokens
-from reft_serve.engine.telemetry import take, wrap_update_stats_from_finished
+from reft_serve.engine.adapter_ref import Identity, bound_request
+from reft_serve.engine.core.prefix_cache import extra_keys, shared_tokens
+from reft_serve.engine.front_end import telemetry
+from reft_serve.engine.front_end.telemetry import take, wrap_update_stats_from_finished
 from reft_serve.interventions.positions import PositionRule
 from tests.support.engine.position_rules import RULES
 

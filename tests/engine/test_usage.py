@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from reft_serve.engine import usage
+from reft_serve.engine.front_end import usage
 
 NAME = "0123456789abcdef" * 2
 

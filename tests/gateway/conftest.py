@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from reft_serve.gateway.fake_engine import FakeEngine
+from reft_serve.testing import FakeEngine
 from tests.support.gateway.fake_worker import FakeWorker
 from tests.support.gateway.harness import Gateway, Tenant, running
 from tests.support.postgres import BOTH, create_database

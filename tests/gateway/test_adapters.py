@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from reft_serve.gateway.fake_engine import FakeEngine
+from reft_serve.testing import FakeEngine
 from tests.support.adapters.archives import tar_of, zip_of
 from tests.support.gateway.harness import Gateway, Tenant, adapter_files, running
 from tests.support.waiting import wait_for

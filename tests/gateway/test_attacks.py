@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from reft_serve.gateway.fake_engine import FakeEngine
+from reft_serve.testing import FakeEngine
 from tests.support.attacks import ATTACKS, Attacker, act
 from tests.support.gateway.harness import Gateway, Served, adapter_files
 from tests.support.gateway.process import process

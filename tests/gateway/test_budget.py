@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reft_serve.errors import RateLimited, RequestInvalid, RequestTooLarge
-from reft_serve.gateway.budget import Budget
-from reft_serve.gateway.json_check import JSON_DEPTH, JSON_DIGITS, check_json
-from reft_serve.gateway.streaming import ClientGone
+from reft_serve.gateway.http.budget import Budget
+from reft_serve.gateway.http.json_check import JSON_DEPTH, JSON_DIGITS, check_json
+from reft_serve.gateway.http.streaming import ClientGone
 
 pytestmark = pytest.mark.anyio
 

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from reft_serve.errors import DataInvalid, RateLimited, RequestInvalid
-from reft_serve.gateway import subprocess_check
-from reft_serve.gateway.checking import CHECKS_WAITING_PER_TENANT, CheckPlaces
-from reft_serve.gateway.subprocess_check import check_in_subprocess
+from reft_serve.gateway.uploads import subprocess_check
+from reft_serve.gateway.uploads.checking import CHECKS_WAITING_PER_TENANT, CheckPlaces
+from reft_serve.gateway.uploads.subprocess_check import check_in_subprocess
 from tests.support.gateway.harness import running
 from tests.support.gateway.process import Process
 from tests.support.waiting import wait_for

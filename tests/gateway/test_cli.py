@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from reft_serve.cli_admin import app
-from reft_serve.cli_up import _Child, _make_private, _places
+from reft_serve.cli.admin import app
+from reft_serve.cli.up import _Child, _make_private, _places
 from reft_serve.errors import Conflict, NotFound, RequestInvalid
 from tests.support.gateway.harness import running
 from tests.support.waiting import wait_for

@@ -13,11 +13,11 @@ from openai.types import chat, completion_create_params, embedding_create_params
 from openai.types.responses import response_input_item_param
 from pydantic import ValidationError
 
-from reft_serve.gateway import bodies, messages
-from reft_serve.gateway.bodies import ChatBody, CompletionBody, EmbeddingBody, ResponseBody
-from reft_serve.gateway.client_fields import IGNORED, REFUSED
-from reft_serve.gateway.fake_engine import FakeEngine
-from reft_serve.gateway.request_model import RequestModel
+from reft_serve.gateway.schemas import inference, messages
+from reft_serve.gateway.schemas.client_fields import IGNORED, REFUSED
+from reft_serve.gateway.schemas.inference import ChatBody, CompletionBody, EmbeddingBody, ResponseBody
+from reft_serve.gateway.schemas.request_model import RequestModel
+from reft_serve.testing import FakeEngine
 from tests.support.gateway.harness import Tenant
 
 HELLO: list[Any] = [{"role": "user", "content": "hello there"}]
@@ -282,8 +282,8 @@ def literals(typed: Any) -> set[str]:
         (chat.completion_create_params.CompletionCreateParamsNonStreaming, ChatBody),
         (responses.response_create_params.ResponseCreateParamsNonStreaming, ResponseBody),
         (embedding_create_params.EmbeddingCreateParams, EmbeddingBody),
-        (chat.ChatCompletionStreamOptionsParam, bodies._StreamOptions),
-        (responses.response_create_params.StreamOptions, bodies._StreamOptions),
+        (chat.ChatCompletionStreamOptionsParam, inference._StreamOptions),
+        (responses.response_create_params.StreamOptions, inference._StreamOptions),
         (chat.ChatCompletionDeveloperMessageParam, messages.ChatMessage),
         (chat.ChatCompletionSystemMessageParam, messages.ChatMessage),
         (chat.ChatCompletionUserMessageParam, messages.ChatMessage),
@@ -309,8 +309,8 @@ def literals(typed: Any) -> set[str]:
         (responses.ResponseOutputRefusalParam, messages._InputPart),
         (responses.FunctionToolParam, messages.ResponseTool),
         (responses.CustomToolParam, messages.ResponseTool),
-        (responses.ResponseTextConfigParam, bodies._Text),
-        (shared_params.Reasoning, bodies._Reasoning),
+        (responses.ResponseTextConfigParam, inference._Text),
+        (shared_params.Reasoning, inference._Reasoning),
     ],
 )
 def test_every_field_of_the_client_is_served_ignored_or_refused_with_a_reason(

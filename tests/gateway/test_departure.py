@@ -8,10 +8,10 @@ from typing import Any
 import httpx
 import pytest
 
-from reft_serve.gateway.departure import estimated
-from reft_serve.gateway.fake_engine import FakeEngine
-from reft_serve.gateway.reservation import Demand
-from reft_serve.gateway.tokens import Tokens
+from reft_serve.gateway.accounting.demand import Demand
+from reft_serve.gateway.engines.tokens import Tokens
+from reft_serve.gateway.inference.departure import estimated
+from reft_serve.testing import FakeEngine
 from tests.support.gateway.harness import Gateway, Tenant, usage_of
 from tests.support.waiting import wait_for
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from reft_serve.gateway.fake_engine import FakeEngine
+from reft_serve.testing import FakeEngine
 from tests.support.gateway.harness import Gateway, Served
 from tests.support.gateway.process import free_port, process
 from tests.support.waiting import wait_for
@@ -94,7 +94,7 @@ def test_without_leave_to_migrate_it_asks_for_a_migration(tmp_path: Path, behind
         "REFT_DATABASE": f"sqlite:///{tmp_path}/reft.db", "REFT_STORE": str(tmp_path / "store"),
         "REFT_MIGRATE": "false", "REFT_ENGINES": behind[1],
     }  # fmt: skip
-    run = [sys.executable, "-m", "reft_serve.cli_gateway", "--port", str(free_port())]
+    run = [sys.executable, "-m", "reft_serve.cli.gateway", "--port", str(free_port())]
     ended = subprocess.run(run, env=settings, capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 3
     assert "reft-serve admin migrate" in ended.stderr

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from reft_serve.errors import AdapterInvalid
-from reft_serve.gateway.engine import Engine
-from reft_serve.gateway.fake_engine import FakeEngine
+from reft_serve.gateway.engines.engine import Engine
+from reft_serve.testing import FakeEngine
 from tests.support.gateway.harness import Served
 
 

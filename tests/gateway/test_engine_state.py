@@ -14,8 +14,8 @@ import pytest
 from starlette.responses import JSONResponse, PlainTextResponse
 
 from reft_serve.errors import EngineUnavailable
-from reft_serve.gateway.engine import Engine
-from reft_serve.gateway.fake_engine import FakeEngine
+from reft_serve.gateway.engines.engine import Engine
+from reft_serve.testing import FakeEngine
 from tests.support.gateway.harness import Gateway, Served
 from tests.support.gateway.process import free_port, process
 from tests.support.waiting import wait_for
@@ -49,7 +49,7 @@ def guarded() -> Iterator[tuple[Guarded, str]]:
 
 def changes(caplog: pytest.LogCaptureFixture) -> list[str]:
     """The sentences logged about engines, with the reason of each."""
-    own = [each for each in caplog.records if each.name == "reft_serve.gateway.engine_state"]
+    own = [each for each in caplog.records if each.name == "reft_serve.gateway.engines.state"]
     return [f"{each.levelname} {getattr(each, 'data', {}).get('reason', each.getMessage())}" for each in own]
 
 

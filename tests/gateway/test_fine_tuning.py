@@ -13,7 +13,7 @@ from typing import Any
 import openai
 import pytest
 
-from reft_serve.database.outcomes import Cancelled, Failed, Paused
+from reft_serve.database.jobs.outcomes import Cancelled, Failed, Paused
 from tests.support.gateway.fake_worker import CSV, FakeWorker
 from tests.support.gateway.harness import Gateway, Tenant, running
 from tests.support.gateway.uploads import create, upload

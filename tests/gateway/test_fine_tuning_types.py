@@ -10,7 +10,7 @@ import pytest
 from openai import Stream
 from openai.types.fine_tuning import FineTuningJobEvent
 
-from reft_serve.database.outcomes import Failed
+from reft_serve.database.jobs.outcomes import Failed
 from tests.support.gateway.fake_worker import FakeWorker
 from tests.support.gateway.harness import Gateway, Tenant
 from tests.support.gateway.strict import strict, strict_each

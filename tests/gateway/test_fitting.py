@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from reft_serve.adapters.engine_card import EngineCard, read_card
 from reft_serve.adapters.manifest import BaseFacts, InterventionSpec, Limits, Manifest, Part
-from reft_serve.database.hyperparameters import read_hyperparameters
-from reft_serve.gateway.fake_engine import FakeEngine
-from reft_serve.gateway.fitting import misfit
+from reft_serve.gateway.jobs.feasibility import misfit
 from reft_serve.interventions.positions import PositionRule
 from reft_serve.interventions.vocabulary import KINDS, Component, Kind, has_activation
+from reft_serve.recipes.hyperparameters import read_hyperparameters
+from reft_serve.testing import FakeEngine
 from tests.support.gateway.harness import Gateway, Served, Tenant
 from tests.support.gateway.uploads import upload
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from reft_serve.gateway.fake_engine import FakeEngine
+from reft_serve.testing import FakeEngine
 from tests.support.gateway.harness import Gateway, Tenant, adapter_files, running
 from tests.support.waiting import wait_for
 

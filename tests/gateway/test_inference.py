@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 
-from reft_serve.gateway.fake_engine import FakeEngine
+from reft_serve.testing import FakeEngine
 from tests.support.gateway.harness import Gateway, Tenant, take, usage_of
 from tests.support.gateway.strict import strict
 from tests.support.waiting import wait_for

@@ -12,7 +12,7 @@ from sqlalchemy import select, text
 from reft_serve.database.connection import Database, migrate
 from reft_serve.database.models import Admission, Usage, now_ms
 from reft_serve.database.usage import Ending, Opening
-from reft_serve.gateway.ledger import Ledger
+from reft_serve.gateway.accounting.ledger import Ledger
 
 pytestmark = pytest.mark.anyio
 

@@ -15,11 +15,11 @@ import pytest
 from reft_serve.config import TenantLimits
 from reft_serve.database.keys import Principal
 from reft_serve.errors import RateLimited, RequestInvalid, ServiceError
-from reft_serve.gateway import quotas
-from reft_serve.gateway.fake_engine import FakeEngine
-from reft_serve.gateway.quotas import Quotas
-from reft_serve.gateway.reservation import bounded, demand_of
+from reft_serve.gateway.accounting import quotas
+from reft_serve.gateway.accounting.demand import bounded, demand_of
+from reft_serve.gateway.accounting.quotas import Quotas
 from reft_serve.observability import BoundedNames
+from reft_serve.testing import FakeEngine
 from tests.support.gateway.fake_worker import FakeWorker
 from tests.support.gateway.harness import Gateway, Tenant
 from tests.support.gateway.uploads import jsonl, upload

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from reft_serve.errors import ServiceError
-from reft_serve.gateway.fake_engine import FakeEngine
-from reft_serve.gateway.membership import Membership
+from reft_serve.gateway.engines.discovery import Membership
+from reft_serve.testing import FakeEngine
 from tests.support.gateway.harness import Gateway, Served
 from tests.support.waiting import wait_for
 

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from reft_serve.gateway.fake_engine import FakeEngine
+from reft_serve.testing import FakeEngine
 from tests.support.gateway.harness import Gateway, Served
 from tests.support.gateway.permissions import readable_by_others
 from tests.support.gateway.process import free_port, process
@@ -98,7 +98,7 @@ def test_what_it_writes_is_readable_by_its_owner_alone(
 )  # fmt: skip
 def test_a_setting_that_cannot_be_used_is_told_at_start(tmp_path: Path, name: str, value: str, phrase: str) -> None:
     settings = {"REFT_DATABASE": f"sqlite:///{tmp_path}/x.db", "REFT_STORE": str(tmp_path / "store"), name: value}
-    command = [sys.executable, "-m", "reft_serve.cli_gateway", "--port", str(free_port())]
+    command = [sys.executable, "-m", "reft_serve.cli.gateway", "--port", str(free_port())]
     ended = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode != 0
     assert phrase in ended.stderr

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from reft_serve.errors import RateLimited, RequestQuarantined
-from reft_serve.gateway import quarantine
-from reft_serve.gateway.quarantine import Quarantine, digest_of, is_plain
+from reft_serve.gateway.engines import quarantine
+from reft_serve.gateway.engines.quarantine import Quarantine, digest_of, is_plain
 
 PATH = "/v1/completions"
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from limits.storage import storage_from_string
 
-from reft_serve.gateway import concurrency
-from reft_serve.gateway.fake_engine import FakeEngine
+from reft_serve.gateway.accounting import concurrency
+from reft_serve.testing import FakeEngine
 from tests.support.gateway.harness import Gateway, Tenant, running
 from tests.support.gateway.process import free_port
 

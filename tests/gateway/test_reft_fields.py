@@ -10,7 +10,7 @@ import pytest
 
 from reft_serve.config import GatewaySettings, read_settings
 from reft_serve.errors import ServiceError
-from reft_serve.gateway.fake_engine import FakeEngine
+from reft_serve.testing import FakeEngine
 from tests.support.gateway.harness import Tenant, running
 
 HELLO: list[Any] = [{"role": "user", "content": "hello there"}]

@@ -10,7 +10,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from reft_serve.gateway.fake_engine import FakeEngine
+from reft_serve.testing import FakeEngine
 from tests.support.gateway.harness import Gateway, Served, Tenant, running
 from tests.support.waiting import wait_for
 

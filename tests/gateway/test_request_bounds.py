@@ -19,8 +19,8 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from reft_serve.gateway.draining import unsent_bytes
-from reft_serve.gateway.fake_engine import FakeEngine
+from reft_serve.gateway.http.server import unsent_bytes
+from reft_serve.testing import FakeEngine
 from tests.support.gateway.harness import Gateway, Served, Tenant
 from tests.support.gateway.process import process
 from tests.support.waiting import wait_for

@@ -13,7 +13,7 @@ from typing import Any
 import openai
 import pytest
 
-from reft_serve.gateway.fake_engine import FakeEngine
+from reft_serve.testing import FakeEngine
 from tests.support.gateway.harness import Gateway, Served, Tenant, take, usage_of
 from tests.support.waiting import wait_for
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from reft_serve.gateway.fake_engine import FakeEngine
+from reft_serve.testing import FakeEngine
 from tests.support.gateway.harness import Tenant
 
 HUGE = {"type": "array", "minItems": 2**31, "prefixItems": [{}, {}]}

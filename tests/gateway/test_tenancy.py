@@ -12,8 +12,8 @@ import openai
 import pytest
 
 from reft_serve.database.keys import MAKERS
-from reft_serve.gateway.edge import OPEN_PATHS
-from reft_serve.gateway.fake_engine import FakeEngine
+from reft_serve.gateway.middleware import OPEN_PATHS
+from reft_serve.testing import FakeEngine
 from tests.support.gateway.harness import Gateway, Tenant, operations, running
 from tests.support.waiting import wait_for
 

@@ -6,9 +6,9 @@ import asyncio
 from collections import Counter
 from contextlib import AsyncExitStack
 
-from reft_serve.gateway.engine import Engine
-from reft_serve.gateway.fleet import Fleet
-from reft_serve.gateway.membership import Membership
+from reft_serve.gateway.engines.discovery import Membership
+from reft_serve.gateway.engines.engine import Engine
+from reft_serve.gateway.engines.fleet import Fleet
 
 
 def test_a_tenant_that_is_behind_gets_what_it_lacks_and_no_more() -> None:

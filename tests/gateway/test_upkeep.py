@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from reft_serve.database import jobs
+from reft_serve.database.jobs import queue
 from tests.support.gateway.fake_worker import FakeWorker
 from tests.support.gateway.harness import running
 from tests.support.gateway.uploads import create
@@ -20,7 +20,7 @@ def test_a_job_that_loses_its_workers_has_as_many_attempts_as_the_settings_say(t
             return tenant.openai.fine_tuning.jobs.retrieve(job.id).status
 
         for attempt in range(1, 6):
-            claim = worker.act(lambda session: jobs.claim(session, "dying", 0.001, most_attempts=5))
+            claim = worker.act(lambda session: queue.claim(session, "dying", 0.001, most_attempts=5))
             assert claim is not None
             assert claim.attempts == attempt
             wait_for(lambda: status() != "running")

@@ -15,12 +15,12 @@ import pytest
 from sqlalchemy import func, insert, select
 
 from reft_serve.config import GatewaySettings
+from reft_serve.database.jobs.outcomes import Cancelled, Failed
 from reft_serve.database.models import Delivery, now_ms
-from reft_serve.database.outcomes import Cancelled, Failed
 from reft_serve.database.webhooks import PENDING_PER_WEBHOOK, DueWebhook
 from reft_serve.errors import RequestInvalid
-from reft_serve.gateway.addresses import is_public
-from reft_serve.gateway.notifying import SENDERS_PER_TENANT, check_url, choose
+from reft_serve.gateway.events.addresses import is_public
+from reft_serve.gateway.events.webhook_sender import SENDERS_PER_TENANT, check_url, choose
 from reft_serve.gateway.routes.webhooks import TESTS_PER_MINUTE
 from tests.support.gateway.fake_worker import FakeWorker
 from tests.support.gateway.harness import Gateway, Tenant, running

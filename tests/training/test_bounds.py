@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from reft_serve.errors import JobLimitExceeded
-from reft_serve.training.bounds import Clock, check_size
-from reft_serve.training.messages import Bounds
+from reft_serve.training.jobs.bounds import Clock, check_size
+from reft_serve.training.jobs.messages import Bounds
 
 
 def test_examples_and_tokens_are_counted_for_every_epoch() -> None:

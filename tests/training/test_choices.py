@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from reft_serve.adapters.manifest import BaseFacts
-from reft_serve.database.hyperparameters import read_hyperparameters
 from reft_serve.interventions.positions import PositionRule
-from reft_serve.training import machine
-from reft_serve.training.choices import DataFacts, choose, most_tokens, plan_from
-from reft_serve.training.memory import context_of, estimate
+from reft_serve.recipes.hyperparameters import read_hyperparameters
+from reft_serve.training.defaults import DataFacts, choose, most_tokens, plan_from
+from reft_serve.training.jobs import machine
+from reft_serve.training.jobs.memory import context_of, estimate
 from tests.support.training.jobs import MODEL
 
 WIDE = BaseFacts(name="x", architecture="LlamaForCausalLM", hidden_size=4096, num_hidden_layers=32)

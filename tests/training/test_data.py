@@ -15,9 +15,9 @@ from reft_serve.datafiles.formats import read_rows
 from reft_serve.demo.behaviours import MODEL as DEMO
 from reft_serve.errors import DataInvalid
 from reft_serve.interventions.positions import PositionRule
-from reft_serve.training.data import TrainingData, encode
-from reft_serve.training.examples import IGNORED, Example
-from reft_serve.training.recipes import Task, load_recipe
+from reft_serve.recipes.recipe import Task, load_recipe
+from reft_serve.training.data.encoding import TrainingData, encode
+from reft_serve.training.data.examples import IGNORED, Example
 from tests.support.damaged_data import assistant, chat, completion, lines, pair, user
 from tests.support.paths import GOLDEN
 

@@ -14,7 +14,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from reft_serve.cli_evaluate import evaluate
+from reft_serve.cli.evaluate import evaluate
 from reft_serve.errors import ClientError, DataInvalid, ReftError, ServiceError
 from tests.support.training.evaluation import table
 

@@ -11,7 +11,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from reft_serve.cli_evaluate import evaluate
+from reft_serve.cli.evaluate import evaluate
 from reft_serve.demo.behaviours import ADAPTERS, MODEL
 from reft_serve.demo.server import serving
 from tests.support.training.evaluation import table

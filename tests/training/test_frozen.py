@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from reft_serve.adapters.directory import read_adapter
-from reft_serve.training.adapter import build
-from reft_serve.training.batching import collate
-from reft_serve.training.examples import Example, Preference
-from reft_serve.training.frozen import FrozenStates, worth_keeping
-from reft_serve.training.hooked import EditedModel
+from reft_serve.training.data.batching import collate
+from reft_serve.training.data.examples import Example, Preference
+from reft_serve.training.loop.run import train
+from reft_serve.training.model.adapter import build
+from reft_serve.training.model.edited_model import EditedModel
+from reft_serve.training.model.state_cache import FrozenStates, worth_keeping
 from reft_serve.training.plan import AdapterPlan, LoraPlan, Plan
-from reft_serve.training.run import train
 from tests.support.engine.family_models import FAMILIES
 from tests.support.paths import GOLDEN
 from tests.support.training.models import RULE, edited, examples_of, learnt

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from reft_serve.interventions.modules import Intervention
 from reft_serve.interventions.positions import Part, PositionRule
-from reft_serve.training.batching import collate
-from reft_serve.training.examples import IGNORED, Example
-from reft_serve.training.hooked import Edit, EditedModel
+from reft_serve.training.data.batching import collate
+from reft_serve.training.data.examples import IGNORED, Example
+from reft_serve.training.model.edited_model import Edit, EditedModel
 from tests.support.engine.family_models import FAMILIES
 from tests.support.paths import GOLDEN
 from tests.support.training.models import learnt

@@ -22,11 +22,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from reft_serve.adapters.directory import read_adapter
 from reft_serve.errors import AdapterInvalid, BaseModelInvalid, ClientError
 from reft_serve.interventions.kinds import edit
-from reft_serve.training.adapter import build, restore
-from reft_serve.training.batching import StepSampler, collate, micro_batches
-from reft_serve.training.examples import IGNORED, Example
+from reft_serve.training.data.batching import StepSampler, collate, micro_batches
+from reft_serve.training.data.examples import IGNORED, Example
+from reft_serve.training.loop.run import train
+from reft_serve.training.model.adapter import build, restore
 from reft_serve.training.plan import LoraPlan, Plan, parse_layers
-from reft_serve.training.run import train
 from tests.support.training.runs import BASE, SHAPE, StopsAt, examples, metrics, pairs
 
 

@@ -14,8 +14,8 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, apply_rotary_pos_emb
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from reft_serve.training.batching import collate
-from reft_serve.training.passes import join_passes
+from reft_serve.training.data.batching import collate
+from reft_serve.training.model.cpu_fusion import join_passes
 from tests.support.engine.family_models import FAMILIES
 from tests.support.training.models import RULE, edited, examples_of, learnt
 

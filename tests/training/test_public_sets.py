@@ -11,8 +11,8 @@ import pytest
 from reft_serve.datafiles.formats import read_rows
 from reft_serve.datafiles.lines import Limits
 from reft_serve.errors import DataInvalid
-from reft_serve.training.evaluation import questions
-from reft_serve.training.recipes import load_recipe
+from reft_serve.evaluation.predictions import questions
+from reft_serve.recipes.recipe import load_recipe
 from tests.support.paths import SHARED
 
 SETS = SHARED / "data" / "reft_paper"

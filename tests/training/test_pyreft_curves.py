@@ -15,12 +15,12 @@ from torch import Tensor
 
 from reft_serve.interventions.positions import PositionRule
 from reft_serve.interventions.vocabulary import Kind
-from reft_serve.training.adapter import build
-from reft_serve.training.examples import IGNORED, Example
-from reft_serve.training.hooked import EditedModel
-from reft_serve.training.objectives import Supervised
+from reft_serve.training.data.examples import IGNORED, Example
+from reft_serve.training.loop.objectives import Supervised
+from reft_serve.training.loop.trainer import ReftTrainer, arguments
+from reft_serve.training.model.adapter import build
+from reft_serve.training.model.edited_model import EditedModel
 from reft_serve.training.plan import AdapterPlan, Plan
-from reft_serve.training.trainer import ReftTrainer, arguments
 from tests.support.paths import GOLDEN
 
 CURVES = load_file(Path(__file__).parent / "fixtures" / "pyreft_curves.safetensors")

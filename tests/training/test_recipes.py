@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from reft_serve.datafiles.formats import Completion, Glue, Instruction
 from reft_serve.errors import ClientError
-from reft_serve.training.recipes import Task, load_recipe, recipe_names
-from reft_serve.training.scoring import Verdict, judge, score, wilson
+from reft_serve.evaluation.scoring import Verdict, judge, score, wilson
+from reft_serve.recipes.recipe import Task, load_recipe, recipe_names
 
 # pyreft, examples/loreft/README.md: the options of each command.
 PAPER: dict[str, dict[str, Any]] = {

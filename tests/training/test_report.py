@@ -8,7 +8,7 @@ import time
 
 from rich.console import Console
 
-from reft_serve.training.report import Bar
+from reft_serve.training.loop.report import Bar
 
 
 def _rates(bar: Bar) -> list[float]:

@@ -18,11 +18,11 @@ from reft_serve.adapters.directory import read_adapter
 from reft_serve.datafiles.formats import read_rows
 from reft_serve.errors import AdapterExists, ClientError
 from reft_serve.interventions.positions import PositionRule
-from reft_serve.training import checkpoints
-from reft_serve.training.data import encode
-from reft_serve.training.examples import IGNORED, Example
+from reft_serve.training.data.encoding import encode
+from reft_serve.training.data.examples import IGNORED, Example
+from reft_serve.training.loop import checkpoints
+from reft_serve.training.loop.run import started_at, train
 from reft_serve.training.plan import AdapterPlan, LoraPlan, Plan
-from reft_serve.training.run import started_at, train
 from tests.support.paths import GOLDEN
 
 BASE = GOLDEN / "models" / "tiny-llama"

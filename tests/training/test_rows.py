@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from reft_serve.training.rows import change
+from reft_serve.training.model.row_edit import change
 
 
 def plainly(h_ND: Tensor, rows_E: Tensor, edit: nn.Module) -> Tensor:

@@ -12,11 +12,11 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from reft_serve.cli_train import train
+from reft_serve.cli.train import train
 from reft_serve.demo.behaviours import MODEL
-from reft_serve.training.adapter import restore
-from reft_serve.training.batching import collate
-from reft_serve.training.examples import IGNORED, Example
+from reft_serve.training.data.batching import collate
+from reft_serve.training.data.examples import IGNORED, Example
+from reft_serve.training.model.adapter import restore
 from tests.support.engine.engines import running_engine
 
 TOLERANCE = 1e-3
@@ -90,7 +90,7 @@ def test_the_trainers_held_out_loss_is_the_published_adapters(run: Path) -> None
     from transformers import AutoTokenizer
 
     from reft_serve.datafiles.formats import read_rows
-    from reft_serve.training.data import encode
+    from reft_serve.training.data.encoding import encode
 
     rows = read_rows(run.parent / "data.jsonl")
     examples = encode(rows, AutoTokenizer.from_pretrained(MODEL), max_tokens=512).examples

@@ -17,12 +17,13 @@ import httpx
 import pytest
 
 from reft_serve.adapters.directory import read_adapter
-from reft_serve.database import fine_tuning, tenants
+from reft_serve.database import tenants
 from reft_serve.database.connection import Database, migrate
 from reft_serve.database.files import key_of_blob
+from reft_serve.database.jobs import fine_tuning
 from reft_serve.database.models import Job
-from reft_serve.training.probe import server
-from reft_serve.training.sweeping import sweep
+from reft_serve.training.jobs.health import server
+from reft_serve.training.jobs.sweeping import sweep
 from tests.support.buckets import s3_bucket
 from tests.support.training.jobs import MODEL, QUICK, Place, rows
 

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from reft_serve.database.connection import CLOSE_SECONDS, Database, migrate
-from reft_serve.training.worker import running
+from reft_serve.training.jobs.worker import running
 from tests.support.postgres import postgres_server
 from tests.support.training.jobs import Place
 

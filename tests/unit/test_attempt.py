@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from reft_serve.database import jobs
+from reft_serve.database.jobs import queue
 from reft_serve.database.models import Job
 from reft_serve.errors import StoreUnusable
-from reft_serve.training.attempt import Attempt, _why
-from reft_serve.training.attempt import Place as Device
-from reft_serve.training.messages import Broken, Ended, JobSpec, Measured, Message, Noted, Resolved, Started
-from reft_serve.training.surroundings import Surroundings
+from reft_serve.training.jobs.attempt import Attempt, _why
+from reft_serve.training.jobs.attempt import Place as Device
+from reft_serve.training.jobs.context import Surroundings
+from reft_serve.training.jobs.messages import Broken, Ended, JobSpec, Measured, Message, Noted, Resolved, Started
 from tests.support.training.jobs import MODEL, Place
 
 pytestmark = pytest.mark.anyio
@@ -66,7 +66,7 @@ async def attempt_of(place: Place, process: Process, device: Device = HUGE, **ch
     job_id = await place.job()
     begun = time.monotonic()
     async with place.database.writing() as session:
-        claim = await jobs.claim(session, "one", 10.0)
+        claim = await queue.claim(session, "one", 10.0)
     assert claim is not None
     assert claim.id == job_id
     work = place.folder / "work"
@@ -216,7 +216,7 @@ async def test_a_job_that_another_worker_has_is_let_go_of(place: Place) -> None:
     running = asyncio.create_task(attempt.run())
     await until(process)
     async with place.database.writing() as session:
-        await jobs.release(session, attempt.claim.id, attempt.claim.worker)
+        await queue.release(session, attempt.claim.id, attempt.claim.worker)
     async with asyncio.timeout(10):
         assert await running == "lost"
     assert process.calls[0] == "kill"
@@ -231,7 +231,7 @@ async def test_a_file_that_is_gone_ends_the_job_and_names_the_field(place: Place
     (blob,) = [blob for blob in await place.blobs.list("files") if blob.key.endswith(file_id)]
     await place.blobs.delete(blob.key)
     async with place.database.writing() as session:
-        claim = await jobs.claim(session, "one", 10.0)
+        claim = await queue.claim(session, "one", 10.0)
     assert claim is not None
     (place.folder / "work").mkdir()
     nursery: Any = process

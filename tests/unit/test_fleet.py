@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from reft_serve.errors import AdapterInvalid, EngineFailed, EngineUnavailable, NotFound, Overloaded
-from reft_serve.gateway.fleet import Fleet
+from reft_serve.gateway.engines.fleet import Fleet
 
 pytestmark = pytest.mark.anyio
 NOBODY: frozenset[Any] = frozenset()

@@ -12,10 +12,10 @@ import pytest
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from reft_serve.database import jobs
-from reft_serve.database.jobs import Claim, Progress
+from reft_serve.database.jobs import queue
+from reft_serve.database.jobs.queue import Claim, Progress
 from reft_serve.errors import LeaseLost
-from reft_serve.training.lease import Lease
+from reft_serve.training.jobs.lease import Lease
 from tests.support.training.jobs import Place
 
 pytestmark = pytest.mark.anyio
@@ -54,7 +54,7 @@ async def claimed(place: Place, seconds: float = SECONDS) -> tuple[Lease, Flaky,
     await place.job()
     begun, database = time.monotonic(), Flaky(place)
     async with place.database.writing() as session:
-        claim = await jobs.claim(session, "one", seconds)
+        claim = await queue.claim(session, "one", seconds)
     assert claim is not None
     given: Any = database
     return Lease(given, claim, seconds, begun), database, claim
@@ -95,7 +95,7 @@ async def test_a_kept_job_is_heard_of_before_its_lease_ends(place: Place) -> Non
     await asyncio.sleep(1.7)
     assert not keeping.done()
     async with place.database.writing() as session:  # another worker finds nothing to take over
-        assert await jobs.claim(session, "two", SECONDS) is None
+        assert await queue.claim(session, "two", SECONDS) is None
     keeping.cancel()
     await asyncio.gather(keeping, return_exceptions=True)
     await lease.beat()
@@ -151,7 +151,7 @@ async def test_a_database_that_comes_back_in_time_costs_nothing(place: Place) ->
 async def test_a_job_of_another_worker_is_lost_at_once(place: Place) -> None:
     lease, _, claim = await claimed(place)
     async with place.database.writing() as session:
-        await jobs.release(session, claim.id, claim.worker)
+        await queue.release(session, claim.id, claim.worker)
     with pytest.raises(LeaseLost):
         await lease.beat()
     with pytest.raises(LeaseLost):
@@ -162,11 +162,11 @@ async def test_a_write_is_tried_until_the_database_is_there_but_not_past_the_lea
     lease, database, claim = await claimed(place)
     database.away = True
     asyncio.get_running_loop().call_later(0.1, setattr, database, "away", False)
-    await lease.write(lambda session: jobs.add_event(session, claim.id, claim.worker, "written"))
+    await lease.write(lambda session: queue.add_event(session, claim.id, claim.worker, "written"))
     assert "written" in await place.told(claim.id)
     database.away = True
     with pytest.raises(OperationalError):
-        await lease.write(lambda session: jobs.add_event(session, claim.id, claim.worker, "late"))
+        await lease.write(lambda session: queue.add_event(session, claim.id, claim.worker, "late"))
     assert time.monotonic() < lease.until() + 2
 
 

@@ -12,7 +12,7 @@ from limits.errors import StorageError
 from reft_serve.config import TenantLimits
 from reft_serve.database.keys import Principal
 from reft_serve.errors import DatabaseUnusable, RateLimited, ServiceError
-from reft_serve.gateway.quotas import Quotas
+from reft_serve.gateway.accounting.quotas import Quotas
 from reft_serve.observability import BoundedNames
 
 pytestmark = pytest.mark.anyio

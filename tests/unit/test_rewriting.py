@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reft_serve.errors import EngineUnavailable
-from reft_serve.gateway.rewriting import Rewriter, rewrite_whole, sse_error
-from reft_serve.gateway.tokens import Tokens
+from reft_serve.gateway.engines.tokens import Tokens
+from reft_serve.gateway.inference.rewriting import Rewriter, rewrite_whole, sse_error
 
 ENGINES_NAME, PUBLIC = "reft-v-0123", 'acme/"birds"@1'
 DONE = b"data: [DONE]\n\n"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from reft_serve.gateway.streaming import ClientGone, Streamed, while_there
+from reft_serve.gateway.http.streaming import ClientGone, Streamed, while_there
 
 pytestmark = pytest.mark.anyio
 Emit = Callable[[bytes], Awaitable[None]]

@@ -17,8 +17,8 @@ from aiohttp import client_exceptions, http_exceptions, http_websocket, streams
 from aiohttp.client_reqrep import ConnectionKey
 
 from reft_serve.errors import EngineFailed, EngineUnavailable
-from reft_serve.gateway import upstream
-from reft_serve.gateway.upstream import Http, Upstream
+from reft_serve.gateway.engines import client as upstream
+from reft_serve.gateway.engines.client import Http, Upstream
 
 pytestmark = pytest.mark.anyio
 # Not of `ClientError`, and not raised by what the gateway asks of an engine, each with the reason.

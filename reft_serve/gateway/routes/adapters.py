@@ -19,11 +19,11 @@ from reft_serve.database.models import Adapter
 from reft_serve.database.names import ADAPTER_NAME, ALIAS_NAME
 from reft_serve.database.tenants import find_tenant
 from reft_serve.gateway import publishing
-from reft_serve.gateway.bounded_route import BoundedRoute
 from reft_serve.gateway.links import leads_to, link
-from reft_serve.gateway.numbers import TENANT_ID
-from reft_serve.gateway.routes.auth import ServicesDep, actor_of, requires
-from reft_serve.gateway.schemas import AdapterOut, AliasIn, AliasOut, Deleted, ListOf, VersionOut
+from reft_serve.gateway.routes.bounded_route import BoundedRoute
+from reft_serve.gateway.routes.deps import ServicesDep, actor_of, requires
+from reft_serve.gateway.schemas.fields import TENANT_ID
+from reft_serve.gateway.schemas.tenancy import AdapterOut, AliasIn, AliasOut, Deleted, ListOf, VersionOut
 
 __all__ = ["ADAPTERS_PER_PAGE", "VERSIONS_SHOWN", "router"]
 

@@ -8,15 +8,24 @@ from fastapi import APIRouter, Depends, Path, Query, Request
 
 from reft_serve.database import audit, tenants
 from reft_serve.errors import Conflict
-from reft_serve.gateway.bounded_route import BoundedRoute
-from reft_serve.gateway.engine import Engine
+from reft_serve.gateway.engines.engine import Engine
 from reft_serve.gateway.links import leads_to, link
-from reft_serve.gateway.numbers import TENANT_ID, TENANT_ID_OR_NAME
 from reft_serve.gateway.publishing import retire
-from reft_serve.gateway.routes.auth import ServicesDep, actor_of, caller_of, requires
+from reft_serve.gateway.routes.bounded_route import BoundedRoute
+from reft_serve.gateway.routes.deps import ServicesDep, actor_of, caller_of, requires
 from reft_serve.gateway.routes.keys import make_key
 from reft_serve.gateway.routes.metrics import EngineName
-from reft_serve.gateway.schemas import Deleted, EngineOut, KeyIn, ListOf, NewKeyOut, TenantIn, TenantOut, TenantPatch
+from reft_serve.gateway.schemas.fields import TENANT_ID, TENANT_ID_OR_NAME
+from reft_serve.gateway.schemas.tenancy import (
+    Deleted,
+    EngineOut,
+    KeyIn,
+    ListOf,
+    NewKeyOut,
+    TenantIn,
+    TenantOut,
+    TenantPatch,
+)
 from reft_serve.gateway.services import Services
 
 __all__ = ["router"]

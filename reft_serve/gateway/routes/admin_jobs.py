@@ -6,14 +6,15 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Path, Query, Request
 
-from reft_serve.database import audit, fine_tuning
-from reft_serve.database.outcomes import Status
+from reft_serve.database import audit
+from reft_serve.database.jobs import fine_tuning
+from reft_serve.database.jobs.outcomes import Status
 from reft_serve.database.tenants import find_tenant
-from reft_serve.gateway.bounded_route import BoundedRoute
-from reft_serve.gateway.job_schemas import JobAdminOut, Page
-from reft_serve.gateway.numbers import TENANT_ID_OR_NAME
-from reft_serve.gateway.routes.auth import ServicesDep, actor_of, requires
+from reft_serve.gateway.routes.bounded_route import BoundedRoute
+from reft_serve.gateway.routes.deps import ServicesDep, actor_of, requires
 from reft_serve.gateway.routes.fine_tuning import JOB_ID
+from reft_serve.gateway.schemas.fields import TENANT_ID_OR_NAME
+from reft_serve.gateway.schemas.fine_tuning import JobAdminOut, Page
 
 __all__ = ["router"]
 

@@ -11,11 +11,11 @@ from pydantic import BeforeValidator
 from reft_serve.database import audit, files
 from reft_serve.database.keys import Principal
 from reft_serve.errors import RequestInvalid
-from reft_serve.gateway import data_files
-from reft_serve.gateway.bounded_route import BoundedRoute
-from reft_serve.gateway.job_schemas import FILE_ID, FileOut, Page
-from reft_serve.gateway.routes.auth import ServicesDep, actor_of, requires
-from reft_serve.gateway.schemas import Deleted
+from reft_serve.gateway.jobs import data_files
+from reft_serve.gateway.routes.bounded_route import BoundedRoute
+from reft_serve.gateway.routes.deps import ServicesDep, actor_of, requires
+from reft_serve.gateway.schemas.fine_tuning import FILE_ID, FileOut, Page
+from reft_serve.gateway.schemas.tenancy import Deleted
 
 __all__ = ["router"]
 

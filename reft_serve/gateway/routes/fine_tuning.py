@@ -7,13 +7,14 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 
-from reft_serve.database import audit, fine_tuning
+from reft_serve.database import audit
+from reft_serve.database.jobs import fine_tuning
 from reft_serve.database.keys import Principal
 from reft_serve.errors import RequestInvalid
-from reft_serve.gateway import ordering
-from reft_serve.gateway.bounded_route import BoundedRoute
-from reft_serve.gateway.job_schemas import CheckpointOut, EventOut, JobIn, JobOut, Page
-from reft_serve.gateway.routes.auth import ServicesDep, actor_of, requires
+from reft_serve.gateway.jobs import submit
+from reft_serve.gateway.routes.bounded_route import BoundedRoute
+from reft_serve.gateway.routes.deps import ServicesDep, actor_of, requires
+from reft_serve.gateway.schemas.fine_tuning import CheckpointOut, EventOut, JobIn, JobOut, Page
 from reft_serve.gateway.services import Services
 
 __all__ = ["JOB_ID", "router"]
@@ -39,7 +40,7 @@ _FILTER: dict[str, Any] = {
 @router.post("")
 async def create(body: JobIn, request: Request, caller: _Caller, services: ServicesDep) -> JobOut:
     """Put a fine-tuning job into the queue."""
-    return JobOut.of(await ordering.order(services, caller, actor_of(request), body))
+    return JobOut.of(await submit.order(services, caller, actor_of(request), body))
 
 
 @router.get("", openapi_extra={"parameters": [_FILTER]})

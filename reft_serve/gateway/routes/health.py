@@ -9,8 +9,8 @@ from fastapi import APIRouter
 from pydantic import BaseModel
 
 from reft_serve.errors import DatabaseUnusable, EngineUnavailable, Overloaded
-from reft_serve.gateway.answers import ErrorAnswer
-from reft_serve.gateway.routes.auth import ServicesDep
+from reft_serve.gateway.routes.deps import ServicesDep
+from reft_serve.gateway.schemas.errors import ErrorAnswer
 
 __all__ = ["router"]
 

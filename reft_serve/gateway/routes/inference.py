@@ -14,11 +14,11 @@ from pydantic_core import from_json
 from reft_serve.config import GatewaySettings
 from reft_serve.database.keys import Principal
 from reft_serve.errors import RequestInvalid
-from reft_serve.gateway.bodies import ChatBody, CompletionBody, EmbeddingBody, InferenceBody, ResponseBody
-from reft_serve.gateway.bounded_route import BoundedRoute
-from reft_serve.gateway.connections import peer_left
-from reft_serve.gateway.inference import Endpoint, infer
-from reft_serve.gateway.routes.auth import ServicesDep, caller_of, requires
+from reft_serve.gateway.http.connections import peer_left
+from reft_serve.gateway.inference.exchange import Endpoint, infer
+from reft_serve.gateway.routes.bounded_route import BoundedRoute
+from reft_serve.gateway.routes.deps import ServicesDep, caller_of, requires
+from reft_serve.gateway.schemas.inference import ChatBody, CompletionBody, EmbeddingBody, InferenceBody, ResponseBody
 from reft_serve.gateway.services import Services, services_of
 
 __all__ = ["router"]

@@ -11,10 +11,10 @@ from reft_serve.database import audit, keys
 from reft_serve.database.keys import Principal
 from reft_serve.database.tenants import find_tenant
 from reft_serve.errors import Conflict, NotAllowed
-from reft_serve.gateway.bounded_route import BoundedRoute
 from reft_serve.gateway.links import leads_to, link
-from reft_serve.gateway.routes.auth import ServicesDep, actor_of, caller_of, requires
-from reft_serve.gateway.schemas import KeyIn, KeyOut, ListOf, NewKeyOut, TenantOut
+from reft_serve.gateway.routes.bounded_route import BoundedRoute
+from reft_serve.gateway.routes.deps import ServicesDep, actor_of, caller_of, requires
+from reft_serve.gateway.schemas.tenancy import KeyIn, KeyOut, ListOf, NewKeyOut, TenantOut
 from reft_serve.gateway.services import Services
 
 __all__ = ["make_key", "router"]

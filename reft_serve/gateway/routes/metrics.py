@@ -7,8 +7,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Path, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from reft_serve.gateway.bounded_route import BoundedRoute
-from reft_serve.gateway.routes.auth import ServicesDep, requires
+from reft_serve.gateway.routes.bounded_route import BoundedRoute
+from reft_serve.gateway.routes.deps import ServicesDep, requires
 
 __all__ = ["EngineName", "router"]
 

@@ -10,10 +10,10 @@ from reft_serve.database import adapters, audit, listing
 from reft_serve.database.keys import Principal
 from reft_serve.database.models import Adapter
 from reft_serve.errors import ModelNotFound, NotAllowed
-from reft_serve.gateway.bounded_route import BoundedRoute
 from reft_serve.gateway.publishing import retire
-from reft_serve.gateway.routes.auth import ServicesDep, actor_of, requires
-from reft_serve.gateway.schemas import Deleted, ListOf, ModelOut
+from reft_serve.gateway.routes.bounded_route import BoundedRoute
+from reft_serve.gateway.routes.deps import ServicesDep, actor_of, requires
+from reft_serve.gateway.schemas.tenancy import Deleted, ListOf, ModelOut
 from reft_serve.gateway.services import Services
 
 __all__ = ["MODELS_PER_PAGE", "router"]

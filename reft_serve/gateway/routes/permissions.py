@@ -8,11 +8,11 @@ from fastapi import APIRouter, Depends, Path, Query, Request
 
 from reft_serve.database import audit, permissions
 from reft_serve.database.keys import Principal
-from reft_serve.gateway.bounded_route import BoundedRoute
-from reft_serve.gateway.job_schemas import Page, PermissionOut, PermissionsIn
-from reft_serve.gateway.numbers import TENANT_ID
-from reft_serve.gateway.routes.auth import ServicesDep, actor_of, requires
-from reft_serve.gateway.schemas import Deleted
+from reft_serve.gateway.routes.bounded_route import BoundedRoute
+from reft_serve.gateway.routes.deps import ServicesDep, actor_of, requires
+from reft_serve.gateway.schemas.fields import TENANT_ID
+from reft_serve.gateway.schemas.fine_tuning import Page, PermissionOut, PermissionsIn
+from reft_serve.gateway.schemas.tenancy import Deleted
 
 __all__ = ["router"]
 

@@ -13,9 +13,9 @@ from reft_serve.database import audit, usage
 from reft_serve.database.keys import Principal
 from reft_serve.database.models import DAY_MS, now_ms
 from reft_serve.errors import NotAllowed
-from reft_serve.gateway.bounded_route import BoundedRoute
-from reft_serve.gateway.routes.auth import ServicesDep, requires
-from reft_serve.gateway.schemas import AuditOut, ListOf, UsageOut
+from reft_serve.gateway.routes.bounded_route import BoundedRoute
+from reft_serve.gateway.routes.deps import ServicesDep, requires
+from reft_serve.gateway.schemas.tenancy import AuditOut, ListOf, UsageOut
 
 __all__ = ["router"]
 

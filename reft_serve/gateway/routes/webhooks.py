@@ -9,12 +9,12 @@ from fastapi import APIRouter, Depends, Path, Query, Request
 from reft_serve.database import audit, webhooks
 from reft_serve.database.keys import Principal
 from reft_serve.errors import RequestInvalid
-from reft_serve.gateway import notifying
-from reft_serve.gateway.bounded_route import BoundedRoute
-from reft_serve.gateway.job_schemas import Page
-from reft_serve.gateway.routes.auth import ServicesDep, actor_of, requires
-from reft_serve.gateway.schemas import Deleted
-from reft_serve.gateway.webhook_schemas import (
+from reft_serve.gateway.events import webhook_sender
+from reft_serve.gateway.routes.bounded_route import BoundedRoute
+from reft_serve.gateway.routes.deps import ServicesDep, actor_of, requires
+from reft_serve.gateway.schemas.fine_tuning import Page
+from reft_serve.gateway.schemas.tenancy import Deleted
+from reft_serve.gateway.schemas.webhooks import (
     EventTypesOut,
     RotationIn,
     WebhookIn,
@@ -43,7 +43,7 @@ async def event_types(_: _Caller) -> EventTypesOut:
 @router.post("/webhook_endpoints")
 async def create(body: WebhookIn, request: Request, caller: _Caller, services: ServicesDep) -> WebhookSecretOut:
     """Make a webhook endpoint. Its secret is in this answer and nowhere else."""
-    notifying.check_url(body.url, services.settings)
+    webhook_sender.check_url(body.url, services.settings)
     async with services.database.writing() as session:
         made = await webhooks.add_webhook(session, caller.tenant_id, body.name, body.url, body.event_types)
         audit.record(session, actor_of(request), "webhook.create", made.id, caller.tenant_id, name=made.name)
@@ -76,7 +76,7 @@ async def change(
 ) -> WebhookOut:
     """Change what is given; the rest stays."""
     if body.url is not None:
-        notifying.check_url(body.url, services.settings)
+        webhook_sender.check_url(body.url, services.settings)
     async with services.database.writing() as session:
         found = await webhooks.find_webhook(session, caller.tenant_id, webhook)
         changes = body.model_dump(exclude_none=True)

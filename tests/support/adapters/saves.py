@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from reft_serve.adapters.base_model import read_base_model
-from reft_serve.adapters.foreign import ImportFlags
+from reft_serve.adapters.importers.common import ImportFlags
 from reft_serve.adapters.manifest import BaseFacts
 from tests.support.paths import GOLDEN
 

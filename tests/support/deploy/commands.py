@@ -11,7 +11,7 @@ from typing import Any
 
 import typer.main
 
-from reft_serve.cli import app
+from reft_serve.cli.app import app
 
 
 def fault(words: list[str]) -> str | None:
@@ -33,7 +33,7 @@ def _vllm_fault(words: list[str], parsed: Any) -> str | None:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from reft_serve.engine.serve import ServeRequest, plan
+    from reft_serve.engine.launch.plan import ServeRequest, plan
 
     planned = plan(ServeRequest(parsed.params["model"], passed=parsed.args)).command
     flags = list(planned[planned.index("--model") :])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx
 
-from reft_serve.gateway.fake_engine import FakeEngine
+from reft_serve.testing import FakeEngine
 from tests.support.deploy.balancer import Balancer
 from tests.support.gateway.harness import Served, adapter_files
 from tests.support.gateway.process import free_port
@@ -34,7 +34,7 @@ def answer(host, port, *rest, **options):
 
 socket.getaddrinfo = answer
 sys.argv[1:] = ["--port", "{port}"]
-runpy.run_module("reft_serve.cli_gateway", run_name="__main__")
+runpy.run_module("reft_serve.cli.gateway", run_name="__main__")
 """
 _NOTICE_LIMIT = 30.0
 
@@ -108,7 +108,7 @@ class Site:
     def admin(self, *words: str, **settings: str) -> str:
         """`reft-serve admin ...`; what it printed."""
         done = subprocess.run(
-            [sys.executable, "-c", "from reft_serve.cli import main; main()", "admin", *words],
+            [sys.executable, "-c", "from reft_serve.cli.app import main; main()", "admin", *words],
             env=self._environment() | settings, capture_output=True, text=True, timeout=60, check=False,
             cwd=self.folder,
         )  # fmt: skip

@@ -159,7 +159,7 @@ class Churn:
 
     async def probe(self) -> None:
         """Note memory and stalls since the last time."""
-        from reft_serve.engine.front_end import binder_of
+        from reft_serve.engine.front_end.binding import binder_of
         from tests.support.engine.stopwatch import resident_bytes, tables
 
         (worker,) = await self.engine.collective_rpc("churn_probe")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from reft_serve.adapters.formats import import_adapter
+from reft_serve.adapters.importers.detection import import_adapter
 from tests.support.adapters.saves import IMPORTABLE, Save
 from tests.support.paths import GOLDEN
 

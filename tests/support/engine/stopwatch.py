@@ -16,7 +16,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreRequestType
 from vllm.v1.engine.core import EngineCoreProc
 
-from reft_serve.engine.admission import admission_of
+from reft_serve.engine.core.admission import admission_of
 
 
 class WatchedScheduler(Scheduler):

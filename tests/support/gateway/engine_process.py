@@ -10,7 +10,7 @@ import sys
 
 import uvicorn
 
-from reft_serve.gateway.fake_engine import FakeEngine
+from reft_serve.testing import FakeEngine
 
 
 def main(port: int, token_seconds: float, first_seconds: float = 0.0) -> None:

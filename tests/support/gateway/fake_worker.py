@@ -8,12 +8,13 @@ from typing import TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from reft_serve.adapters.blobs import BlobStore
 from reft_serve.adapters.store import AdapterStore
 from reft_serve.config import GatewaySettings
-from reft_serve.database import files, jobs
+from reft_serve.database import files
 from reft_serve.database.connection import Database
-from reft_serve.database.outcomes import NewCheckpoint, NewVersion, Outcome, Succeeded
+from reft_serve.database.jobs import queue
+from reft_serve.database.jobs.outcomes import NewCheckpoint, NewVersion, Outcome, Succeeded
+from reft_serve.storage.blobs import BlobStore
 from tests.support.gateway.harness import adapter_files
 
 T = TypeVar("T")
@@ -37,25 +38,25 @@ class FakeWorker:
 
         return asyncio.run(acting())
 
-    def claim(self) -> jobs.Claim:
-        found = self.act(lambda session: jobs.claim(session, "fake", 60.0))
+    def claim(self) -> queue.Claim:
+        found = self.act(lambda session: queue.claim(session, "fake", 60.0))
         assert found is not None
         return found
 
-    def beat(self, job: jobs.Claim, step: int = 0, steps: int = 4) -> str:
-        progress = jobs.Progress(step, steps, step * 100, job.created_ms + 60_000)
-        return self.act(lambda session: jobs.heartbeat(session, job.id, job.worker, 60.0, progress))
+    def beat(self, job: queue.Claim, step: int = 0, steps: int = 4) -> str:
+        progress = queue.Progress(step, steps, step * 100, job.created_ms + 60_000)
+        return self.act(lambda session: queue.heartbeat(session, job.id, job.worker, 60.0, progress))
 
-    def tell(self, job: jobs.Claim, message: str, metrics: dict[str, float] | None = None) -> None:
-        self.act(lambda session: jobs.add_event(session, job.id, job.worker, message, metrics=metrics))
+    def tell(self, job: queue.Claim, message: str, metrics: dict[str, float] | None = None) -> None:
+        self.act(lambda session: queue.add_event(session, job.id, job.worker, message, metrics=metrics))
 
-    def finish(self, job: jobs.Claim, outcome: Outcome) -> str:
-        return self.act(lambda session: jobs.finish(session, job.id, job.worker, outcome))
+    def finish(self, job: queue.Claim, outcome: Outcome) -> str:
+        return self.act(lambda session: queue.finish(session, job.id, job.worker, outcome))
 
-    def release(self, job: jobs.Claim, traceback: str) -> str:
-        return self.act(lambda session: jobs.release(session, job.id, job.worker, traceback))
+    def release(self, job: queue.Claim, traceback: str) -> str:
+        return self.act(lambda session: queue.release(session, job.id, job.worker, traceback))
 
-    def succeed(self, job: jobs.Claim, seed: int = 0) -> str:
+    def succeed(self, job: queue.Claim, seed: int = 0) -> str:
         """Publish an adapter with two checkpoints and a file of metrics."""
         versions = [self._publish(seed + k) for k in range(3)]
         checkpoints = [NewCheckpoint(k + 1, {"train_loss": 2.0 - k}, versions[k]) for k in range(2)]
@@ -69,7 +70,7 @@ class FakeWorker:
                 (staged / name).write_bytes(content)
             return NewVersion(store.publish(staged), "tiny", 100)
 
-    def _write_result(self, job: jobs.Claim) -> files.WrittenFile:
+    def _write_result(self, job: queue.Claim) -> files.WrittenFile:
         begun = self.act(
             lambda session: files.start_file(
                 session, job.tenant_id, None, filename="metrics.csv", purpose="fine-tune-results", expires_ms=None

@@ -58,7 +58,7 @@ def fake() -> Iterator[tuple[str, str]]:
         stack.enter_context(listening([*command, str(FIRST_SECONDS)], engine))
         key = asyncio.run(first_key(database))
         settings = {"REFT_DATABASE": database, "REFT_STORE": folder, "REFT_ENGINES": f"http://127.0.0.1:{engine}"}
-        gateway = [sys.executable, "-m", "reft_serve.cli_gateway", "--port", str(port)]
+        gateway = [sys.executable, "-m", "reft_serve.cli.gateway", "--port", str(port)]
         stack.enter_context(listening(gateway, port, **settings))
         yield f"http://127.0.0.1:{port}", key
 

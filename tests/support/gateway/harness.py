@@ -20,9 +20,9 @@ from reft_serve.config import GatewaySettings
 from reft_serve.database import keys, tenants
 from reft_serve.database.connection import Database, migrate
 from reft_serve.gateway.app import create_app
-from reft_serve.gateway.connections import Connections, protocol_of
-from reft_serve.gateway.fake_engine import FakeEngine
+from reft_serve.gateway.http.connections import Connections, protocol_of
 from reft_serve.interventions.vocabulary import required_tensors
+from reft_serve.testing import FakeEngine
 
 ADMIN = "operator"
 

@@ -34,7 +34,7 @@ class Process:
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "reft_serve.cli_gateway", "--port", str(self.port)]
+        command = [sys.executable, "-m", "reft_serve.cli.gateway", "--port", str(self.port)]
         self.process = subprocess.Popen(command, env=self.environment)
         wait_for(self._lives, 60)
 
@@ -66,7 +66,7 @@ def process(
         "REFT_GATEWAY_NAME": "test", "REFT_PROBE_SECONDS": "0.2", **settings,
     }  # fmt: skip
     code = f"{before}\nimport runpy, sys\nsys.argv[1:] = ['--port', '{port}']\n"
-    code += "runpy.run_module('reft_serve.cli_gateway', run_name='__main__')"
+    code += "runpy.run_module('reft_serve.cli.gateway', run_name='__main__')"
     with (folder / "gateway.log").open("ab") as log:
         running = subprocess.Popen([sys.executable, "-c", code], env=os.environ | given, stdout=log, stderr=log)
     url = f"http://127.0.0.1:{port}"

@@ -34,7 +34,7 @@ class Up:
             self.port = free.getsockname()[1]
         self.url, self.log = f"http://127.0.0.1:{self.port}", folder / "up.log"
         command = [
-            sys.executable, "-m", "reft_serve.cli_up", "--data", str(folder / "data"), "--port", str(self.port),
+            sys.executable, "-m", "reft_serve.cli.up", "--data", str(folder / "data"), "--port", str(self.port),
             "--dtype", "float32", "--max-num-seqs", "64", *flags,
         ]  # fmt: skip
         given = {"REFT_LORA": "off", "REFT_CACHE_SECONDS": "0.5", **settings}

@@ -10,7 +10,7 @@ from typing import ClassVar
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, rule
 
-from reft_serve.database import jobs
+from reft_serve.database.jobs import queue as jobs
 from tests.support.gateway.fake_worker import FakeWorker
 from tests.support.gateway.uploads import jsonl
 from tests.support.isolation.machine import NAMES, VERSIONS, WHO, Tenants

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from reft_serve.gateway.engine import engine_name
-from reft_serve.gateway.fake_engine import FakeEngine
+from reft_serve.gateway.engines.engine import engine_name
+from reft_serve.testing import FakeEngine
 from tests.support.gateway.harness import Gateway
 from tests.support.isolation.worlds import Adapter, Alias, HeldKey, World
 

@@ -259,7 +259,7 @@ def scene(folder: Path, database: str, kind: EngineKind = FAKE) -> Iterator[Scen
     with contextlib.ExitStack() as stack:
         engine = Kept(kind.command(engine_port), kind.settings, folder / "engine.log")
         stack.callback(engine.stop)
-        command = [sys.executable, "-m", "reft_serve.cli_gateway", "--port", str(port)]
+        command = [sys.executable, "-m", "reft_serve.cli.gateway", "--port", str(port)]
         gateway = Kept(command, settings, folder / "gateway.log")
         stack.callback(gateway.stop)
         with httpx.Client(base_url=url, headers=_bearer(admin), timeout=30, trust_env=False) as http:

@@ -30,7 +30,7 @@ from reft_serve.database import files, keys
 from reft_serve.database.connection import FAILURES
 from reft_serve.database.models import Event, File, Job, Tenant, Version, now_ms
 from reft_serve.errors import Conflict
-from reft_serve.gateway.fake_engine import FakeEngine
+from reft_serve.testing import FakeEngine
 from tests.support.gateway.harness import Served
 from tests.support.training.jobs import FINAL, MODEL, Place, rows
 
@@ -145,13 +145,13 @@ class Chaos:
             # A machine that dies every few seconds is not the job's fault.
             "REFT_TRAIN_ATTEMPTS": "50",
         }  # fmt: skip
-        gateway = [sys.executable, "-m", "reft_serve.cli_gateway", "--port", str(port)]
+        gateway = [sys.executable, "-m", "reft_serve.cli.gateway", "--port", str(port)]
         self._processes = [
             _Process("gateway", gateway, shared | {"REFT_GATEWAY_NAME": "chaos"}, folder / "gateway.log")
         ]
         for number in range(workers):
             own = {"REFT_WORKER_NAME": f"worker-{number}", "REFT_WORK": str(folder / f"work-{number}")}
-            command = [sys.executable, "-m", "reft_serve.cli_worker"]
+            command = [sys.executable, "-m", "reft_serve.cli.worker"]
             self._processes.append(_Process(f"worker-{number}", command, shared | own, folder / f"worker-{number}.log"))
         try:
             yield

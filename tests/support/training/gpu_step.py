@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from reft_serve.interventions.modules import Intervention
 from reft_serve.interventions.positions import Part, PositionRule
-from reft_serve.training.hooked import Edit, EditedModel
+from reft_serve.training.model.edited_model import Edit, EditedModel
 from reft_serve.training.plan import AdapterPlan, Plan
 from tests.support.shapes import Shape
 from tests.support.training.steps import Rows, timed_steps

@@ -15,14 +15,15 @@ from typing import Any
 from sqlalchemy import select
 
 import reft_serve.demo
-from reft_serve.adapters.blobs import BlobStore
 from reft_serve.adapters.store import AdapterStore
 from reft_serve.config import TrainerSettings
-from reft_serve.database import adapters, files, fine_tuning, tenants
+from reft_serve.database import adapters, files, tenants
 from reft_serve.database.connection import Database
-from reft_serve.database.fine_tuning import NewJob
+from reft_serve.database.jobs import fine_tuning
+from reft_serve.database.jobs.fine_tuning import NewJob
 from reft_serve.database.models import File, Job, Tenant, Version
-from reft_serve.training.worker import Worker, running
+from reft_serve.storage.blobs import BlobStore
+from reft_serve.training.jobs.worker import Worker, running
 
 MODEL = Path(reft_serve.demo.__file__).parent / "model"
 FINAL = ("succeeded", "failed", "cancelled")

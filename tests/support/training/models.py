@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from reft_serve.interventions.modules import Intervention
 from reft_serve.interventions.positions import Part, PositionRule
-from reft_serve.training.batching import Batch
-from reft_serve.training.examples import Example
-from reft_serve.training.hooked import Edit, EditedModel
+from reft_serve.training.data.batching import Batch
+from reft_serve.training.data.examples import Example
+from reft_serve.training.model.edited_model import Edit, EditedModel
 from tests.support.training.runs import examples
 
 RULE = PositionRule("f3+l3")

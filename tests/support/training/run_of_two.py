@@ -4,8 +4,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from reft_serve.training.loop.run import train
 from reft_serve.training.plan import Plan
-from reft_serve.training.run import train
 from tests.support.training.runs import BASE, SHAPE, examples
 
 if __name__ == "__main__":

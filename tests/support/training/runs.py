@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 
 from reft_serve.interventions.positions import PositionRule
-from reft_serve.training.examples import IGNORED, Example, Preference
+from reft_serve.training.data.examples import IGNORED, Example, Preference
 from reft_serve.training.plan import AdapterPlan
 from tests.support.paths import GOLDEN
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from reft_serve.training.examples import IGNORED, Example
-from reft_serve.training.objectives import Supervised
-from reft_serve.training.trainer import ReftTrainer, arguments
+from reft_serve.training.data.examples import IGNORED, Example
+from reft_serve.training.loop.objectives import Supervised
+from reft_serve.training.loop.trainer import ReftTrainer, arguments
 
 # Token ids of an example, and how many of them are its prompt.
 Rows = list[tuple[list[int], int]]

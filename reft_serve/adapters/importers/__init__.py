@@ -1,0 +1,1 @@
+"""Other libraries' saves, read and written."""

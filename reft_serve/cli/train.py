@@ -1,0 +1,212 @@
+"""`reft-serve train`: from a file of examples to an adapter that can be served."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from reft_serve.recipes.recipe import Recipe
+    from reft_serve.training.loop.run import Outcome
+    from reft_serve.training.plan import AdapterPlan, Plan
+
+__all__ = ["train"]
+
+_MAX_TOKENS = 512
+
+
+def train(
+    data: Annotated[
+        Path, typer.Argument(metavar="DATA", help="JSONL of chats, prompts and completions, or preferences.")
+    ],
+    base: Annotated[Path, typer.Option(metavar="MODEL_DIR", help="Local directory of the base model.")],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Directory of the run; the adapter is DIR/adapter.")
+    ],
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE", help="A named recipe or a TOML file; options of the command line override it."
+        ),
+    ] = None,
+    validation: Annotated[
+        Path | None, typer.Option(metavar="DATA", help="Held-out examples; the best checkpoint on them is kept.")
+    ] = None,
+    kind: Annotated[str | None, typer.Option(metavar="KIND", help="loreft, direft, noreft ... [loreft]")] = None,
+    rank: Annotated[int | None, typer.Option(metavar="N", help="Rank of each intervention. [4]")] = None,
+    layers: Annotated[
+        str | None, typer.Option(metavar="SPEC", help="all, or numbers such as 3,9 or 0-5. [all]")
+    ] = None,
+    positions: Annotated[
+        str | None, typer.Option(metavar="SPEC", help="Edited tokens: f7+l7, f1, last ... [f7+l7]")
+    ] = None,
+    untied: Annotated[
+        bool | None, typer.Option("--untied/--tied", help="Prefix and suffix have interventions of their own.")
+    ] = None,
+    activation: Annotated[str | None, typer.Option(metavar="NAME", help="Of W h + b, such as relu. [linear]")] = None,
+    dropout: Annotated[float | None, typer.Option(metavar="P", help="On the edited states. [0]")] = None,
+    lora_rank: Annotated[int | None, typer.Option(metavar="N", help="Train a LoRA of this rank beside.")] = None,
+    lora_alpha: Annotated[float | None, typer.Option(metavar="A", help="PEFT's lora_alpha. [twice its rank]")] = None,
+    lora_targets: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="Linear layers of the LoRA: q_proj,v_proj ... [PEFT's choice]")
+    ] = None,
+    method: Annotated[str | None, typer.Option(metavar="METHOD", help="supervised or dpo. [as the data]")] = None,
+    dpo_beta: Annotated[float | None, typer.Option(metavar="B", help="DPO's beta. [0.1]")] = None,
+    epochs: Annotated[float | None, typer.Option(metavar="N", help="Times through the data. [3]")] = None,
+    max_steps: Annotated[int | None, typer.Option(metavar="N", help="Stop after so many optimiser steps.")] = None,
+    batch: Annotated[int | None, typer.Option(metavar="N", help="Examples of a micro-batch. [16]")] = None,
+    accumulate: Annotated[int | None, typer.Option(metavar="N", help="Micro-batches of an optimiser step. [1]")] = None,
+    lr: Annotated[float | None, typer.Option("--lr", metavar="RATE", help="Learning rate. [9e-4]")] = None,
+    schedule: Annotated[str | None, typer.Option(metavar="NAME", help="linear, cosine or constant. [linear]")] = None,
+    warmup: Annotated[float | None, typer.Option(metavar="SHARE", help="Share of the steps to warm up. [0.1]")] = None,
+    clip: Annotated[float | None, typer.Option(metavar="NORM", help="Largest norm of the gradient. [1]")] = None,
+    dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="Of the frozen base. [float32]")] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, about a third slower.")
+    ] = False,
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile", help="torch.compile: half a minute slower to start, then a little faster. For long runs."
+        ),
+    ] = False,
+    keep_states: Annotated[
+        float | None,
+        typer.Option(metavar="GIB", help="Memory for what the base gives below the lowest edited layer; 0: none. [1]"),
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(metavar="N", help=f"Longer examples are left out and counted. [{_MAX_TOKENS}]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Decides weights, order and dropout. [42]")] = None,
+    save_every: Annotated[
+        int | None, typer.Option(metavar="N", help="Optimiser steps between checkpoints. [one epoch]")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
+    report_to: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="tensorboard, wandb: transformers' own reports.")
+    ] = None,
+) -> None:
+    """Train an adapter on a frozen base model."""
+    from reft_serve.recipes.recipe import load_recipe
+
+    chosen = None if recipe is None else load_recipe(recipe)
+    adapter = _given(
+        kind=kind, rank=rank, layers=layers, positions=positions, untied=untied, activation=activation, dropout=dropout
+    )
+    half = None if lora_rank is None else (lora_rank, lora_alpha, lora_targets)
+    run = _given(
+        method=method, dpo_beta=dpo_beta, epochs=epochs, max_steps=max_steps, batch=batch, accumulate=accumulate,
+        learning_rate=lr, schedule=schedule, warmup=warmup, clip=clip, dtype=dtype, seed=seed, save_every=save_every,
+        keep_states=keep_states,
+    )  # fmt: skip
+    reports = tuple(report_to.split(",")) if report_to else ()
+    plan = replace(
+        _plan(base, chosen, adapter, run, half),
+        gradient_checkpointing=gradient_checkpointing, compile=compiled, report_to=reports,
+    )  # fmt: skip
+    longest = max_tokens or (_MAX_TOKENS if chosen is None else chosen.training.max_tokens)
+    _run(data, validation, base, plan, chosen, longest, out, resume, method_given=method is not None)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _plan(
+    base: Path,
+    recipe: Recipe | None,
+    adapter: dict[str, Any],
+    run: dict[str, Any],
+    half: tuple[int, float | None, str | None] | None,
+) -> Plan:
+    """The recipe, with what was given on the command line instead of its values."""
+    from reft_serve.adapters.base_model import read_base_model
+    from reft_serve.training.plan import LoraPlan, Plan, parse_layers, plan_of
+
+    start = Plan() if recipe is None else plan_of(recipe)
+    if "layers" in adapter:
+        adapter["layers"] = parse_layers(adapter["layers"], read_base_model(base).num_hidden_layers)
+    rule = start.adapter.rule
+    if "positions" in adapter:
+        rule = replace(rule, spec=adapter.pop("positions"), tied=not adapter.pop("untied", False))
+    elif "untied" in adapter:
+        rule = replace(rule, tied=not adapter.pop("untied"))
+    shape: AdapterPlan = replace(start.adapter, rule=rule, **adapter)
+    lora = None
+    if half is not None:
+        rank, alpha, targets = half
+        lora = LoraPlan(rank, alpha or 2.0 * rank, targets=tuple(targets.split(",")) if targets else None)
+    return replace(start, adapter=shape, lora=lora, **run)
+
+
+def _run(
+    data: Path,
+    validation: Path | None,
+    base: Path,
+    plan: Plan,
+    recipe: Recipe | None,
+    max_tokens: int,
+    out: Path,
+    resume: bool,
+    *,
+    method_given: bool,
+) -> None:
+    from rich.console import Console
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    from reft_serve.datafiles.formats import read_rows
+    from reft_serve.training.data.encoding import encode
+    from reft_serve.training.loop.report import Bar
+    from reft_serve.training.loop.run import started_at, train
+    from reft_serve.training.model.processes import of_main_process, this_process
+
+    console = Console(quiet=not this_process().is_main_process)
+    logging.disable_progress_bar()
+    tokenizer: Any = AutoTokenizer.from_pretrained(base)
+    task = None if recipe is None else recipe.task
+    started = of_main_process((started_at(out) if resume else None) or datetime.now())
+    # Both files are read whole before anything heavy starts, so that every fault is told at once.
+    read = [
+        encode(read_rows(path), tokenizer, max_tokens=max_tokens, task=task, now=started)
+        for path in (data, validation)
+        if path
+    ]
+    for note in (note for found in read for note in found.notes()):
+        console.print(f"note: {note}", markup=False, highlight=False)
+    if not method_given and read[0].preferences:
+        plan = replace(plan, method="dpo")
+    items, held_out, *_ = [(found.preferences or found.examples) for found in read] + [()]
+    bar = Bar(console)
+    try:
+        outcome = train(
+            base, plan, items, out, held_out=held_out, resume=resume, watchers=[bar],
+            fingerprints=[found.fingerprint for found in read], started=started,
+        )  # fmt: skip
+    finally:
+        bar.stop()
+    _show(console, outcome, out)
+
+
+def _show(console: Console, outcome: Outcome, out: Path) -> None:
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("adapter", f"{outcome.adapter}")
+    table.add_row("sha256", f"{outcome.digest}")
+    table.add_row("trained", f"{outcome.parameters:,} parameters, {outcome.share:.4%} of the base's")
+    table.add_row("on disk", f"{outcome.size:,} bytes")
+    if outcome.best_loss is not None:
+        table.add_row("held-out loss", f"{outcome.best_loss:.4f} at step {outcome.best_step}")
+    table.add_row("time", f"{outcome.seconds:.1f} s for {outcome.steps:,} steps, {outcome.tokens:,} tokens")
+    table.add_row("peak memory", f"{outcome.peak_memory / 2**20:,.0f} MiB")
+    table.add_row("record", f"{out}/metrics.jsonl, {out}/loss.png, {out}/summary.json")
+    console.print(table)

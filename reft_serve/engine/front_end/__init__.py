@@ -1,0 +1,1 @@
+"""The part of the plugin that runs in vLLM's API server."""

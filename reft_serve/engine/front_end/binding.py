@@ -1,0 +1,357 @@
+"""The front end's side: from a LoRA request as users write it to a checked one that carries its identity."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from vllm.config import VllmConfig
+from vllm.exceptions import LoRAAdapterNotFoundError, VLLMValidationError
+from vllm.lora.peft_helper import PEFTHelper
+from vllm.lora.request import LoRARequest
+from vllm.lora.utils import get_adapter_absolute_path
+from vllm.renderers.chat_utils import ChatTemplateResolutionError
+
+from reft_serve.adapters.directory import CONFIG, is_adapter, read_adapter
+from reft_serve.adapters.engine_card import CARD_KEY
+from reft_serve.adapters.engine_fault import ALREADY_LOADED, CHAT_TEMPLATE, EngineFault
+from reft_serve.adapters.manifest import Manifest
+from reft_serve.engine.adapter_ref import Identity, bound_request, identity_of, with_prompt_tokens, with_strength
+from reft_serve.engine.vllm_config import base_facts, engine_card, limits_of, rank_faults, settings_of
+from reft_serve.errors import AdapterUnsupported, ClientError
+
+__all__ = ["PROMPT_TOKENS", "STRENGTH", "Binder", "binder_of"]
+
+STRENGTH = "reft_strength"
+PROMPT_TOKENS = "reft_prompt_tokens"
+_MOST = 100.0
+# What `add_lora` raised, for the route that called it: vLLM's own code keeps its text alone.
+_refusals: ContextVar[list[ClientError] | None] = ContextVar("reft_refusals", default=None)
+
+
+class Binder:
+    """Binds requests to adapter versions; one per front-end engine object.
+
+    A directory is read once per (name, id, path): like vLLM's own adapters, a name keeps its version until it is loaded
+    anew (`load_inplace`) or removed.
+    """
+
+    def __init__(self, config: VllmConfig) -> None:
+        self._config = config
+        # By the front end's id, with the name and path that it was given for.
+        self._bound: dict[int, tuple[str, str, LoRARequest]] = {}
+
+    def bind(self, request: LoRARequest | None) -> LoRARequest | None:
+        """The request that the engine gets: LoRA and base requests as they are, ReFT ones with their identity.
+
+        Raises:
+            AdapterInvalid, AdapterUnsupported: the directory cannot be served; every fault is named.
+            LoRAAdapterNotFoundError: there is none (vLLM's own error, which its server answers with 404).
+        """
+        if request is None or self._config.lora_config is None:
+            return request
+        name, path, bound = self._bound.get(request.lora_int_id, ("", "", None))
+        if bound is None or request.load_inplace or (name, path) != (request.lora_name, request.lora_path):
+            bound = self._read(request)
+            self._bound[request.lora_int_id] = request.lora_name, request.lora_path, bound
+            if identity_of(bound) is not None:
+                # It is loaded anew now. vLLM keeps the request object, and would ask for it with every use of the name.
+                request.load_inplace = False
+        return bound
+
+    def check(self, path: str) -> None:
+        """Raise what `bind` would raise for an adapter at this path."""
+        self._read(LoRARequest("check", 1, path))
+
+    def forget(self, lora_int_id: int) -> int:
+        """Forget what an id was bound to and return the id that the engine knows it by."""
+        engine_id = self.engine_id(lora_int_id)
+        self._bound.pop(lora_int_id, None)
+        return engine_id
+
+    def engine_id(self, lora_int_id: int) -> int:
+        """The id that the engine knows an id of the front end by."""
+        bound = self._bound.get(lora_int_id)
+        return lora_int_id if bound is None else bound[2].lora_int_id
+
+    def front_end_ids(self, engine_ids: Iterable[int]) -> set[int]:
+        """The front end's ids of adapters that the engine lists."""
+        bound_now = self._bound.copy()  # threads bind meanwhile
+        engine_id_of = {number: bound.lora_int_id for number, (_, _, bound) in bound_now.items()}
+        listed = set(engine_ids)  # a list, where it came over a socket
+        ours = {number for number, engine_id in engine_id_of.items() if engine_id in listed}
+        return ours | (listed - set(engine_id_of.values()))
+
+    def _read(self, request: LoRARequest) -> LoRARequest:
+        path = Path(get_adapter_absolute_path(request.lora_path))
+        if not is_adapter(path):
+            return self._as_lora(request, path)
+        adapter = read_adapter(path, settings_of(self._config).max_adapter_bytes, self._faults)
+        faults = self._lora_faults(path) if adapter.lora is not None else []
+        if faults:
+            raise AdapterUnsupported(str(path), faults)
+        lora = adapter.lora is not None
+        return bound_request(request, str(path), Identity(adapter.digest, adapter.manifest.positions, lora))
+
+    def _faults(self, manifest: Manifest) -> list[str]:
+        """Why this engine cannot serve the interventions."""
+        faults = limits_of(self._config).faults(manifest, base_facts(self._config))
+        return faults + rank_faults(self._config, manifest.interventions)
+
+    def _lora_faults(self, path: Path) -> list[str]:
+        """Why this engine cannot serve the LoRA of a directory that holds both, as far as vLLM can tell by its config."""
+        if settings_of(self._config).lora == "off":
+            return ["it holds a LoRA too, and this engine serves ReFT only: set REFT_LORA=on to serve both"]
+        try:
+            helper = PEFTHelper.from_local_dir(str(path), self._config.model_config.max_model_len)
+            helper.validate_legal(self._config.lora_config)
+        except (ValueError, TypeError) as exc:
+            return [f"its LoRA: {exc}"]
+        return []
+
+    def _as_lora(self, request: LoRARequest, path: Path) -> LoRARequest:
+        if any(path.glob("intkey_*.bin")) or any(path.glob("intervenable_model/intkey_*.bin")):
+            raise AdapterUnsupported(
+                str(path),
+                ["it is a pyreft save; convert it first: reft-serve adapter import DIR --base MODEL --positions ..."],
+            )
+        if not path.is_dir():
+            raise LoRAAdapterNotFoundError(request.lora_name, request.lora_path)
+        if settings_of(self._config).lora == "off":
+            raise AdapterUnsupported(
+                str(path),
+                [f"it holds no {CONFIG}, and this engine serves ReFT only: set REFT_LORA=on to serve LoRA too"],
+            )
+        return request
+
+
+_binders: WeakKeyDictionary[Any, Binder] = WeakKeyDictionary()  # by input processor
+
+
+def binder_of(engine: Any) -> Binder:
+    """The binder of a front-end engine object; the input processor and its engine share one."""
+    processor = getattr(engine, "input_processor", engine)
+    binder = _binders.get(processor)
+    if binder is None:
+        binder = _binders.setdefault(processor, Binder(processor.vllm_config))  # threads may come here at once
+    return binder
+
+
+def wrap_process_inputs(original: Any) -> Callable[..., Any]:
+    """Around `InputProcessor.process_inputs`: the request goes on with its adapter's identity."""
+    signature = inspect.signature(original)
+
+    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(self, *args, **kwargs)
+        params = call.arguments["params"]
+        bound = binder_of(self).bind(call.arguments.get("lora_request"))
+        call.arguments["lora_request"] = _at_strength(bound, strength_of(params))
+        prompt_tokens = prompt_tokens_of(params, call.arguments["request_id"])
+        request = original(*call.args, **call.kwargs)
+        if prompt_tokens is not None:
+            _end_prompt(request, prompt_tokens)
+        return request
+
+    return process_inputs
+
+
+def strength_of(params: Any) -> float | None:
+    """The factor that a request puts on its adapter's edits; None where it names none.
+
+    Raises:
+        VLLMValidationError: it is not a number that edits can be multiplied by.
+    """
+    given = (getattr(params, "extra_args", None) or {}).get(STRENGTH)
+    if given is None:
+        return None
+    if isinstance(given, bool) or not isinstance(given, int | float) or not abs(given) <= _MOST:  # NaN too
+        raise VLLMValidationError(
+            f"{STRENGTH} must be a number from -{_MOST:g} to {_MOST:g}: 1 is the adapter as it was trained, 0 the base model",
+            parameter=f"vllm_xargs.{STRENGTH}",
+            value=str(given)[:100],
+        )
+    return float(given)
+
+
+def prompt_tokens_of(params: Any, request_id: str) -> int | None:
+    """How many of a request's tokens are its prompt for the position rule; None if it does not say.
+
+    Raises:
+        VLLMValidationError: it is not a number of tokens, or the list has none for this prompt.
+    """
+    given = (getattr(params, "extra_args", None) or {}).get(PROMPT_TOKENS)
+    if isinstance(given, list):
+        # One request of the server may have several prompts, with one `extra_args` for all. It numbers their ids.
+        at = request_id.rpartition("-")[2] if len(given) > 1 else "0"
+        given = given[int(at)] if at.isdecimal() and int(at) < len(given) else given
+    if given is None or (isinstance(given, int) and not isinstance(given, bool) and given >= 1):
+        return given
+    raise _wrong_prompt_tokens(
+        "must be the number of tokens, at least 1, before the answer; a list has one per prompt", given
+    )
+
+
+def _end_prompt(request: Any, prompt_tokens: int) -> None:
+    ids, embeds = request.prompt_token_ids, request.prompt_embeds
+    total = len(ids) if ids is not None else len(embeds)
+    if prompt_tokens > total:
+        raise _wrong_prompt_tokens(
+            f"is {prompt_tokens}, and the prompt with its answer has {total} tokens", prompt_tokens
+        )
+    identity = identity_of(request.lora_request)
+    # A request that names the end that its edits have anyway is no other adapter to a batch.
+    if identity is not None and identity.rule.spans(prompt_tokens) != identity.rule.spans(total):
+        request.lora_request = with_prompt_tokens(request.lora_request, prompt_tokens)
+
+
+def _wrong_prompt_tokens(fault: str, given: object) -> VLLMValidationError:
+    parameter = f"vllm_xargs.{PROMPT_TOKENS}"
+    return VLLMValidationError(f"{PROMPT_TOKENS} {fault}", parameter=parameter, value=str(given)[:100])
+
+
+def _at_strength(bound: LoRARequest | None, strength: float | None) -> LoRARequest | None:
+    if strength is None:
+        return bound
+    identity = identity_of(bound)
+    if bound is None or identity is None:
+        raise VLLMValidationError(
+            f"{STRENGTH} is a factor on a ReFT adapter's edits, and this request names no ReFT adapter",
+            parameter=f"vllm_xargs.{STRENGTH}",
+        )
+    if strength == 0 and not identity.lora:  # nothing of it is left
+        return None
+    return bound if strength == 1 else with_strength(bound, strength)
+
+
+def wrap_add_lora(original: Any) -> Callable[..., Any]:
+    """Around `add_lora` of `LLMEngine` and of `AsyncLLM`, whose event loop must not wait for a disk."""
+
+    async def add_from_thread(self: Any, request: LoRARequest) -> Any:
+        with _faults_of(request.lora_path):
+            bound = await asyncio.to_thread(binder_of(self).bind, request)
+            if identity_of(bound) is not None:
+                await self.engine_core.call_utility_async("reft_read_ahead", bound)
+            return await original(self, bound)
+
+    def add(self: Any, request: LoRARequest) -> Any:
+        with _faults_of(request.lora_path):
+            return original(self, binder_of(self).bind(request))
+
+    return add_from_thread if inspect.iscoroutinefunction(original) else add
+
+
+@contextmanager
+def _faults_of(path: str) -> Iterator[None]:
+    """Raise what the engine core met, whose exceptions come as text, and note what is the caller's to mend."""
+    try:
+        yield
+    except Exception as exc:
+        fault = EngineFault.in_text(str(exc))
+        error = exc if fault is None else fault.error(path)
+        refusals = _refusals.get()
+        if refusals is not None and isinstance(error, ClientError):
+            refusals.append(error)
+        if fault is None:
+            raise
+        raise error from exc
+
+
+def wrap_remove_lora(original: Any) -> Callable[..., Any]:
+    """Around `remove_lora`: by the engine's id."""
+    return lambda self, lora_id: original(self, binder_of(self).forget(lora_id))
+
+
+def wrap_pin_lora(original: Any) -> Callable[..., Any]:
+    """Around `pin_lora`: by the engine's id."""
+    return lambda self, lora_id: original(self, binder_of(self).engine_id(lora_id))
+
+
+def wrap_list_loras(original: Any) -> Callable[..., Any]:
+    """Around `list_loras`: in the front end's ids."""
+
+    async def listed(answer: Awaitable[set[int]], binder: Binder) -> set[int]:
+        return binder.front_end_ids(await answer)
+
+    def list_ids(self: Any) -> Any:
+        answer = original(self)
+        return listed(answer, binder_of(self)) if inspect.isawaitable(answer) else binder_of(self).front_end_ids(answer)
+
+    return list_ids
+
+
+def wrap_load_lora_adapter(original: Any) -> Callable[..., Any]:
+    """Around `OpenAIServingModels.load_lora_adapter`: an adapter's faults are the caller's to mend, so 400 and not 500.
+
+    The error's `type` is the failure's class and its `faults` are all that was found, as data.
+    """
+
+    async def load_lora_adapter(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        refusals: list[ClientError] = []
+        noting = _refusals.set(refusals)
+        try:
+            answer = await original(self, request, *args, **kwargs)
+        finally:
+            _refusals.reset(noting)
+        error = getattr(answer, "error", None)
+        if error is None:
+            return answer
+        if refusals:
+            fault = EngineFault.of(refusals[0])
+            error.type, error.code, error.param, error.message = fault.type, 400, "lora_path", fault.message
+            error.faults = list(fault.faults)
+        elif error.type == "InvalidUserInput" and request.lora_name in self.lora_requests:
+            error.type = ALREADY_LOADED
+        return answer
+
+    return load_lora_adapter
+
+
+class ChatTemplateMissing(VLLMValidationError, ChatTemplateResolutionError):  # type: ignore[misc]  # vLLM is untyped here
+    """vLLM's error for a base model without a chat template, with the field that its answer names."""
+
+
+def wrap_safe_apply_chat_template(original: Any) -> Callable[..., Any]:
+    """Around `safe_apply_chat_template`: the answer's `param` says that the base model has no chat template."""
+
+    def safe_apply_chat_template(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(*args, **kwargs)
+        except ChatTemplateResolutionError as exc:
+            raise ChatTemplateMissing(str(exc), parameter=CHAT_TEMPLATE) from exc
+
+    return safe_apply_chat_template
+
+
+def wrap_show_available_models(original: Any) -> Callable[..., Any]:
+    """Around `OpenAIServingModels.show_available_models`: the base model's card says which adapters are taken."""
+
+    async def show_available_models(self: Any) -> Any:
+        listed = await original(self)
+        config = self.engine_client.vllm_config
+        if config.lora_config is not None:
+            told = engine_card(config).model_dump(mode="json")
+            for card in listed.data:
+                if card.parent is None:
+                    setattr(card, CARD_KEY, told)
+        return listed
+
+    return show_available_models
+
+
+def wrap_unload_lora_adapter(original: Any) -> Callable[..., Any]:
+    """Around `OpenAIServingModels.unload_lora_adapter`, which only forgets the name: give the engine its memory back."""
+
+    async def unload_lora_adapter(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        known = self.lora_requests.get(request.lora_name)
+        answer = await original(self, request, *args, **kwargs)
+        if known is not None and request.lora_name not in self.lora_requests:
+            await self.engine_client.remove_lora(known.lora_int_id)
+        return answer
+
+    return unload_lora_adapter

@@ -1,0 +1,1 @@
+"""The command line that starts vLLM, and its entry points."""

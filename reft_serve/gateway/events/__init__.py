@@ -1,0 +1,1 @@
+"""Events of jobs: streams for callers, webhooks for their servers."""

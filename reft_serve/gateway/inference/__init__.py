@@ -1,0 +1,1 @@
+"""One inference request from its body to its last byte."""

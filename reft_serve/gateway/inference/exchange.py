@@ -1,0 +1,447 @@
+"""One inference request, from the caller's words to the end of the answer.
+
+`resolve -> spend -> admit -> begin -> relay -> settle`: whose model it is, what the caller may still use, a note on disk that
+it begins, an engine that begins to answer, the bytes as they come, and what they came to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fastapi import Request, Response
+
+from reft_serve import errors, structured_outputs
+from reft_serve.adapters.engine_fault import CHAT_TEMPLATE, EngineFault
+from reft_serve.database.keys import Principal
+from reft_serve.database.models import now_ms
+from reft_serve.database.resolution import Target
+from reft_serve.database.usage import Ending, Opening, Status
+from reft_serve.gateway.accounting.demand import Demand, bounded, demand_of
+from reft_serve.gateway.accounting.quotas import Spending
+from reft_serve.gateway.engines.client import Upstream
+from reft_serve.gateway.engines.engine import Engine, engine_name
+from reft_serve.gateway.engines.tokens import Tokens
+from reft_serve.gateway.http.budget import Lease
+from reft_serve.gateway.http.streaming import ClientGone, Streamed, while_there
+from reft_serve.gateway.http.tracing import outgoing
+from reft_serve.gateway.inference import reft_fields
+from reft_serve.gateway.inference.departure import estimated, used_until_now
+from reft_serve.gateway.inference.engine_ends import ended_with, note_end
+from reft_serve.gateway.inference.rewriting import Rewriter, rewrite_whole, sse_error
+from reft_serve.gateway.schemas.errors import error_body, status_of
+from reft_serve.gateway.schemas.inference import InferenceBody
+from reft_serve.gateway.services import Services
+from reft_serve.observability import FIRST_BYTE_SECONDS, RETRIES, TOKENS, request_id
+
+__all__ = ["Endpoint", "infer"]
+
+_TRIES = 3
+_GONE = 499
+_COMMIT_SECONDS = 5.0
+_UNCOUNTED = "the database does not answer, so the request could not be counted"
+_T = TypeVar("_T")
+_Emit = Callable[[bytes], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One of the engine's routes."""
+
+    name: str
+    path: str
+    limit_fields: tuple[str, ...] = ()
+    # What is reserved if a request names no limit; `engine_default`: the engine generates no more then.
+    default_tokens: int = 0
+    engine_default: bool = False
+    typed_events: bool = False
+
+
+@dataclass(slots=True)
+class _Exchange:
+    """What is known of a request while it goes on."""
+
+    services: Services
+    caller: Principal
+    endpoint: Endpoint
+    body: dict[str, Any]
+    public: str
+    target: Target | None
+    opening: Opening
+    stack: AsyncExitStack
+    size: int
+    # What is held of the process's memory until the answer has been sent.
+    leases: list[Lease]
+    begun: float = field(default_factory=time.monotonic)
+    spending: Spending = field(default_factory=lambda: Spending(0))
+    # The field in which we named the limit of its length, as the caller named none.
+    added: str | None = None
+    demand: Demand = field(default_factory=lambda: Demand(0, 0, 1))
+    engine: Engine | None = None
+    theirs: str = ""
+    # When it was given to the engine, by the monotonic clock.
+    delivered: float = 0.0
+    settled: bool = False
+
+    async def run(self, size: int, function: Callable[..., _T], *args: Any) -> _T:
+        """Call a function whose work grows with `size` bytes of this request."""
+        return await self.services.intake.run(self.caller.tenant_id, size, function, *args)
+
+    async def settle(self, status: Status, tokens: Tokens) -> bool:
+        """Count it, give the places back, and say whether it is on disk: it seems not to come there where a database is away,
+        and the ledger goes on trying. Only the first call counts.
+        """
+        if self.settled:
+            return True
+        self.settled = True
+        services = self.services
+        committed = services.ledger.settle(self.ending(status, tokens))
+        services.fleet.charge(self.caller.tenant_id, tokens.work)
+        if status == "completed":
+            services.quarantine.clear(self.caller.tenant_id, self.endpoint.path, self.body)
+        await self.stack.aclose()
+        await self._count(tokens)
+        return await _on_disk(committed)
+
+    async def leave(self, seen: Tokens) -> None:
+        """Settle it after its caller has left: the engine's work is charged, in the queue at once."""
+        if self.settled:
+            return
+        if not self.delivered or self.engine is None:
+            await self.settle("cancelled", seen)
+            return
+        self.settled = True
+        fleet, tenant = self.services.fleet, self.caller.tenant_id
+        fleet.correct(
+            tenant, self.demand.total
+        )  # until it is known: the place that it gives back goes to whoever is next
+        tokens = estimated(self.demand, seen, time.monotonic() - self.delivered)
+        try:
+            await self.stack.aclose()
+            if not seen.prompt:  # else the engine has said with each chunk what it counts
+                tokens = await used_until_now(self.engine, self.opening.request_id) or tokens
+        finally:
+            fleet.correct(tenant, -self.demand.total)
+            fleet.charge(tenant, tokens.work)
+        committed = self.services.ledger.settle(self.ending("cancelled", tokens))
+        await self._count(tokens)
+        await _on_disk(committed)
+
+    def ending(self, status: Status, tokens: Tokens) -> Ending:
+        """What the ledger is to say of it."""
+        return Ending(self.opening, status, tokens.prompt, tokens.cached, tokens.completion, now_ms())
+
+    async def _count(self, tokens: Tokens) -> None:
+        services = self.services
+        tenant = services.names.label(self.caller.tenant)
+        adapter = services.names.label(f"{self.caller.tenant}:{self.target.label}" if self.target else None)
+        for kind in ("prompt", "cached", "completion"):
+            TOKENS.labels(tenant, adapter, kind).inc(getattr(tokens, kind))
+        if self.spending.tokens:  # they may be in Redis, and the caller may leave meanwhile
+            await asyncio.shield(services.quotas.settle(self.spending, tokens.prompt + tokens.completion))
+
+
+async def _on_disk(committed: asyncio.Future[None]) -> bool:
+    await asyncio.wait((committed,), timeout=_COMMIT_SECONDS)
+    return committed.done()
+
+
+async def infer(
+    services: Services, request: Request, caller: Principal, endpoint: Endpoint, given: InferenceBody
+) -> Response:
+    """Answer an inference request.
+
+    Raises:
+        ReftError: it did not begin to be answered; the class says why.
+    """
+    target = await services.directory.target(caller, given.model)
+    state = request.scope["state"]
+    size = state["body_bytes"]
+    body, added = await services.intake.run(caller.tenant_id, size, _checked, services, caller, endpoint, given)
+    services.quarantine.check(caller.tenant_id, endpoint.path, body)
+    if not services.ledger.healthy:  # else it would be computed, and refused then
+        raise errors.DatabaseUnusable(_UNCOUNTED)
+    opening = Opening(
+        request_id.get() or "", services.settings.gateway_name, caller.tenant_id, caller.key_id, endpoint.name,
+        given.model, target.version_id if target else None, now_ms(),
+    )  # fmt: skip
+    exchange = _Exchange(
+        services, caller, endpoint, body, given.model, target, opening, AsyncExitStack(), size, state["leases"]
+    )
+    exchange.added = added
+    try:
+        async with asyncio.timeout(services.settings.request_seconds), while_there(request.receive):
+            return await _answer(exchange)
+    except ClientGone:
+        return Response(status_code=_GONE)
+    except TimeoutError as exc:
+        raise errors.Overloaded("the request took longer than is allowed") from exc
+
+
+async def _answer(exchange: _Exchange) -> Response:
+    services = exchange.services
+    fields, default = exchange.endpoint.limit_fields, exchange.endpoint.default_tokens
+    demand = await exchange.run(exchange.size, demand_of, exchange.body, fields, default)
+    exchange.demand = demand
+    exchange.spending = await exchange.stack.enter_async_context(services.quotas.spend(exchange.caller, demand.total))
+    try:
+        return await _begun(exchange)
+    except BaseException as exc:
+        await asyncio.shield(_give_up(exchange, exc))
+        raise
+
+
+async def _begun(exchange: _Exchange) -> Response:
+    services = exchange.services
+    admitted: asyncio.Future[None] | None = None
+    if exchange.body.get("stream"):
+        admitted = services.ledger.admit(exchange.opening)
+    else:
+        services.ledger.note(exchange.opening)
+    upstream = await _begin(exchange)
+    if admitted is not None and not await _on_disk(admitted):
+        raise errors.DatabaseUnusable(_UNCOUNTED)
+    FIRST_BYTE_SECONDS.labels(exchange.endpoint.name).observe(time.monotonic() - exchange.begun)
+    try:
+        if upstream.status != 200:
+            raise _refusal(exchange, upstream.status, await _whole(exchange, upstream))
+        if upstream.is_stream:
+            return await _stream(exchange, upstream)
+        whole = await _whole(exchange, upstream)
+        content, tokens = await exchange.run(len(whole), rewrite_whole, whole, exchange.theirs, exchange.public)
+    except errors.EngineFailed as exc:
+        assert exchange.engine is not None
+        if await _has_ended(exchange, exchange.engine.company()):
+            raise errors.EngineEnded(str(exc)) from exc
+        raise
+    if not await exchange.settle("completed", tokens):
+        services.ledger.retract(exchange.ending("failed", Tokens()))
+        raise errors.DatabaseUnusable(_UNCOUNTED)
+    return Response(content, 200, _headers(exchange), "application/json")
+
+
+async def _whole(exchange: _Exchange, upstream: Upstream) -> bytes:
+    """All bytes of an answer, counted in the process's memory until they have been sent."""
+    intake, length = exchange.services.intake, upstream.length
+    counted = intake.SMALL if length is None else length
+    lease = await intake.memory_for(counted).take(exchange.caller.tenant_id, counted, lambda: False)
+    exchange.leases.append(lease)
+    if length is not None:
+        return await upstream.read()
+    parts: list[bytes] = []
+    taken = 0
+    while part := await upstream.chunk():
+        parts.append(part)
+        taken += len(part)
+        if taken > lease.amount:
+            lease.grow(len(part))
+    return b"".join(parts)
+
+
+async def _has_ended(exchange: _Exchange, company: int) -> bool:
+    assert exchange.engine is not None
+    return await ended_with(
+        exchange.services, exchange.opening, exchange.endpoint.path, exchange.body, exchange.engine, company
+    )
+
+
+async def _give_up(exchange: _Exchange, exc: BaseException) -> None:
+    if isinstance(exc, asyncio.CancelledError):
+        await exchange.leave(Tokens())
+    elif isinstance(exc, errors.DatabaseUnusable):  # waiting for the disk would only hold the places
+        exchange.services.later(_failed(exchange))
+    else:
+        await _failed(exchange)
+
+
+async def _failed(exchange: _Exchange) -> None:
+    await exchange.settle("failed", Tokens())
+
+
+async def _begin(exchange: _Exchange) -> Upstream:
+    """An engine that has begun to answer. Engines that fail before that are left out, and others are asked."""
+    services, target, tenant = exchange.services, exchange.target, exchange.caller.tenant_id
+    affinity = target.digest if target else tenant
+    failed: frozenset[Engine] = frozenset()
+    for left in reversed(range(_TRIES)):
+        attempt = AsyncExitStack()
+        try:
+            place = services.fleet.engine(tenant, affinity, failed)
+            engine = await attempt.enter_async_context(place)
+            exchange.engine = engine
+            upstream = await _open(exchange, engine, attempt)
+            if upstream.status == 404 and target is not None and left:  # it was started anew, or was told to forget it
+                engine.forget(exchange.theirs)
+                await attempt.aclose()
+                continue
+            exchange.stack.push_async_callback(attempt.aclose)
+            return upstream
+        except errors.EngineUnavailable as exc:
+            exchange.delivered = 0.0
+            await attempt.aclose()
+            services.later(services.fleet.probe())
+            if exc.delivered:
+                await _suspect(exchange)
+            if not left or exchange.engine is None or exchange.engine in failed:
+                raise
+            failed |= {exchange.engine}
+            RETRIES.inc()
+        except BaseException:
+            await attempt.aclose()
+            raise
+    raise errors.EngineUnavailable("no engine could answer; try again")
+
+
+async def _suspect(exchange: _Exchange) -> None:
+    """Return if the request may be delivered once more, when it is its turn."""
+    services, path, body, engine = exchange.services, exchange.endpoint.path, exchange.body, exchange.engine
+    assert engine is not None
+    note_end(services, exchange.opening, path, body, engine, len(_engine_body(exchange)))
+    await exchange.stack.enter_async_context(services.quarantine.turn(exchange.caller.tenant_id))
+
+
+async def _open(exchange: _Exchange, engine: Engine, attempt: AsyncExitStack) -> Upstream:
+    target = exchange.target
+    name = engine_name(target.digest) if target else None
+    attempt.enter_context(engine.using(name))
+    if target is not None and name is not None:
+        await _load(exchange, engine, name, exchange.services.store.path(target.digest))
+    exchange.theirs = name or engine.base_name
+    headers = {"x-request-id": exchange.opening.request_id, **outgoing()}
+    body = await exchange.run(exchange.size, _engine_body, exchange)
+    exchange.delivered = time.monotonic()
+    upstream = await engine.open(exchange.endpoint.path, body, headers)
+    attempt.callback(upstream.close)
+    return upstream
+
+
+async def _load(exchange: _Exchange, engine: Engine, name: str, path: Path) -> None:
+    quarantine, tenant = exchange.services.quarantine, exchange.caller.tenant_id
+    quarantine.check_digest(tenant, name)
+    try:
+        await engine.load(name, path)
+    except errors.EngineUnavailable as exc:
+        if exc.delivered:  # whatever is asked of the adapter would end the next engine
+            quarantine.suspect(tenant, name, alone=engine.company() <= 1)
+        raise
+    except (errors.EngineFailed, errors.AdapterInvalid):
+        if path.is_dir():
+            raise
+        raise errors.ModelNotFound(f"The model {exchange.public[:200]!r} was deleted in this moment.") from None
+
+
+def _engine_body(exchange: _Exchange) -> bytes:
+    body = exchange.body | {"model": exchange.theirs, "cache_salt": exchange.caller.cache_salt}
+    body.pop("metadata", None)
+    reft_fields.move_to_engine(body, exchange.target)
+    context = exchange.engine.context if exchange.engine is not None else None
+    if exchange.added is not None and context is not None:  # an engine refuses a number beyond its context
+        body[exchange.added] = min(body[exchange.added], context)
+    if exchange.endpoint.typed_events:
+        body["store"] = False
+        # The engine takes this one from no header.
+        body["request_id"] = exchange.opening.request_id.replace("req_", "resp_", 1)
+    elif body.get("stream"):
+        body["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
+    return json.dumps(body, separators=(",", ":")).encode()
+
+
+async def _stream(exchange: _Exchange, upstream: Upstream) -> Response:
+    """The answer, once its first event is there: what fails before that is an ordinary error."""
+    wants_usage = bool((exchange.body.get("stream_options") or {}).get("include_usage"))
+    rewriter = Rewriter(exchange.theirs, exchange.public, wants_usage)
+    first = b""
+    while not first and not rewriter.complete and rewriter.error is None:
+        chunk = await upstream.chunk()
+        if not chunk:
+            raise errors.EngineFailed("the engine ended its answer before it began")
+        first = rewriter.feed(chunk)
+    if not first and rewriter.error is not None:
+        raise _refusal(exchange, int(rewriter.error.get("code") or 500), json.dumps(rewriter.error).encode())
+
+    async def relay(emit: _Emit) -> None:
+        await _relay(exchange, upstream, rewriter, first, emit)
+
+    async def finish() -> None:
+        await exchange.leave(rewriter.tokens)
+
+    return Streamed(relay, _headers(exchange), finish)
+
+
+async def _relay(exchange: _Exchange, upstream: Upstream, rewriter: Rewriter, first: bytes, emit: _Emit) -> None:
+    failure: errors.ReftError | None = None
+    try:
+        async with asyncio.timeout(exchange.services.settings.request_seconds - (time.monotonic() - exchange.begun)):
+            if first:
+                await emit(first)
+            while chunk := await upstream.chunk():
+                if rewritten := rewriter.feed(chunk):
+                    await emit(rewritten)
+    except TimeoutError:
+        failure = errors.Overloaded("the request took longer than is allowed")
+    except errors.EngineFailed as exc:
+        failure = exc
+    if failure is None and rewriter.error is not None:
+        failure = _refusal(exchange, 500, json.dumps(rewriter.error).encode())
+    if failure is None and not rewriter.complete:
+        failure = errors.EngineFailed("the engine stopped in the middle of its answer")
+    if isinstance(failure, errors.EngineFailed) and exchange.engine is not None:
+        exchange.services.later(_look_at_end(exchange, exchange.engine.company()))
+    # On disk before the last event: whoever has seen a whole answer finds it in the ledger.
+    tokens = rewriter.tokens
+    if failure is not None and tokens.completion:
+        tokens = estimated(exchange.demand, tokens, 0)
+    await exchange.settle("completed" if failure is None else "failed", tokens)
+    if failure is None:
+        await emit(rewriter.ending)
+    else:
+        code = status_of(failure)
+        await emit(sse_error(error_body(code, str(failure), None, failure.code), exchange.endpoint.typed_events))
+
+
+async def _look_at_end(exchange: _Exchange, company: int) -> None:
+    await _has_ended(exchange, company)
+
+
+def _headers(exchange: _Exchange) -> dict[str, str]:
+    version = {"x-reft-version": exchange.target.label} if exchange.target else {}
+    return {**exchange.spending.headers, **version, **reft_fields.warnings(exchange.body, exchange.target)}
+
+
+def _refusal(exchange: _Exchange, status: int, content: bytes) -> errors.ReftError:
+    """An engine's error in our words: none of its names, no path."""
+    fault = EngineFault.in_answer(content)
+    message = fault.message.replace(exchange.theirs, exchange.public)
+    if exchange.target is not None:
+        message = message.replace(str(exchange.services.store.path(exchange.target.digest)), exchange.public)
+    if status == 404:
+        return errors.RequestInvalid("the engine does not serve this endpoint for this model", None)
+    if fault.param == CHAT_TEMPLATE:
+        return errors.RequestInvalid(
+            "the base model has no chat template, so it cannot answer messages: ask /v1/completions, or let the operator "
+            "start its engine with --chat-template FILE",
+            "messages",
+        )
+    if 400 <= status < 500:
+        return errors.RequestInvalid(message[:2000], fault.param)
+    if status == 503:
+        return errors.Overloaded("the engine cannot take the request now; try again")
+    return errors.EngineFailed("the engine failed to answer this request")
+
+
+def _checked(
+    services: Services, caller: Principal, endpoint: Endpoint, given: InferenceBody
+) -> tuple[dict[str, Any], str | None]:
+    """What an engine is to get, and the field that was added to name the limit of its length, if one was."""
+    asked = given.model_dump(exclude_unset=True, exclude_none=True)
+    structured_outputs.check_request(asked)
+    default = endpoint.default_tokens if endpoint.engine_default else None
+    body = bounded(services.quotas.limits(caller), asked, endpoint.limit_fields, default)
+    reft_fields.check(body, services.settings.max_strength, services.settings.template_arguments)
+    return body, next(iter(body.keys() - asked.keys()), None)

@@ -1,0 +1,150 @@
+"""From what a caller asks for to a job in the queue: everything that can be known now is checked now."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any, Literal
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from reft_serve.database import audit, files
+from reft_serve.database.jobs import fine_tuning
+from reft_serve.database.keys import Principal
+from reft_serve.database.models import File, Job
+from reft_serve.database.room import check_adapters_of_jobs, check_room
+from reft_serve.database.tenants import find_tenant
+from reft_serve.errors import NotAllowed, NotFound, RateLimited, RequestInvalid
+from reft_serve.gateway.jobs.feasibility import misfit
+from reft_serve.gateway.schemas.fine_tuning import JobIn
+from reft_serve.gateway.services import Services
+from reft_serve.recipes.hyperparameters import Hyperparameters, read_hyperparameters
+
+__all__ = ["BYTES_PER_TOKEN", "order"]
+
+BYTES_PER_TOKEN = 16
+"""Of a data file: more than rows have in practice, so that an estimate of a job's tokens is a low one."""
+_Method = Literal["supervised", "dpo"]
+_FORMATS: dict[_Method, tuple[str, ...]] = {
+    "supervised": ("chat", "completion", "instruction"),
+    "dpo": ("preference",),
+}
+
+
+async def order(services: Services, caller: Principal, actor: audit.Actor, wanted: JobIn) -> Job:
+    """Put a job into the queue.
+
+    Raises:
+        ModelNotFound, NotFound: the model or a file is not there, or not the caller's.
+        RequestInvalid: the parts of the request do not fit together, or an engine would refuse what the job makes.
+        RateLimited: the tenant has as many jobs or adapters as it may.
+        NotAllowed: a priority that only an admin gives.
+    """
+    if wanted.priority > 0 and "admin" not in caller.scopes:
+        raise NotAllowed("a priority above 0 would push other tenants' jobs back; only an admin gives it")
+    await _check_model(services, caller, wanted.model)
+    async with services.database.writing() as session:
+        training = await _file(session, caller, wanted.training_file, "training_file")
+        held_out = None
+        if wanted.validation_file is not None:
+            held_out = await _file(session, caller, wanted.validation_file, "validation_file")
+        method, chosen = _method(wanted, training)
+        _check_formats(method, training, held_out)
+        _check_engines(services, wanted, chosen, training)
+        _check_size(services, caller, wanted, chosen, training)
+        # So that of two jobs at once the second one sees the first.
+        await services.database.lock(session, f"jobs:{caller.tenant_id}")
+        await _check_room(services, caller, session, wanted.suffix)
+        new = fine_tuning.NewJob(
+            wanted.model, training.id, held_out.id if held_out else None, {"type": method}, chosen,
+            secrets.randbelow(1 << 31) if wanted.seed is None else wanted.seed, wanted.suffix,
+            wanted.metadata or {}, [each.model_dump(exclude_none=True) for each in wanted.integrations or ()],
+            wanted.priority,
+        )  # fmt: skip
+        job = await fine_tuning.create_job(session, await find_tenant(session, caller.tenant_id), caller.key_id, new)
+        audit.record(
+            session, actor, "job.create", job.id, caller.tenant_id, training_file=training.id, adapter=job.adapter
+        )
+        return job
+
+
+async def _check_model(services: Services, caller: Principal, model: str) -> None:
+    base = services.settings.base_model
+    if model == base:
+        return
+    await services.directory.target(caller, model)
+    raise RequestInvalid(
+        f"{model[:200]!r} is a fine-tuned model, and training does not go on from one: give the base model, {base!r}, and "
+        "the same suffix to make the next version of an adapter",
+        "model",
+    )
+
+
+async def _file(session: AsyncSession, caller: Principal, file_id: str, param: str) -> File:
+    try:
+        found = await files.find_file(session, caller.tenant_id, file_id, keep=True)
+    except NotFound as exc:
+        raise NotFound(str(exc), param) from exc
+    if found.purpose != "fine-tune":
+        raise RequestInvalid(f"file {found.id} is a job's result, not data to train on", param)
+    return found
+
+
+def _method(wanted: JobIn, training: File) -> tuple[_Method, dict[str, Any]]:
+    """How to train, and the hyper-parameters that were set; where no method is given, the data's own."""
+    if wanted.method is None:
+        method: _Method = "dpo" if training.format == "preference" else "supervised"
+        settings: Hyperparameters | None = wanted.hyperparameters
+        return method, settings.asked() if settings else {}
+    if wanted.hyperparameters is not None and wanted.hyperparameters.asked():
+        raise RequestInvalid(
+            "give hyper-parameters in method, or at the top without a method, not in both places", "hyperparameters"
+        )
+    method = wanted.method.type
+    part = getattr(wanted.method, method)
+    return method, part.hyperparameters.asked() if part else {}
+
+
+def _check_formats(method: _Method, training: File, held_out: File | None) -> None:
+    for param, file in (("training_file", training), ("validation_file", held_out)):
+        if file is not None and file.format not in _FORMATS[method]:
+            fitting = " or ".join(_FORMATS[method])
+            raise RequestInvalid(
+                f"file {file.id} has {file.format} rows, but method {method} learns from {fitting} rows", param
+            )
+
+
+def _check_engines(services: Services, wanted: JobIn, chosen: dict[str, Any], training: File) -> None:
+    """Engines that were seen at least once say what they take; it is true of them while they are down, too."""
+    method = wanted.method
+    where = "hyperparameters" if method is None else f"method.{method.type}.hyperparameters"
+    for card in (engine.card for engine in services.fleet.engines if engine.card is not None):
+        found = misfit(read_hyperparameters(chosen), training.rows or 0, card)
+        if found is not None:
+            raise RequestInvalid(found.sentence, f"{where}.{found.name}")
+
+
+def _check_size(services: Services, caller: Principal, wanted: JobIn, chosen: dict[str, Any], training: File) -> None:
+    """Refuse a job that is surely larger than the tenant's limits; the worker counts exactly before it trains."""
+    limits = services.quotas.limits(caller)
+    rows = training.rows or 0
+    epochs = read_hyperparameters(chosen).epochs(rows)
+    for name, estimate, most in (
+        ("examples", rows * epochs, limits.job_examples),
+        ("tokens", training.bytes // BYTES_PER_TOKEN * epochs, limits.job_tokens),
+    ):
+        if most is not None and estimate > most:
+            method = wanted.method
+            where = "hyperparameters" if method is None else f"method.{method.type}.hyperparameters"
+            raise RequestInvalid(
+                f"the job would have about {estimate:,} {name} in {epochs} epochs of {rows:,} rows, and the limit job_{name} "
+                f"is {most:,}: give a smaller n_epochs or fewer rows",
+                f"{where}.n_epochs",
+            )
+
+
+async def _check_room(services: Services, caller: Principal, session: AsyncSession, suffix: str | None) -> None:
+    limits = services.quotas.limits(caller)
+    if limits.jobs is not None and await fine_tuning.unfinished_jobs_of(session, caller.tenant_id) >= limits.jobs:
+        raise RateLimited(f"the limit of {limits.jobs} unfinished jobs is used up; wait, or cancel one first", 60.0)
+    await check_adapters_of_jobs(session, caller.tenant_id, limits, suffix)
+    await check_room(session, caller.tenant_id, limits, size=1)  # a result has at least this

@@ -1,0 +1,132 @@
+"""Every failure in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}` with a status that the SDKs know."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from reft_serve import errors
+from reft_serve.gateway.schemas.client_fields import REFUSED
+from reft_serve.observability import request_id
+
+__all__ = ["RESPONSES", "ErrorAnswer", "answer", "error_body", "from_http", "from_validation", "status_of"]
+
+# The first class that fits decides.
+_STATUS: Mapping[type[errors.ReftError], int] = {
+    errors.KeyInvalid: 401,
+    errors.NotAllowed: 403,
+    errors.NotFound: 404,
+    errors.AdapterNotFound: 404,
+    errors.Conflict: 409,
+    errors.AdapterExists: 409,
+    errors.RequestTimeout: 408,
+    errors.RequestTooLarge: 413,
+    errors.HeadersTooLarge: 431,
+    errors.RateLimited: 429,
+    errors.ClientError: 400,
+    errors.EngineFailed: 502,
+    errors.Overloaded: 503,
+    errors.EngineUnavailable: 503,
+    errors.DatabaseUnusable: 503,
+    errors.StoreUnusable: 503,
+    errors.TooManyConnections: 503,
+    errors.ServiceError: 500,
+}
+_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+_CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large", 415: "unsupported_media_type"}
+
+
+class ErrorObject(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    """What every failure looks like."""
+
+    error: ErrorObject
+
+
+_DESCRIPTIONS = {
+    400: "The request cannot be carried out as it is.",
+    401: "No API key, or not a valid one.",
+    403: "The key may not do this.",
+    404: "There is no such thing, or it is not the caller's.",
+    408: "The body did not arrive in time.",
+    409: "The name is taken, or the state of things does not allow it.",
+    413: "More bytes than are taken.",
+    429: "A limit is used up; see retry-after.",
+    500: "A failure of the gateway.",
+    502: "A failure of the engine.",
+    503: "Nothing is free or up; see retry-after.",
+}
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorAnswer, "description": text} for status, text in _DESCRIPTIONS.items()
+}
+
+
+def status_of(exc: errors.ReftError) -> int:
+    """The HTTP status of a named failure."""
+    return next((status for kind, status in _STATUS.items() if isinstance(exc, kind)), 500)
+
+
+def error_body(status: int, message: str, param: str | None, code: str | None) -> dict[str, Any]:
+    """The JSON of a failure."""
+    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def answer(exc: errors.ReftError) -> JSONResponse:
+    """The answer to a named failure."""
+    status, param = status_of(exc), getattr(exc, "param", None)
+    if isinstance(exc, errors.ModelNotFound):
+        param = "model"
+    message = str(exc)
+    if status >= 500 and (current := request_id.get()):
+        message += f" (request {current})"
+    found = _json(status, error_body(status, message, param, exc.code), getattr(exc, "retry_after", None))
+    if isinstance(exc, errors.EngineEnded):  # OpenAI's clients repeat what fails with a 5xx, unless this says no
+        found.headers["x-should-retry"] = "false"
+    if isinstance(exc, errors.RateLimited):
+        found.headers.update(exc.headers)
+    return found
+
+
+def from_validation(exc: RequestValidationError) -> JSONResponse:
+    """The answer to a request that does not fit its schema: every fault in the message, the first one's place in `param`."""
+    faults = [dict(fault) for fault in exc.errors()]
+    places = [".".join(str(part) for part in fault["loc"][1:]) for fault in faults]
+    sentences = [f"{place or 'the request'}: {_sentence(fault)}" for place, fault in zip(places, faults, strict=True)]
+    shown = "; ".join(sentences[:5]) + (f"; and {len(sentences) - 5} more" if len(sentences) > 5 else "")
+    return _json(400, error_body(400, shown[:2000], places[0][:200] or None if places else None, "invalid_value"))
+
+
+def from_http(exc: HTTPException) -> JSONResponse:
+    """The answer to a failure that the framework itself found."""
+    code = _CODES.get(exc.status_code, "invalid_request" if exc.status_code < 500 else "server_error")
+    found = _json(exc.status_code, error_body(exc.status_code, str(exc.detail), None, code))
+    found.headers.update(exc.headers or {})
+    return found
+
+
+def _sentence(fault: Mapping[str, Any]) -> str:
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    if fault["type"] == "extra_forbidden":
+        name = fault["loc"][-1]
+        return f"it is not served: {REFUSED[name]}" if name in REFUSED else "it is not a known field"
+    return message[:300]
+
+
+def _json(status: int, body: dict[str, Any], retry_after: float | None = None) -> JSONResponse:
+    headers = {} if retry_after is None else {"retry-after": str(max(1, math.ceil(retry_after)))}
+    if status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return JSONResponse(body, status, headers)

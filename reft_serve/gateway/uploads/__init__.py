@@ -1,0 +1,1 @@
+"""Uploads, checked in a process with limits."""

@@ -1,0 +1,376 @@
+"""One job as a worker has it, from its claim to its end, or back to the queue.
+
+`prepare -> follow -> settle`, while the lease is kept and checkpoints go to the file store beside. Nothing is lost on the
+way: what is not this job's doing (a store or database that is away, a full disk, a base model that is gone) gives the job
+back, to go on from its last stored checkpoint; what is its owner's ends it with a sentence; what nobody knows counts as a
+failed attempt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from reft_serve.database.jobs import queue
+from reft_serve.database.jobs.outcomes import Cancelled, Failed, Outcome, Wanted
+from reft_serve.database.jobs.queue import Claim, Progress
+from reft_serve.errors import BaseModelInvalid, LeaseLost, StoreUnusable
+from reft_serve.observability import TRAINED_TOKENS
+from reft_serve.recipes.hyperparameters import read_hyperparameters
+from reft_serve.storage.files import Aside
+from reft_serve.training.jobs import inputs, memory
+from reft_serve.training.jobs.bounds import hours_sentence
+from reft_serve.training.jobs.context import TROUBLE, Surroundings
+from reft_serve.training.jobs.lease import Lease
+from reft_serve.training.jobs.messages import (
+    Bounds,
+    Broken,
+    Ended,
+    JobSpec,
+    Measured,
+    Message,
+    Noted,
+    Resolved,
+    Saved,
+    Started,
+)
+from reft_serve.training.jobs.process import Child
+from reft_serve.training.jobs.publishing import openai_metrics, publish
+from reft_serve.training.jobs.uploads import Uploads
+
+__all__ = ["Attempt", "Place"]
+
+_log = logging.getLogger(__name__)
+_MOST_METRICS = 200
+_GRACE_SECONDS = 300.0
+How = Literal["succeeded", "failed", "cancelled", "paused", "queued", "lost"]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a job runs: "cpu" or a GPU's number, the memory that is free there and that there is, threads on the CPU."""
+
+    device: str
+    free: int
+    total: int
+    threads: int
+
+
+class _Trouble(Exception):
+    """Something of this machine or its surroundings; the message is for the job's owner."""
+
+
+_PASSING: tuple[type[Exception], ...] = (_Trouble, *TROUBLE)
+_LETTING_GO: tuple[type[Exception], ...] = (LeaseLost, *TROUBLE)
+
+
+class Attempt:
+    """One claimed job on its way."""
+
+    def __init__(self, around: Surroundings, claim: Claim, place: Place, claimed: float) -> None:
+        self._around, self.claim, self.place, self.claimed = around, claim, place, claimed
+        self._lease = Lease(around.database, claim, around.settings.lease_seconds, claimed)
+        self._child: Child | None = None
+        self._last: Ended | Broken | None = None
+        self._begun: tuple[float, int] = (0.0, 0)
+        self._tokens = 0
+        self._lost = self._draining = self._giving_up = self._too_long = False
+        self.memory = 0
+        self.troubled = False
+        """Whether this machine, and not the job, was why it went back to the queue."""
+
+    async def run(self) -> How:
+        """Do what can be done; the answer is what became of the job."""
+        keeping = asyncio.create_task(self._keep())
+        try:
+            return await self._run()
+        except _LETTING_GO as exc:
+            _log.warning("a job was let go of", extra={"data": {"job": self.claim.id, "why": str(exc)[:300]}})
+            self.troubled = not isinstance(exc, LeaseLost)
+            return "lost"
+        finally:
+            keeping.cancel()
+            await asyncio.gather(keeping, return_exceptions=True)
+
+    def drain(self) -> None:
+        """Let it end with a checkpoint after its step, and go back to the queue."""
+        self._draining = True
+        if self._child is not None:
+            self._child.stop()
+
+    def give_up(self) -> None:
+        """Let it go back to the queue now, from its last stored checkpoint."""
+        self._draining = self._giving_up = True
+        if self._child is not None:
+            self._child.kill()
+
+    async def _keep(self) -> None:
+        try:
+            await self._lease.keep(self._heard)
+        except LeaseLost:
+            self._lost = True
+        except Exception:
+            _log.exception("a lease cannot be kept", extra={"data": {"job": self.claim.id}})
+            self._lost = True
+        if self._child is not None:
+            self._child.kill()
+
+    def _heard(self, wanted: Wanted) -> None:
+        if self._child is not None:
+            if wanted == "cancel":
+                self._child.kill()
+            elif wanted in ("pause", "yield"):
+                self._child.stop()
+
+    async def _run(self) -> How:
+        try:
+            aside = await asyncio.to_thread(Aside.directory, self._around.work)
+        except OSError as exc:
+            return await self._back(f"the worker's disk cannot be used ({exc.strerror})")
+        uploads = Uploads(self._around, self.claim, self._lease)
+        try:
+            if not await self._fits():
+                return await self._release(memory_bytes=self.memory)
+            spec = await self._prepare(aside.path)
+            if spec is None:
+                return await self._release()
+            code = await self._follow(spec, uploads)
+            return await self._settle(aside.path / "run", code, uploads)
+        except inputs.Unfit as exc:
+            return await self._finish(exc.failure)
+        except _PASSING as exc:
+            return await self._back(_why(exc))
+        finally:
+            await uploads.close()
+            if self._child is not None:
+                self._child.kill()
+                await asyncio.shield(self._child.wait())
+            await asyncio.shield(asyncio.to_thread(aside.remove))
+
+    async def _fits(self) -> bool:
+        """Whether there is memory for it; else it waits for that, or for another worker."""
+        around, asked = self._around, read_hyperparameters(self.claim.hyperparameters)
+        try:
+            self.memory = await asyncio.to_thread(memory.estimate, around.base, asked, gpu=self.place.device != "cpu")
+        except (OSError, ValueError, BaseModelInvalid) as exc:
+            raise _Trouble("the base model cannot be read on the worker") from exc
+        if self.memory > self.place.total:
+            needs, has = (f"{size / 2**30:.1f} GiB" for size in (self.memory, self.place.total))
+            told = f"The job needs about {needs} of memory and worker {around.settings.worker_name} has {has}; "
+            self._lease.tell(told + "it waits for a larger one", "warn")
+        return self.memory <= self.place.free
+
+    async def _prepare(self, folder: Path) -> JobSpec | None:
+        """What its process needs; None where it is not wanted any more."""
+        claim, around = self.claim, self._around
+        inputs.check_name(claim)
+        files = [("training_file", claim.training_file_id), ("validation_file", claim.validation_file_id)]
+        paths = [await inputs.fetch_file(around, file_id, param, folder) for param, file_id in files if file_id]
+        await inputs.fetch_checkpoint(around, claim, folder)
+        if self._draining or self._lease.wanted != "none":
+            return None
+        return JobSpec(
+            job=claim.id, folder=str(folder), base=str(around.base), training=str(paths[0]),
+            validation=str(paths[1]) if paths[1:] else None, method=claim.method.get("type", "supervised"),
+            hyperparameters=dict(claim.hyperparameters), resolved=dict(claim.resolved), seed=claim.seed,
+            started=datetime.fromtimestamp(claim.started_ms / 1000, UTC).replace(tzinfo=None),
+            bounds=self._bounds(), device=self.place.device, threads=self.place.threads, reports=_reports(claim),
+        )  # fmt: skip
+
+    def _bounds(self) -> Bounds:
+        limits = self._around.settings.limits.merged(self.claim.limits)
+        return Bounds(examples=limits.job_examples, tokens=limits.job_tokens, hours=limits.job_hours)
+
+    def _end_too_long(self) -> None:
+        """End an attempt that has taken all the time of its job, in case its process does not end itself."""
+        self._too_long = True
+        if self._child is not None:
+            self._child.kill()
+
+    async def _follow(self, spec: JobSpec, uploads: Uploads) -> int | None:
+        """Run its process, and hear it to its end."""
+        child = self._child = await self._around.nursery.start(spec)
+        if self._draining or self._lease.wanted in ("pause", "yield"):  # it was said while the process was made
+            child.stop()
+        if self._lost or self._giving_up or self._lease.wanted == "cancel":
+            child.kill()
+        watch = None
+        if spec.bounds.hours is not None:
+            after = spec.bounds.hours * 3600 + _GRACE_SECONDS
+            watch = asyncio.get_running_loop().call_later(after, self._end_too_long)
+        try:
+            async for message in child.messages():
+                await self._take(message, uploads)
+            return await child.wait()
+        finally:
+            if watch is not None:
+                watch.cancel()
+
+    async def _take(self, message: Message, uploads: Uploads) -> None:
+        claim, worker = self.claim, self.claim.worker
+        if isinstance(message, Noted):
+            self._lease.tell(message.message, "warn")
+        elif isinstance(message, Resolved):
+            # Memory only once: where it was too little, more was put down since.
+            resolved, needed = message.resolved, None if claim.resolved else self.memory
+            await self._lease.write(
+                lambda session: queue.resolve(session, claim.id, worker, resolved, memory_bytes=needed)
+            )
+        elif isinstance(message, Started):
+            self._begun = (time.monotonic(), message.step)
+            self._lease.progress = Progress(message.step, message.steps, self._tokens)
+        elif isinstance(message, Measured):
+            self._measure(message, uploads)
+        elif isinstance(message, Saved):
+            uploads.add(message)
+        else:
+            self._last = message
+
+    def _measure(self, message: Measured, uploads: Uploads) -> None:
+        self._lease.stir()
+        before, metrics = self._lease.progress, message.metrics
+        assert before is not None
+        tokens = int(metrics.get("tokens", 0))
+        TRAINED_TOKENS.inc(max(0, tokens - self._tokens) if self._tokens else 0)
+        self._tokens = tokens or self._tokens
+        begun, first = self._begun
+        left = (time.monotonic() - begun) / max(1, message.step - first) * (before.steps - message.step)
+        ends = int((time.time() + left) * 1000) if message.step > first else None
+        self._lease.progress = Progress(message.step, before.steps, self._tokens, ends)
+        found = openai_metrics([{"step": message.step, **metrics}])[message.step]
+        uploads.note(message.step, found)
+        every = -(-before.steps // _MOST_METRICS)
+        if "valid_loss" in found or message.step % every == 0:
+            self._lease.tell(_sentence(message.step, before.steps, found), "info", found)
+
+    async def _settle(self, run: Path, code: int | None, uploads: Uploads) -> How:
+        last = self._last
+        if self._lost:
+            raise LeaseLost(f"job {self.claim.id} was lost")
+        stopped = self._stopped()
+        if stopped is not None:
+            return await self._finish(stopped)
+        if isinstance(last, Ended) and last.done:
+            return await self._succeed(run, last)
+        if isinstance(last, Ended):
+            await uploads.finish()
+            return await self._release()
+        if isinstance(last, Broken):
+            return await self._failed(last)
+        if self._giving_up:
+            return await self._release()
+        told = f"the job's process ended with code {code} (below 0: by that signal; -9 may be a lack of memory)"
+        return await self._release(told, memory_bytes=self._more_memory() if code == -signal.SIGKILL else None)
+
+    def _stopped(self) -> Outcome | None:
+        """How the job ends, if it was stopped for good."""
+        if self._lease.wanted == "cancel":
+            return Cancelled()
+        if self._too_long and not (isinstance(self._last, Ended) and self._last.done):
+            return Failed("job_limit", hours_sentence(self._bounds().hours or 0))
+        return None
+
+    async def _succeed(self, run: Path, last: Ended) -> How:
+        """Publish, as soon as the stores and the database let us."""
+        deadline = time.monotonic() + self._around.settings.patience_seconds
+        await self._tell_rest()
+        while True:
+            try:
+                status = await publish(self._around, self.claim, run, last.tokens)
+                break
+            except TROUBLE:
+                if time.monotonic() > min(deadline, self._lease.until()):
+                    raise
+                _log.warning("a version cannot be published yet", exc_info=True)
+                await asyncio.sleep(0.5)
+        await self._forget_checkpoints()
+        return status if status != "running" else "lost"
+
+    async def _failed(self, broken: Broken) -> How:
+        _log.warning(
+            "a run broke", extra={"data": {"job": self.claim.id, "whose": broken.whose, "why": broken.message}}
+        )
+        if broken.whose == "user":
+            return await self._finish(Failed(broken.code, broken.message, broken.param, broken.traceback))
+        if broken.whose == "machine":
+            return await self._back(broken.message)
+        return await self._release(
+            broken.traceback or broken.message,
+            memory_bytes=self._more_memory() if broken.whose == "memory" else None,
+        )
+
+    def _more_memory(self) -> int:
+        """What to reckon with after it was too little: so much that less runs beside it, not so much that it never runs."""
+        return min(int(1.5 * self.memory), self.place.total)
+
+    async def _finish(self, outcome: Outcome) -> How:
+        claim = self.claim
+        await self._tell_rest()
+        status = await self._lease.write(lambda session: queue.finish(session, claim.id, claim.worker, outcome))
+        await self._forget_checkpoints()
+        return status if status != "running" else "lost"
+
+    async def _back(self, why: str) -> How:
+        """Give the job back for a reason that is not its own."""
+        self.troubled = True
+        told = f"The job went back to the queue, to go on from its last checkpoint: {why}"
+        self._lease.tell(told, "warn")
+        return await self._release()
+
+    async def _release(self, traceback: str | None = None, memory_bytes: int | None = None) -> How:
+        claim = self.claim
+        await self._tell_rest()
+        status = await self._lease.write(
+            lambda session: queue.release(
+                session, claim.id, claim.worker, traceback, memory_bytes, self._around.settings.train_attempts
+            )
+        )
+        if status in ("failed", "cancelled"):
+            await self._forget_checkpoints()
+        return status if status != "running" else "lost"
+
+    async def _tell_rest(self) -> None:
+        """Say what is not said yet, before the lease ends."""
+        with contextlib.suppress(*TROUBLE):
+            await self._lease.beat()
+
+    async def _forget_checkpoints(self) -> None:
+        """An ended job needs none; what cannot be removed now is swept up later."""
+        with contextlib.suppress(*TROUBLE):
+            for blob in await inputs.checkpoints_of(self._around, self.claim.id):
+                await self._around.blobs.delete(blob.key)
+
+
+def _why(exc: Exception) -> str:
+    """A failure of the surroundings in words for a job's owner: no statement, no path."""
+    if isinstance(exc, (StoreUnusable, _Trouble)):
+        return str(exc)
+    if isinstance(exc, OSError) and exc.strerror and exc.filename:
+        return f"the worker's disk cannot be used ({exc.strerror})"
+    return "the database did not answer"
+
+
+def _sentence(step: int, steps: int, found: dict[str, float]) -> str:
+    parts = [f"training loss={found['train_loss']:.4f}"] if "train_loss" in found else []
+    if "valid_loss" in found:
+        parts.append(f"validation loss={found['valid_loss']:.4f}")
+    return f"Step {step}/{steps}: {', '.join(parts)}"
+
+
+def _reports(claim: Claim) -> dict[str, dict[str, str]]:
+    """Environment variables of the integrations that the job asks for."""
+    found: dict[str, dict[str, str]] = {}
+    for integration in claim.integrations:
+        asked: dict[str, Any] = integration.get("wandb") or {}
+        if integration.get("type") == "wandb":
+            given = {"WANDB_PROJECT": asked.get("project"), "WANDB_ENTITY": asked.get("entity")}
+            given |= {"WANDB_NAME": asked.get("name") or claim.id, "WANDB_TAGS": ",".join(asked.get("tags") or [])}
+            found["wandb"] = {name: str(value) for name, value in given.items() if value} | {"WANDB_SILENT": "true"}
+    return found

@@ -1,0 +1,92 @@
+"""What a job needs before it can run, brought to a folder of this machine: its files, and the checkpoint to go on from."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from pathlib import Path
+
+from reft_serve.database.files import key_of_blob, needed_file
+from reft_serve.database.jobs.outcomes import Failed
+from reft_serve.database.jobs.queue import Claim
+from reft_serve.database.names import check_adapter_name
+from reft_serve.errors import BlobMissing, NotFound, RequestInvalid, StoreUnusable
+from reft_serve.storage.blobs import Blob
+from reft_serve.training.jobs.context import Surroundings
+from reft_serve.training.jobs.messages import RUN
+from reft_serve.training.loop import archive
+
+__all__ = ["Unfit", "check_name", "checkpoint_key", "checkpoints_of", "fetch_checkpoint", "fetch_file"]
+
+
+class Unfit(Exception):
+    """The job cannot be done, now or later."""
+
+    def __init__(self, failure: Failed) -> None:
+        self.failure = failure
+        super().__init__(failure.message)
+
+
+def check_name(claim: Claim) -> None:
+    """Whether the version that the job makes can have its name, asked before it is trained.
+
+    Raises:
+        Unfit: the name is reserved, which an earlier version of reft-serve did not ask.
+    """
+    try:
+        check_adapter_name(claim.adapter, claim.model, claim.tenant, "suffix")
+    except RequestInvalid as exc:
+        raise Unfit(Failed("reserved_name", f"{exc}: create a new job with another suffix", "suffix")) from exc
+
+
+async def fetch_file(around: Surroundings, file_id: str, param: str, folder: Path) -> Path:
+    """A data file, as it was uploaded.
+
+    Raises:
+        Unfit: it is gone, or its bytes are not those that were checked.
+        StoreUnusable, and what a database raises: try again.
+    """
+    path = folder / f"{file_id}.jsonl"
+    try:
+        async with around.database.reading() as session:
+            row = await needed_file(session, file_id)
+        written = await around.blobs.fetch(key_of_blob(file_id), path)
+    except (NotFound, BlobMissing) as exc:
+        told = f"file {file_id} is not there any more: upload it again and create a new job"
+        raise Unfit(Failed("file_missing", told, param)) from exc
+    if written.sha256 != row.sha256:
+        told = f"file {file_id} was damaged after its upload: upload it again and create a new job"
+        raise Unfit(Failed("file_damaged", told, param))
+    return path
+
+
+async def fetch_checkpoint(around: Surroundings, claim: Claim, folder: Path) -> int | None:
+    """Bring the job's newest sound checkpoint to `folder/run`, and give its step; None where there is none. A damaged one is
+    removed, and the one before it taken.
+    """
+    for blob in reversed(await checkpoints_of(around, claim.id)):
+        packed = folder / "checkpoint.tar"
+        try:
+            await around.blobs.fetch(blob.key, packed)
+        except BlobMissing:
+            continue
+        try:
+            await asyncio.to_thread(archive.unpack, packed, folder / RUN)
+        except StoreUnusable:
+            shutil.rmtree(folder / RUN, ignore_errors=True)
+            await around.blobs.delete(blob.key)
+            continue
+        finally:
+            packed.unlink(missing_ok=True)
+        return int(blob.key.rpartition("-")[2].partition(".")[0])
+    return None
+
+
+async def checkpoints_of(around: Surroundings, job_id: str) -> list[Blob]:
+    """The stored checkpoints of a job, the oldest first."""
+    return await around.blobs.list(f"checkpoints/{job_id}")
+
+
+def checkpoint_key(job_id: str, step: int) -> str:
+    """Where a checkpoint is stored."""
+    return f"checkpoints/{job_id}/step-{step:09}.tar"

@@ -1,0 +1,240 @@
+"""One job in a process of its own: data and hyper-parameters in, checkpoints and messages out, stopped within a step.
+
+The process says everything over one socket and ends when that closes, so a job never outlives its worker.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import threading
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoTokenizer
+from transformers.integrations import get_available_reporting_integrations
+from transformers.utils import logging as transformers_logging
+
+from reft_serve.adapters.base_model import read_base_model
+from reft_serve.config import set_environment
+from reft_serve.datafiles.formats import read_rows
+from reft_serve.errors import AdapterInvalid, BaseModelInvalid, ClientError, DataInvalid, JobLimitExceeded, ServiceError
+from reft_serve.recipes.hyperparameters import read_hyperparameters
+from reft_serve.training import defaults
+from reft_serve.training.data.encoding import TrainingData, encode
+from reft_serve.training.data.examples import Example, Preference
+from reft_serve.training.jobs import memory
+from reft_serve.training.jobs.bounds import Clock, check_size, hours_sentence
+from reft_serve.training.jobs.messages import (
+    RUN,
+    STOP,
+    Broken,
+    Ended,
+    JobSpec,
+    Measured,
+    Message,
+    Noted,
+    Resolved,
+    Saved,
+    Started,
+)
+from reft_serve.training.loop import archive
+from reft_serve.training.loop.report import METRICS
+from reft_serve.training.loop.run import train
+from reft_serve.training.plan import DType
+
+__all__ = ["train_job"]
+
+_SPARE = 8 << 20
+
+
+def train_job(spec: JobSpec, line: socket.socket) -> None:
+    """Train, and tell how it went; whatever goes wrong is told as `Broken`."""
+    talk = _Talk(line)
+    threading.Thread(target=talk.listen, daemon=True).start()
+    try:
+        talk.tell(_run(spec, talk))
+    except Exception as exc:  # the edge of this process
+        talk.tell(_broken(exc, spec))
+
+
+class _Talk:
+    """The socket's end in the job's process."""
+
+    def __init__(self, line: socket.socket) -> None:
+        self._file = line.makefile("rwb", buffering=0)
+        self._sending = threading.Lock()
+        self.stopping = False
+
+    def tell(self, message: Message) -> None:
+        """Say something to the worker."""
+        with self._sending:
+            self._file.write(message.line())
+
+    def listen(self) -> None:
+        """Wait for the word to stop; end this process at once where the worker is gone."""
+        for word in self._file:
+            self.stopping = self.stopping or word == STOP
+        os._exit(1)
+
+
+class _Follower:
+    """Tells the worker what the trainer tells."""
+
+    def __init__(self, talk: _Talk, folder: Path, hours: float | None) -> None:
+        self._talk, self._folder, self._hours = talk, folder, hours
+        self._clock = Clock(folder / RUN / METRICS)
+
+    def started(self, step: int, steps: int) -> None:
+        """The first word of the run."""
+        self._talk.tell(Started(step=step, steps=steps))
+
+    def logged(self, step: int, metrics: dict[str, float]) -> None:
+        """Numbers."""
+        self._talk.tell(Measured(step=step, metrics=metrics))
+
+    def saved(self, step: int, path: Path) -> None:
+        """Pack the checkpoint before the run goes on and changes it."""
+        packed = self._folder / f"step-{step}.tar"
+        archive.pack(self._folder / RUN, packed)
+        self._talk.tell(Saved(step=step, path=str(packed)))
+
+    @property
+    def out_of_time(self) -> bool:
+        """Whether the job has trained as long as it may."""
+        return self._hours is not None and self._clock.seconds > self._hours * 3600
+
+    def wants_stop(self) -> bool:
+        """Whether the worker has said so, or the time is up."""
+        return self._talk.stopping or self.out_of_time
+
+
+def _run(spec: JobSpec, talk: _Talk) -> Ended:
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    if spec.device == "cpu":
+        torch.set_num_threads(spec.threads)
+    base, folder = Path(spec.base), Path(spec.folder)
+    asked = read_hyperparameters(spec.hyperparameters)
+    longest = defaults.most_tokens(asked, memory.context_of(base))
+    training, held_out, fingerprints = _data(spec, _tokenizer(base), longest, talk)
+    resolved = spec.resolved
+    if not resolved:
+        lengths = (_tokens(item) for item in training)
+        data = defaults.DataFacts(len(training), max(lengths))
+        resolved = defaults.choose(
+            asked, spec.method, read_base_model(base), data, longest, _dtype(spec.device), spec.seed
+        )
+    talk.tell(Resolved(resolved=resolved))
+    check_size(spec.bounds, [_trained_tokens(item) for item in training], resolved["n_epochs"])
+    plan = defaults.plan_from(resolved, _reports(spec, talk))
+    follower = _Follower(talk, folder, spec.bounds.hours)
+    outcome = train(
+        base, plan, training, folder / RUN, held_out=held_out, resume=True, watchers=[follower], plot=False,
+        fingerprints=fingerprints, started=spec.started,
+    )  # fmt: skip
+    if outcome.adapter is None and not talk.stopping and follower.out_of_time:
+        raise JobLimitExceeded(hours_sentence(spec.bounds.hours or 0))
+    return Ended(
+        done=outcome.adapter is not None,
+        step=outcome.step,
+        tokens=outcome.tokens,
+        best_step=outcome.best_step,
+        peak_memory=outcome.peak_memory,
+    )
+
+
+def _data(spec: JobSpec, tokenizer: Any, longest: int, talk: _Talk) -> tuple[_Items, _Items, list[str]]:
+    """The training and the held-out items, and their fingerprints; both files are read whole before anything heavy starts."""
+    found: list[TrainingData] = []
+    for param, path in (("training_file", spec.training), ("validation_file", spec.validation)):
+        if path is not None:
+            try:
+                found.append(encode(read_rows(Path(path)), tokenizer, max_tokens=longest, now=spec.started))
+            except DataInvalid as exc:
+                raise _Unusable(param, exc) from exc
+    for note in (note for each in found for note in each.notes()):
+        talk.tell(Noted(message=_public(note, spec)))
+    training, held_out, *_ = [(each.preferences or each.examples) for each in found] + [()]
+    return training, held_out, [each.fingerprint for each in found]
+
+
+class _Unusable(ClientError):
+    """A fault that belongs to a field of the job."""
+
+    def __init__(self, param: str, fault: ClientError) -> None:
+        self.param, self.fault = param, fault
+        super().__init__(str(fault))
+
+
+_Items = tuple[Example, ...] | tuple[Preference, ...]
+
+
+def _tokens(item: Example | Preference) -> int:
+    if isinstance(item, Example):
+        return len(item.input_ids)
+    return len(item.prompt_ids) + max(len(item.chosen_ids), len(item.rejected_ids))
+
+
+def _trained_tokens(item: Example | Preference) -> int:
+    if isinstance(item, Example):
+        return len(item.input_ids)
+    return 2 * len(item.prompt_ids) + len(item.chosen_ids) + len(item.rejected_ids)
+
+
+def _tokenizer(base: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(base)
+    except Exception as exc:  # whatever a damaged file makes of it, it is the base's
+        raise ServiceError(
+            f"the base model's tokenizer cannot be read: {type(exc).__name__}: {str(exc)[:300]}"
+        ) from exc
+
+
+def _dtype(device: str) -> DType:
+    return "bfloat16" if device != "cpu" and torch.cuda.is_bf16_supported() else "float32"
+
+
+def _reports(spec: JobSpec, talk: _Talk) -> tuple[str, ...]:
+    """The integrations that are asked for and are here."""
+    here = set(get_available_reporting_integrations())
+    for name in spec.reports.keys() - here:
+        talk.tell(Noted(message=f"{name} is not installed on this worker, so the run is not reported to it"))
+    wanted = tuple(name for name in spec.reports if name in here)
+    for name in wanted:
+        set_environment(spec.reports[name])
+    return wanted
+
+
+def _broken(exc: Exception, spec: JobSpec) -> Broken:
+    """Whose fault it is, in words without a path of this machine."""
+    told = "".join(traceback.format_exception(exc))[-20_000:]
+    message, param = _public(str(exc), spec), None
+    code = getattr(exc, "code", "job_failed")
+    if isinstance(exc, _Unusable):
+        code, param = exc.fault.code, exc.param
+    if isinstance(exc, (BaseModelInvalid, ServiceError, OSError, SafetensorError)) or _full(Path(spec.folder)):
+        whose = "machine"
+    elif isinstance(exc, (torch.OutOfMemoryError, MemoryError)):
+        whose = "memory"
+    elif isinstance(exc, AdapterInvalid):
+        whose, code = "user", "training_diverged"
+        message = (
+            f"training diverged ({'; '.join(exc.faults)[:300]}): give a smaller learning_rate, or look at the data"
+        )
+    else:
+        whose = "user" if isinstance(exc, ClientError) else "unknown"
+    return Broken(whose=whose, code=code, message=message[:2000], param=param, traceback=told)
+
+
+def _full(folder: Path) -> bool:
+    """Whether the disk is full, which libraries tell in words of their own."""
+    return shutil.disk_usage(folder).free < _SPARE
+
+
+def _public(text: str, spec: JobSpec) -> str:
+    return text.replace(f"{spec.folder}/", "").replace(spec.base, "the base model")

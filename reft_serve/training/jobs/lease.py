@@ -1,0 +1,108 @@
+"""A job's lease: kept alive, asked what the job's owner wants, and given up in time where the database is away. No torch."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from reft_serve.database.connection import FAILURES, Database
+from reft_serve.database.jobs import queue
+from reft_serve.database.jobs.outcomes import Level, Wanted
+from reft_serve.database.jobs.queue import Claim, Progress
+from reft_serve.errors import LeaseLost
+from reft_serve.training.jobs.context import patiently
+
+__all__ = ["Lease"]
+
+T = TypeVar("T")
+_LOOK_SECONDS = 0.2
+_SHORTEST_LOOK = 0.03
+_NEWS_SECONDS = 0.5
+_MARGIN = 0.85
+
+
+class Lease:
+    """What a worker holds of a job. Everything that it writes for the job goes through here, or through `write`.
+
+    Args:
+        database: where the job is.
+        claim: the job.
+        seconds: of the lease.
+        claimed: the time (`time.monotonic`) just before it was claimed.
+    """
+
+    def __init__(self, database: Database, claim: Claim, seconds: float, claimed: float) -> None:
+        self._database, self._claim, self._seconds = database, claim, seconds
+        self._kept, self._beating = claimed, asyncio.Lock()
+        self._stirred, self._looked = asyncio.Event(), 0.0
+        self._news: list[tuple[str, Level, dict[str, float] | None]] = []
+        self.progress: Progress | None = None
+        self.wanted: Wanted = "none"
+
+    def until(self) -> float:
+        """When (`time.monotonic`) the job must be let go of, unless the database is heard of before."""
+        return self._kept + self._seconds * _MARGIN
+
+    def tell(self, message: str, level: Level = "info", metrics: dict[str, float] | None = None) -> None:
+        """Let the job's owner know something, with the next heartbeat."""
+        self._news.append((message, level, metrics))
+
+    def stir(self) -> None:
+        """Look now what the job's owner wants, unless that was done a moment ago."""
+        if time.monotonic() - self._looked > _SHORTEST_LOOK:
+            self._looked = time.monotonic()
+            self._stirred.set()
+
+    async def keep(self, heard: Callable[[Wanted], None]) -> None:
+        """Keep the job, and tell `heard` what its owner wants whenever that changes, until it is lost.
+
+        Raises:
+            LeaseLost: it is another's, or may be soon.
+        """
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stirred.wait(), _LOOK_SECONDS)
+            self._stirred.clear()
+            age = time.monotonic() - self._kept
+            due = age > self._seconds / 4 or (bool(self._news) and age > _NEWS_SECONDS)
+            try:
+                async with asyncio.timeout(max(0.1, self.until() - time.monotonic())):
+                    wanted = await (self.beat() if due else self._look())
+            except FAILURES as exc:
+                if time.monotonic() > self.until():
+                    raise LeaseLost(f"the database was away for too long to keep job {self._claim.id}") from exc
+                continue
+            if wanted != self.wanted:
+                self.wanted = wanted
+                heard(wanted)
+
+    async def beat(self) -> Wanted:
+        """Keep the job, and tell what there is to tell."""
+        job, worker = self._claim.id, self._claim.worker
+        async with self._beating:  # else news would be told twice
+            begun, news = time.monotonic(), list(self._news)
+            async with self._database.writing() as session:
+                wanted = await queue.heartbeat(session, job, worker, self._seconds, self.progress)
+                for message, level, metrics in news:
+                    await queue.add_event(session, job, worker, message, level, metrics)
+            self._kept = begun
+            del self._news[: len(news)]
+        return wanted
+
+    async def write(self, action: Callable[[AsyncSession], Awaitable[T]]) -> T:
+        """Do something in a writing transaction, as often as it takes while the lease lasts."""
+
+        async def once() -> T:
+            async with self._database.writing() as session:
+                return await action(session)
+
+        return await patiently(once, self.until)
+
+    async def _look(self) -> Wanted:
+        async with self._database.reading() as session:
+            return await queue.look(session, self._claim.id, self._claim.worker)

@@ -1,0 +1,252 @@
+"""A whole run: a base model, a plan and examples become a published adapter and a record of how it was made.
+
+::
+
+    OUT/adapter/         the finished version: the best on held-out data where there is some, else the last
+    OUT/checkpoints/     checkpoint-N, each a version that can be served and resumed from
+    OUT/metrics.jsonl    numbers of every step      OUT/loss.png  OUT/summary.json
+    OUT/run.json         what was asked for, so that resuming with something else is refused
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from reft_serve.adapters.base_model import read_base_model
+from reft_serve.adapters.directory import read_adapter
+from reft_serve.adapters.manifest import BaseFacts
+from reft_serve.errors import AdapterExists, ClientError
+from reft_serve.training.data.batching import collate
+from reft_serve.training.data.examples import Example, Preference
+from reft_serve.training.loop import checkpoints, report
+from reft_serve.training.loop.dpo import Dpo
+from reft_serve.training.loop.objectives import Objective, Supervised
+from reft_serve.training.loop.trainer import ReftTrainer, Watcher, arguments
+from reft_serve.training.model.adapter import build, publish_version
+from reft_serve.training.model.edited_model import EditedModel
+from reft_serve.training.model.processes import this_process
+from reft_serve.training.plan import LoraPlan, Plan
+
+__all__ = ["Outcome", "started_at", "train"]
+
+_RUN, _SUMMARY = "run.json", "summary.json"
+Items = Sequence[Example] | Sequence[Preference]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run came to. `share`: trained parameters per parameter of the base. Sizes in bytes.
+
+    A run that a watcher stopped has no adapter yet: resume it.
+    """
+
+    adapter: str | None
+    digest: str | None
+    step: int
+    steps: int
+    best_step: int | None
+    best_loss: float | None
+    tokens: int
+    parameters: int
+    share: float
+    size: int
+    seconds: float
+    peak_memory: int
+
+
+def train(
+    base: Path,
+    plan: Plan,
+    items: Items,
+    out: Path,
+    *,
+    held_out: Items = (),
+    resume: bool = False,
+    watchers: Sequence[Watcher] = (),
+    plot: bool = True,
+    fingerprints: Sequence[str] = (),
+    started: datetime | None = None,
+) -> Outcome:
+    """Train an adapter for the model at `base` and publish it under `out`.
+
+    Args:
+        items: examples, or preferences where the plan's method is dpo. held_out: of the same sort.
+        resume: go on from the newest checkpoint under `out`, if there is one; the rest must be as it was.
+        watchers: told of every step, beside the record that is kept in `out`.
+        plot: draw the losses at the end.
+        fingerprints: of the data that `items` and `held_out` were made of; a run whose data have the same can be resumed,
+            also if a chat template has rendered them in another way.
+        started: the time that chat templates were given, kept for `started_at`.
+
+    Raises:
+        ClientError: the plan or the data cannot be used. AdapterExists: `out` holds a run and `resume` is not set.
+        BaseModelInvalid: the base is none that can be edited. AdapterInvalid: training diverged.
+    """
+    plan.check()
+    objective = _objective(plan, [*items, *held_out])
+    clock = time.monotonic()
+    facts, process = read_base_model(base), this_process()
+    with process.main_process_first():
+        if process.is_main_process:
+            asked = _asked(facts, plan, items, held_out) | {"fingerprints": list(fingerprints)}
+            _claim(out, asked, resume, started or datetime.now())
+    model = build(base, plan)
+    trainer = _trainer(model, plan, facts, objective, items, held_out, out, watchers)
+    last = checkpoints.newest(out / "checkpoints")
+    trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    process.wait_for_everyone()
+    if process.is_main_process:
+        if plot:
+            report.plot_losses(out)
+        _finish(out, trainer)
+    process.wait_for_everyone()
+    return _outcome(out, model, trainer, time.monotonic() - clock)
+
+
+def _trainer(
+    model: EditedModel,
+    plan: Plan,
+    facts: BaseFacts,
+    objective: Objective[Any],
+    items: Items,
+    held_out: Items,
+    out: Path,
+    watchers: Sequence[Watcher],
+) -> ReftTrainer[Any]:
+    packed = model.can_pack(max(objective.tokens(item) for item in (*items, *held_out)))
+    if isinstance(objective, Dpo):
+        lay_out = partial(collate, rule=plan.adapter.rule, packed=packed)
+        objective.consult(model, cast(Sequence[Preference], [*items, *held_out]), lay_out, plan.batch)
+    made = plan.facts() | {"examples": len(items), "held_out_examples": len(held_out)}
+    settings = arguments(plan, out / "checkpoints", evaluates=bool(held_out))
+
+    def publish(path: Path) -> None:
+        publish_version(path, model, plan, facts, made | {"step": trainer.state.global_step})
+
+    followers = (report.Record(out), *watchers)
+    trainer: ReftTrainer[Any] = ReftTrainer(
+        model, plan, settings, objective, items, held_out, publish, packed=packed, watchers=followers
+    )
+    return trainer
+
+
+def _objective(plan: Plan, items: Sequence[Example | Preference]) -> Objective[Any]:
+    wanted = Preference if plan.method == "dpo" else Example
+    if not items or not all(isinstance(item, wanted) for item in items):
+        sort = "preferences" if plan.method == "dpo" else "examples"
+        raise ClientError(f"method {plan.method} learns from {sort}, and the data holds none or something else")
+    return Dpo(plan.dpo_beta) if plan.method == "dpo" else Supervised()
+
+
+def _asked(facts: BaseFacts, plan: Plan, items: Items, held_out: Items) -> dict[str, Any]:
+    """What must be the same for a run to be resumed."""
+    digests = [hashlib.sha256(repr(list(data)).encode()).hexdigest() for data in (items, held_out)]
+    return {"base": facts.model_dump(), "plan": _recorded(plan), "data": digests[0], "held_out": digests[1]}
+
+
+def _recorded(plan: Plan) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(json.dumps(asdict(replace(plan, report_to=()))))  # who is told changes nothing
+    return found
+
+
+def _filled(recorded: Any, defaults: Any) -> Any:
+    """What an earlier version recorded, and, for what that did not know of, the defaults, which are what it did."""
+    if not (isinstance(recorded, dict) and isinstance(defaults, dict)):
+        return recorded
+    return defaults | {name: _filled(value, defaults.get(name)) for name, value in recorded.items()}
+
+
+def started_at(out: Path) -> datetime | None:
+    """When the run in `out` was started, for chat templates that write the date; None if `out` holds none.
+
+    The time has no time zone: it is what the clock on the wall said. A record of an earlier release has its file's time.
+    """
+    record = out / _RUN
+    if not record.exists():
+        return None
+    recorded = json.loads(record.read_text()).get("started")
+    return datetime.fromisoformat(recorded) if recorded else datetime.fromtimestamp(record.stat().st_mtime)
+
+
+def _differing(asked: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """What of a run differs from the recorded one. Tokens may, if they were made of the same rows and template."""
+    wrong = [name for name in ("base", "plan") if asked[name] != found.get(name)]
+    before, now = found.get("fingerprints") or (), asked["fingerprints"]
+    for i, name in enumerate(("data", "held_out")):
+        same_source = i < len(now) and i < len(before) and now[i] == before[i]
+        if asked[name] != found.get(name) and not same_source:
+            wrong.append(name)
+    return wrong
+
+
+def _claim(out: Path, asked: dict[str, Any], resume: bool, started: datetime) -> None:
+    """Make `out` this run's folder, or find it to be."""
+    record = out / _RUN
+    if record.exists() and resume:
+        found = json.loads(record.read_text())
+        found["plan"] = _filled(found.get("plan"), _recorded(Plan(lora=LoraPlan())))
+        wrong = _differing(asked, found)
+        if wrong:
+            raise ClientError(f"{out} holds another run: its {' and '.join(wrong)} differ, so it cannot be resumed")
+        checkpoints.sweep(out / "checkpoints")
+    elif out.exists() and any(out.iterdir()):
+        raise AdapterExists(f"{out} is not empty: choose another --out, or --resume the run that is in it")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        aside = record.with_suffix(".new")
+        aside.write_text(json.dumps(asked | {"started": started.isoformat()}, indent=2) + "\n")
+        os.replace(aside, record)
+
+
+def _finish(out: Path, trainer: ReftTrainer[Any]) -> None:
+    """Publish the best checkpoint, or the last, unless the run was stopped on its way."""
+    if trainer.state.global_step < trainer.state.max_steps or (out / "adapter").exists():
+        return
+    whole = checkpoints.sealed(out / "checkpoints")
+    chosen = whole.get(trainer.state.best_global_step or trainer.state.global_step) or list(whole.values())[-1]
+    aside = out / ".adapter"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    for name in checkpoints.SERVED:
+        if (chosen / name).exists():
+            shutil.copyfile(chosen / name, aside / name)
+    checkpoints.sync(aside)
+    os.rename(aside, out / "adapter")
+
+
+def _outcome(out: Path, model: EditedModel, trainer: ReftTrainer[Any], seconds: float) -> Outcome:
+    path = out / "adapter"
+    adapter = read_adapter(path) if path.exists() else None
+    learnt = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    state, total = trainer.state, sum(p.numel() for p in model.lm.parameters() if not p.requires_grad)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    outcome = Outcome(
+        adapter=None if adapter is None else str(path),
+        digest=None if adapter is None else adapter.digest,
+        step=state.global_step,
+        steps=state.max_steps,
+        best_step=state.best_global_step,
+        best_loss=state.best_metric,
+        tokens=state.num_input_tokens_seen,
+        parameters=learnt,
+        share=learnt / total,
+        size=0 if adapter is None else sum(file.stat().st_size for file in path.iterdir()),
+        seconds=round(seconds, 3),
+        peak_memory=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak,
+    )
+    if trainer.is_world_process_zero():
+        (out / _SUMMARY).write_text(json.dumps(asdict(outcome), indent=2) + "\n")
+    return outcome

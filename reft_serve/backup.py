@@ -22,7 +22,7 @@ from reft_serve.database.dump import DumpedTable, dump, restore, rows
 from reft_serve.database.files import key_of_blob
 from reft_serve.errors import BlobMissing, Conflict, StoreUnusable
 from reft_serve.storage.blobs import BlobStore
-from reft_serve.storage.files import sync_path
+from reft_serve.storage.files import fsync_path
 
 __all__ = ["Backup", "Places", "back_up", "bring_back"]
 
@@ -165,13 +165,13 @@ def _copy_version(source: AdapterStore, target: AdapterStore, digest: str) -> No
 
 def _seal(folder: Path, found: Backup) -> None:
     for file in (folder / "database").iterdir():
-        sync_path(file)
-    sync_path(folder / "database")
+        fsync_path(file)
+    fsync_path(folder / "database")
     aside = folder / "backup.json.writing"
     aside.write_text(json.dumps(asdict(found), indent=1))
-    sync_path(aside)
+    fsync_path(aside)
     aside.rename(folder / "backup.json")
-    sync_path(folder)
+    fsync_path(folder)
 
 
 def _opened(folder: Path) -> Backup:

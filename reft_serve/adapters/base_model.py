@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from reft_serve.adapters.manifest import BaseFacts
 from reft_serve.errors import AdapterInvalid, BaseModelInvalid
-from reft_serve.storage.files import read_plain
+from reft_serve.storage.files import read_regular_file
 
 __all__ = ["base_facts", "read_base_model"]
 
@@ -34,7 +34,7 @@ def read_base_model(path: Path) -> BaseFacts:
         raise BaseModelInvalid(f"--base {path} holds no {_CONFIG}, so it is not a base model's directory")
     try:
         # Hub caches hold links, so here a link is followed.
-        config = json.loads(read_plain(file.resolve(), _MAX_CONFIG_BYTES, str(path)))
+        config = json.loads(read_regular_file(file.resolve(), _MAX_CONFIG_BYTES, str(path)))
     except AdapterInvalid as exc:
         raise BaseModelInvalid(f"the base model at {path} cannot be read: {'; '.join(exc.faults)}") from exc
     except (ValueError, RecursionError) as exc:

@@ -31,7 +31,7 @@ from reft_serve.adapters.tensors import entries_of, parse_tensors
 from reft_serve.errors import AdapterChanged, AdapterInvalid, AdapterNotFound, AdapterUnsupported
 from reft_serve.interventions.kinds import Weights, fold
 from reft_serve.interventions.vocabulary import ORTHONORMAL, ORTHONORMAL_TOLERANCE, optional_tensors, required_tensors
-from reft_serve.storage.files import read_plain, write_directory
+from reft_serve.storage.files import read_regular_file, write_directory
 
 __all__ = [
     "CONFIG",
@@ -121,12 +121,12 @@ def _read_files(path: Path, max_bytes: int) -> dict[str, bytes]:
         raise AdapterNotFound(f"{path} holds no {CONFIG}, so it is not a ReFT adapter of ours")
     where = str(path)
     files = {
-        CONFIG: read_plain(path / CONFIG, MAX_CONFIG_BYTES, where),
-        TENSORS: read_plain(path / TENSORS, max_bytes, where),
+        CONFIG: read_regular_file(path / CONFIG, MAX_CONFIG_BYTES, where),
+        TENSORS: read_regular_file(path / TENSORS, max_bytes, where),
     }
     if holds_lora(path):
-        files[LORA_CONFIG] = read_plain(path / LORA_CONFIG, MAX_CONFIG_BYTES, where)
-        files[LORA_TENSORS] = read_plain(path / LORA_TENSORS, max_bytes, where)
+        files[LORA_CONFIG] = read_regular_file(path / LORA_CONFIG, MAX_CONFIG_BYTES, where)
+        files[LORA_TENSORS] = read_regular_file(path / LORA_TENSORS, max_bytes, where)
     return files
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from reft_serve.errors import AdapterInvalid
-from reft_serve.storage.files import open_plain
+from reft_serve.storage.files import open_regular_file
 
 __all__ = ["MAX_DIMENSION", "MAX_DIMENSIONS", "MAX_HEADER_BYTES", "MAX_TENSORS", "Entry", "header_bytes", "read_header"]
 
@@ -44,7 +44,7 @@ def read_header(file: Path, where: str) -> dict[str, Entry]:
     Raises:
         AdapterInvalid: it is no plain file, damaged, or another kind of file; `where` is the adapter that the message names.
     """
-    with open_plain(file, where) as opened:
+    with open_regular_file(file, where) as opened:
         try:
             return _entries(opened, os.fstat(opened.fileno()).st_size)
         except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as exc:
@@ -58,7 +58,7 @@ def header_bytes(file: Path, where: str) -> int:
     Raises:
         AdapterInvalid: it is no plain file.
     """
-    with open_plain(file, where) as opened:
+    with open_regular_file(file, where) as opened:
         return int.from_bytes(opened.read(8), "little")
 
 

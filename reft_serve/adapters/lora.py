@@ -21,7 +21,7 @@ from reft_serve.adapters.structure import LORA_NAME, MAX_CONFIG_BYTES, lora_faul
 from reft_serve.adapters.structure import LORA_TENSORS as TENSORS
 from reft_serve.adapters.tensors import entries_of, parse_tensors
 from reft_serve.errors import AdapterInvalid
-from reft_serve.storage.files import read_plain
+from reft_serve.storage.files import read_regular_file
 
 __all__ = [
     "CONFIG",
@@ -68,8 +68,8 @@ def read_lora(path: Path, layers: int, max_bytes: int) -> Lora:
         AdapterInvalid: every fault found.
     """
     where = str(path)
-    config = read_plain(path / CONFIG, MAX_CONFIG_BYTES, where)
-    tensors = read_plain(path / TENSORS, max_bytes, where)
+    config = read_regular_file(path / CONFIG, MAX_CONFIG_BYTES, where)
+    tensors = read_regular_file(path / TENSORS, max_bytes, where)
     return lora_of_files({CONFIG: config, TENSORS: tensors}, layers, where)
 
 

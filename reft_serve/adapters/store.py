@@ -16,7 +16,7 @@ from pathlib import Path
 
 from reft_serve.adapters.digest import digest_of_directory
 from reft_serve.errors import StoreUnusable
-from reft_serve.storage.files import NO_SPACE, Aside, probe_writes, sweep_asides, sync_path
+from reft_serve.storage.files import NO_SPACE, ScratchPath, fsync_path, probe_writes, sweep_scratch
 
 __all__ = ["AdapterStore"]
 
@@ -50,7 +50,7 @@ class AdapterStore:
             StoreUnusable: the disk is full or cannot be written to, now or within the block.
         """
         try:
-            aside = Aside.directory(self._staging)
+            aside = ScratchPath.directory(self._staging)
         except OSError as exc:
             raise StoreUnusable(f"the adapter store cannot be written to ({exc.strerror})") from exc
         try:
@@ -72,7 +72,7 @@ class AdapterStore:
             digest = digest_of_directory(staged)
             target = self.path(digest)
             for file in (*staged.iterdir(), staged):
-                sync_path(file)
+                fsync_path(file)
             target.parent.mkdir(parents=True, exist_ok=True)
             if not target.exists():
                 try:
@@ -80,7 +80,7 @@ class AdapterStore:
                 except OSError:
                     if not target.exists():  # else another gateway was faster with the same bytes
                         raise
-            sync_path(target.parent)
+            fsync_path(target.parent)
         except OSError as exc:
             raise StoreUnusable(f"the adapter store cannot be written to ({exc.strerror})") from exc
         return digest
@@ -127,5 +127,5 @@ class AdapterStore:
 
     def sweep(self) -> None:
         """Remove what processes that died left half written, or half removed."""
-        sweep_asides(self._staging)
-        sweep_asides(self._probes)
+        sweep_scratch(self._staging)
+        sweep_scratch(self._probes)

@@ -16,7 +16,7 @@ from reft_serve.adapters.header import Entry, read_header
 from reft_serve.adapters.manifest import InterventionSpec, Manifest, parse_manifest
 from reft_serve.errors import AdapterInvalid
 from reft_serve.interventions.vocabulary import optional_tensors, required_tensors
-from reft_serve.storage.files import read_plain
+from reft_serve.storage.files import read_regular_file
 
 __all__ = [
     "CONFIG",
@@ -74,10 +74,10 @@ def check_structure(path: Path, where: str) -> Manifest:
     faults = [f"{name} is missing" for name in halves if name not in present]
     if faults:
         raise AdapterInvalid(where, faults)
-    manifest = parse_manifest(read_plain(path / CONFIG, MAX_CONFIG_BYTES, where), where)
+    manifest = parse_manifest(read_regular_file(path / CONFIG, MAX_CONFIG_BYTES, where), where)
     faults = [fault for _, fault in tensor_faults(manifest, read_header(path / TENSORS, where))]
     if LORA_TENSORS in present:
-        config = read_plain(path / LORA_CONFIG, MAX_CONFIG_BYTES, where)
+        config = read_regular_file(path / LORA_CONFIG, MAX_CONFIG_BYTES, where)
         faults += lora_faults(config, read_header(path / LORA_TENSORS, where), manifest.base_model.num_hidden_layers)
     if faults:
         raise AdapterInvalid(where, faults)

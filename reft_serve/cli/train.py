@@ -127,9 +127,9 @@ def _plan(
 ) -> Plan:
     """The recipe, with what was given on the command line instead of its values."""
     from reft_serve.adapters.base_model import read_base_model
-    from reft_serve.training.plan import LoraPlan, Plan, parse_layers, plan_of
+    from reft_serve.training.plan import LoraPlan, Plan, parse_layers, plan_from_recipe
 
-    start = Plan() if recipe is None else plan_of(recipe)
+    start = Plan() if recipe is None else plan_from_recipe(recipe)
     if "layers" in adapter:
         adapter["layers"] = parse_layers(adapter["layers"], read_base_model(base).num_hidden_layers)
     rule = start.adapter.rule

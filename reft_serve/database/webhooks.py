@@ -25,7 +25,7 @@ __all__ = [
     "WEBHOOKS_PER_TENANT",
     "DueWebhook",
     "EventType",
-    "Parcel",
+    "OutboundEvent",
     "add_webhook",
     "change_webhook",
     "claim_deliveries",
@@ -36,7 +36,7 @@ __all__ = [
     "forget_deliveries",
     "list_webhooks",
     "new_secret",
-    "parcel_of",
+    "outbound_event",
     "rotate_secret",
     "settle_delivery",
 ]
@@ -53,7 +53,7 @@ PENDING_PER_WEBHOOK = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Parcel:
+class OutboundEvent:
     """One event for one webhook. `secrets`: each of them signs it."""
 
     id: str
@@ -65,7 +65,7 @@ class Parcel:
     attempts: int
 
     def __repr__(self) -> str:
-        return f"Parcel({self.id}, attempt {self.attempts})"
+        return f"OutboundEvent({self.id}, attempt {self.attempts})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,13 +177,13 @@ def body_of(event_type: str, data: Mapping[str, Any]) -> str:
     return json.dumps(event | {"data": dict(data)}, separators=(",", ":"))
 
 
-def parcel_of(webhook: Webhook, body: str, delivery_id: str | None = None, attempts: int = 1) -> Parcel:
+def outbound_event(webhook: Webhook, body: str, delivery_id: str | None = None, attempts: int = 1) -> OutboundEvent:
     """What is sent to a webhook."""
     signing = [webhook.secret]
     if webhook.old_secret is not None and (webhook.old_until_ms or 0) > now_ms():
         signing.append(webhook.old_secret)
     delivery = delivery_id or new_id("msg")
-    return Parcel(delivery, webhook.tenant_id, webhook.id, webhook.url, body, tuple(signing), attempts)
+    return OutboundEvent(delivery, webhook.tenant_id, webhook.id, webhook.url, body, tuple(signing), attempts)
 
 
 async def due_webhooks(session: AsyncSession) -> list[DueWebhook]:
@@ -194,7 +194,9 @@ async def due_webhooks(session: AsyncSession) -> list[DueWebhook]:
     return [DueWebhook(*row) for row in (await session.execute(query)).all()]
 
 
-async def claim_deliveries(session: AsyncSession, webhook_ids: Sequence[str], lease_seconds: float) -> list[Parcel]:
+async def claim_deliveries(
+    session: AsyncSession, webhook_ids: Sequence[str], lease_seconds: float
+) -> list[OutboundEvent]:
     """Take the first due delivery of each webhook. One that is not settled within the lease is taken again by any gateway."""
     place = func.row_number().over(partition_by=Delivery.webhook_id, order_by=(Delivery.next_ms, Delivery.id))
     ranked = select(Delivery.id, place.label("place")).where(*_due(), Delivery.webhook_id.in_(webhook_ids)).subquery()
@@ -205,15 +207,15 @@ async def claim_deliveries(session: AsyncSession, webhook_ids: Sequence[str], le
         delivery.attempts += 1
         delivery.next_ms = now_ms() + int(lease_seconds * 1000)
     await session.flush()
-    return [parcel_of(each.webhook, each.body, each.id, each.attempts) for each in found]
+    return [outbound_event(each.webhook, each.body, each.id, each.attempts) for each in found]
 
 
 async def settle_delivery(
-    session: AsyncSession, parcel: Parcel, outcome: str, *, delivered: bool, again_in_seconds: float | None
+    session: AsyncSession, event: OutboundEvent, outcome: str, *, delivered: bool, again_in_seconds: float | None
 ) -> None:
     """Record what became of an attempt: delivered, to be tried again, or (None) given up."""
-    found = await session.get(Delivery, parcel.id, with_for_update={"of": Delivery})
-    if found is None or found.status != "pending" or found.attempts != parcel.attempts:
+    found = await session.get(Delivery, event.id, with_for_update={"of": Delivery})
+    if found is None or found.status != "pending" or found.attempts != event.attempts:
         return  # the webhook was deleted, or the attempt took so long that another was begun
     found.outcome = outcome[:255]
     if delivered or again_in_seconds is None:

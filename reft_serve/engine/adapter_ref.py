@@ -21,9 +21,9 @@ __all__ = [
     "GENERATED",
     "IDS",
     "WITH_LORA",
-    "Identity",
+    "AdapterRef",
+    "adapter_ref",
     "bound_request",
-    "identity_of",
     "lora_id_of",
     "with_engine_id",
     "with_prompt_tokens",
@@ -41,7 +41,7 @@ IDS = 1 << 28
 
 
 @dataclass(frozen=True, slots=True)
-class Identity:
+class AdapterRef:
     """One immutable version: its digest (sha256 in hex), where it edits, whether it holds a LoRA, and the factor on its
     edits, which is not one on the LoRA.
 
@@ -73,7 +73,7 @@ def lora_id_of(digest: str) -> int:
     return (1 << 61) + int(digest[:15], 16)
 
 
-def bound_request(request: LoRARequest, path: str, identity: Identity) -> LoRARequest:
+def bound_request(request: LoRARequest, path: str, identity: AdapterRef) -> LoRARequest:
     """The request as the engine sees it. `base_model_name`, which only the front end's model list reads, carries it."""
     carried = _MARK + json.dumps(asdict(identity))
     return LoRARequest(request.lora_name, identity.engine_id, path, base_model_name=carried)
@@ -81,14 +81,14 @@ def bound_request(request: LoRARequest, path: str, identity: Identity) -> LoRARe
 
 def with_strength(request: LoRARequest, strength: float) -> LoRARequest:
     """A bound request whose edits are multiplied by `strength`."""
-    identity = identity_of(request)
+    identity = adapter_ref(request)
     assert identity is not None
     return bound_request(request, request.lora_path, replace(identity, strength=strength))
 
 
 def with_prompt_tokens(request: LoRARequest, prompt_tokens: int) -> LoRARequest:
     """A bound request whose prompt ends after `prompt_tokens` tokens, for the position rule."""
-    identity = identity_of(request)
+    identity = adapter_ref(request)
     assert identity is not None
     return bound_request(request, request.lora_path, replace(identity, prompt_tokens=prompt_tokens))
 
@@ -98,13 +98,13 @@ def with_engine_id(request: LoRARequest, engine_id: int) -> LoRARequest:
     return LoRARequest(request.lora_name, engine_id, request.lora_path, base_model_name=request.base_model_name)
 
 
-def identity_of(request: LoRARequest | None) -> Identity | None:
+def adapter_ref(request: LoRARequest | None) -> AdapterRef | None:
     """The identity that a request carries, or None for a base or a LoRA request."""
     carried = request.base_model_name if request is not None else None
     return _parse(carried) if carried is not None and carried.startswith(_MARK) else None
 
 
 @lru_cache(maxsize=1 << 16)
-def _parse(carried: str) -> Identity:
+def _parse(carried: str) -> AdapterRef:
     fields = json.loads(carried.removeprefix(_MARK))
-    return Identity(fields.pop("digest"), PositionRule(**fields.pop("rule")), **fields)
+    return AdapterRef(fields.pop("digest"), PositionRule(**fields.pop("rule")), **fields)

@@ -25,15 +25,15 @@ from reft_serve.errors import DatabaseUnusable, ReftError, StoreUnusable
 from reft_serve.gateway import maintenance
 from reft_serve.gateway.accounting.ledger import Ledger
 from reft_serve.gateway.accounting.quotas import Quotas
-from reft_serve.gateway.engines.discovery import Membership
+from reft_serve.gateway.engines.discovery import Discovery
 from reft_serve.gateway.engines.fleet import Fleet
 from reft_serve.gateway.events.job_events import Followers
-from reft_serve.gateway.events.webhook_sender import Notifier
+from reft_serve.gateway.events.webhook_sender import WebhookSender
 from reft_serve.gateway.http.cors import Cors
 from reft_serve.gateway.http.intake import Intake
 from reft_serve.gateway.http.tracing import configure_tracing
-from reft_serve.gateway.lookup import Directory
-from reft_serve.gateway.middleware import Edge
+from reft_serve.gateway.lookup import LookupCache
+from reft_serve.gateway.middleware import RequestMiddleware
 from reft_serve.gateway.routes import (
     adapters,
     admin,
@@ -88,7 +88,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     app.exception_handler(ReftError)(_named)
     app.exception_handler(RequestValidationError)(_invalid)
     app.exception_handler(HTTPException)(_http)
-    app.add_middleware(Edge)
+    app.add_middleware(RequestMiddleware)
     if settings.cors_origins:
         app.add_middleware(Cors, origins=settings.cors_origins)
     _document_keys(app)
@@ -104,19 +104,19 @@ async def _running(settings: GatewaySettings) -> AsyncIterator[Services]:
     await asyncio.to_thread(services.store.check)
     await _recover(services, first=True)
     services.ledger.start()
-    services.notifier.start()
+    services.webhook_sender.start()
     services.write_probe.start()
     await services.fleet.start()
     recovering = asyncio.create_task(_recover_forever(services))
-    tending = asyncio.create_task(maintenance.tend_forever(services))
+    tending = asyncio.create_task(maintenance.run_forever(services))
     try:
         yield services
     finally:
         services.drain()
         recovering.cancel()
         tending.cancel()
-        await services.finish(settings.drain_seconds)
-        await services.notifier.close()
+        await services.join(settings.drain_seconds)
+        await services.webhook_sender.close()
         await services.write_probe.close()
         await services.ledger.close()
         await services.quotas.close()
@@ -126,14 +126,14 @@ async def _running(settings: GatewaySettings) -> AsyncIterator[Services]:
 
 def _services(settings: GatewaySettings, database: Database) -> Services:
     key = settings.engine_key.get_secret_value() if settings.engine_key else None
-    members, names = Membership(settings.engine_urls, key), BoundedNames(settings.named_labels)
+    members, names = Discovery(settings.engine_urls, key), BoundedNames(settings.named_labels)
     store, blobs = AdapterStore(settings.store), BlobStore(settings.blobs_url)
     return Services(
         settings, database, store,
         Fleet(members, settings.in_flight_per_engine, settings.queue_seconds, settings.probe_seconds),
         Ledger(database), Quotas(settings.limits, settings.limits_storage, names),
-        Directory(database, settings.base_model, settings.cache_seconds), names,
-        blobs, Notifier(database, settings), Intake(settings),
+        LookupCache(database, settings.base_model, settings.cache_seconds), names,
+        blobs, WebhookSender(database, settings), Intake(settings),
         Followers(database, settings.limits), _write_probe(settings, database, store, blobs),
     )  # fmt: skip
 

@@ -12,14 +12,14 @@ from reft_serve.database.models import now_ms
 from reft_serve.database.resolution import Route, Target, resolve
 from reft_serve.errors import ModelNotFound
 
-__all__ = ["Directory"]
+__all__ = ["LookupCache"]
 
 _REMEMBERED = 50_000
 _K = TypeVar("_K")
 _V = TypeVar("_V")
 
 
-class Directory:
+class LookupCache:
     """Who holds a key, and what a model's name stands for: asked of the database, remembered for a moment."""
 
     def __init__(self, database: Database, base_model: str, seconds: float) -> None:

@@ -17,13 +17,13 @@ from reft_serve.gateway.jobs import data_files
 from reft_serve.gateway.services import Services
 from reft_serve.observability import JOBS, JOBS_WAITING
 
-__all__ = ["tend", "tend_forever"]
+__all__ = ["run_forever", "run_once"]
 
 _log = logging.getLogger(__name__)
 _DELIVERIES_MS = 7 * DAY_MS
 
 
-async def tend(services: Services) -> None:
+async def run_once(services: Services) -> None:
     """Do it once."""
     await data_files.sweep(services)
     async with services.database.writing() as session:
@@ -38,7 +38,7 @@ async def tend(services: Services) -> None:
     JOBS_WAITING.set(counts.get("queued", 0))
 
 
-async def tend_forever(services: Services) -> None:
+async def run_forever(services: Services) -> None:
     """Do it again and again, until cancelled."""
     try:
         await services.blobs.sweep()
@@ -46,7 +46,7 @@ async def tend_forever(services: Services) -> None:
         _log.exception("the file store could not be swept")
     while True:
         try:
-            await tend(services)
+            await run_once(services)
         except Exception:
             _log.exception("upkeep failed; trying again")
         await asyncio.sleep(services.settings.upkeep_seconds)

@@ -22,13 +22,13 @@ from reft_serve.gateway.services import Services
 from reft_serve.observability import REQUEST_SECONDS, REQUESTS, request_id
 from reft_serve.storage.files import NO_SPACE
 
-__all__ = ["OPEN_PATHS", "Edge"]
+__all__ = ["OPEN_PATHS", "RequestMiddleware"]
 
 _log = logging.getLogger(__name__)
 OPEN_PATHS = frozenset({"/health/live", "/health/ready"})
 
 
-class Edge:
+class RequestMiddleware:
     """ASGI middleware around the whole application."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -85,7 +85,7 @@ async def _authenticate(services: Services, headers: dict[str, str]) -> Principa
     scheme, _, secret = headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not secret.strip():
         raise errors.KeyInvalid("give an API key: Authorization: Bearer KEY")
-    principal = await services.directory.principal(secret.strip())
+    principal = await services.lookup.principal(secret.strip())
     if principal is None:
         raise errors.KeyInvalid("this API key is not known, has expired or was revoked")
     return principal

@@ -59,7 +59,7 @@ async def publish(services: Services, caller: Principal, actor: audit.Actor, upl
             await _load(services, upload.name, digest)
             return await _record(services, caller, actor, upload, digest, checked)
         except BaseException:
-            services.later(retire(services, [digest]), caller.tenant_id)
+            services.spawn(retire(services, [digest]), caller.tenant_id)
             raise
 
 
@@ -106,7 +106,7 @@ async def _record(
             session, actor, "version.create", f"{upload.name}@{version.number}", tenant.id,
             digest=digest, bytes=checked.size, alias=upload.alias,
         )  # fmt: skip
-    services.directory.forget()
+    services.lookup.forget()
     return version
 
 

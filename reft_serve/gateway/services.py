@@ -20,9 +20,9 @@ from reft_serve.gateway.accounting.quotas import Quotas
 from reft_serve.gateway.engines.fleet import Fleet
 from reft_serve.gateway.engines.quarantine import Quarantine
 from reft_serve.gateway.events.job_events import Followers
-from reft_serve.gateway.events.webhook_sender import Notifier
+from reft_serve.gateway.events.webhook_sender import WebhookSender
 from reft_serve.gateway.http.intake import Intake
-from reft_serve.gateway.lookup import Directory
+from reft_serve.gateway.lookup import LookupCache
 from reft_serve.gateway.uploads.checking import CheckPlaces
 from reft_serve.gateway.write_probe import WriteProbe
 from reft_serve.observability import BoundedNames
@@ -44,10 +44,10 @@ class Services:
     fleet: Fleet
     ledger: Ledger
     quotas: Quotas
-    directory: Directory
+    lookup: LookupCache
     names: BoundedNames
     blobs: BlobStore
-    notifier: Notifier
+    webhook_sender: WebhookSender
     intake: Intake
     followers: Followers
     write_probe: WriteProbe
@@ -63,8 +63,8 @@ class Services:
         self.draining = True
         self.followers.close()
 
-    def later(self, work: Coroutine[Any, Any, None], tenant_id: str | None = None) -> None:
-        """Do this besides; `finish` waits for it. Of one tenant's, BACKGROUND_PER_TENANT are done at once."""
+    def spawn(self, work: Coroutine[Any, Any, None], tenant_id: str | None = None) -> None:
+        """Do this besides; `join` waits for it. Of one tenant's, BACKGROUND_PER_TENANT are done at once."""
 
         async def guarded() -> None:
             try:
@@ -92,7 +92,7 @@ class Services:
             if not self._waiting[tenant_id]:
                 del self._waiting[tenant_id], self._turns[tenant_id]
 
-    async def finish(self, patience: float) -> None:
+    async def join(self, patience: float) -> None:
         """Wait for work in the background, at most `patience` seconds."""
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=patience)

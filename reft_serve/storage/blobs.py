@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar
 
 from reft_serve.errors import BlobMissing, RequestTooLarge, StoreUnusable
-from reft_serve.storage.files import Aside, probe_writes, sweep_asides, sync_path
+from reft_serve.storage.files import ScratchPath, fsync_path, probe_writes, sweep_scratch
 
 __all__ = ["Blob", "BlobStore", "Written"]
 
@@ -216,7 +216,7 @@ class _Directory:
         return self.begin_at(self._root / key)
 
     def begin_at(self, target: Path) -> _Writing:
-        return _File(Aside.file(self._asides), target, self._asides)
+        return _File(ScratchPath.file(self._asides), target, self._asides)
 
     def open(self, key: str) -> BinaryIO:
         with _found():
@@ -245,7 +245,7 @@ class _Directory:
         return found
 
     def sweep(self) -> None:
-        sweep_asides(self._asides)
+        sweep_scratch(self._asides)
 
     def probe(self) -> None:
         probe_writes(self._asides)
@@ -254,7 +254,7 @@ class _Directory:
 class _File:
     """A file written aside, then moved to its place."""
 
-    def __init__(self, aside: Aside, target: Path, asides: Path) -> None:
+    def __init__(self, aside: ScratchPath, target: Path, asides: Path) -> None:
         self._aside, self._target, self._asides = aside, target, asides
         self._opened = open(aside.path, "wb")  # noqa: SIM115 - it is closed by commit or discard
         self.write = self._opened.write
@@ -270,7 +270,7 @@ class _File:
             except (FileNotFoundError, FileExistsError):  # the folder was removed with its last file in this moment
                 if not left:
                     raise
-        sync_path(self._target.parent)
+        fsync_path(self._target.parent)
 
     def discard(self) -> None:
         with suppress(OSError):  # a full disk, told by `write` already

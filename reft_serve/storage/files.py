@@ -17,12 +17,12 @@ from reft_serve.errors import AdapterExists, AdapterInvalid
 
 __all__ = [
     "NO_SPACE",
-    "Aside",
-    "open_plain",
+    "ScratchPath",
+    "fsync_path",
+    "open_regular_file",
     "probe_writes",
-    "read_plain",
-    "sweep_asides",
-    "sync_path",
+    "read_regular_file",
+    "sweep_scratch",
     "write_directory",
 ]
 
@@ -32,7 +32,7 @@ _PROBE_BYTES = 4096
 
 
 @contextmanager
-def open_plain(file: Path, where: str, max_bytes: int | None = None) -> Iterator[BinaryIO]:
+def open_regular_file(file: Path, where: str, max_bytes: int | None = None) -> Iterator[BinaryIO]:
     """A plain file, opened to be read.
 
     Raises:
@@ -63,9 +63,9 @@ def open_plain(file: Path, where: str, max_bytes: int | None = None) -> Iterator
         os.close(descriptor)
 
 
-def read_plain(file: Path, max_bytes: int, where: str) -> bytes:
-    """The bytes of a plain file of at most `max_bytes`. Raises AdapterInvalid as `open_plain` does."""
-    with open_plain(file, where, max_bytes) as opened:
+def read_regular_file(file: Path, max_bytes: int, where: str) -> bytes:
+    """The bytes of a plain file of at most `max_bytes`. Raises AdapterInvalid as `open_regular_file` does."""
+    with open_regular_file(file, where, max_bytes) as opened:
         return opened.read(max_bytes + 1)
 
 
@@ -86,19 +86,19 @@ def write_directory(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-        sync_path(aside)
+        fsync_path(aside)
         try:
             os.rename(aside, path)
         except OSError as exc:
             if exc.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                 raise
             raise AdapterExists(f"{path} appeared while it was being written; nothing was overwritten") from exc
-        sync_path(path.parent)
+        fsync_path(path.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def sync_path(path: Path) -> None:
+def fsync_path(path: Path) -> None:
     """Have a file's bytes, or a directory's names, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -107,7 +107,7 @@ def sync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-class Aside:
+class ScratchPath:
     """A file or directory under a random name that its process holds a lock on, so that what a dead one left can be told
     from what a living one, of whatever machine, is writing.
     """
@@ -148,7 +148,7 @@ class Aside:
 
 def probe_writes(folder: Path) -> None:
     """Write some bytes into a new file of a folder, and remove it. Raises OSError if that cannot be done."""
-    aside = Aside.file(folder)
+    aside = ScratchPath.file(folder)
     try:
         with open(aside.path, "wb") as file:
             file.write(b"\0" * _PROBE_BYTES)
@@ -158,7 +158,7 @@ def probe_writes(folder: Path) -> None:
         aside.remove()
 
 
-def sweep_asides(folder: Path) -> None:
+def sweep_scratch(folder: Path) -> None:
     """Remove the asides in a folder whose processes have ended."""
     try:
         found = list(folder.iterdir())

@@ -14,7 +14,7 @@ from reft_serve.interventions.positions import PositionRule
 from reft_serve.recipes.hyperparameters import DpoHyperparameters
 from reft_serve.training.plan import AdapterPlan, DType, LoraPlan, Method, Plan
 
-__all__ = ["MICRO_TOKENS", "DataFacts", "choose", "most_tokens", "plan_from"]
+__all__ = ["MICRO_TOKENS", "DataFacts", "most_tokens", "plan_from_job", "resolve"]
 
 MICRO_TOKENS = 8192
 """Tokens of a micro-batch, unless one example is longer."""
@@ -36,7 +36,7 @@ def most_tokens(asked: DpoHyperparameters, context: int | None) -> int:
     return wanted if context is None else min(wanted, context)
 
 
-def choose(
+def resolve(
     asked: DpoHyperparameters,
     method: Method,
     base: BaseFacts,
@@ -85,8 +85,8 @@ def choose(
     }
 
 
-def plan_from(resolved: dict[str, Any], reports: tuple[str, ...] = ()) -> Plan:
-    """The run of a job; `resolved` as `choose` gives it."""
+def plan_from_job(resolved: dict[str, Any], reports: tuple[str, ...] = ()) -> Plan:
+    """The run of a job; `resolved` as `resolve` gives it."""
     lora = None
     if resolved["lora_rank"]:
         targets = resolved["lora_targets"]

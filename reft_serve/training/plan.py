@@ -11,7 +11,17 @@ from reft_serve.interventions.positions import PositionRule
 from reft_serve.interventions.vocabulary import ACTIVATION_CODES, KINDS, Kind
 from reft_serve.recipes.recipe import Recipe
 
-__all__ = ["AdapterPlan", "DType", "LoraPlan", "Method", "Plan", "Schedule", "much_is_below", "parse_layers", "plan_of"]
+__all__ = [
+    "AdapterPlan",
+    "DType",
+    "LoraPlan",
+    "Method",
+    "Plan",
+    "Schedule",
+    "much_is_below",
+    "parse_layers",
+    "plan_from_recipe",
+]
 
 DType = Literal["float32", "bfloat16", "float16"]
 Method = Literal["supervised", "dpo"]
@@ -134,7 +144,7 @@ def _flat(values: dict[str, object], prefix: str = "") -> Iterator[tuple[str, st
             yield prefix + name, value
 
 
-def plan_of(recipe: Recipe) -> Plan:
+def plan_from_recipe(recipe: Recipe) -> Plan:
     """A recipe's plan. Its weight decay is left out: in pyreft, whose settings they are, it reaches no intervention.
 
     Raises:

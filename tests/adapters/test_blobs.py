@@ -16,7 +16,7 @@ import pytest
 from reft_serve.adapters.store import AdapterStore
 from reft_serve.errors import BlobMissing, RequestTooLarge, StoreUnusable
 from reft_serve.storage.blobs import BlobStore
-from reft_serve.storage.files import Aside, sweep_asides
+from reft_serve.storage.files import ScratchPath, sweep_scratch
 from tests.support.buckets import s3_bucket
 
 pytestmark = pytest.mark.anyio
@@ -162,10 +162,10 @@ async def test_what_a_killed_writer_left_is_swept_and_what_a_living_one_writes_i
     code = f"""
 import sys, time
 from pathlib import Path
-from reft_serve.storage.files import Aside
-aside = Aside.file(Path({str(tmp_path / ".writing")!r}))
+from reft_serve.storage.files import ScratchPath
+aside = ScratchPath.file(Path({str(tmp_path / ".writing")!r}))
 aside.path.write_bytes(b"half")
-folder = Aside.directory(Path({str(tmp_path / ".staging")!r}))
+folder = ScratchPath.directory(Path({str(tmp_path / ".staging")!r}))
 (folder.path / "file").write_bytes(b"half")
 print("ready", flush=True)
 time.sleep(60)
@@ -173,7 +173,7 @@ time.sleep(60)
     killed = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert killed.stdout is not None
     assert killed.stdout.readline() == b"ready\n"
-    living = Aside.file(tmp_path / ".writing")
+    living = ScratchPath.file(tmp_path / ".writing")
     store, versions = BlobStore(str(tmp_path)), AdapterStore(tmp_path)
     await store.sweep()
     versions.sweep()
@@ -184,5 +184,5 @@ time.sleep(60)
     versions.sweep()
     assert list(tmp_path.glob(".*/*")) == [living.path]
     living.remove()
-    sweep_asides(tmp_path / ".writing")
+    sweep_scratch(tmp_path / ".writing")
     assert not list(tmp_path.glob(".*/*"))

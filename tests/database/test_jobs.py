@@ -573,7 +573,7 @@ async def test_a_job_gives_way_to_that_of_a_tenant_with_fewer_and_goes_on_after_
     assert await make_way(database, long) == long.id
     assert await make_way(database, long) is None, "one is enough"
     async with database.reading() as session:
-        assert await queue.look(session, long.id, long.worker) == "yield"
+        assert await queue.poll(session, long.id, long.worker) == "yield"
     async with database.writing() as session:
         assert await queue.release(session, long.id, long.worker) == "queued"
     taken = await held(database)

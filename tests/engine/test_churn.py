@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from reft_serve.adapters.directory import Adapter
 from reft_serve.adapters.manifest import MAX_PASSES, Limits
-from reft_serve.engine.adapter_ref import Identity
+from reft_serve.engine.adapter_ref import AdapterRef
 from reft_serve.engine.front_end.binding import Binder
 from reft_serve.engine.worker.edits import Edits
 from reft_serve.engine.worker.registry import Registry
@@ -57,7 +57,7 @@ def test_whatever_the_order_every_slot_holds_its_adapter_and_no_file_is_read_aga
     held: set[int] = set()
     for operation, i in operations:
         path, adapter = adapters[i]
-        identity = Identity(adapter.digest, adapter.manifest.positions)
+        identity = AdapterRef(adapter.digest, adapter.manifest.positions)
         found = "/nowhere" if i in resident or i in held else str(path)
         match operation:
             case "load":

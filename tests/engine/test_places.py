@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from reft_serve.engine.worker import hook_points
 from reft_serve.engine.worker.edits import Edits, attach_edits
-from reft_serve.engine.worker.hook_points import decoder_layers, places_of, watch
+from reft_serve.engine.worker.hook_points import decoder_layers, install_hooks, places_of
 from reft_serve.errors import EngineUnsupported
 from reft_serve.interventions.batched import UnitPool
 from reft_serve.interventions.kinds import Unit
@@ -56,7 +56,7 @@ def engine() -> int:
 
 def hooked(layer: Layer, components: set[str], engine: int) -> Layer:
     layers = decoder_layers(nn.Sequential(nn.ModuleList([layer])), 1)
-    watch(layers, places_of(layers, components), engine)
+    install_hooks(layers, places_of(layers, components), engine)
     return layer
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reft_serve.engine.adapter_ref import Identity
+from reft_serve.engine.adapter_ref import AdapterRef
 from reft_serve.engine.core.prefix_cache import edited_in
 from reft_serve.engine.worker.rows import StepRequest, rows_of
 from reft_serve.interventions.positions import Part, PositionRule
@@ -32,7 +32,7 @@ def test_chunks_of_any_size_edit_the_same_tokens(
     length, seen = prompt_len + generated, set()
     for computed in range(0, length, chunk):
         scheduled = min(chunk, length - computed)
-        request = StepRequest(Identity("0" * 64, rule), "", prompt_len, computed, scheduled, first)
+        request = StepRequest(AdapterRef("0" * 64, rule), "", prompt_len, computed, scheduled, first)
         rows = rows_of([request], lambda _: 3)
         if rows is not None:
             assert rows.row_T.min() >= first
@@ -47,7 +47,7 @@ def test_chunks_of_any_size_edit_the_same_tokens(
 def test_a_named_end_of_the_prompt_edits_what_a_prompt_of_that_length_would_be_edited(
     rule: PositionRule, prompt_len: int, answer: int, chunk: int
 ) -> None:
-    length, identity, seen = prompt_len + answer, Identity("0" * 64, rule, prompt_tokens=prompt_len), set()
+    length, identity, seen = prompt_len + answer, AdapterRef("0" * 64, rule, prompt_tokens=prompt_len), set()
     for computed in range(0, length, chunk):
         rows = rows_of([StepRequest(identity, "", length, computed, min(chunk, length - computed), 0)], lambda _: 3)
         if rows is not None:
@@ -56,7 +56,7 @@ def test_a_named_end_of_the_prompt_edits_what_a_prompt_of_that_length_would_be_e
 
 
 def test_a_step_without_edits_asks_for_no_slot() -> None:
-    request = StepRequest(Identity("0" * 64, PositionRule("f2")), "", 10, 5, 5, 0)
+    request = StepRequest(AdapterRef("0" * 64, PositionRule("f2")), "", 10, 5, 5, 0)
     assert rows_of([request], lambda _: 1 // 0) is None
 
 
@@ -68,7 +68,7 @@ def test_blocks_share_a_key_exactly_when_their_edits_agree_up_to_their_end(
 
     def chain(prompt_len: int) -> list[tuple[object, ...]]:
         keys = [
-            edited_in(Identity("0" * 64, rule), prompt_len, start, start + block) for start in range(0, total, block)
+            edited_in(AdapterRef("0" * 64, rule), prompt_len, start, start + block) for start in range(0, total, block)
         ]
         return [tuple(keys[: i + 1]) for i in range(len(keys))]
 
@@ -79,7 +79,7 @@ def test_blocks_share_a_key_exactly_when_their_edits_agree_up_to_their_end(
 
 
 def test_blocks_before_the_first_edit_have_no_key() -> None:
-    rule = Identity("0" * 64, PositionRule("l5"))
+    rule = AdapterRef("0" * 64, PositionRule("l5"))
     assert edited_in(rule, 100, 0, 64) == ()
     assert edited_in(rule, 100, 80, 96) == ((95, 96, Part.PREFIX),)
     assert edited_in(rule, 100, 96, 112) == ((96, 100, Part.PREFIX),)

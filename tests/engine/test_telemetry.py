@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 from vllm.lora.request import LoRARequest
 
-from reft_serve.engine.adapter_ref import Identity, bound_request
+from reft_serve.engine.adapter_ref import AdapterRef, bound_request
 from reft_serve.engine.core.prefix_cache import extra_keys, shared_tokens
 from reft_serve.engine.front_end import telemetry
 from reft_serve.engine.front_end.telemetry import take, wrap_update_stats_from_finished
@@ -38,7 +38,7 @@ class _Request:
 def test_shared_tokens_are_those_of_the_first_blocks_without_a_key(
     rule: PositionRule, prompt_len: int, block: int, blocks: int, strength: float, lora: bool
 ) -> None:
-    identity = Identity(DIGEST, rule, lora, strength)
+    identity = AdapterRef(DIGEST, rule, lora, strength)
     request: Any = _Request(bound_request(LoRARequest("a", 1, "/a"), "/a", identity), prompt_len)
     cached = min(blocks, prompt_len // block) * block
     shared = 0
@@ -76,16 +76,19 @@ class _Processor:
     [
         (None, {("base", "computed"): 18, ("base", "shared"): 32}),
         (LoRARequest("l", 1, "/l"), {("lora", "computed"): 18, ("lora", "own"): 32}),
-        (Identity(DIGEST, PositionRule("l4")), {("reft", "computed"): 18, ("reft", "shared"): 32}),
-        (Identity(DIGEST, PositionRule("f4")), {("reft", "computed"): 18, ("reft", "own"): 32}),
+        (AdapterRef(DIGEST, PositionRule("l4")), {("reft", "computed"): 18, ("reft", "shared"): 32}),
+        (AdapterRef(DIGEST, PositionRule("f4")), {("reft", "computed"): 18, ("reft", "own"): 32}),
         # The 20th token is in the second block of 16: the first is everybody's, the second the adapter's.
-        (Identity(DIGEST, PositionRule("20")), {("reft", "computed"): 18, ("reft", "shared"): 16, ("reft", "own"): 16}),
+        (
+            AdapterRef(DIGEST, PositionRule("20")),
+            {("reft", "computed"): 18, ("reft", "shared"): 16, ("reft", "own"): 16},
+        ),
     ],
 )
 def test_prompt_tokens_are_counted_by_whose_blocks_they_came_from(
-    counted: Any, request_: LoRARequest | Identity | None, expected: dict[tuple[str, str], int]
+    counted: Any, request_: LoRARequest | AdapterRef | None, expected: dict[tuple[str, str], int]
 ) -> None:
-    if isinstance(request_, Identity):
+    if isinstance(request_, AdapterRef):
         request_ = bound_request(LoRARequest("a", 1, "/a"), "/a", request_)
     update = wrap_update_stats_from_finished(lambda *_: None)
     state = _Request(request_, prompt_len=50, num_cached_tokens=32)

@@ -45,7 +45,7 @@ def test_who_leaves_a_whole_answer_pays_for_it(
     assert counted["prompt_tokens"] == (300 if known else 375)
     assert 1 <= counted["completion_tokens"] < (60 if known else 401)
     used = counted["prompt_tokens"] + counted["completion_tokens"]
-    assert fleet._served[tenant.id] == used
+    assert fleet._virtual_time[tenant.id] == used
     engine.token_seconds = 0.0
     wait_for(lambda: _remaining(tenant) == 1000 - used - 1, 3.0)
 

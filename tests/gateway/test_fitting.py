@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from reft_serve.adapters.engine_card import EngineCard, read_card
 from reft_serve.adapters.manifest import BaseFacts, InterventionSpec, Limits, Manifest, Part
-from reft_serve.gateway.jobs.feasibility import misfit
+from reft_serve.gateway.jobs.feasibility import why_infeasible
 from reft_serve.interventions.positions import PositionRule
 from reft_serve.interventions.vocabulary import KINDS, Component, Kind, has_activation
 from reft_serve.recipes.hyperparameters import read_hyperparameters
@@ -53,7 +53,7 @@ TAKEN: dict[str, tuple[dict[str, Any], EngineCard]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_an_engine_would_refuse_is_told(case: str) -> None:
     asked, card, name, phrase = REFUSED[case]
-    found = misfit(read_hyperparameters(asked), 2500, card)
+    found = why_infeasible(read_hyperparameters(asked), 2500, card)
     assert found is not None
     assert found.name == name
     assert phrase in found.sentence
@@ -62,7 +62,7 @@ def test_what_an_engine_would_refuse_is_told(case: str) -> None:
 @pytest.mark.parametrize("case", TAKEN)
 def test_what_it_would_take_is_not_in_the_way(case: str) -> None:
     asked, card = TAKEN[case]
-    assert misfit(read_hyperparameters(asked), 2500, card) is None
+    assert why_infeasible(read_hyperparameters(asked), 2500, card) is None
 
 
 @given(
@@ -88,7 +88,7 @@ def test_what_is_told_is_what_the_engine_finds(
     limits = Limits(max_rank=max_rank, max_interventions=max_interventions, components=frozenset({component}))
     manifest = Manifest(base_model=BASE, interventions=specs, positions=PositionRule("f1+l1", tied))
     card = CARD.model_copy(update={"limits": limits})
-    assert (misfit(read_hyperparameters(asked), 1, card) is None) == (limits.faults(manifest, BASE) == [])
+    assert (why_infeasible(read_hyperparameters(asked), 1, card) is None) == (limits.faults(manifest, BASE) == [])
 
 
 @pytest.mark.parametrize(

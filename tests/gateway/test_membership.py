@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from reft_serve.errors import ServiceError
-from reft_serve.gateway.engines.discovery import Membership
+from reft_serve.gateway.engines.discovery import Discovery
 from reft_serve.testing import FakeEngine
 from tests.support.gateway.harness import Gateway, Served
 from tests.support.waiting import wait_for
@@ -111,7 +111,7 @@ def test_names_and_fixed_engines_go_together_and_the_real_resolver_is_asked(tmp_
 @pytest.mark.parametrize("url", ["dns+http://name", "dns+https://name:1", "dns+http://:8000", "dns+http://a:x", "dns+"])
 def test_a_name_that_cannot_be_looked_up_is_told_at_start(url: str) -> None:
     with pytest.raises(ServiceError, match=r"dns\+http://NAME:PORT"):
-        Membership([url], None)
+        Discovery([url], None)
 
 
 def engines(gateway: Gateway) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ import asyncio
 from collections import Counter
 from contextlib import AsyncExitStack
 
-from reft_serve.gateway.engines.discovery import Membership
+from reft_serve.gateway.engines.discovery import Discovery
 from reft_serve.gateway.engines.engine import Engine
 from reft_serve.gateway.engines.fleet import Fleet
 
@@ -15,8 +15,8 @@ def test_a_tenant_that_is_behind_gets_what_it_lacks_and_no_more() -> None:
     """Answers of 100 tokens, six places, and a tenant that lacks three answers: the rest is shared out."""
 
     async def shares() -> Counter[str]:
-        members = Membership(("http://127.0.0.1:9",), None)
-        await members.look_up()
+        members = Discovery(("http://127.0.0.1:9",), None)
+        await members.refresh()
         (engine,) = members.engines
         engine.healthy = True
         fleet = Fleet(members, 6, 5.0, 5.0)
@@ -50,8 +50,8 @@ def test_a_tenant_that_is_behind_gets_what_it_lacks_and_no_more() -> None:
 
 def test_versions_are_shared_out_evenly_and_keep_their_engines_when_one_leaves() -> None:
     async def homes(count: int) -> list[str]:
-        members = Membership(tuple(f"http://127.0.0.1:{port}" for port in range(1, count + 1)), None)
-        await members.look_up()
+        members = Discovery(tuple(f"http://127.0.0.1:{port}" for port in range(1, count + 1)), None)
+        await members.refresh()
         for engine in members.engines:
             engine.healthy = True
         fleet, found = Fleet(members, 6, 5.0, 5.0), []
@@ -70,8 +70,8 @@ def test_versions_are_shared_out_evenly_and_keep_their_engines_when_one_leaves()
 
 def test_a_caller_that_leaves_as_its_turn_comes_gets_no_place() -> None:
     async def scene() -> bool:
-        members = Membership(("http://127.0.0.1:9",), None)
-        await members.look_up()
+        members = Discovery(("http://127.0.0.1:9",), None)
+        await members.refresh()
         (engine,) = members.engines
         engine.healthy = True
         fleet = Fleet(members, 1, 5.0, 5.0)

@@ -10,7 +10,7 @@ import pytest
 from reft_serve.adapters.manifest import BaseFacts
 from reft_serve.interventions.positions import PositionRule
 from reft_serve.recipes.hyperparameters import read_hyperparameters
-from reft_serve.training.defaults import DataFacts, choose, most_tokens, plan_from
+from reft_serve.training.defaults import DataFacts, choose, most_tokens, plan_from_job
 from reft_serve.training.jobs import machine
 from reft_serve.training.jobs.memory import context_of, estimate
 from tests.support.training.jobs import MODEL
@@ -44,8 +44,8 @@ def test_what_is_asked_for_is_taken_and_the_record_makes_the_same_plan_again() -
         "lora_targets": ["q_proj"], "schedule": "cosine", "warmup": 0.0, "save_every": 5, "beta": 0.3,
     }  # fmt: skip
     record = chosen(**asked)
-    plan = plan_from(json.loads(json.dumps(record)))
-    assert plan == plan_from(record)
+    plan = plan_from_job(json.loads(json.dumps(record)))
+    assert plan == plan_from_job(record)
     plan.check()
     assert plan.adapter.layers == (1, 3)
     assert plan.adapter.rule == PositionRule("f2+l3", tied=False)

@@ -16,7 +16,7 @@ from reft_serve.training.data.examples import Example, Preference
 from reft_serve.training.loop.run import train
 from reft_serve.training.model.adapter import build
 from reft_serve.training.model.edited_model import EditedModel
-from reft_serve.training.model.state_cache import FrozenStates, worth_keeping
+from reft_serve.training.model.state_cache import StateCache, worth_keeping
 from reft_serve.training.plan import AdapterPlan, LoraPlan, Plan
 from tests.support.engine.family_models import FAMILIES
 from tests.support.paths import GOLDEN
@@ -28,7 +28,7 @@ UPPER = AdapterPlan("loreft", 4, (2, 3), RULE)
 
 def check_equal(model: EditedModel, *, packed: bool) -> None:
     batch = collate(examples_of(model, 5), RULE, packed=packed)
-    whole, kept = learnt(model, batch), learnt(model, FrozenStates(model).join(batch))
+    whole, kept = learnt(model, batch), learnt(model, StateCache(model).join(batch))
     torch.testing.assert_close(kept[0], whole[0], rtol=1e-5, atol=2e-5)
     largest = max(float(grad.abs().max()) for grad in whole[1])
     assert largest > 1e-3
@@ -54,7 +54,7 @@ def test_they_are_in_every_family(name: str, tmp_path: Path) -> None:
 def test_states_are_the_same_bits_in_any_company() -> None:
     model, some = edited(BASE, 2), examples(8)
     assert model.can_pack(64)
-    apart, together = FrozenStates(model), FrozenStates(model)
+    apart, together = StateCache(model), StateCache(model)
     alone = [apart.join(collate([each], RULE, packed=True)).states for each in some]
     joined = together.join(collate(some[::-1], RULE, packed=True)).states
     assert joined is not None

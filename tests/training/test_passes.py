@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNor
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from reft_serve.training.data.batching import collate
-from reft_serve.training.model.cpu_fusion import join_passes
+from reft_serve.training.model.cpu_fusion import fuse
 from tests.support.engine.family_models import FAMILIES
 from tests.support.training.models import RULE, edited, examples_of, learnt
 
@@ -31,7 +31,7 @@ def frozen(norm: Any) -> Any:
 def test_answers_and_gradients_are_those_of_transformers(kind: Any, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     theirs, ours = frozen(kind(24)).double(), frozen(kind(24))
-    assert join_passes(nn.Sequential(ours)) == 1
+    assert fuse(nn.Sequential(ours)) == 1
     h = (torch.randn(shape) * torch.logspace(-4, 3, shape[0])[(...,) + (None,) * (len(shape) - 1)]).requires_grad_()
     exact = h.detach().double().requires_grad_()
     grad = torch.randn(shape)
@@ -49,14 +49,14 @@ def test_answers_and_gradients_are_those_of_transformers(kind: Any, shape: tuple
 def test_other_norms_are_left_as_they_are() -> None:
     learning, half = LlamaRMSNorm(8), frozen(LlamaRMSNorm(8)).bfloat16()
     others = nn.Sequential(frozen(Gemma2RMSNorm(8)), learning, half, nn.LayerNorm(8), nn.Linear(8, 8))
-    assert join_passes(others) == 0
+    assert fuse(others) == 0
     assert not any("forward" in vars(module) for module in others)
 
 
 def test_rotary_embeddings_and_their_gradients_are_those_of_transformers() -> None:
     torch.manual_seed(0)
     module = LlamaAttention(LlamaConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2), 0)
-    assert join_passes(module) == 1
+    assert fuse(module) == 1
     ours = module.forward.__globals__["apply_rotary_pos_emb"]
     assert ours is not apply_rotary_pos_emb is modeling_llama.apply_rotary_pos_emb
     q, k = (torch.randn(2, heads, 5, 8, requires_grad=True) for heads in (4, 2))
@@ -76,7 +76,7 @@ def test_joined_passes_change_no_answer_of_any_family(name: str, tmp_path: Path)
     FAMILIES[name].build(tmp_path)
     model, joined = edited(tmp_path, 1), edited(tmp_path, 1)
     neither = ("gpt2", "opt", "opt_350m", "bloom", "cohere", "gptj", "gpt_neox", "gpt_neox_sequential")
-    assert (join_passes(joined.lm) == 0) == (name in neither)
+    assert (fuse(joined.lm) == 0) == (name in neither)
     batch = collate(examples_of(model, 5), RULE, packed=False)
     expected, got = learnt(model, batch), learnt(joined, batch)
     largest = max(float(grad.abs().max()) for grad in expected[1])

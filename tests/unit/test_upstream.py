@@ -18,7 +18,7 @@ from aiohttp.client_reqrep import ConnectionKey
 
 from reft_serve.errors import EngineFailed, EngineUnavailable
 from reft_serve.gateway.engines import client as upstream
-from reft_serve.gateway.engines.client import Http, Upstream
+from reft_serve.gateway.engines.client import EngineResponse, Http
 
 pytestmark = pytest.mark.anyio
 # Not of `ClientError`, and not raised by what the gateway asks of an engine, each with the reason.
@@ -99,7 +99,7 @@ async def answering(content: bytes) -> AsyncIterator[Http]:
         server.close()
 
 
-async def chunks(answer: Upstream) -> bytes:
+async def chunks(answer: EngineResponse) -> bytes:
     read = b""
     while chunk := await answer.chunk():
         read += chunk
@@ -180,7 +180,7 @@ class Raising:
 
 @pytest.mark.parametrize("raised", [raised for raised, _ in TROUBLES], ids=lambda each: type(each).__name__)
 async def test_an_answer_that_breaks_off_is_the_engines_failure(raised: Exception) -> None:
-    answer = Upstream(Breaking(raised))  # type: ignore[arg-type]
+    answer = EngineResponse(Breaking(raised))  # type: ignore[arg-type]
     for reading in (answer.read, answer.chunk):
         with pytest.raises(EngineFailed) as caught:
             await reading()
@@ -202,6 +202,6 @@ class Breaking:
 
 
 async def test_a_programming_error_is_not_the_engines() -> None:
-    answer = Upstream(Breaking(http.client.HTTPException("ours")))  # type: ignore[arg-type]
+    answer = EngineResponse(Breaking(http.client.HTTPException("ours")))  # type: ignore[arg-type]
     with pytest.raises(http.client.HTTPException):
         await answer.read()

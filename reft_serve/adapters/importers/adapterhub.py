@@ -21,7 +21,7 @@ from reft_serve.adapters.tensors import parse_tensors
 from reft_serve.errors import AdapterInvalid, AdapterUnsupported, ClientError, ImportFlagMissing
 from reft_serve.interventions.positions import PositionRule
 from reft_serve.interventions.vocabulary import ACTIVATION_CODES, SUBTRACTS, Kind
-from reft_serve.storage.files import read_plain
+from reft_serve.storage.files import read_regular_file
 
 __all__ = ["is_adapterhub", "read_adapterhub"]
 
@@ -167,7 +167,7 @@ def _positions(
 
 def _read_weights(path: Path, max_bytes: int, where: str) -> dict[str, Tensor]:
     if (path / _SAFETENSORS).exists():
-        return parse_tensors(read_plain(path / _SAFETENSORS, max_bytes, where), _SAFETENSORS, where)
+        return parse_tensors(read_regular_file(path / _SAFETENSORS, max_bytes, where), _SAFETENSORS, where)
     return read_torch(path / _PICKLE, max_bytes, where)
 
 

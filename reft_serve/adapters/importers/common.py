@@ -30,7 +30,7 @@ from reft_serve.interventions.vocabulary import (
     optional_tensors,
     required_tensors,
 )
-from reft_serve.storage.files import read_plain
+from reft_serve.storage.files import read_regular_file
 
 __all__ = ["ImportFlags", "Imported", "Row", "assemble", "read_json", "read_torch", "rotation"]
 
@@ -175,7 +175,7 @@ def read_json(file: Path, where: str) -> dict[str, Any]:
         AdapterInvalid: the file is not a plain one, is too large, or holds something else.
     """
     try:
-        data = json.loads(read_plain(file, _MAX_JSON_BYTES, where))
+        data = json.loads(read_regular_file(file, _MAX_JSON_BYTES, where))
     except (ValueError, RecursionError) as exc:
         if isinstance(exc, AdapterInvalid):
             raise
@@ -191,7 +191,7 @@ def read_torch(file: Path, max_bytes: int, where: str) -> dict[str, Tensor]:
     Raises:
         AdapterInvalid: not a plain file, too large (unpacked too), not such an archive, or not named dense tensors.
     """
-    content = read_plain(file, max_bytes, where)
+    content = read_regular_file(file, max_bytes, where)
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             unpacked = sum(member.file_size for member in archive.infolist())

@@ -43,8 +43,8 @@ __all__ = [
     "claim",
     "finish",
     "heartbeat",
-    "look",
     "make_way",
+    "poll",
     "release",
     "resolve",
     "sweep",
@@ -227,7 +227,7 @@ async def heartbeat(
     return wanted
 
 
-async def look(session: AsyncSession, job_id: str, worker: str) -> Wanted:
+async def poll(session: AsyncSession, job_id: str, worker: str) -> Wanted:
     """What a job's owner wants, without keeping the job.
 
     Raises:

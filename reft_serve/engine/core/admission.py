@@ -20,7 +20,7 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.request import Request
 
 from reft_serve.adapters.engine_fault import EngineFault
-from reft_serve.engine.adapter_ref import IDS, Identity, identity_of, with_engine_id
+from reft_serve.engine.adapter_ref import IDS, AdapterRef, adapter_ref, with_engine_id
 from reft_serve.engine.vllm_config import base_facts, limits_of, settings_of
 from reft_serve.engine.worker.registry import Folded, read_folded
 from reft_serve.errors import ReftError, ServiceError
@@ -64,8 +64,8 @@ class Admission:
         self._held: set[str] = set()
         self._ahead: dict[str, Folded] = {}
         # By identity: two strengths, or two prompt ends, of one version are two adapters to a batch.
-        self._requests: Counter[Identity] = Counter()
-        self._ids: dict[Identity, int] = {}
+        self._requests: Counter[AdapterRef] = Counter()
+        self._ids: dict[AdapterRef, int] = {}
 
     def read_ahead(self, request: LoRARequest | None) -> None:
         """Read the adapter of a request that is about to be admitted or loaded. Called off the loop, by any thread.
@@ -73,7 +73,7 @@ class Admission:
         Raises:
             AdapterNotFound, AdapterInvalid, AdapterChanged, AdapterUnsupported: as `registry.read_folded` does.
         """
-        identity = identity_of(request)
+        identity = adapter_ref(request)
         # In this order: what is taken from `_ahead` has come to `_held` before.
         if request is None or identity is None or identity.digest in self._ahead or identity.digest in self._held:
             return
@@ -88,7 +88,7 @@ class Admission:
         Raises:
             ReftError: what a worker met; the request must not be scheduled then.
         """
-        identity = identity_of(request.lora_request)
+        identity = adapter_ref(request.lora_request)
         if identity is None:
             return
         self._hold(request.lora_request, identity)
@@ -101,7 +101,7 @@ class Admission:
 
     def finished(self, request: Request) -> None:
         """Note that a request which was admitted is over, however it ended."""
-        identity = identity_of(request.lora_request)
+        identity = adapter_ref(request.lora_request)
         if identity is None:
             return
         self._requests[identity] -= 1
@@ -118,7 +118,7 @@ class Admission:
         Raises:
             ReftError: what a worker met.
         """
-        identity = identity_of(request)
+        identity = adapter_ref(request)
         if identity is None:
             return
         self._hold(request, identity)
@@ -137,7 +137,7 @@ class Admission:
         if released:
             self._release(released)
 
-    def _hold(self, request: LoRARequest, identity: Identity) -> None:
+    def _hold(self, request: LoRARequest, identity: AdapterRef) -> None:
         if identity.digest in self._held:
             return
         idle = [digest for digest, number in self._idle.items() if number not in self._pinned]
@@ -160,7 +160,7 @@ class Admission:
             self._idle.pop(digest, None)
             self._held.discard(digest)
 
-    def _free_id(self, identity: Identity) -> int:
+    def _free_id(self, identity: AdapterRef) -> int:
         # Runners find a row's adapter by its id, so two identities in one batch must never share one.
         taken, first = set(self._ids.values()), identity.engine_id & ~(IDS - 1)
         tries = (first + (identity.engine_id - first + n) % IDS for n in range(IDS))

@@ -15,14 +15,14 @@ from typing import Any
 
 from vllm.v1.request import Request
 
-from reft_serve.engine.adapter_ref import Identity, identity_of
+from reft_serve.engine.adapter_ref import AdapterRef, adapter_ref
 
 __all__ = ["edited_in", "extra_keys", "shared_tokens"]
 
 
 def extra_keys(request: Request, start: int, end: int) -> list[tuple[str, str]] | None:
     """The adapter's part of the key of the block with tokens [start, end); None where vLLM's own rule applies."""
-    identity = identity_of(request.lora_request)
+    identity = adapter_ref(request.lora_request)
     if identity is None:
         return None
     edited = edited_in(identity, request.num_prompt_tokens, start, end)
@@ -30,13 +30,13 @@ def extra_keys(request: Request, start: int, end: int) -> list[tuple[str, str]] 
     return [("lora", f"reft:{identity.digest}{times}:{edited}")] if edited or identity.lora else []
 
 
-def edited_in(identity: Identity, prompt_len: int, start: int, end: int) -> tuple[tuple[int, ...], ...]:
+def edited_in(identity: AdapterRef, prompt_len: int, start: int, end: int) -> tuple[tuple[int, ...], ...]:
     """The edited spans inside [start, end), as (start, stop, part)."""
     clipped = ((max(s.start, start), min(s.stop, end), int(s.part)) for s in identity.spans(prompt_len))
     return tuple(span for span in clipped if span[0] < span[1])
 
 
-def shared_tokens(identity: Identity, prompt_len: int, cached: int, block: int) -> int:
+def shared_tokens(identity: AdapterRef, prompt_len: int, cached: int, block: int) -> int:
     """How many of a request's `cached` first tokens came from blocks, of `block` tokens, that all adapters and the base
     share.
     """

@@ -12,7 +12,7 @@ from typing import Any
 from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 
-from reft_serve.engine.adapter_ref import identity_of
+from reft_serve.engine.adapter_ref import adapter_ref
 from reft_serve.engine.front_end.binding import binder_of
 
 __all__ = ["wrap_beam_search"]
@@ -26,7 +26,7 @@ def wrap_beam_search(original: Any) -> Callable[..., Any]:
         given = signature.bind(self, *args, **kwargs).arguments.get("lora_request")
         requests = [given] if given is None or isinstance(given, LoRARequest) else given
         binder = binder_of(self.llm_engine if hasattr(self, "llm_engine") else self.engine_client)
-        if any(identity_of(binder.bind(request)) is not None for request in requests):
+        if any(adapter_ref(binder.bind(request)) is not None for request in requests):
             raise VLLMValidationError(
                 "beam search is not served with a ReFT adapter, whose edits belong to the prompt and not to the beams: "
                 "leave out use_beam_search, or ask for n samples",

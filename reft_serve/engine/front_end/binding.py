@@ -22,7 +22,7 @@ from reft_serve.adapters.directory import CONFIG, is_adapter, read_adapter
 from reft_serve.adapters.engine_card import CARD_KEY
 from reft_serve.adapters.engine_fault import ALREADY_LOADED, CHAT_TEMPLATE, EngineFault
 from reft_serve.adapters.manifest import Manifest
-from reft_serve.engine.adapter_ref import Identity, bound_request, identity_of, with_prompt_tokens, with_strength
+from reft_serve.engine.adapter_ref import AdapterRef, adapter_ref, bound_request, with_prompt_tokens, with_strength
 from reft_serve.engine.vllm_config import base_facts, engine_card, limits_of, rank_faults, settings_of
 from reft_serve.errors import AdapterUnsupported, ClientError
 
@@ -60,7 +60,7 @@ class Binder:
         if bound is None or request.load_inplace or (name, path) != (request.lora_name, request.lora_path):
             bound = self._read(request)
             self._bound[request.lora_int_id] = request.lora_name, request.lora_path, bound
-            if identity_of(bound) is not None:
+            if adapter_ref(bound) is not None:
                 # It is loaded anew now. vLLM keeps the request object, and would ask for it with every use of the name.
                 request.load_inplace = False
         return bound
@@ -97,7 +97,7 @@ class Binder:
         if faults:
             raise AdapterUnsupported(str(path), faults)
         lora = adapter.lora is not None
-        return bound_request(request, str(path), Identity(adapter.digest, adapter.manifest.positions, lora))
+        return bound_request(request, str(path), AdapterRef(adapter.digest, adapter.manifest.positions, lora))
 
     def _faults(self, manifest: Manifest) -> list[str]:
         """Why this engine cannot serve the interventions."""
@@ -204,7 +204,7 @@ def _end_prompt(request: Any, prompt_tokens: int) -> None:
         raise _wrong_prompt_tokens(
             f"is {prompt_tokens}, and the prompt with its answer has {total} tokens", prompt_tokens
         )
-    identity = identity_of(request.lora_request)
+    identity = adapter_ref(request.lora_request)
     # A request that names the end that its edits have anyway is no other adapter to a batch.
     if identity is not None and identity.rule.spans(prompt_tokens) != identity.rule.spans(total):
         request.lora_request = with_prompt_tokens(request.lora_request, prompt_tokens)
@@ -218,7 +218,7 @@ def _wrong_prompt_tokens(fault: str, given: object) -> VLLMValidationError:
 def _at_strength(bound: LoRARequest | None, strength: float | None) -> LoRARequest | None:
     if strength is None:
         return bound
-    identity = identity_of(bound)
+    identity = adapter_ref(bound)
     if bound is None or identity is None:
         raise VLLMValidationError(
             f"{STRENGTH} is a factor on a ReFT adapter's edits, and this request names no ReFT adapter",
@@ -235,7 +235,7 @@ def wrap_add_lora(original: Any) -> Callable[..., Any]:
     async def add_from_thread(self: Any, request: LoRARequest) -> Any:
         with _faults_of(request.lora_path):
             bound = await asyncio.to_thread(binder_of(self).bind, request)
-            if identity_of(bound) is not None:
+            if adapter_ref(bound) is not None:
                 await self.engine_core.call_utility_async("reft_read_ahead", bound)
             return await original(self, bound)
 

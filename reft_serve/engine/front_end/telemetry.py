@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from reft_serve.engine.adapter_ref import identity_of
+from reft_serve.engine.adapter_ref import adapter_ref
 from reft_serve.engine.core.prefix_cache import shared_tokens
 from reft_serve.engine.front_end.metrics import (
     EVICTIONS,
@@ -44,7 +44,7 @@ def wrap_update_stats_from_finished(original: Any) -> Callable[..., None]:
 
 def _count_prefix(state: Any, block: int) -> None:
     request, cached = state.lora_request, state.num_cached_tokens
-    identity = identity_of(request)
+    identity = adapter_ref(request)
     if identity is not None:
         kind, shared = "reft", shared_tokens(identity, state.prompt_len, cached, block)
     else:

@@ -39,7 +39,7 @@ from reft_serve.errors import (
     ImportFlagMissing,
     PositionsInvalid,
 )
-from reft_serve.storage.files import read_plain
+from reft_serve.storage.files import read_regular_file
 
 __all__ = ["Plan", "ServeRequest", "become", "plan"]
 
@@ -219,7 +219,7 @@ def _converted(name: str, source: Path, base: BaseFacts, flags: ImportFlags, set
         flags.rule()
     key = hashlib.sha256(repr((__version__, base, flags)).encode())
     for file in _saved_files(source):
-        content = read_plain(file, settings.max_adapter_bytes, str(source))
+        content = read_regular_file(file, settings.max_adapter_bytes, str(source))
         key.update(f"{file.relative_to(source)}\0{len(content)}\0".encode())
         key.update(content)
     out = settings.home.expanduser().resolve() / "adapters" / key.hexdigest()

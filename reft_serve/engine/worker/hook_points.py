@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from reft_serve.errors import EngineUnsupported
 from reft_serve.interventions.layers import ATTENTION, attention_of, child_of, lists_of
 
-__all__ = ["Place", "decoder_layers", "places_of", "watch"]
+__all__ = ["HookPoint", "decoder_layers", "install_hooks", "places_of"]
 
 # (boundary, "block") or (layer, "mlp_output" | "attention_output"), as adapters.manifest.place_of names them.
-Place = tuple[int, str]
+HookPoint = tuple[int, str]
 
 _PARTS = {
     "attention_output": ATTENTION,
@@ -70,9 +70,9 @@ def decoder_layers(model: nn.Module, count: int) -> dict[int, nn.Module]:
     )
 
 
-def places_of(layers: Mapping[int, nn.Module], components: Iterable[str]) -> dict[Place, int]:
+def places_of(layers: Mapping[int, nn.Module], components: Iterable[str]) -> dict[HookPoint, int]:
     """The places where this process can edit, numbered. Boundary 0, the embeddings, belongs to the first layer's owner."""
-    places: list[Place] = []
+    places: list[HookPoint] = []
     for number, layer in layers.items():
         if "block" in components:
             places += [(0, "block")] if number == 0 else []
@@ -84,7 +84,7 @@ def places_of(layers: Mapping[int, nn.Module], components: Iterable[str]) -> dic
     return {place: number for number, place in enumerate(places)}
 
 
-def watch(layers: Mapping[int, nn.Module], places: Mapping[Place, int], engine: int) -> None:
+def install_hooks(layers: Mapping[int, nn.Module], places: Mapping[HookPoint, int], engine: int) -> None:
     """Hook the layers, so that each place calls the op with the number of its engine and its own.
 
     Raises:

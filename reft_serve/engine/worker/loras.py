@@ -14,7 +14,7 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from reft_serve.adapters.structure import unknown_modules
-from reft_serve.engine.adapter_ref import identity_of, lora_id_of
+from reft_serve.engine.adapter_ref import adapter_ref, lora_id_of
 from reft_serve.errors import AdapterUnsupported
 
 __all__ = ["LoraManager", "lora_half", "wrap_bgmv_expand"]
@@ -24,7 +24,7 @@ _LAYER = re.compile(r"\.(\d+)\.")
 
 def lora_half(request: LoRARequest) -> LoRARequest | None:
     """The request by which the LoRA of an adapter goes to vLLM's manager: itself for a LoRA, None for ReFT alone."""
-    identity = identity_of(request)
+    identity = adapter_ref(request)
     if identity is None:
         return request
     # vLLM takes requests of one name for equal, and two versions of one name may be in one step.

@@ -23,10 +23,10 @@ from vllm.lora.layers import LoRAMapping, LoRAMappingType
 from vllm.lora.request import LoRARequest
 
 from reft_serve.adapters.manifest import MAX_PASSES
-from reft_serve.engine.adapter_ref import FIRST_ID, GENERATED, WITH_LORA, identity_of, lora_id_of
+from reft_serve.engine.adapter_ref import FIRST_ID, GENERATED, WITH_LORA, adapter_ref, lora_id_of
 from reft_serve.engine.vllm_config import base_facts, limits_of, settings_of, share_of
 from reft_serve.engine.worker.edits import Edits, attach_edits
-from reft_serve.engine.worker.hook_points import decoder_layers, places_of, watch
+from reft_serve.engine.worker.hook_points import decoder_layers, install_hooks, places_of
 from reft_serve.engine.worker.loras import LoraManager, lora_half
 from reft_serve.engine.worker.registry import Folded, Registry
 from reft_serve.engine.worker.rows import Rows, StepRequest, rows_of
@@ -75,7 +75,7 @@ class AdapterManager:
         pool = UnitPool(slots * share, limits.max_rank, base.hidden_size, device)
         table = torch.zeros(len(places), MAX_PASSES, slots * len(Part), dtype=torch.int32, device=device)
         self.edits = Edits(pool, table, config.scheduler_config.max_num_batched_tokens)
-        watch(layers, places, attach_edits(self.edits))
+        install_hooks(layers, places, attach_edits(self.edits))
         self.registry = Registry(self.edits, slots, places, layers.keys(), base, limits, settings.max_adapter_bytes)
         self._lora, self._layers = lora, frozenset(layers)
         self._active_loras = 0
@@ -124,7 +124,7 @@ class AdapterManager:
         adapters, requests = batch.requests(), []
         for i in candidates.tolist():
             request = adapters[int(batch.engine_ids[i])]
-            identity = identity_of(request)
+            identity = adapter_ref(request)
             assert identity is not None
             share = (batch.prompt_lens[i], batch.computed[i], batch.scheduled[i], first_row[i])
             requests.append(StepRequest(identity, request.lora_path, *(int(n) for n in share)))
@@ -156,7 +156,7 @@ class AdapterManager:
             self._hold_seconds += time.perf_counter() - started
 
     def _hold(self, request: LoRARequest, read: Folded | None) -> None:
-        identity = identity_of(request)
+        identity = adapter_ref(request)
         assert identity is not None
         lora = self._lora_of(request)
         if lora is not None and self._lora is not None and not self._lora.holds(lora):
@@ -175,7 +175,7 @@ class AdapterManager:
     def _lora_of(self, request: LoRARequest) -> LoRARequest | None:
         lora = lora_half(request)
         if lora is not None and self._lora is None:
-            held = "it holds a LoRA too" if identity_of(request) else "it is not a ReFT adapter"
+            held = "it holds a LoRA too" if adapter_ref(request) else "it is not a ReFT adapter"
             raise AdapterUnsupported(
                 request.lora_path, [f"{held}, and this engine serves ReFT only: set REFT_LORA=on to serve LoRA"]
             )
@@ -210,7 +210,7 @@ class AdapterManager:
         self._lora.set_active_adapters(loras, replace(mapping, index_mapping=of_tokens, prompt_mapping=of_prompts))
 
     def add_adapter(self, request: LoRARequest) -> bool:
-        identity, lora = identity_of(request), self._lora_of(request)
+        identity, lora = adapter_ref(request), self._lora_of(request)
         if identity is None:
             return self._lora is not None and bool(self._lora.add_adapter(lora))
         if lora is not None and self._lora is not None:

@@ -20,10 +20,10 @@ import torch
 
 from reft_serve.adapters.directory import read_version
 from reft_serve.adapters.manifest import MAX_PASSES, BaseFacts, InterventionSpec, Limits, place_of
-from reft_serve.engine.adapter_ref import Identity
+from reft_serve.engine.adapter_ref import AdapterRef
 from reft_serve.engine.vllm_config import owner_of
 from reft_serve.engine.worker.edits import Edits
-from reft_serve.engine.worker.hook_points import Place
+from reft_serve.engine.worker.hook_points import HookPoint
 from reft_serve.errors import AdapterUnsupported
 from reft_serve.interventions.kinds import Unit, fold
 from reft_serve.interventions.positions import Part
@@ -41,7 +41,7 @@ class Folded:
     units: tuple[Unit, ...]
 
 
-def read_folded(identity: Identity, path: str, base: BaseFacts, limits: Limits, max_bytes: int) -> Folded:
+def read_folded(identity: AdapterRef, path: str, base: BaseFacts, limits: Limits, max_bytes: int) -> Folded:
     """Read a version, in any process of the engine.
 
     Raises:
@@ -80,7 +80,7 @@ class Registry:
         self,
         edits: Edits,
         slots: int,
-        places: Mapping[Place, int],
+        places: Mapping[HookPoint, int],
         layers: Collection[int],
         base: BaseFacts,
         limits: Limits,
@@ -102,7 +102,7 @@ class Registry:
     def __len__(self) -> int:
         return len(self._residents)
 
-    def slot_of(self, identity: Identity, path: str, in_use: Collection[str]) -> int:
+    def slot_of(self, identity: AdapterRef, path: str, in_use: Collection[str]) -> int:
         """The slot of a version, read from `path` where it is not resident. Versions of `in_use` are not evicted for it."""
         resident = self._residents.get(identity.digest)
         if resident is None:
@@ -110,11 +110,11 @@ class Registry:
         self._residents.move_to_end(identity.digest)
         return resident.slot
 
-    def read(self, identity: Identity, path: str) -> Folded:
+    def read(self, identity: AdapterRef, path: str) -> Folded:
         """Read a version from its files; raises as `read_folded` does."""
         return read_folded(identity, path, self._base, self._limits, self._max_bytes)
 
-    def hold(self, identity: Identity, path: str, read: Folded | None) -> None:
+    def hold(self, identity: AdapterRef, path: str, read: Folded | None) -> None:
         """Keep a version's units at hand until `release`: `read`, where another process has read them, or else its files.
 
         Raises:
@@ -165,7 +165,7 @@ class Registry:
         self._free_units.extend(resident.units)
         self._edits.units_of_LCS[:, :, _keys(resident.slot)] = 0
 
-    def _load(self, identity: Identity, path: str, in_use: Collection[str]) -> _Resident:
+    def _load(self, identity: AdapterRef, path: str, in_use: Collection[str]) -> _Resident:
         started = time.perf_counter()
         folded = self._held.get(identity.digest) or self._local(identity, path, None)
         self._make_room(len(folded.units), in_use)
@@ -177,7 +177,7 @@ class Registry:
         self.load_seconds.append(spent)
         return resident
 
-    def _local(self, identity: Identity, path: str, read: Folded | None) -> Folded:
+    def _local(self, identity: AdapterRef, path: str, read: Folded | None) -> Folded:
         """What of a version is this worker's, found to fit; read here where no one has read it."""
         whole = read or self.read(identity, path)
         faults = [
@@ -203,7 +203,7 @@ class Registry:
             self._remove(digest)
             self.evictions += 1
 
-    def _write(self, folded: Folded, identity: Identity) -> _Resident:
+    def _write(self, folded: Folded, identity: AdapterRef) -> _Resident:
         slot = self._free_slots.pop()
         units = tuple(self._free_units.pop() for _ in folded.units)
         table = torch.zeros(len(self._places), MAX_PASSES, len(Part), dtype=torch.int32)

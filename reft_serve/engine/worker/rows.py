@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from reft_serve.engine.adapter_ref import Identity
+from reft_serve.engine.adapter_ref import AdapterRef
 from reft_serve.interventions.positions import Part
 
 __all__ = ["Rows", "StepRequest", "rows_of"]
@@ -23,7 +23,7 @@ __all__ = ["Rows", "StepRequest", "rows_of"]
 class StepRequest:
     """One request's share of a step. `first_row` is where its tokens start among the step's tokens."""
 
-    identity: Identity
+    identity: AdapterRef
     path: str
     prompt_len: int
     computed: int

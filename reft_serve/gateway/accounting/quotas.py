@@ -22,7 +22,7 @@ from reft_serve.errors import DatabaseUnusable, RateLimited, ServiceError
 from reft_serve.gateway.accounting.concurrency import Concurrency, LocalConcurrency, SharedConcurrency
 from reft_serve.observability import LIMITED, BoundedNames
 
-__all__ = ["Quotas", "Spending", "limits_of"]
+__all__ = ["Quotas", "Reservation", "limits_of"]
 
 _log = logging.getLogger(__name__)
 # A minute's requests do not all come at once: in each ten seconds a sixth of them, but at least ten.
@@ -50,7 +50,7 @@ def tighter(one: TenantLimits, other: TenantLimits) -> TenantLimits:
 
 
 @dataclass(slots=True)
-class Spending:
+class Reservation:
     """What one request has taken. Call `Quotas.settle` with what it came to."""
 
     estimate: int
@@ -87,7 +87,7 @@ class Quotas:
         return tighter(limits, limits_of(TenantLimits(), caller.key_limits)) if caller.key_limits else limits
 
     @asynccontextmanager
-    async def spend(self, caller: Principal, estimate: int) -> AsyncIterator[Spending]:
+    async def spend(self, caller: Principal, estimate: int) -> AsyncIterator[Reservation]:
         """Take a request, a place and `estimate` tokens for as long as the block lasts.
 
         Raises:
@@ -100,7 +100,7 @@ class Quotas:
         try:
             for kind, name, limits in holders:
                 leases.append(((kind, name), await self._lease(caller, (kind, name), limits.concurrent_requests)))
-            spending = Spending(estimate)
+            spending = Reservation(estimate)
             try:
                 for kind, name, limits in holders:
                     await self._take(caller, (kind, name), limits, spending)
@@ -131,7 +131,9 @@ class Quotas:
             raise self._limited(caller, "concurrent_requests", f"{most} requests at once", 1.0)
         return lease
 
-    async def _take(self, caller: Principal, holder: tuple[str, str], limits: TenantLimits, spending: Spending) -> None:
+    async def _take(
+        self, caller: Principal, holder: tuple[str, str], limits: TenantLimits, spending: Reservation
+    ) -> None:
         if limits.requests_per_minute is not None:
             await self._take_request(caller, holder, limits.requests_per_minute, spending)
         if limits.tokens_per_minute is not None:
@@ -149,7 +151,7 @@ class Quotas:
                     caller, "tokens_per_minute", f"{item.amount} tokens per minute", _until(stats.reset_time)
                 )
 
-    async def _take_request(self, caller: Principal, holder: tuple[str, str], most: int, spending: Spending) -> None:
+    async def _take_request(self, caller: Principal, holder: tuple[str, str], most: int, spending: Reservation) -> None:
         item = RateLimitItemPerMinute(most, namespace="reft-requests")
         at_once = max(_BURST_LEAST, -(-most * _BURST_SECONDS // 60))
         burst = RateLimitItemPerSecond(at_once, _BURST_SECONDS, namespace="reft-bursts")
@@ -200,7 +202,7 @@ class Quotas:
         holders += [("key", counter, limits_of(TenantLimits(), own)) for counter, own in caller.counters]
         return holders
 
-    async def settle(self, spending: Spending, tokens: int) -> None:
+    async def settle(self, spending: Reservation, tokens: int) -> None:
         """Let the buckets hold what was used instead of what was estimated. If the minute has ended, what was used beyond the
         estimate goes to the present one. If the buckets do not answer the estimate stays: an answer that is there must not
         be lost for it.

@@ -9,7 +9,7 @@ import aiohttp
 
 from reft_serve.errors import EngineFailed, EngineTrouble, EngineUnavailable
 
-__all__ = ["Http", "Upstream"]
+__all__ = ["EngineClient", "EngineResponse"]
 
 _CONNECT_SECONDS = 5.0
 # Less than the 5 s after which engines close an idle connection: else a request could meet the closing.
@@ -19,7 +19,7 @@ _UNREACHED = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
 _STOPPED = "the engine stopped in the middle of its answer"
 
 
-class Upstream:
+class EngineResponse:
     """An answer that has begun: its status, its length if the engine says so, and its bytes."""
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
@@ -55,7 +55,7 @@ class Upstream:
         self._response.close()
 
 
-class Http:
+class EngineClient:
     """The connections to one engine. To be made and used in one event loop."""
 
     def __init__(self, url: str, key: str | None) -> None:
@@ -94,14 +94,14 @@ class Http:
             broken = trouble != "timed_out"
             raise EngineUnavailable("an engine does not answer; try again", delivered=broken, trouble=trouble) from exc
 
-    async def open(self, path: str, body: bytes, headers: Mapping[str, str]) -> Upstream:
+    async def open(self, path: str, body: bytes, headers: Mapping[str, str]) -> EngineResponse:
         """Post a request and return when its answer begins.
 
         Raises:
             EngineUnavailable: it did not begin to answer. `delivered` says whether the request may have reached it.
         """
         try:
-            return Upstream(
+            return EngineResponse(
                 await self._client.post(self._root + path, data=body, headers=headers, allow_redirects=False)
             )
         except _UNREACHED as exc:

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from reft_serve.errors import ServiceError
 from reft_serve.gateway.engines.engine import Engine
 
-__all__ = ["Membership"]
+__all__ = ["Discovery"]
 
 _log = logging.getLogger(__name__)
 _DNS = "dns+"
@@ -26,7 +26,7 @@ _LEAVE_SECONDS = 60.0  # longer than whatever is asked of an engine besides requ
 _NOBODY = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
 
 
-class Membership:
+class Discovery:
     """The engines, made once for each address and kept as long as it is there."""
 
     def __init__(self, urls: Sequence[str], key: str | None) -> None:
@@ -53,15 +53,15 @@ class Membership:
         """Those that may be given requests."""
         return tuple(self._engines.values())
 
-    async def look_up(self) -> None:
+    async def refresh(self) -> None:
         """Ask for the names' addresses, and let in who has come."""
         for name in self._names:
-            await self._look_up(name)
+            await self._resolve(name)
         for url in self._wanted:
             if url not in self._engines:
                 self._add(url)
 
-    async def let_go(self) -> None:
+    async def prune(self) -> None:
         """Let those go whom nobody names any more. (Once who has come was looked at: else there might be nobody.)"""
         for url in [url for url in self._engines if url not in self._wanted]:
             engine = self._engines.pop(url)
@@ -84,7 +84,7 @@ class Membership:
         number = next(number for number in count() if f"engine-{number}" not in taken)
         self._engines[url] = Engine(number, url, self._key)
 
-    async def _look_up(self, name: str) -> None:
+    async def _resolve(self, name: str) -> None:
         parts = urlsplit(name)
         try:
             answers = await asyncio.to_thread(socket.getaddrinfo, parts.hostname, parts.port, type=socket.SOCK_STREAM)

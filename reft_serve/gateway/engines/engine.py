@@ -16,7 +16,7 @@ from reft_serve.adapters.engine_card import EngineCard, read_card
 from reft_serve.adapters.engine_fault import ALREADY_LOADED, EngineFault
 from reft_serve.database.names import ENGINE_PREFIX
 from reft_serve.errors import AdapterInvalid, EngineFailed, EngineTrouble, EngineUnavailable
-from reft_serve.gateway.engines.client import Http, Upstream
+from reft_serve.gateway.engines.client import EngineClient, EngineResponse
 from reft_serve.gateway.engines.state import EngineState
 from reft_serve.gateway.engines.tokens import Tokens
 from reft_serve.observability import ENGINE_IN_FLIGHT, ENGINE_UP, LOAD_SECONDS, LOADS
@@ -53,7 +53,7 @@ class Engine:
         self.uses: Counter[str] = Counter()
         self._loaded: set[str] = set()
         self._loading: dict[str, asyncio.Lock] = {}
-        self._http = Http(url, key)
+        self._http = EngineClient(url, key)
 
     async def probe(self) -> None:
         """Look at its health; an engine that is well again may be a new process, which holds no version of ours."""
@@ -192,7 +192,7 @@ class Engine:
             raise EngineUnavailable(f"an engine does not tell its metrics (it answered {status})")
         return content
 
-    async def open(self, path: str, body: bytes, headers: Mapping[str, str]) -> Upstream:
+    async def open(self, path: str, body: bytes, headers: Mapping[str, str]) -> EngineResponse:
         """Begin a request. One that may have met the closing of an idle connection is given once more to an engine that
         is well, on another connection: the engine stops what it does for a connection that is gone, so that nobody has two
         answers.
@@ -214,7 +214,7 @@ class Engine:
             self.fail(exc.trouble)
             raise EngineUnavailable(str(exc), delivered=True, trouble=exc.trouble) from exc
 
-    async def _begin(self, path: str, body: bytes, headers: Mapping[str, str]) -> Upstream:
+    async def _begin(self, path: str, body: bytes, headers: Mapping[str, str]) -> EngineResponse:
         found = await self._http.open(path, body, headers)
         if found.status in _KEY_REFUSED:  # about the gateway's key, not about the caller's
             found.close()

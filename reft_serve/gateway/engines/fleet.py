@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from reft_serve.errors import AdapterInvalid, EngineTrouble, EngineUnavailable, NotFound, Overloaded, ServiceError
-from reft_serve.gateway.engines.discovery import Membership
+from reft_serve.gateway.engines.discovery import Discovery
 from reft_serve.gateway.engines.engine import Engine
 from reft_serve.observability import QUEUE_SECONDS, QUEUED
 
@@ -29,9 +29,9 @@ __all__ = ["Fleet"]
 _log = logging.getLogger(__name__)
 _SLACK = 1.25
 # One place in so many is kept from a tenant that has the others. Engines of fewer places have none to spare.
-_KEPT = 8
+_RESERVED_FRACTION = 8
 # How much the last request of a tenant changes what its next one is expected to take.
-_NEWS = 0.2
+_EWMA_WEIGHT = 0.2
 _UNLOAD_POLL_SECONDS = 0.1
 # An engine that is down is looked at this often: nobody waits for it, and everybody for its return.
 _UNWELL_PROBE_SECONDS = 0.25
@@ -51,15 +51,15 @@ class _Waiter:
 class Fleet:
     """The engines of this gateway and the requests that wait for one."""
 
-    def __init__(self, members: Membership, capacity: int, queue_seconds: float, probe_seconds: float) -> None:
+    def __init__(self, members: Discovery, capacity: int, queue_seconds: float, probe_seconds: float) -> None:
         self._members = members
         self._capacity, self._queue_seconds, self._probe_seconds = capacity, queue_seconds, probe_seconds
-        self._most = capacity - capacity // _KEPT
+        self._most = capacity - capacity // _RESERVED_FRACTION
         self._reserved: Counter[Engine] = Counter()
         self._held: Counter[tuple[Engine, str]] = Counter()
         self._queues: dict[str, deque[_Waiter]] = {}
-        self._served: defaultdict[str, float] = defaultdict(float)
-        self._usual: defaultdict[str, float] = defaultdict(lambda: 1.0)
+        self._virtual_time: defaultdict[str, float] = defaultdict(float)
+        self._mean_tokens: defaultdict[str, float] = defaultdict(lambda: 1.0)
         self._active: defaultdict[str, int] = defaultdict(int)
         self._probing: asyncio.Task[None] | None = None
         self._differ = False
@@ -97,9 +97,9 @@ class Fleet:
 
     async def probe(self) -> None:
         """Look now which engines there are, and how each is."""
-        await self._members.look_up()
+        await self._members.refresh()
         await asyncio.gather(*(engine.probe() for engine in self.engines))
-        await self._members.let_go()
+        await self._members.prune()
         self._compare()
         self._dispatch()
 
@@ -143,12 +143,12 @@ class Fleet:
 
     def charge(self, tenant: str, tokens: float) -> None:
         """Note the work that a request of a tenant has been."""
-        self._served[tenant] += tokens
-        self._usual[tenant] += _NEWS * (tokens - self._usual[tenant])
+        self._virtual_time[tenant] += tokens
+        self._mean_tokens[tenant] += _EWMA_WEIGHT * (tokens - self._mean_tokens[tenant])
 
     def correct(self, tenant: str, tokens: float) -> None:
         """Change what was charged for a request when it turns out to have been more, or less."""
-        self._served[tenant] += tokens
+        self._virtual_time[tenant] += tokens
 
     @asynccontextmanager
     async def engine(self, tenant: str, affinity: str, excluded: frozenset[Engine]) -> AsyncIterator[Engine]:
@@ -182,8 +182,8 @@ class Fleet:
     def _enter(self, tenant: str) -> None:
         """A tenant that comes back has saved up no turns while it was away."""
         if not self._active[tenant] and len(self._active) > 1:
-            least = min(self._served[other] for other, count in self._active.items() if count)
-            self._served[tenant] = max(self._served[tenant], least)
+            least = min(self._virtual_time[other] for other, count in self._active.items() if count)
+            self._virtual_time[tenant] = max(self._virtual_time[tenant], least)
         self._active[tenant] += 1
 
     async def _place(self, waiter: _Waiter) -> Engine:
@@ -224,7 +224,7 @@ class Fleet:
     def _dispatch(self) -> None:
         """Give free places to waiting requests: first to the tenant that has had least."""
         while self._queues:
-            for tenant in sorted(self._queues, key=lambda tenant: self._served[tenant]):
+            for tenant in sorted(self._queues, key=lambda tenant: self._virtual_time[tenant]):
                 waiter = self._queues[tenant][0]
                 engine = self._pick(waiter)
                 if engine is not None:
@@ -234,8 +234,8 @@ class Fleet:
             self._reserved[engine] += 1
             self._held[engine, tenant] += 1
             # Until its tokens are known. Else a tenant that is behind would get every place for as long as answers take.
-            waiter.expected = self._usual[tenant]
-            self._served[tenant] += waiter.expected
+            waiter.expected = self._mean_tokens[tenant]
+            self._virtual_time[tenant] += waiter.expected
             self._queues[tenant].popleft()
             if not self._queues[tenant]:
                 del self._queues[tenant]
@@ -246,7 +246,7 @@ class Fleet:
 
     def _release(self, engine: Engine, waiter: _Waiter) -> None:
         tenant = waiter.tenant
-        self._served[tenant] -= waiter.expected
+        self._virtual_time[tenant] -= waiter.expected
         self._reserved[engine] -= 1
         self._held[engine, tenant] -= 1
         # Nothing stays of engines and tenants that go.

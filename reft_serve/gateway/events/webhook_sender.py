@@ -28,12 +28,12 @@ from reft_serve import __version__
 from reft_serve.config import GatewaySettings
 from reft_serve.database import webhooks
 from reft_serve.database.connection import Database
-from reft_serve.database.webhooks import DueWebhook, Parcel
+from reft_serve.database.webhooks import DueWebhook, OutboundEvent
 from reft_serve.errors import RateLimited, RequestInvalid
 from reft_serve.gateway.events.addresses import Address, Resolver, is_public
 from reft_serve.observability import WEBHOOKS
 
-__all__ = ["SENDERS", "SENDERS_PER_TENANT", "SEND_SECONDS", "TESTS_PER_TENANT", "Notifier", "check_url", "choose"]
+__all__ = ["SENDERS", "SENDERS_PER_TENANT", "SEND_SECONDS", "TESTS_PER_TENANT", "WebhookSender", "check_url", "choose"]
 
 _log = logging.getLogger(__name__)
 SENDERS = 100
@@ -46,7 +46,7 @@ _HTTPS, _FIRST_UNPRIVILEGED = 443, 1024
 _GONE = 410
 
 
-class Notifier:
+class WebhookSender:
     """Sends what is due, while it is started."""
 
     def __init__(self, database: Database, settings: GatewaySettings) -> None:
@@ -75,25 +75,25 @@ class Notifier:
         if self._http is not None:
             await self._http.aclose()
 
-    async def test(self, parcel: Parcel) -> tuple[int | None, str]:
+    async def test(self, event: OutboundEvent) -> tuple[int | None, str]:
         """Send an event now and once, beside what is due; the answer is that of `send`.
 
         Raises:
             RateLimited: TESTS_PER_TENANT tests of this tenant have no answer yet.
         """
-        if self._tests[parcel.tenant_id] >= TESTS_PER_TENANT:
+        if self._tests[event.tenant_id] >= TESTS_PER_TENANT:
             raise RateLimited(f"{TESTS_PER_TENANT} tests of webhooks are under way; wait for their answers", 1.0)
-        self._tests[parcel.tenant_id] += 1
+        self._tests[event.tenant_id] += 1
         try:
-            return await self.send(parcel)
+            return await self.send(event)
         finally:
-            _decrease(self._tests, parcel.tenant_id)
+            _decrease(self._tests, event.tenant_id)
 
-    async def send(self, parcel: Parcel) -> tuple[int | None, str]:
+    async def send(self, event: OutboundEvent) -> tuple[int | None, str]:
         """Send an event once: (the answer's status, or None where there was none; a few words for people)."""
         try:
             async with asyncio.timeout(SEND_SECONDS):
-                status = await self._post(parcel)
+                status = await self._post(event)
         except TimeoutError:
             return None, f"no answer within {SEND_SECONDS:.0f} seconds"
         except (RequestInvalid, RateLimited) as exc:
@@ -102,18 +102,18 @@ class Notifier:
             return None, f"the connection failed ({type(exc).__name__})"
         return status, f"answered {status}"
 
-    async def _post(self, parcel: Parcel) -> int:
+    async def _post(self, event: OutboundEvent) -> int:
         if self._http is None:
             limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
             self._http = httpx.AsyncClient(trust_env=False, limits=limits, timeout=SEND_SECONDS)
-        parts = check_url(parcel.url, self._settings)
+        parts = check_url(event.url, self._settings)
         host = parts.hostname or ""
-        address = await self._address(parcel.tenant_id, host, parts)
+        address = await self._address(event.tenant_id, host, parts)
         shown = f"[{address}]" if address.version == 6 else str(address)
         port = f":{parts.port}" if parts.port else ""
         url = httpx.URL(parts._replace(netloc=f"{shown}{port}", fragment="").geturl())
-        body = parcel.body.encode()
-        headers = _signed(parcel, body) | {"host": parts.netloc, "content-type": "application/json"}
+        body = event.body.encode()
+        headers = _signed(event, body) | {"host": parts.netloc, "content-type": "application/json"}
         extensions = {"sni_hostname": host}
         async with self._http.stream("POST", url, content=body, headers=headers, extensions=extensions) as answer:
             return answer.status_code  # nobody needs what it says, however long that is
@@ -144,32 +144,32 @@ class Notifier:
         if not chosen:
             return
         async with self._database.writing() as session:
-            parcels = await webhooks.claim_deliveries(session, chosen, _LEASE_SECONDS)
-        for parcel in parcels:
-            self._busy.add(parcel.webhook_id)
-            self._by_tenant[parcel.tenant_id] += 1
-            sender = asyncio.create_task(self._deliver(parcel))
+            events = await webhooks.claim_deliveries(session, chosen, _LEASE_SECONDS)
+        for event in events:
+            self._busy.add(event.webhook_id)
+            self._by_tenant[event.tenant_id] += 1
+            sender = asyncio.create_task(self._deliver(event))
             self._senders.add(sender)
             sender.add_done_callback(self._senders.discard)
 
-    async def _deliver(self, parcel: Parcel) -> None:
+    async def _deliver(self, event: OutboundEvent) -> None:
         try:
-            await self._attempt(parcel)
+            await self._attempt(event)
         except Exception:
             _log.exception("an attempt to deliver an event was not recorded; it will be made again")
         finally:
-            self._busy.discard(parcel.webhook_id)
-            _decrease(self._by_tenant, parcel.tenant_id)
+            self._busy.discard(event.webhook_id)
+            _decrease(self._by_tenant, event.tenant_id)
             self._freed.set()
 
-    async def _attempt(self, parcel: Parcel) -> None:
-        status, outcome = await self.send(parcel)
+    async def _attempt(self, event: OutboundEvent) -> None:
+        status, outcome = await self.send(event)
         delivered = status is not None and 200 <= status < 300
-        wait = None if delivered or status == _GONE else self._wait(parcel.attempts)
+        wait = None if delivered or status == _GONE else self._wait(event.attempts)
         result = "delivered" if delivered else "given_up" if wait is None else "retried"
         WEBHOOKS.labels(result).inc()
         async with self._database.writing() as session:
-            await webhooks.settle_delivery(session, parcel, outcome, delivered=delivered, again_in_seconds=wait)
+            await webhooks.settle_delivery(session, event, outcome, delivered=delivered, again_in_seconds=wait)
 
     def _wait(self, attempts: int) -> float | None:
         """Seconds until the next attempt; None after the last."""
@@ -236,15 +236,15 @@ def _check_address(address: Address, settings: GatewaySettings) -> None:
         raise RequestInvalid("webhooks go to public addresses only, and this is none", "url")
 
 
-def _signed(parcel: Parcel, body: bytes) -> dict[str, str]:
+def _signed(event: OutboundEvent, body: bytes) -> dict[str, str]:
     moment = str(int(time.time()))
-    content = f"{parcel.id}.{moment}.".encode() + body
+    content = f"{event.id}.{moment}.".encode() + body
     signatures = []
-    for secret in parcel.secrets:
+    for secret in event.secrets:
         key = base64.b64decode(secret.removeprefix("whsec_"))
         signatures.append("v1," + base64.b64encode(hmac.new(key, content, hashlib.sha256).digest()).decode())
     return {
-        "webhook-id": parcel.id,
+        "webhook-id": event.id,
         "webhook-timestamp": moment,
         "webhook-signature": " ".join(signatures),
         "user-agent": f"reft-serve/{__version__}",

@@ -68,7 +68,7 @@ def _note(services: Services, opening: Opening, path: str, body: Mapping[str, An
     details = {"digest": digest, "tenant": opening.tenant_id, "requests": company, "quarantined": quarantined}
     _log.warning("an engine ended while it processed a request", extra={"data": details})
     if quarantined:
-        services.later(_record(services, opening, digest))
+        services.spawn(_record(services, opening, digest))
     return quarantined
 
 

@@ -24,8 +24,8 @@ from reft_serve.database.models import now_ms
 from reft_serve.database.resolution import Target
 from reft_serve.database.usage import Ending, Opening, Status
 from reft_serve.gateway.accounting.demand import Demand, bounded, demand_of
-from reft_serve.gateway.accounting.quotas import Spending
-from reft_serve.gateway.engines.client import Upstream
+from reft_serve.gateway.accounting.quotas import Reservation
+from reft_serve.gateway.engines.client import EngineResponse
 from reft_serve.gateway.engines.engine import Engine, engine_name
 from reft_serve.gateway.engines.tokens import Tokens
 from reft_serve.gateway.http.budget import Lease
@@ -64,14 +64,14 @@ class Endpoint:
 
 
 @dataclass(slots=True)
-class _Exchange:
+class _InferenceRequest:
     """What is known of a request while it goes on."""
 
     services: Services
     caller: Principal
     endpoint: Endpoint
     body: dict[str, Any]
-    public: str
+    public_model: str
     target: Target | None
     opening: Opening
     stack: AsyncExitStack
@@ -79,12 +79,12 @@ class _Exchange:
     # What is held of the process's memory until the answer has been sent.
     leases: list[Lease]
     begun: float = field(default_factory=time.monotonic)
-    spending: Spending = field(default_factory=lambda: Spending(0))
+    spending: Reservation = field(default_factory=lambda: Reservation(0))
     # The field in which we named the limit of its length, as the caller named none.
     added: str | None = None
     demand: Demand = field(default_factory=lambda: Demand(0, 0, 1))
     engine: Engine | None = None
-    theirs: str = ""
+    engine_model: str = ""
     # When it was given to the engine, by the monotonic clock.
     delivered: float = 0.0
     settled: bool = False
@@ -160,7 +160,7 @@ async def infer(
     Raises:
         ReftError: it did not begin to be answered; the class says why.
     """
-    target = await services.directory.target(caller, given.model)
+    target = await services.lookup.target(caller, given.model)
     state = request.scope["state"]
     size = state["body_bytes"]
     body, added = await services.intake.run(caller.tenant_id, size, _checked, services, caller, endpoint, given)
@@ -171,7 +171,7 @@ async def infer(
         request_id.get() or "", services.settings.gateway_name, caller.tenant_id, caller.key_id, endpoint.name,
         given.model, target.version_id if target else None, now_ms(),
     )  # fmt: skip
-    exchange = _Exchange(
+    exchange = _InferenceRequest(
         services, caller, endpoint, body, given.model, target, opening, AsyncExitStack(), size, state["leases"]
     )
     exchange.added = added
@@ -184,7 +184,7 @@ async def infer(
         raise errors.Overloaded("the request took longer than is allowed") from exc
 
 
-async def _answer(exchange: _Exchange) -> Response:
+async def _answer(exchange: _InferenceRequest) -> Response:
     services = exchange.services
     fields, default = exchange.endpoint.limit_fields, exchange.endpoint.default_tokens
     demand = await exchange.run(exchange.size, demand_of, exchange.body, fields, default)
@@ -197,7 +197,7 @@ async def _answer(exchange: _Exchange) -> Response:
         raise
 
 
-async def _begun(exchange: _Exchange) -> Response:
+async def _begun(exchange: _InferenceRequest) -> Response:
     services = exchange.services
     admitted: asyncio.Future[None] | None = None
     if exchange.body.get("stream"):
@@ -214,7 +214,9 @@ async def _begun(exchange: _Exchange) -> Response:
         if upstream.is_stream:
             return await _stream(exchange, upstream)
         whole = await _whole(exchange, upstream)
-        content, tokens = await exchange.run(len(whole), rewrite_whole, whole, exchange.theirs, exchange.public)
+        content, tokens = await exchange.run(
+            len(whole), rewrite_whole, whole, exchange.engine_model, exchange.public_model
+        )
     except errors.EngineFailed as exc:
         assert exchange.engine is not None
         if await _has_ended(exchange, exchange.engine.company()):
@@ -226,7 +228,7 @@ async def _begun(exchange: _Exchange) -> Response:
     return Response(content, 200, _headers(exchange), "application/json")
 
 
-async def _whole(exchange: _Exchange, upstream: Upstream) -> bytes:
+async def _whole(exchange: _InferenceRequest, upstream: EngineResponse) -> bytes:
     """All bytes of an answer, counted in the process's memory until they have been sent."""
     intake, length = exchange.services.intake, upstream.length
     counted = intake.SMALL if length is None else length
@@ -244,27 +246,27 @@ async def _whole(exchange: _Exchange, upstream: Upstream) -> bytes:
     return b"".join(parts)
 
 
-async def _has_ended(exchange: _Exchange, company: int) -> bool:
+async def _has_ended(exchange: _InferenceRequest, company: int) -> bool:
     assert exchange.engine is not None
     return await ended_with(
         exchange.services, exchange.opening, exchange.endpoint.path, exchange.body, exchange.engine, company
     )
 
 
-async def _give_up(exchange: _Exchange, exc: BaseException) -> None:
+async def _give_up(exchange: _InferenceRequest, exc: BaseException) -> None:
     if isinstance(exc, asyncio.CancelledError):
         await exchange.leave(Tokens())
     elif isinstance(exc, errors.DatabaseUnusable):  # waiting for the disk would only hold the places
-        exchange.services.later(_failed(exchange))
+        exchange.services.spawn(_failed(exchange))
     else:
         await _failed(exchange)
 
 
-async def _failed(exchange: _Exchange) -> None:
+async def _failed(exchange: _InferenceRequest) -> None:
     await exchange.settle("failed", Tokens())
 
 
-async def _begin(exchange: _Exchange) -> Upstream:
+async def _begin(exchange: _InferenceRequest) -> EngineResponse:
     """An engine that has begun to answer. Engines that fail before that are left out, and others are asked."""
     services, target, tenant = exchange.services, exchange.target, exchange.caller.tenant_id
     affinity = target.digest if target else tenant
@@ -277,7 +279,7 @@ async def _begin(exchange: _Exchange) -> Upstream:
             exchange.engine = engine
             upstream = await _open(exchange, engine, attempt)
             if upstream.status == 404 and target is not None and left:  # it was started anew, or was told to forget it
-                engine.forget(exchange.theirs)
+                engine.forget(exchange.engine_model)
                 await attempt.aclose()
                 continue
             exchange.stack.push_async_callback(attempt.aclose)
@@ -285,7 +287,7 @@ async def _begin(exchange: _Exchange) -> Upstream:
         except errors.EngineUnavailable as exc:
             exchange.delivered = 0.0
             await attempt.aclose()
-            services.later(services.fleet.probe())
+            services.spawn(services.fleet.probe())
             if exc.delivered:
                 await _suspect(exchange)
             if not left or exchange.engine is None or exchange.engine in failed:
@@ -298,7 +300,7 @@ async def _begin(exchange: _Exchange) -> Upstream:
     raise errors.EngineUnavailable("no engine could answer; try again")
 
 
-async def _suspect(exchange: _Exchange) -> None:
+async def _suspect(exchange: _InferenceRequest) -> None:
     """Return if the request may be delivered once more, when it is its turn."""
     services, path, body, engine = exchange.services, exchange.endpoint.path, exchange.body, exchange.engine
     assert engine is not None
@@ -306,13 +308,13 @@ async def _suspect(exchange: _Exchange) -> None:
     await exchange.stack.enter_async_context(services.quarantine.turn(exchange.caller.tenant_id))
 
 
-async def _open(exchange: _Exchange, engine: Engine, attempt: AsyncExitStack) -> Upstream:
+async def _open(exchange: _InferenceRequest, engine: Engine, attempt: AsyncExitStack) -> EngineResponse:
     target = exchange.target
     name = engine_name(target.digest) if target else None
     attempt.enter_context(engine.using(name))
     if target is not None and name is not None:
         await _load(exchange, engine, name, exchange.services.store.path(target.digest))
-    exchange.theirs = name or engine.base_name
+    exchange.engine_model = name or engine.base_name
     headers = {"x-request-id": exchange.opening.request_id, **outgoing()}
     body = await exchange.run(exchange.size, _engine_body, exchange)
     exchange.delivered = time.monotonic()
@@ -321,7 +323,7 @@ async def _open(exchange: _Exchange, engine: Engine, attempt: AsyncExitStack) ->
     return upstream
 
 
-async def _load(exchange: _Exchange, engine: Engine, name: str, path: Path) -> None:
+async def _load(exchange: _InferenceRequest, engine: Engine, name: str, path: Path) -> None:
     quarantine, tenant = exchange.services.quarantine, exchange.caller.tenant_id
     quarantine.check_digest(tenant, name)
     try:
@@ -333,11 +335,11 @@ async def _load(exchange: _Exchange, engine: Engine, name: str, path: Path) -> N
     except (errors.EngineFailed, errors.AdapterInvalid):
         if path.is_dir():
             raise
-        raise errors.ModelNotFound(f"The model {exchange.public[:200]!r} was deleted in this moment.") from None
+        raise errors.ModelNotFound(f"The model {exchange.public_model[:200]!r} was deleted in this moment.") from None
 
 
-def _engine_body(exchange: _Exchange) -> bytes:
-    body = exchange.body | {"model": exchange.theirs, "cache_salt": exchange.caller.cache_salt}
+def _engine_body(exchange: _InferenceRequest) -> bytes:
+    body = exchange.body | {"model": exchange.engine_model, "cache_salt": exchange.caller.cache_salt}
     body.pop("metadata", None)
     reft_fields.move_to_engine(body, exchange.target)
     context = exchange.engine.context if exchange.engine is not None else None
@@ -352,10 +354,10 @@ def _engine_body(exchange: _Exchange) -> bytes:
     return json.dumps(body, separators=(",", ":")).encode()
 
 
-async def _stream(exchange: _Exchange, upstream: Upstream) -> Response:
+async def _stream(exchange: _InferenceRequest, upstream: EngineResponse) -> Response:
     """The answer, once its first event is there: what fails before that is an ordinary error."""
     wants_usage = bool((exchange.body.get("stream_options") or {}).get("include_usage"))
-    rewriter = Rewriter(exchange.theirs, exchange.public, wants_usage)
+    rewriter = Rewriter(exchange.engine_model, exchange.public_model, wants_usage)
     first = b""
     while not first and not rewriter.complete and rewriter.error is None:
         chunk = await upstream.chunk()
@@ -374,7 +376,9 @@ async def _stream(exchange: _Exchange, upstream: Upstream) -> Response:
     return Streamed(relay, _headers(exchange), finish)
 
 
-async def _relay(exchange: _Exchange, upstream: Upstream, rewriter: Rewriter, first: bytes, emit: _Emit) -> None:
+async def _relay(
+    exchange: _InferenceRequest, upstream: EngineResponse, rewriter: Rewriter, first: bytes, emit: _Emit
+) -> None:
     failure: errors.ReftError | None = None
     try:
         async with asyncio.timeout(exchange.services.settings.request_seconds - (time.monotonic() - exchange.begun)):
@@ -392,7 +396,7 @@ async def _relay(exchange: _Exchange, upstream: Upstream, rewriter: Rewriter, fi
     if failure is None and not rewriter.complete:
         failure = errors.EngineFailed("the engine stopped in the middle of its answer")
     if isinstance(failure, errors.EngineFailed) and exchange.engine is not None:
-        exchange.services.later(_look_at_end(exchange, exchange.engine.company()))
+        exchange.services.spawn(_look_at_end(exchange, exchange.engine.company()))
     # On disk before the last event: whoever has seen a whole answer finds it in the ledger.
     tokens = rewriter.tokens
     if failure is not None and tokens.completion:
@@ -405,21 +409,21 @@ async def _relay(exchange: _Exchange, upstream: Upstream, rewriter: Rewriter, fi
         await emit(sse_error(error_body(code, str(failure), None, failure.code), exchange.endpoint.typed_events))
 
 
-async def _look_at_end(exchange: _Exchange, company: int) -> None:
+async def _look_at_end(exchange: _InferenceRequest, company: int) -> None:
     await _has_ended(exchange, company)
 
 
-def _headers(exchange: _Exchange) -> dict[str, str]:
+def _headers(exchange: _InferenceRequest) -> dict[str, str]:
     version = {"x-reft-version": exchange.target.label} if exchange.target else {}
     return {**exchange.spending.headers, **version, **reft_fields.warnings(exchange.body, exchange.target)}
 
 
-def _refusal(exchange: _Exchange, status: int, content: bytes) -> errors.ReftError:
+def _refusal(exchange: _InferenceRequest, status: int, content: bytes) -> errors.ReftError:
     """An engine's error in our words: none of its names, no path."""
     fault = EngineFault.in_answer(content)
-    message = fault.message.replace(exchange.theirs, exchange.public)
+    message = fault.message.replace(exchange.engine_model, exchange.public_model)
     if exchange.target is not None:
-        message = message.replace(str(exchange.services.store.path(exchange.target.digest)), exchange.public)
+        message = message.replace(str(exchange.services.store.path(exchange.target.digest)), exchange.public_model)
     if status == 404:
         return errors.RequestInvalid("the engine does not serve this endpoint for this model", None)
     if fault.param == CHAT_TEMPLATE:

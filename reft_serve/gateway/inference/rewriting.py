@@ -25,7 +25,7 @@ _ENDING = "the engine was told to end before the answer was whole; try again"
 _FINAL_EVENTS = (b"event: response.completed", b"event: response.incomplete", b"event: response.failed")
 
 
-def rewrite_whole(content: bytes, theirs: str, public: str) -> tuple[bytes, Tokens]:
+def rewrite_whole(content: bytes, engine_model: str, public_model: str) -> tuple[bytes, Tokens]:
     """An answer that is not streamed.
 
     Raises:
@@ -34,14 +34,18 @@ def rewrite_whole(content: bytes, theirs: str, public: str) -> tuple[bytes, Toke
     if _ABORTED in content:
         raise EngineUnavailable(_ENDING)
     tokens = Tokens.of(json.loads(content).get("usage"))
-    return content.replace(_named(theirs), _named(public)), tokens
+    return content.replace(_named(engine_model), _named(public_model)), tokens
 
 
 class Rewriter:
     """A stream, chunk by chunk."""
 
-    def __init__(self, theirs: str, public: str, wants_usage: bool) -> None:
-        self._theirs, self._public, self._wants_usage = _named(theirs), _named(public), wants_usage
+    def __init__(self, engine_model: str, public_model: str, wants_usage: bool) -> None:
+        self._engine_model, self._public_model, self._wants_usage = (
+            _named(engine_model),
+            _named(public_model),
+            wants_usage,
+        )
         self._rest = b""
         self._final: Tokens | None = None
         self._latest: dict[bytes, bytes] = {}
@@ -78,12 +82,12 @@ class Rewriter:
             self.ending = self.ending or _DONE + b"\n\n"
             return b""
         if event.startswith(b"event: "):
-            return self._typed_event(event.replace(self._theirs, self._public))
+            return self._typed_event(event.replace(self._engine_model, self._public_model))
         aborted = _ABORTED in event
         if aborted or event.startswith(b'data: {"error"'):
             self.error = {"message": _ENDING, "code": 503} if aborted else json.loads(event[6:])["error"]
             return b""
-        event = event.replace(self._theirs, self._public, 1)
+        event = event.replace(self._engine_model, self._public_model, 1)
         usage = _USAGE.search(event)
         if usage is None or usage[1] == b"null":
             return event

@@ -72,7 +72,7 @@ async def take(
     try:
         return await _written(services, caller, actor, upload, file_id, facts)
     except BaseException:
-        services.later(_give_up(services, file_id), caller.tenant_id)
+        services.spawn(_give_up(services, file_id), caller.tenant_id)
         raise
 
 

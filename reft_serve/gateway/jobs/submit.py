@@ -14,12 +14,12 @@ from reft_serve.database.models import File, Job
 from reft_serve.database.room import check_adapters_of_jobs, check_room
 from reft_serve.database.tenants import find_tenant
 from reft_serve.errors import NotAllowed, NotFound, RateLimited, RequestInvalid
-from reft_serve.gateway.jobs.feasibility import misfit
+from reft_serve.gateway.jobs.feasibility import why_infeasible
 from reft_serve.gateway.schemas.fine_tuning import JobIn
 from reft_serve.gateway.services import Services
 from reft_serve.recipes.hyperparameters import Hyperparameters, read_hyperparameters
 
-__all__ = ["BYTES_PER_TOKEN", "order"]
+__all__ = ["BYTES_PER_TOKEN", "submit"]
 
 BYTES_PER_TOKEN = 16
 """Of a data file: more than rows have in practice, so that an estimate of a job's tokens is a low one."""
@@ -30,7 +30,7 @@ _FORMATS: dict[_Method, tuple[str, ...]] = {
 }
 
 
-async def order(services: Services, caller: Principal, actor: audit.Actor, wanted: JobIn) -> Job:
+async def submit(services: Services, caller: Principal, actor: audit.Actor, wanted: JobIn) -> Job:
     """Put a job into the queue.
 
     Raises:
@@ -71,7 +71,7 @@ async def _check_model(services: Services, caller: Principal, model: str) -> Non
     base = services.settings.base_model
     if model == base:
         return
-    await services.directory.target(caller, model)
+    await services.lookup.target(caller, model)
     raise RequestInvalid(
         f"{model[:200]!r} is a fine-tuned model, and training does not go on from one: give the base model, {base!r}, and "
         "the same suffix to make the next version of an adapter",
@@ -118,7 +118,7 @@ def _check_engines(services: Services, wanted: JobIn, chosen: dict[str, Any], tr
     method = wanted.method
     where = "hyperparameters" if method is None else f"method.{method.type}.hyperparameters"
     for card in (engine.card for engine in services.fleet.engines if engine.card is not None):
-        found = misfit(read_hyperparameters(chosen), training.rows or 0, card)
+        found = why_infeasible(read_hyperparameters(chosen), training.rows or 0, card)
         if found is not None:
             raise RequestInvalid(found.sentence, f"{where}.{found.name}")
 

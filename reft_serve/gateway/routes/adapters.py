@@ -115,8 +115,8 @@ async def delete(name: _Name, request: Request, caller: _Caller, services: Servi
         adapter = await adapters.find_adapter(session, caller.tenant_id, name)
         digests = await adapters.delete_adapter(session, adapter)
         audit.record(session, actor_of(request), "adapter.delete", name, caller.tenant_id)
-    services.directory.forget()
-    services.later(publishing.retire(services, digests), caller.tenant_id)
+    services.lookup.forget()
+    services.spawn(publishing.retire(services, digests), caller.tenant_id)
     return Deleted(id=name, object="adapter")
 
 
@@ -154,8 +154,8 @@ async def delete_version(
         label = f"{name}@{found.number}"
         digest = await adapters.delete_version(session, found)
         audit.record(session, actor_of(request), "version.delete", label, caller.tenant_id, digest=digest)
-    services.directory.forget()
-    services.later(publishing.retire(services, [digest]), caller.tenant_id)
+    services.lookup.forget()
+    services.spawn(publishing.retire(services, [digest]), caller.tenant_id)
     return Deleted(id=label, object="adapter.version")
 
 
@@ -190,7 +190,7 @@ async def put_alias(
             session, actor_of(request), "alias.set", f"{name}@{alias}", caller.tenant_id,
             version=version.number, share=changed.share,
         )  # fmt: skip
-    services.directory.forget()
+    services.lookup.forget()
     return AliasOut.of(changed)
 
 
@@ -202,7 +202,7 @@ async def roll_back(name: _Name, alias: _Alias, request: Request, caller: _Calle
         changed = await adapters.roll_back(session, adapter, alias)
         label, number = f"{name}@{alias}", changed.version.number
         audit.record(session, actor_of(request), "alias.rollback", label, caller.tenant_id, version=number)
-    services.directory.forget()
+    services.lookup.forget()
     return AliasOut.of(changed)
 
 
@@ -213,7 +213,7 @@ async def delete_alias(name: _Name, alias: _Alias, request: Request, caller: _Ca
         adapter = await adapters.find_adapter(session, caller.tenant_id, name)
         await adapters.delete_alias(session, adapter, alias)
         audit.record(session, actor_of(request), "alias.delete", f"{name}@{alias}", caller.tenant_id)
-    services.directory.forget()
+    services.lookup.forget()
     return Deleted(id=f"{name}@{alias}", object="adapter.alias")
 
 
@@ -228,7 +228,7 @@ async def put_share(
         await adapters.share(session, adapter, other)
         audit.record(session, actor_of(request), "adapter.share", name, caller.tenant_id, tenant=other.id)
         found = await _described(session, adapter)
-    services.directory.forget()
+    services.lookup.forget()
     return found
 
 
@@ -242,7 +242,7 @@ async def delete_share(
         other = await find_tenant(session, tenant)
         await adapters.unshare(session, adapter, other)
         audit.record(session, actor_of(request), "adapter.unshare", name, caller.tenant_id, tenant=other.id)
-    services.directory.forget()
+    services.lookup.forget()
     return Deleted(id=f"{name}:{tenant}", object="adapter.share")
 
 

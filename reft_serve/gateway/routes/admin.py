@@ -87,7 +87,7 @@ async def change_tenant(tenant: _Tenant, body: TenantPatch, request: Request, se
         tenants.change_tenant(found, limits=limits, disabled=body.disabled)
         changes = body.model_dump(exclude_none=True)
         audit.record(session, actor_of(request), "tenant.change", found.name, found.id, **changes)
-    services.directory.forget()
+    services.lookup.forget()
     return TenantOut.of(found)
 
 
@@ -100,8 +100,8 @@ async def delete_tenant(tenant: _Tenant, request: Request, services: ServicesDep
             raise Conflict("this would shut yourself out: use another tenant's admin key")
         digests = await tenants.delete_tenant(session, found)
         audit.record(session, actor_of(request), "tenant.delete", found.name, found.id)
-    services.directory.forget()
-    services.later(retire(services, digests), found.id)
+    services.lookup.forget()
+    services.spawn(retire(services, digests), found.id)
     return Deleted(id=found.id, object="tenant")
 
 

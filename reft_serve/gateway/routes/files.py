@@ -100,5 +100,5 @@ async def delete(file: _File, request: Request, caller: _Caller, services: Servi
     async with services.database.writing() as session:
         gone = await files.delete_file(session, caller.tenant_id, file)
         audit.record(session, actor_of(request), "file.delete", gone.id, caller.tenant_id, bytes=gone.bytes)
-    services.later(data_files.drop(services, gone.id), caller.tenant_id)
+    services.spawn(data_files.drop(services, gone.id), caller.tenant_id)
     return Deleted(id=gone.id, object="file")

@@ -40,7 +40,7 @@ _FILTER: dict[str, Any] = {
 @router.post("")
 async def create(body: JobIn, request: Request, caller: _Caller, services: ServicesDep) -> JobOut:
     """Put a fine-tuning job into the queue."""
-    return JobOut.of(await submit.order(services, caller, actor_of(request), body))
+    return JobOut.of(await submit.submit(services, caller, actor_of(request), body))
 
 
 @router.get("", openapi_extra={"parameters": [_FILTER]})

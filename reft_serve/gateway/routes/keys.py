@@ -68,7 +68,7 @@ async def revoke(key: _Key, request: Request, caller: _Caller, services: Service
         _check_rank(caller, found.role)
         keys.revoke_key(found)
         audit.record(session, actor_of(request), "key.revoke", key, caller.tenant_id)
-    services.directory.forget()
+    services.lookup.forget()
     return KeyOut(**KeyOut.fields_of(found))
 
 
@@ -91,7 +91,7 @@ async def rotate(
             await keys.check_count(session, old.tenant, most)
         new, secret = await keys.rotate_key(session, old, overlap_seconds)
         audit.record(session, actor_of(request), "key.rotate", key, caller.tenant_id, new=new.id)
-    services.directory.forget()
+    services.lookup.forget()
     return NewKeyOut(secret=secret, **KeyOut.fields_of(new))
 
 

@@ -46,7 +46,7 @@ async def list_models(
 @router.get("/{model:path}")
 async def get_model(model: str, caller: _Caller, services: ServicesDep) -> ModelOut:
     """One model, by any of its names."""
-    target = await services.directory.target(caller, model)
+    target = await services.lookup.target(caller, model)
     if target is None:
         return _base(services)
     async with services.database.reading() as session:
@@ -59,7 +59,7 @@ async def delete_model(model: str, request: Request, caller: _Caller, services: 
     """Delete an adapter of the caller's with all its versions (`adapter`), or one version (`adapter@3`, `ft:...`)."""
     if "adapters" not in caller.scopes:
         raise NotAllowed("this API key may not do this: it lacks the scope 'adapters'")
-    target = await services.directory.target(caller, model)
+    target = await services.lookup.target(caller, model)
     if target is None:
         raise NotAllowed("the base model cannot be deleted")
     async with services.database.writing() as session:
@@ -75,8 +75,8 @@ async def delete_model(model: str, request: Request, caller: _Caller, services: 
         )
         what = "adapter.delete" if whole else "version.delete"
         audit.record(session, actor_of(request), what, model[:255], caller.tenant_id)
-    services.directory.forget()
-    services.later(retire(services, digests), caller.tenant_id)
+    services.lookup.forget()
+    services.spawn(retire(services, digests), caller.tenant_id)
     return Deleted(id=model, object="model")
 
 

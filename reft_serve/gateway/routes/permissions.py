@@ -47,7 +47,7 @@ async def create(
             caller.tenant_id,
             tenants=body.project_ids,
         )
-    services.directory.forget()
+    services.lookup.forget()
     return Page.of([PermissionOut.of(permission) for permission in made], False)
 
 
@@ -81,5 +81,5 @@ async def delete(
         audit.record(
             session, actor_of(request), "permission.delete", version.model_id, caller.tenant_id, tenant=gone.tenant_id
         )
-    services.directory.forget()
+    services.lookup.forget()
     return Deleted(id=permission, object="checkpoint.permission")

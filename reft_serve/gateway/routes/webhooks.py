@@ -114,7 +114,7 @@ async def test(webhook: _Webhook, body: WebhookTestIn, caller: _Caller, services
     async with services.database.reading() as session:
         found = await webhooks.find_webhook(session, caller.tenant_id, webhook)
     sample = webhooks.body_of(body.event_type, {"id": "ftjob-0123456789abcdef01234567"})
-    status, outcome = await services.notifier.test(webhooks.parcel_of(found, sample))
+    status, outcome = await services.webhook_sender.test(webhooks.outbound_event(found, sample))
     if status is None:
         raise RequestInvalid(f"the endpoint could not be reached: {outcome}")
     return WebhookTestOut(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BeforeValidator
 
-__all__ = ["NO_NUL", "TENANT_ID", "TENANT_ID_OR_NAME", "WHOLE"]
+__all__ = ["NO_NUL", "TENANT_ID", "TENANT_ID_OR_NAME", "JsonInteger"]
 
 TENANT_ID = r"^tnt_[0-9a-f]{24}$"
 TENANT_ID_OR_NAME = r"^(tnt_[0-9a-f]{24}|[a-z0-9][a-z0-9-]{0,62})$"
@@ -16,5 +16,5 @@ def _whole(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-WHOLE = BeforeValidator(_whole)
+JsonInteger = BeforeValidator(_whole)
 """Lets an integer of a strict model be what JSON Schema calls one; the last of its annotations."""

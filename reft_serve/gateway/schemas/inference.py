@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Discriminator, Field, Tag
 
 from reft_serve.gateway.schemas.client_fields import ignored_in
-from reft_serve.gateway.schemas.fields import WHOLE
+from reft_serve.gateway.schemas.fields import JsonInteger
 from reft_serve.gateway.schemas.messages import (
     ChatMessage,
     ChatTool,
@@ -43,10 +43,10 @@ MAX_TEMPLATE_VALUE = 256
 _FIRST = Field(fail_fast=True)
 _Name = Annotated[str, Field(min_length=1, max_length=512)]
 _Penalty = Annotated[float, Field(ge=-2, le=2)]
-_Count = Annotated[int, Field(ge=1, le=1 << 24), WHOLE]
+_Count = Annotated[int, Field(ge=1, le=1 << 24), JsonInteger]
 # Whole numbers beyond 2**53 are not the same to every JSON reader.
-_Seed = Annotated[int, Field(ge=-(1 << 53), le=1 << 53), WHOLE]
-_Token = Annotated[int, Field(ge=0, lt=1 << 31), WHOLE]
+_Seed = Annotated[int, Field(ge=-(1 << 53), le=1 << 53), JsonInteger]
+_Token = Annotated[int, Field(ge=0, lt=1 << 31), JsonInteger]
 _Stop = str | Annotated[list[str], Field(max_length=16), _FIRST]
 _Strength = Annotated[float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH)]
 _Scalar = bool | int | float | Annotated[str, Field(max_length=MAX_TEMPLATE_VALUE)]
@@ -91,7 +91,7 @@ class _Sampling(InferenceBody):
     ) = None
     seed: _Seed | None = None
     stop: _Stop | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=1 << 31), WHOLE] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=1 << 31), JsonInteger] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     stop_token_ids: Annotated[list[_Token], Field(max_length=128), _FIRST] | None = None
@@ -103,9 +103,9 @@ class _Sampling(InferenceBody):
 
 
 class _Generation(_Sampling):
-    n: Annotated[int, Field(ge=1, le=1024), WHOLE] | None = None
+    n: Annotated[int, Field(ge=1, le=1024), JsonInteger] | None = None
     stream_options: _StreamOptions | None = None
-    min_tokens: Annotated[int, Field(ge=0, le=1 << 24), WHOLE] = 0
+    min_tokens: Annotated[int, Field(ge=0, le=1 << 24), JsonInteger] = 0
     response_format: FreeObject | None = None
     structured_outputs: FreeObject | None = None
 
@@ -121,12 +121,12 @@ class CompletionBody(_Generation):
             list[Annotated[list[_Token], Field(min_length=1), _FIRST]], Field(min_length=1, max_length=64), _FIRST
         ]
     )
-    max_tokens: Annotated[int, Field(ge=0, le=1 << 24), WHOLE] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=1 << 24), JsonInteger] | None = None
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20), JsonInteger] | None = None
     suffix: str | None = None
     add_special_tokens: bool = True
-    best_of: Annotated[int, Field(ge=1, le=1), WHOLE] | None = Field(default=None, exclude=True)
+    best_of: Annotated[int, Field(ge=1, le=1), JsonInteger] | None = Field(default=None, exclude=True)
     reft_prompt_tokens: _Count | Annotated[list[_Count], Field(min_length=1, max_length=64), _FIRST] | None = None
 
 
@@ -137,7 +137,7 @@ class ChatBody(_Generation):
     max_tokens: _Count | None = None
     max_completion_tokens: _Count | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), JsonInteger] | None = None
     tools: Annotated[list[ChatTool], Field(max_length=256), _FIRST] | None = None
     tool_choice: Literal["none", "auto", "required"] | ChatToolChoice | None = None
     parallel_tool_calls: bool | None = None
@@ -174,7 +174,7 @@ class ResponseBody(_Sampling):
     reasoning: _Reasoning | None = None
     text: _Text | None = None
     chat_template_kwargs: _TemplateArguments | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), JsonInteger] | None = None
     truncation: Literal["auto", "disabled"] | None = None
     include: Annotated[list[str], Field(max_length=64), _FIRST] | None = None
     max_tool_calls: _Count | None = None

@@ -12,7 +12,7 @@ from reft_serve.database.keys import ROLES, Role, Scope, own_limits
 from reft_serve.database.names import ADAPTER_NAME, ALIAS_NAME
 from reft_serve.database.tenants import TENANT_NAME
 from reft_serve.errors import EngineTrouble
-from reft_serve.gateway.schemas.fields import NO_NUL, WHOLE
+from reft_serve.gateway.schemas.fields import NO_NUL, JsonInteger
 from reft_serve.gateway.schemas.request_model import NULLS_ARE_ABSENT, RequestModel
 
 __all__ = [
@@ -41,7 +41,7 @@ Selector = Annotated[
     str, Field(pattern=r"^([0-9]{1,9}|[a-z][a-z0-9-]{0,30})$", description="A version's number or an alias.")
 ]
 _Limits = Annotated[TenantLimits, *NULLS_ARE_ABSENT]
-_Seconds = Annotated[int, Field(ge=0, le=10**11), WHOLE]
+_Seconds = Annotated[int, Field(ge=0, le=10**11), JsonInteger]
 
 
 class ListOf(BaseModel, Generic[T]):

@@ -24,10 +24,10 @@ from reft_serve.database.jobs.queue import Claim, Progress
 from reft_serve.errors import BaseModelInvalid, LeaseLost, StoreUnusable
 from reft_serve.observability import TRAINED_TOKENS
 from reft_serve.recipes.hyperparameters import read_hyperparameters
-from reft_serve.storage.files import Aside
+from reft_serve.storage.files import ScratchPath
 from reft_serve.training.jobs import inputs, memory
 from reft_serve.training.jobs.bounds import hours_sentence
-from reft_serve.training.jobs.context import TROUBLE, Surroundings
+from reft_serve.training.jobs.context import TRANSIENT, WorkerContext
 from reft_serve.training.jobs.lease import Lease
 from reft_serve.training.jobs.messages import (
     Bounds,
@@ -41,7 +41,7 @@ from reft_serve.training.jobs.messages import (
     Saved,
     Started,
 )
-from reft_serve.training.jobs.process import Child
+from reft_serve.training.jobs.process import JobProcess
 from reft_serve.training.jobs.publishing import openai_metrics, publish
 from reft_serve.training.jobs.uploads import Uploads
 
@@ -50,7 +50,7 @@ __all__ = ["Attempt", "Place"]
 _log = logging.getLogger(__name__)
 _MOST_METRICS = 200
 _GRACE_SECONDS = 300.0
-How = Literal["succeeded", "failed", "cancelled", "paused", "queued", "lost"]
+AttemptResult = Literal["succeeded", "failed", "cancelled", "paused", "queued", "lost"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,17 +67,17 @@ class _Trouble(Exception):
     """Something of this machine or its surroundings; the message is for the job's owner."""
 
 
-_PASSING: tuple[type[Exception], ...] = (_Trouble, *TROUBLE)
-_LETTING_GO: tuple[type[Exception], ...] = (LeaseLost, *TROUBLE)
+_RETRIED: tuple[type[Exception], ...] = (_Trouble, *TRANSIENT)
+_RELEASES: tuple[type[Exception], ...] = (LeaseLost, *TRANSIENT)
 
 
 class Attempt:
     """One claimed job on its way."""
 
-    def __init__(self, around: Surroundings, claim: Claim, place: Place, claimed: float) -> None:
-        self._around, self.claim, self.place, self.claimed = around, claim, place, claimed
-        self._lease = Lease(around.database, claim, around.settings.lease_seconds, claimed)
-        self._child: Child | None = None
+    def __init__(self, ctx: WorkerContext, claim: Claim, place: Place, claimed: float) -> None:
+        self._ctx, self.claim, self.place, self.claimed = ctx, claim, place, claimed
+        self._lease = Lease(ctx.database, claim, ctx.settings.lease_seconds, claimed)
+        self._child: JobProcess | None = None
         self._last: Ended | Broken | None = None
         self._begun: tuple[float, int] = (0.0, 0)
         self._tokens = 0
@@ -86,12 +86,12 @@ class Attempt:
         self.troubled = False
         """Whether this machine, and not the job, was why it went back to the queue."""
 
-    async def run(self) -> How:
+    async def run(self) -> AttemptResult:
         """Do what can be done; the answer is what became of the job."""
         keeping = asyncio.create_task(self._keep())
         try:
             return await self._run()
-        except _LETTING_GO as exc:
+        except _RELEASES as exc:
             _log.warning("a job was let go of", extra={"data": {"job": self.claim.id, "why": str(exc)[:300]}})
             self.troubled = not isinstance(exc, LeaseLost)
             return "lost"
@@ -129,12 +129,12 @@ class Attempt:
             elif wanted in ("pause", "yield"):
                 self._child.stop()
 
-    async def _run(self) -> How:
+    async def _run(self) -> AttemptResult:
         try:
-            aside = await asyncio.to_thread(Aside.directory, self._around.work)
+            aside = await asyncio.to_thread(ScratchPath.directory, self._ctx.work)
         except OSError as exc:
             return await self._back(f"the worker's disk cannot be used ({exc.strerror})")
-        uploads = Uploads(self._around, self.claim, self._lease)
+        uploads = Uploads(self._ctx, self.claim, self._lease)
         try:
             if not await self._fits():
                 return await self._release(memory_bytes=self.memory)
@@ -145,7 +145,7 @@ class Attempt:
             return await self._settle(aside.path / "run", code, uploads)
         except inputs.Unfit as exc:
             return await self._finish(exc.failure)
-        except _PASSING as exc:
+        except _RETRIED as exc:
             return await self._back(_why(exc))
         finally:
             await uploads.close()
@@ -156,28 +156,28 @@ class Attempt:
 
     async def _fits(self) -> bool:
         """Whether there is memory for it; else it waits for that, or for another worker."""
-        around, asked = self._around, read_hyperparameters(self.claim.hyperparameters)
+        ctx, asked = self._ctx, read_hyperparameters(self.claim.hyperparameters)
         try:
-            self.memory = await asyncio.to_thread(memory.estimate, around.base, asked, gpu=self.place.device != "cpu")
+            self.memory = await asyncio.to_thread(memory.estimate, ctx.base, asked, gpu=self.place.device != "cpu")
         except (OSError, ValueError, BaseModelInvalid) as exc:
             raise _Trouble("the base model cannot be read on the worker") from exc
         if self.memory > self.place.total:
             needs, has = (f"{size / 2**30:.1f} GiB" for size in (self.memory, self.place.total))
-            told = f"The job needs about {needs} of memory and worker {around.settings.worker_name} has {has}; "
-            self._lease.tell(told + "it waits for a larger one", "warn")
+            told = f"The job needs about {needs} of memory and worker {ctx.settings.worker_name} has {has}; "
+            self._lease.queue_event(told + "it waits for a larger one", "warn")
         return self.memory <= self.place.free
 
     async def _prepare(self, folder: Path) -> JobSpec | None:
         """What its process needs; None where it is not wanted any more."""
-        claim, around = self.claim, self._around
+        claim, ctx = self.claim, self._ctx
         inputs.check_name(claim)
         files = [("training_file", claim.training_file_id), ("validation_file", claim.validation_file_id)]
-        paths = [await inputs.fetch_file(around, file_id, param, folder) for param, file_id in files if file_id]
-        await inputs.fetch_checkpoint(around, claim, folder)
+        paths = [await inputs.fetch_file(ctx, file_id, param, folder) for param, file_id in files if file_id]
+        await inputs.fetch_checkpoint(ctx, claim, folder)
         if self._draining or self._lease.wanted != "none":
             return None
         return JobSpec(
-            job=claim.id, folder=str(folder), base=str(around.base), training=str(paths[0]),
+            job=claim.id, folder=str(folder), base=str(ctx.base), training=str(paths[0]),
             validation=str(paths[1]) if paths[1:] else None, method=claim.method.get("type", "supervised"),
             hyperparameters=dict(claim.hyperparameters), resolved=dict(claim.resolved), seed=claim.seed,
             started=datetime.fromtimestamp(claim.started_ms / 1000, UTC).replace(tzinfo=None),
@@ -185,7 +185,7 @@ class Attempt:
         )  # fmt: skip
 
     def _bounds(self) -> Bounds:
-        limits = self._around.settings.limits.merged(self.claim.limits)
+        limits = self._ctx.settings.limits.merged(self.claim.limits)
         return Bounds(examples=limits.job_examples, tokens=limits.job_tokens, hours=limits.job_hours)
 
     def _end_too_long(self) -> None:
@@ -196,7 +196,7 @@ class Attempt:
 
     async def _follow(self, spec: JobSpec, uploads: Uploads) -> int | None:
         """Run its process, and hear it to its end."""
-        child = self._child = await self._around.nursery.start(spec)
+        child = self._child = await self._ctx.processes.start(spec)
         if self._draining or self._lease.wanted in ("pause", "yield"):  # it was said while the process was made
             child.stop()
         if self._lost or self._giving_up or self._lease.wanted == "cancel":
@@ -216,7 +216,7 @@ class Attempt:
     async def _take(self, message: Message, uploads: Uploads) -> None:
         claim, worker = self.claim, self.claim.worker
         if isinstance(message, Noted):
-            self._lease.tell(message.message, "warn")
+            self._lease.queue_event(message.message, "warn")
         elif isinstance(message, Resolved):
             # Memory only once: where it was too little, more was put down since.
             resolved, needed = message.resolved, None if claim.resolved else self.memory
@@ -234,7 +234,7 @@ class Attempt:
             self._last = message
 
     def _measure(self, message: Measured, uploads: Uploads) -> None:
-        self._lease.stir()
+        self._lease.wake()
         before, metrics = self._lease.progress, message.metrics
         assert before is not None
         tokens = int(metrics.get("tokens", 0))
@@ -248,9 +248,9 @@ class Attempt:
         uploads.note(message.step, found)
         every = -(-before.steps // _MOST_METRICS)
         if "valid_loss" in found or message.step % every == 0:
-            self._lease.tell(_sentence(message.step, before.steps, found), "info", found)
+            self._lease.queue_event(_sentence(message.step, before.steps, found), "info", found)
 
-    async def _settle(self, run: Path, code: int | None, uploads: Uploads) -> How:
+    async def _settle(self, run: Path, code: int | None, uploads: Uploads) -> AttemptResult:
         last = self._last
         if self._lost:
             raise LeaseLost(f"job {self.claim.id} was lost")
@@ -277,15 +277,15 @@ class Attempt:
             return Failed("job_limit", hours_sentence(self._bounds().hours or 0))
         return None
 
-    async def _succeed(self, run: Path, last: Ended) -> How:
+    async def _succeed(self, run: Path, last: Ended) -> AttemptResult:
         """Publish, as soon as the stores and the database let us."""
-        deadline = time.monotonic() + self._around.settings.patience_seconds
+        deadline = time.monotonic() + self._ctx.settings.patience_seconds
         await self._tell_rest()
         while True:
             try:
-                status = await publish(self._around, self.claim, run, last.tokens)
+                status = await publish(self._ctx, self.claim, run, last.tokens)
                 break
-            except TROUBLE:
+            except TRANSIENT:
                 if time.monotonic() > min(deadline, self._lease.until()):
                     raise
                 _log.warning("a version cannot be published yet", exc_info=True)
@@ -293,43 +293,43 @@ class Attempt:
         await self._forget_checkpoints()
         return status if status != "running" else "lost"
 
-    async def _failed(self, broken: Broken) -> How:
+    async def _failed(self, broken: Broken) -> AttemptResult:
         _log.warning(
-            "a run broke", extra={"data": {"job": self.claim.id, "whose": broken.whose, "why": broken.message}}
+            "a run broke", extra={"data": {"job": self.claim.id, "whose": broken.cause, "why": broken.message}}
         )
-        if broken.whose == "user":
+        if broken.cause == "user":
             return await self._finish(Failed(broken.code, broken.message, broken.param, broken.traceback))
-        if broken.whose == "machine":
+        if broken.cause == "machine":
             return await self._back(broken.message)
         return await self._release(
             broken.traceback or broken.message,
-            memory_bytes=self._more_memory() if broken.whose == "memory" else None,
+            memory_bytes=self._more_memory() if broken.cause == "memory" else None,
         )
 
     def _more_memory(self) -> int:
         """What to reckon with after it was too little: so much that less runs beside it, not so much that it never runs."""
         return min(int(1.5 * self.memory), self.place.total)
 
-    async def _finish(self, outcome: Outcome) -> How:
+    async def _finish(self, outcome: Outcome) -> AttemptResult:
         claim = self.claim
         await self._tell_rest()
         status = await self._lease.write(lambda session: queue.finish(session, claim.id, claim.worker, outcome))
         await self._forget_checkpoints()
         return status if status != "running" else "lost"
 
-    async def _back(self, why: str) -> How:
+    async def _back(self, why: str) -> AttemptResult:
         """Give the job back for a reason that is not its own."""
         self.troubled = True
         told = f"The job went back to the queue, to go on from its last checkpoint: {why}"
-        self._lease.tell(told, "warn")
+        self._lease.queue_event(told, "warn")
         return await self._release()
 
-    async def _release(self, traceback: str | None = None, memory_bytes: int | None = None) -> How:
+    async def _release(self, traceback: str | None = None, memory_bytes: int | None = None) -> AttemptResult:
         claim = self.claim
         await self._tell_rest()
         status = await self._lease.write(
             lambda session: queue.release(
-                session, claim.id, claim.worker, traceback, memory_bytes, self._around.settings.train_attempts
+                session, claim.id, claim.worker, traceback, memory_bytes, self._ctx.settings.train_attempts
             )
         )
         if status in ("failed", "cancelled"):
@@ -338,14 +338,14 @@ class Attempt:
 
     async def _tell_rest(self) -> None:
         """Say what is not said yet, before the lease ends."""
-        with contextlib.suppress(*TROUBLE):
-            await self._lease.beat()
+        with contextlib.suppress(*TRANSIENT):
+            await self._lease.heartbeat()
 
     async def _forget_checkpoints(self) -> None:
         """An ended job needs none; what cannot be removed now is swept up later."""
-        with contextlib.suppress(*TROUBLE):
-            for blob in await inputs.checkpoints_of(self._around, self.claim.id):
-                await self._around.blobs.delete(blob.key)
+        with contextlib.suppress(*TRANSIENT):
+            for blob in await inputs.checkpoints_of(self._ctx, self.claim.id):
+                await self._ctx.blobs.delete(blob.key)
 
 
 def _why(exc: Exception) -> str:

@@ -16,29 +16,29 @@ from reft_serve.config import TrainerSettings
 from reft_serve.database.connection import FAILURES, Database
 from reft_serve.errors import BlobMissing, StoreUnusable
 from reft_serve.storage.blobs import BlobStore
-from reft_serve.training.jobs.process import Nursery
+from reft_serve.training.jobs.process import JobProcesses
 
-__all__ = ["TROUBLE", "Surroundings", "patiently"]
+__all__ = ["TRANSIENT", "WorkerContext", "retry_until"]
 
 T = TypeVar("T")
 # What is not the job's doing, and passes.
-TROUBLE: tuple[type[Exception], ...] = (*FAILURES, StoreUnusable)
+TRANSIENT: tuple[type[Exception], ...] = (*FAILURES, StoreUnusable)
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
+class WorkerContext:
     """Settings, the two shared places, this machine's scratch and processes, and the base model's directory."""
 
     settings: TrainerSettings
     database: Database
     store: AdapterStore
     blobs: BlobStore
-    nursery: Nursery
+    processes: JobProcesses
     base: Path
     work: Path
 
 
-async def patiently(action: Callable[[], Awaitable[T]], until: Callable[[], float]) -> T:
+async def retry_until(action: Callable[[], Awaitable[T]], until: Callable[[], float]) -> T:
     """Do something that may fail because a store or the database is away, again and again until it works.
 
     Args:
@@ -51,7 +51,7 @@ async def patiently(action: Callable[[], Awaitable[T]], until: Callable[[], floa
             return await action()
         except (IntegrityError, BlobMissing):
             raise
-        except TROUBLE:
+        except TRANSIENT:
             if time.monotonic() + pause > until():
                 raise
         await asyncio.sleep(pause)

@@ -12,7 +12,7 @@ from reft_serve.database.jobs.queue import Claim
 from reft_serve.database.names import check_adapter_name
 from reft_serve.errors import BlobMissing, NotFound, RequestInvalid, StoreUnusable
 from reft_serve.storage.blobs import Blob
-from reft_serve.training.jobs.context import Surroundings
+from reft_serve.training.jobs.context import WorkerContext
 from reft_serve.training.jobs.messages import RUN
 from reft_serve.training.loop import archive
 
@@ -39,7 +39,7 @@ def check_name(claim: Claim) -> None:
         raise Unfit(Failed("reserved_name", f"{exc}: create a new job with another suffix", "suffix")) from exc
 
 
-async def fetch_file(around: Surroundings, file_id: str, param: str, folder: Path) -> Path:
+async def fetch_file(ctx: WorkerContext, file_id: str, param: str, folder: Path) -> Path:
     """A data file, as it was uploaded.
 
     Raises:
@@ -48,9 +48,9 @@ async def fetch_file(around: Surroundings, file_id: str, param: str, folder: Pat
     """
     path = folder / f"{file_id}.jsonl"
     try:
-        async with around.database.reading() as session:
+        async with ctx.database.reading() as session:
             row = await needed_file(session, file_id)
-        written = await around.blobs.fetch(key_of_blob(file_id), path)
+        written = await ctx.blobs.fetch(key_of_blob(file_id), path)
     except (NotFound, BlobMissing) as exc:
         told = f"file {file_id} is not there any more: upload it again and create a new job"
         raise Unfit(Failed("file_missing", told, param)) from exc
@@ -60,21 +60,21 @@ async def fetch_file(around: Surroundings, file_id: str, param: str, folder: Pat
     return path
 
 
-async def fetch_checkpoint(around: Surroundings, claim: Claim, folder: Path) -> int | None:
+async def fetch_checkpoint(ctx: WorkerContext, claim: Claim, folder: Path) -> int | None:
     """Bring the job's newest sound checkpoint to `folder/run`, and give its step; None where there is none. A damaged one is
     removed, and the one before it taken.
     """
-    for blob in reversed(await checkpoints_of(around, claim.id)):
+    for blob in reversed(await checkpoints_of(ctx, claim.id)):
         packed = folder / "checkpoint.tar"
         try:
-            await around.blobs.fetch(blob.key, packed)
+            await ctx.blobs.fetch(blob.key, packed)
         except BlobMissing:
             continue
         try:
             await asyncio.to_thread(archive.unpack, packed, folder / RUN)
         except StoreUnusable:
             shutil.rmtree(folder / RUN, ignore_errors=True)
-            await around.blobs.delete(blob.key)
+            await ctx.blobs.delete(blob.key)
             continue
         finally:
             packed.unlink(missing_ok=True)
@@ -82,9 +82,9 @@ async def fetch_checkpoint(around: Surroundings, claim: Claim, folder: Path) -> 
     return None
 
 
-async def checkpoints_of(around: Surroundings, job_id: str) -> list[Blob]:
+async def checkpoints_of(ctx: WorkerContext, job_id: str) -> list[Blob]:
     """The stored checkpoints of a job, the oldest first."""
-    return await around.blobs.list(f"checkpoints/{job_id}")
+    return await ctx.blobs.list(f"checkpoints/{job_id}")
 
 
 def checkpoint_key(job_id: str, step: int) -> str:

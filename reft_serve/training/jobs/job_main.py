@@ -52,9 +52,9 @@ __all__ = ["train_job"]
 _SPARE = 8 << 20
 
 
-def train_job(spec: JobSpec, line: socket.socket) -> None:
+def train_job(spec: JobSpec, sock: socket.socket) -> None:
     """Train, and tell how it went; whatever goes wrong is told as `Broken`."""
-    talk = _Talk(line)
+    talk = _WorkerSocket(sock)
     threading.Thread(target=talk.listen, daemon=True).start()
     try:
         talk.tell(_run(spec, talk))
@@ -62,11 +62,11 @@ def train_job(spec: JobSpec, line: socket.socket) -> None:
         talk.tell(_broken(exc, spec))
 
 
-class _Talk:
+class _WorkerSocket:
     """The socket's end in the job's process."""
 
-    def __init__(self, line: socket.socket) -> None:
-        self._file = line.makefile("rwb", buffering=0)
+    def __init__(self, sock: socket.socket) -> None:
+        self._file = sock.makefile("rwb", buffering=0)
         self._sending = threading.Lock()
         self.stopping = False
 
@@ -85,7 +85,7 @@ class _Talk:
 class _Follower:
     """Tells the worker what the trainer tells."""
 
-    def __init__(self, talk: _Talk, folder: Path, hours: float | None) -> None:
+    def __init__(self, talk: _WorkerSocket, folder: Path, hours: float | None) -> None:
         self._talk, self._folder, self._hours = talk, folder, hours
         self._clock = Clock(folder / RUN / METRICS)
 
@@ -113,7 +113,7 @@ class _Follower:
         return self._talk.stopping or self.out_of_time
 
 
-def _run(spec: JobSpec, talk: _Talk) -> Ended:
+def _run(spec: JobSpec, talk: _WorkerSocket) -> Ended:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     if spec.device == "cpu":
@@ -126,12 +126,12 @@ def _run(spec: JobSpec, talk: _Talk) -> Ended:
     if not resolved:
         lengths = (_tokens(item) for item in training)
         data = defaults.DataFacts(len(training), max(lengths))
-        resolved = defaults.choose(
+        resolved = defaults.resolve(
             asked, spec.method, read_base_model(base), data, longest, _dtype(spec.device), spec.seed
         )
     talk.tell(Resolved(resolved=resolved))
     check_size(spec.bounds, [_trained_tokens(item) for item in training], resolved["n_epochs"])
-    plan = defaults.plan_from(resolved, _reports(spec, talk))
+    plan = defaults.plan_from_job(resolved, _reports(spec, talk))
     follower = _Follower(talk, folder, spec.bounds.hours)
     outcome = train(
         base, plan, training, folder / RUN, held_out=held_out, resume=True, watchers=[follower], plot=False,
@@ -148,7 +148,7 @@ def _run(spec: JobSpec, talk: _Talk) -> Ended:
     )
 
 
-def _data(spec: JobSpec, tokenizer: Any, longest: int, talk: _Talk) -> tuple[_Items, _Items, list[str]]:
+def _data(spec: JobSpec, tokenizer: Any, longest: int, talk: _WorkerSocket) -> tuple[_Items, _Items, list[str]]:
     """The training and the held-out items, and their fingerprints; both files are read whole before anything heavy starts."""
     found: list[TrainingData] = []
     for param, path in (("training_file", spec.training), ("validation_file", spec.validation)):
@@ -199,7 +199,7 @@ def _dtype(device: str) -> DType:
     return "bfloat16" if device != "cpu" and torch.cuda.is_bf16_supported() else "float32"
 
 
-def _reports(spec: JobSpec, talk: _Talk) -> tuple[str, ...]:
+def _reports(spec: JobSpec, talk: _WorkerSocket) -> tuple[str, ...]:
     """The integrations that are asked for and are here."""
     here = set(get_available_reporting_integrations())
     for name in spec.reports.keys() - here:
@@ -218,17 +218,17 @@ def _broken(exc: Exception, spec: JobSpec) -> Broken:
     if isinstance(exc, _Unusable):
         code, param = exc.fault.code, exc.param
     if isinstance(exc, (BaseModelInvalid, ServiceError, OSError, SafetensorError)) or _full(Path(spec.folder)):
-        whose = "machine"
+        cause = "machine"
     elif isinstance(exc, (torch.OutOfMemoryError, MemoryError)):
-        whose = "memory"
+        cause = "memory"
     elif isinstance(exc, AdapterInvalid):
-        whose, code = "user", "training_diverged"
+        cause, code = "user", "training_diverged"
         message = (
             f"training diverged ({'; '.join(exc.faults)[:300]}): give a smaller learning_rate, or look at the data"
         )
     else:
-        whose = "user" if isinstance(exc, ClientError) else "unknown"
-    return Broken(whose=whose, code=code, message=message[:2000], param=param, traceback=told)
+        cause = "user" if isinstance(exc, ClientError) else "unknown"
+    return Broken(cause=cause, code=code, message=message[:2000], param=param, traceback=told)
 
 
 def _full(folder: Path) -> bool:

@@ -15,7 +15,7 @@ from reft_serve.database.jobs import queue
 from reft_serve.database.jobs.outcomes import Level, Wanted
 from reft_serve.database.jobs.queue import Claim, Progress
 from reft_serve.errors import LeaseLost
-from reft_serve.training.jobs.context import patiently
+from reft_serve.training.jobs.context import retry_until
 
 __all__ = ["Lease"]
 
@@ -48,11 +48,11 @@ class Lease:
         """When (`time.monotonic`) the job must be let go of, unless the database is heard of before."""
         return self._kept + self._seconds * _MARGIN
 
-    def tell(self, message: str, level: Level = "info", metrics: dict[str, float] | None = None) -> None:
+    def queue_event(self, message: str, level: Level = "info", metrics: dict[str, float] | None = None) -> None:
         """Let the job's owner know something, with the next heartbeat."""
         self._news.append((message, level, metrics))
 
-    def stir(self) -> None:
+    def wake(self) -> None:
         """Look now what the job's owner wants, unless that was done a moment ago."""
         if time.monotonic() - self._looked > _SHORTEST_LOOK:
             self._looked = time.monotonic()
@@ -72,7 +72,7 @@ class Lease:
             due = age > self._seconds / 4 or (bool(self._news) and age > _NEWS_SECONDS)
             try:
                 async with asyncio.timeout(max(0.1, self.until() - time.monotonic())):
-                    wanted = await (self.beat() if due else self._look())
+                    wanted = await (self.heartbeat() if due else self._poll())
             except FAILURES as exc:
                 if time.monotonic() > self.until():
                     raise LeaseLost(f"the database was away for too long to keep job {self._claim.id}") from exc
@@ -81,7 +81,7 @@ class Lease:
                 self.wanted = wanted
                 heard(wanted)
 
-    async def beat(self) -> Wanted:
+    async def heartbeat(self) -> Wanted:
         """Keep the job, and tell what there is to tell."""
         job, worker = self._claim.id, self._claim.worker
         async with self._beating:  # else news would be told twice
@@ -101,8 +101,8 @@ class Lease:
             async with self._database.writing() as session:
                 return await action(session)
 
-        return await patiently(once, self.until)
+        return await retry_until(once, self.until)
 
-    async def _look(self) -> Wanted:
+    async def _poll(self) -> Wanted:
         async with self._database.reading() as session:
-            return await queue.look(session, self._claim.id, self._claim.worker)
+            return await queue.poll(session, self._claim.id, self._claim.worker)

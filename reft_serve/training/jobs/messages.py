@@ -126,12 +126,12 @@ class Ended(_Plain):
 
 
 class Broken(_Plain):
-    """The run cannot go on. `whose`: the user's fault (it would fail again), the machine's (it would go on elsewhere), a
+    """The run cannot go on. `cause`: the user's fault (it would fail again), the machine's (it would go on elsewhere), a
     lack of memory, or one that nobody knows.
     """
 
     kind: Literal["broken"] = "broken"
-    whose: Literal["user", "machine", "memory", "unknown"]
+    cause: Literal["user", "machine", "memory", "unknown"]
     code: str
     message: str
     param: str | None = None

@@ -22,12 +22,12 @@ from reft_serve.config import set_environment
 from reft_serve.errors import ServiceError
 from reft_serve.training.jobs.messages import STOP, JobSpec, Message, read_message
 
-__all__ = ["Child", "Nursery"]
+__all__ = ["JobProcess", "JobProcesses"]
 
 _LONGEST_LINE = 16 << 20
 
 
-class Nursery:
+class JobProcesses:
     """Where jobs' processes come from."""
 
     def __init__(self) -> None:
@@ -56,12 +56,12 @@ class Nursery:
             self._devices = [(str(name), int(size)) for name, size in json.loads(told)]
         return self._devices
 
-    async def start(self, spec: JobSpec) -> Child:
+    async def start(self, spec: JobSpec) -> JobProcess:
         """A job's process."""
         ours, theirs = socket.socketpair()
         process = await self._start(_enter, theirs, spec.model_dump_json())
         reader, writer = await asyncio.open_connection(sock=ours, limit=_LONGEST_LINE)
-        return Child(process, reader, writer)
+        return JobProcess(process, reader, writer)
 
     async def _start(self, target: Any, theirs: socket.socket, *given: str) -> ForkServerProcess:
         process = self._context.Process(target=target, args=(*given, theirs), daemon=True)
@@ -71,7 +71,7 @@ class Nursery:
         return process
 
 
-class Child:
+class JobProcess:
     """One running job."""
 
     def __init__(self, process: ForkServerProcess, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -108,7 +108,7 @@ class Child:
         return self._process.exitcode
 
 
-def _enter(spec: str, line: socket.socket) -> None:
+def _enter(spec: str, sock: socket.socket) -> None:
     from reft_serve.training.jobs.job_main import train_job
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the worker's, which stops its jobs in order
@@ -116,14 +116,14 @@ def _enter(spec: str, line: socket.socket) -> None:
     os.chdir(read.folder)  # what libraries leave beside goes with the job's folder
     if read.device != "cpu":
         set_environment({"CUDA_VISIBLE_DEVICES": read.device})
-    train_job(read, line)
+    train_job(read, sock)
 
 
-def _look(line: socket.socket) -> None:
+def _look(sock: socket.socket) -> None:
     import torch
 
     import reft_serve.training.jobs.job_main  # noqa: F401 - that it can be
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     found = [(str(k), torch.cuda.get_device_properties(k).total_memory) for k in range(count)]
-    line.sendall(json.dumps(found).encode())
+    sock.sendall(json.dumps(found).encode())

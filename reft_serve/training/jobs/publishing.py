@@ -21,7 +21,7 @@ from reft_serve.database.files import WrittenFile
 from reft_serve.database.jobs.outcomes import NewCheckpoint, NewVersion, Status, Succeeded
 from reft_serve.database.jobs.queue import Claim, finish
 from reft_serve.database.room import lock_room
-from reft_serve.training.jobs.context import Surroundings
+from reft_serve.training.jobs.context import WorkerContext
 from reft_serve.training.loop import checkpoints
 from reft_serve.training.loop.report import METRICS, read_metrics
 
@@ -39,7 +39,7 @@ class _Made:
     source: Path
 
 
-async def publish(around: Surroundings, claim: Claim, run: Path, tokens: int) -> Status:
+async def publish(ctx: WorkerContext, claim: Claim, run: Path, tokens: int) -> Status:
     """Publish what a run has made, and end the job; the answer is how it ended. To call it again after a failure is safe.
 
     Raises:
@@ -49,45 +49,45 @@ async def publish(around: Surroundings, claim: Claim, run: Path, tokens: int) ->
     made: list[_Made] = []
     try:
         for source in (run / "adapter", *checkpoints.sealed(run / "checkpoints").values()):
-            made.append(await asyncio.to_thread(_store, around, source))
+            made.append(await asyncio.to_thread(_store, ctx, source))
         metrics = openai_metrics(read_metrics(run / METRICS))
         steps = [
             NewCheckpoint(step, metrics.get(step, {}), each.version)
             for step, each in zip(checkpoints.sealed(run / "checkpoints"), made[1:], strict=True)
         ]
-        result = await _write_result(around, claim, run)
+        result = await _write_result(ctx, claim, run)
         outcome = Succeeded(made[0].version, steps, tokens, result)
-        async with around.database.writing() as session:
+        async with ctx.database.writing() as session:
             await lock_room(session, claim.tenant_id)
             for each in sorted({each.version.digest: each for each in made}.values(), key=lambda e: e.version.digest):
-                await around.database.lock(session, each.version.digest)
-                if not around.store.path(each.version.digest).is_dir():  # its last owner removed it in this moment
-                    await asyncio.to_thread(_store, around, each.source)
-            status = await finish(session, claim.id, claim.worker, outcome, around.settings.limits)
+                await ctx.database.lock(session, each.version.digest)
+                if not ctx.store.path(each.version.digest).is_dir():  # its last owner removed it in this moment
+                    await asyncio.to_thread(_store, ctx, each.source)
+            status = await finish(session, claim.id, claim.worker, outcome, ctx.settings.limits)
     except BaseException:
-        await asyncio.shield(_forgive(around, made))
+        await asyncio.shield(_forgive(ctx, made))
         raise
-    await retract(around, (each.version.digest for each in made))  # what was not named: all, or some checkpoints
+    await retract(ctx, (each.version.digest for each in made))  # what was not named: all, or some checkpoints
     return status
 
 
-async def retract(around: Surroundings, digests: Iterable[str], *, older_than_ms: int | None = None) -> int:
+async def retract(ctx: WorkerContext, digests: Iterable[str], *, older_than_ms: int | None = None) -> int:
     """Remove the versions that no row names from the store, and give their number.
 
     Args:
-        around: of this worker.
+        ctx: of this worker.
         digests: of versions that may be there.
         older_than_ms: leave what has changed since then.
     """
     removed = 0
     for digest in set(digests):
-        async with around.database.writing() as session:
-            await around.database.lock(session, digest)
+        async with ctx.database.writing() as session:
+            await ctx.database.lock(session, digest)
             if await adapters.is_used(session, digest):
                 continue
-            changed = await asyncio.to_thread(_changed_ms, around.store.path(digest))
+            changed = await asyncio.to_thread(_changed_ms, ctx.store.path(digest))
             if changed is not None and (older_than_ms is None or changed < older_than_ms):
-                await asyncio.to_thread(around.store.remove, digest)
+                await asyncio.to_thread(ctx.store.remove, digest)
                 removed += 1
     return removed
 
@@ -122,10 +122,10 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.6g}"
 
 
-async def _write_result(around: Surroundings, claim: Claim, run: Path) -> WrittenFile:
+async def _write_result(ctx: WorkerContext, claim: Claim, run: Path) -> WrittenFile:
     content = result_csv(read_metrics(run / METRICS))
     name = f"{claim.id}-metrics.csv"
-    async with around.database.writing() as session:
+    async with ctx.database.writing() as session:
         file_id = await files.start_file(
             session, claim.tenant_id, None, filename=name, purpose="fine-tune-results", expires_ms=None
         )
@@ -133,19 +133,19 @@ async def _write_result(around: Surroundings, claim: Claim, run: Path) -> Writte
     async def chunks() -> AsyncIterator[bytes]:
         yield content
 
-    written = await around.blobs.write(files.key_of_blob(file_id), chunks(), _MOST_RESULT_BYTES)
+    written = await ctx.blobs.write(files.key_of_blob(file_id), chunks(), _MOST_RESULT_BYTES)
     return WrittenFile(file_id, written.size, written.sha256)
 
 
-def _store(around: Surroundings, source: Path) -> _Made:
+def _store(ctx: WorkerContext, source: Path) -> _Made:
     """Put a version into the store. Blocks."""
-    with around.store.staging() as staged:
+    with ctx.store.staging() as staged:
         for name in FILES:
             if (source / name).exists():
                 shutil.copyfile(source / name, staged / name)
         manifest = check_structure(staged, source.name)
         size = sum(file.stat().st_size for file in staged.iterdir())
-        digest = around.store.publish(staged)
+        digest = ctx.store.publish(staged)
     return _Made(NewVersion(digest, manifest.base_model.name, size, dict(manifest.summary())), source)
 
 
@@ -155,7 +155,7 @@ def _changed_ms(path: Path) -> int | None:
     return None
 
 
-async def _forgive(around: Surroundings, made: Iterable[_Made]) -> None:
+async def _forgive(ctx: WorkerContext, made: Iterable[_Made]) -> None:
     """Take back what was not named, where that can be done now; else a sweep will."""
     with contextlib.suppress(Exception):
-        await asyncio.wait_for(retract(around, [each.version.digest for each in made]), 10.0)
+        await asyncio.wait_for(retract(ctx, [each.version.digest for each in made]), 10.0)

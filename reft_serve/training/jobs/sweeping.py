@@ -8,8 +8,8 @@ import re
 from reft_serve.database import adapters
 from reft_serve.database.jobs import fine_tuning
 from reft_serve.database.models import now_ms
-from reft_serve.storage.files import sweep_asides
-from reft_serve.training.jobs.context import Surroundings
+from reft_serve.storage.files import sweep_scratch
+from reft_serve.training.jobs.context import WorkerContext
 from reft_serve.training.jobs.publishing import retract
 
 __all__ = ["sweep"]
@@ -17,7 +17,7 @@ __all__ = ["sweep"]
 _JOB = re.compile(r"checkpoints/([^/]+)/")
 
 
-async def sweep(around: Surroundings) -> None:
+async def sweep(ctx: WorkerContext) -> None:
     """Remove what belongs to nobody. Safe beside whoever publishes or trains, here or elsewhere: half-written things are
     told by their locks, versions are looked up under the lock that a publisher takes, and a young one is left alone, since
     its publisher may be about to name it.
@@ -25,24 +25,24 @@ async def sweep(around: Surroundings) -> None:
     Raises:
         StoreUnusable, and what a database raises: another time.
     """
-    await around.blobs.sweep()
-    await asyncio.to_thread(around.store.sweep)
-    await asyncio.to_thread(sweep_asides, around.work)
-    await _sweep_checkpoints(around)
-    before = now_ms() - int(around.settings.sweep_seconds * 1000)
-    lying = await asyncio.to_thread(around.store.digests)
-    async with around.database.reading() as session:
+    await ctx.blobs.sweep()
+    await asyncio.to_thread(ctx.store.sweep)
+    await asyncio.to_thread(sweep_scratch, ctx.work)
+    await _sweep_checkpoints(ctx)
+    before = now_ms() - int(ctx.settings.sweep_seconds * 1000)
+    lying = await asyncio.to_thread(ctx.store.digests)
+    async with ctx.database.reading() as session:
         named = await adapters.all_digests(session)
     strays = [digest for digest, changed in lying if changed < before and digest not in named]
-    await retract(around, strays, older_than_ms=before)
+    await retract(ctx, strays, older_than_ms=before)
 
 
-async def _sweep_checkpoints(around: Surroundings) -> None:
-    found = await around.blobs.list("checkpoints")
+async def _sweep_checkpoints(ctx: WorkerContext) -> None:
+    found = await ctx.blobs.list("checkpoints")
     jobs = {match[1] for blob in found if (match := _JOB.match(blob.key))}
-    async with around.database.reading() as session:
+    async with ctx.database.reading() as session:
         alive = await fine_tuning.unfinished_of(session, jobs)
     for blob in found:
         match = _JOB.match(blob.key)
         if match and match[1] not in alive:
-            await around.blobs.delete(blob.key)
+            await ctx.blobs.delete(blob.key)

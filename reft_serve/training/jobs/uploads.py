@@ -10,7 +10,7 @@ from pathlib import Path
 from reft_serve.database.jobs import queue
 from reft_serve.database.jobs.queue import Claim
 from reft_serve.errors import LeaseLost
-from reft_serve.training.jobs.context import TROUBLE, Surroundings, patiently
+from reft_serve.training.jobs.context import TRANSIENT, WorkerContext, retry_until
 from reft_serve.training.jobs.inputs import checkpoint_key, checkpoints_of
 from reft_serve.training.jobs.lease import Lease
 from reft_serve.training.jobs.messages import Saved
@@ -21,8 +21,8 @@ __all__ = ["Uploads"]
 class Uploads:
     """The checkpoints of one attempt."""
 
-    def __init__(self, around: Surroundings, claim: Claim, lease: Lease) -> None:
-        self._around, self._claim, self._lease = around, claim, lease
+    def __init__(self, ctx: WorkerContext, claim: Claim, lease: Lease) -> None:
+        self._ctx, self._claim, self._lease = ctx, claim, lease
         self._metrics: dict[int, dict[str, float]] = {}
         self._waiting: tuple[Saved, dict[str, float]] | None = None
         self._moving: asyncio.Task[None] | None = None
@@ -57,18 +57,18 @@ class Uploads:
                 await self._store(saved, metrics)
 
     async def _store(self, saved: Saved, metrics: dict[str, float]) -> None:
-        claim, step, blobs, path = self._claim, saved.step, self._around.blobs, Path(saved.path)
-        deadline = time.monotonic() + self._around.settings.patience_seconds
+        claim, step, blobs, path = self._claim, saved.step, self._ctx.blobs, Path(saved.path)
+        deadline = time.monotonic() + self._ctx.settings.patience_seconds
         try:
-            await patiently(lambda: blobs.put(path, checkpoint_key(claim.id, step)), lambda: deadline)
-            limits = self._around.settings.limits
+            await retry_until(lambda: blobs.put(path, checkpoint_key(claim.id, step)), lambda: deadline)
+            limits = self._ctx.settings.limits
             await self._lease.write(
                 lambda session: queue.add_checkpoint(session, claim.id, claim.worker, step, metrics, limits)
             )
-            for blob in await checkpoints_of(self._around, claim.id):
+            for blob in await checkpoints_of(self._ctx, claim.id):
                 if blob.key < checkpoint_key(claim.id, step):
                     await blobs.delete(blob.key)
-        except TROUBLE as exc:
-            self._lease.tell(f"The checkpoint of step {step} could not be stored: {exc}", "warn")
+        except TRANSIENT as exc:
+            self._lease.queue_event(f"The checkpoint of step {step} could not be stored: {exc}", "warn")
         finally:
             path.unlink(missing_ok=True)

@@ -24,8 +24,8 @@ from reft_serve.observability import JOB_MEMORY, JOBS_ENDED, JOBS_RUNNING, WORKE
 from reft_serve.storage.blobs import BlobStore
 from reft_serve.training.jobs import machine
 from reft_serve.training.jobs.attempt import Attempt, Place
-from reft_serve.training.jobs.context import TROUBLE, Surroundings
-from reft_serve.training.jobs.process import Nursery
+from reft_serve.training.jobs.context import TRANSIENT, WorkerContext
+from reft_serve.training.jobs.process import JobProcesses
 from reft_serve.training.jobs.sweeping import sweep
 
 __all__ = ["Worker", "running"]
@@ -35,7 +35,7 @@ _LONGEST_PAUSE = 60.0
 _SPARE = 64 << 20
 _TURN_SECONDS = 1.5
 _WAITED_POLLS = 3
-_PASSING: tuple[type[Exception], ...] = (BaseModelInvalid, ServiceError, *TROUBLE)
+_RETRIED: tuple[type[Exception], ...] = (BaseModelInvalid, ServiceError, *TRANSIENT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +49,8 @@ class _Device:
 class Worker:
     """The attempts of one process."""
 
-    def __init__(self, around: Surroundings) -> None:
-        self._around = around
+    def __init__(self, ctx: WorkerContext) -> None:
+        self._ctx = ctx
         self._devices: list[_Device] = []
         self._attempts: dict[asyncio.Task[None], Attempt] = {}
         self._ending = asyncio.Event()
@@ -71,10 +71,10 @@ class Worker:
 
     async def run(self) -> None:
         """Work until `end`."""
-        settings = self._around.settings
+        settings = self._ctx.settings
         _log.info(
             "the worker starts",
-            extra={"data": {"worker": settings.worker_name, "model": str(self._around.base), "version": __version__}},
+            extra={"data": {"worker": settings.worker_name, "model": str(self._ctx.base), "version": __version__}},
         )
         while not self._ending.is_set():
             self._ticked = time.monotonic()
@@ -109,11 +109,11 @@ class Worker:
             while await self._take_one():
                 pass
             self.unready, self._pause = None, 0.0
-        except _PASSING as exc:
+        except _RETRIED as exc:
             self._rest(" ".join(str(exc).split())[:300])
 
     def _rest(self, why: str) -> None:
-        self._pause = min(max(self._around.settings.poll_seconds, 2 * self._pause), _LONGEST_PAUSE / 2)
+        self._pause = min(max(self._ctx.settings.poll_seconds, 2 * self._pause), _LONGEST_PAUSE / 2)
         self._rested = time.monotonic() + self._pause
         if self.unready != why:
             _log.warning("the worker takes no jobs for now", extra={"data": {"why": why}})
@@ -125,26 +125,26 @@ class Worker:
         Raises:
             BaseModelInvalid, StoreUnusable, OSError: a job would not get far here.
         """
-        around = self._around
-        await asyncio.to_thread(read_base_model, around.base)
-        await asyncio.to_thread(_check_disk, around.work)
+        ctx = self._ctx
+        await asyncio.to_thread(read_base_model, ctx.base)
+        await asyncio.to_thread(_check_disk, ctx.work)
         if self.unready is not None:  # after trouble, and at first
-            await around.blobs.check()
-            await asyncio.to_thread(around.store.check)
+            await ctx.blobs.check()
+            await asyncio.to_thread(ctx.store.check)
 
     async def _sweep(self) -> None:
-        now, settings = time.monotonic(), self._around.settings
+        now, settings = time.monotonic(), self._ctx.settings
         if self._swept is None or now > self._swept + settings.sweep_seconds:
-            await sweep(self._around)
+            await sweep(self._ctx)
             self._swept = now
 
     async def _take_one(self) -> bool:
         """Claim a job and begin it, where there is one and room for it."""
-        around, settings = self._around, self._around.settings
-        async with around.database.reading() as session:
+        ctx, settings = self._ctx, self._ctx.settings
+        async with ctx.database.reading() as session:
             counts = await count_jobs(session)
         if counts.get("running", 0) > len(self._attempts):  # another worker may have died
-            async with around.database.writing() as session:
+            async with ctx.database.writing() as session:
                 await queue.sweep(session, settings.train_attempts)
         if not counts.get("queued") or self._ending.is_set():
             return False
@@ -155,16 +155,16 @@ class Worker:
         return False
 
     async def _claim(self, place: Place) -> bool:
-        around, settings = self._around, self._around.settings
+        ctx, settings = self._ctx, self._ctx.settings
         claimed = time.monotonic()
-        async with around.database.writing() as session:
+        async with ctx.database.writing() as session:
             claim = await queue.claim(
                 session, settings.worker_name, settings.lease_seconds, place.free, settings.running_per_tenant,
                 settings.train_attempts,
             )  # fmt: skip
         if claim is None:
             return False
-        attempt = Attempt(around, claim, place, claimed)
+        attempt = Attempt(ctx, claim, place, claimed)
         self._attempts[asyncio.create_task(self._attend(attempt))] = attempt
         _log.info(
             "a job was claimed", extra={"data": {"job": claim.id, "tenant": claim.tenant, "attempt": claim.attempts}}
@@ -173,14 +173,14 @@ class Worker:
 
     async def _make_way(self) -> None:
         """Ask a job that has had its turn to give way, if another tenant's waits and finds no room."""
-        settings, now = self._around.settings, time.monotonic()
+        settings, now = self._ctx.settings, time.monotonic()
         turns = sorted((attempt.claimed, attempt.claim.id) for attempt in self._attempts.values())
         had = [job_id for claimed, job_id in turns if now - claimed >= settings.train_turn_seconds]
         if not had or not self._devices:
             return
         largest = max(device.memory for device in self._devices)
         waited = _WAITED_POLLS * settings.poll_seconds
-        async with self._around.database.writing() as session:
+        async with self._ctx.database.writing() as session:
             yielding = await queue.make_way(session, had, largest, settings.running_per_tenant, waited)
         if yielding is not None:
             _log.info("a job gives way", extra={"data": {"job": yielding}})
@@ -201,7 +201,7 @@ class Worker:
 
     async def _room(self) -> Place | None:
         """The device with most free memory; None where no more jobs are taken."""
-        settings = self._around.settings
+        settings = self._ctx.settings
         if not self._devices:
             self._devices = await self._find_devices()
         cores = machine.cores()
@@ -218,8 +218,8 @@ class Worker:
         return Place(device.name, free, device.memory, threads) if free > 0 else None
 
     async def _find_devices(self) -> list[_Device]:
-        given = self._around.settings.train_memory_bytes
-        found = await self._around.nursery.devices() or [("cpu", machine.memory())]
+        given = self._ctx.settings.train_memory_bytes
+        found = await self._ctx.processes.devices() or [("cpu", machine.memory())]
         return [_Device(name, given or size * 4 // 5) for name, size in found]
 
     async def _drain(self, seconds: float) -> None:
@@ -245,11 +245,11 @@ async def running(settings: TrainerSettings) -> AsyncIterator[Worker]:
     try:
         await (migrate if settings.migrate else check_schema)(database)
         work = settings.work.expanduser().resolve()
-        around = Surroundings(
-            settings, database, AdapterStore(settings.store), BlobStore(settings.blobs_url), Nursery(),
+        ctx = WorkerContext(
+            settings, database, AdapterStore(settings.store), BlobStore(settings.blobs_url), JobProcesses(),
             await asyncio.to_thread(_find_base, settings.model), work,
         )  # fmt: skip
-        yield Worker(around)
+        yield Worker(ctx)
     finally:
         await database.close()
 

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from reft_serve.adapters.structure import FILES
-from reft_serve.storage.files import sync_path
+from reft_serve.storage.files import fsync_path
 
 __all__ = [
     "SEAL",
@@ -53,7 +53,7 @@ def seal(path: Path) -> None:
     sync(path)
     with open(path / SEAL, "xb") as marker:
         os.fsync(marker.fileno())
-    sync_path(path)
+    fsync_path(path)
 
 
 def rotate(folder: Path, keep: int, best: int | None) -> None:
@@ -74,5 +74,5 @@ def _all(folder: Path) -> dict[int, Path]:
 def sync(folder: Path) -> None:
     """Have a directory and its files on the disk."""
     for file in folder.iterdir():
-        sync_path(file)
-    sync_path(folder)
+        fsync_path(file)
+    fsync_path(folder)

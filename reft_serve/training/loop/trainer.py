@@ -25,7 +25,7 @@ from reft_serve.training.loop import checkpoints
 from reft_serve.training.loop.objectives import Objective
 from reft_serve.training.model.edited_model import EditedModel
 from reft_serve.training.model.parameters import load_parameters, save_parameters
-from reft_serve.training.model.state_cache import FrozenStates, worth_keeping
+from reft_serve.training.model.state_cache import StateCache, worth_keeping
 from reft_serve.training.plan import Plan
 
 __all__ = ["ReftTrainer", "Watcher", "arguments"]
@@ -129,7 +129,7 @@ class ReftTrainer(Trainer, Generic[Item]):  # type: ignore[misc]
         )
         tokens = sum(self._lengths) + sum(map(objective.tokens, held_out))
         kept = worth_keeping(model, plan, len(items), tokens, self.accelerator.num_processes)
-        self._states = FrozenStates(model) if kept else None
+        self._states = StateCache(model) if kept else None
         self.loss_is_scaled_for_ga = True
         self.remove_callback(PrinterCallback)
         self.add_callback(_Epochs(self))

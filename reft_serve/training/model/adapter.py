@@ -58,7 +58,7 @@ def build(base: Path, plan: Plan) -> EditedModel:
         lm = lora.wrap(lm, plan.lora)
     model = EditedModel(lm, edits, gradient_checkpointing=plan.gradient_checkpointing, compiled=plan.compile)
     if device.type == "cpu" and not plan.compile:
-        cpu_fusion.join_passes(model.lm)
+        cpu_fusion.fuse(model.lm)
     return model.to(device)
 
 
@@ -110,7 +110,7 @@ def publish_version(
     )
     manifest = Manifest(base_model=base, interventions=specs, positions=shape.rule, provenance=dict(provenance))
     weights = [_on_cpu(edit.module.weights()) for edit in model.edits]
-    half = None if plan.lora is None else lora.half_of(model.lm, str(path))
+    half = None if plan.lora is None else lora.lora_weights(model.lm, str(path))
     return publish(path, manifest, weights, half)
 
 

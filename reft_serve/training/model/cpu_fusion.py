@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["join_passes"]
+__all__ = ["fuse"]
 
 _ROTARY = "apply_rotary_pos_emb"
 
 
-def join_passes(root: nn.Module) -> int:
+def fuse(root: nn.Module) -> int:
     """Let every RMSNorm and every rotary embedding below `root` be done in few passes; how many were found.
 
     They are known by their names, and by giving what ours give: some norms add one to their weight, some models turn

@@ -26,7 +26,7 @@ from reft_serve.interventions.positions import Part, PositionRule
 from reft_serve.training.data.batching import Batch, collate
 from reft_serve.training.data.examples import Example
 from reft_serve.training.model import attention
-from reft_serve.training.model.row_edit import change
+from reft_serve.training.model.row_edit import edit_rows
 
 __all__ = ["Edit", "EditedModel"]
 
@@ -210,7 +210,7 @@ class EditedModel(nn.Module):
         h_ND = h_BTD.flatten(0, 1)
         for edit in self.edits:
             if edit.layer == layer:
-                h_ND = change(h_ND, self._rows(edit), edit.module)
+                h_ND = edit_rows(h_ND, self._rows(edit), edit.module)
         edited = h_ND.view_as(h_BTD)
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
 

@@ -11,7 +11,7 @@ from reft_serve.adapters.lora import Lora, lora_of_tensors
 from reft_serve.errors import ClientError
 from reft_serve.training.plan import LoraPlan
 
-__all__ = ["attach", "half_of", "wrap"]
+__all__ = ["attach", "lora_weights", "wrap"]
 
 
 def wrap(lm: Any, plan: LoraPlan) -> Any:
@@ -38,7 +38,7 @@ def attach(lm: Any, path: Path) -> Any:
     return PeftModel.from_pretrained(lm, str(path))
 
 
-def half_of(lm: Any, where: str) -> Lora:
+def lora_weights(lm: Any, where: str) -> Lora:
     """The LoRA as it is now, in PEFT's two files."""
     config = lm.peft_config["default"].to_dict() | {"inference_mode": True}
     plain = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}

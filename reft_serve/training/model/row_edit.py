@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["change"]
+__all__ = ["edit_rows"]
 
 
-def change(h_ND: Tensor, rows_E: Tensor, edit: Callable[[Tensor], Tensor]) -> Tensor:
+def edit_rows(h_ND: Tensor, rows_E: Tensor, edit: Callable[[Tensor], Tensor]) -> Tensor:
     """`h_ND` with `edit` of its rows `rows_E`, each named once, in their place; the given tensor is left as it is."""
     rest_ND, taken_ED = _take(h_ND, rows_E)
     return _put(rest_ND, rows_E, edit(taken_ED))

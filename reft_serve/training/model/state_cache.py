@@ -19,7 +19,7 @@ from reft_serve.training.data.examples import Example
 from reft_serve.training.model.edited_model import EditedModel
 from reft_serve.training.plan import Plan, much_is_below
 
-__all__ = ["FrozenStates", "worth_keeping"]
+__all__ = ["StateCache", "worth_keeping"]
 
 
 def worth_keeping(model: EditedModel, plan: Plan, examples: int, tokens: int, processes: int) -> bool:
@@ -35,7 +35,7 @@ def worth_keeping(model: EditedModel, plan: Plan, examples: int, tokens: int, pr
     return epochs > processes and much and fit and plan.lora is None and plan.dtype != "float16"
 
 
-class FrozenStates:
+class StateCache:
     """What leaves the lowest edited layer for each example, in main memory."""
 
     def __init__(self, model: EditedModel) -> None:

@@ -26,21 +26,25 @@ TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}{% if tools %}{{ 
 
 
 class Up:
-    """One `reft-serve up` process and its first key. `flags` go to it, `settings` to its environment."""
+    """One `reft-serve up` process and its first key. `flags` go to it, `settings` to its environment.
 
-    def __init__(self, folder: Path, *flags: str, **settings: str) -> None:
+    `program` is another installation's `reft-serve`, which runs in `folder`; None: this one.
+    """
+
+    def __init__(self, folder: Path, *flags: str, program: Path | None = None, **settings: str) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.url, self.log = f"http://127.0.0.1:{self.port}", folder / "up.log"
-        command = [
-            sys.executable, "-m", "reft_serve.cli.up", "--data", str(folder / "data"), "--port", str(self.port),
-            "--dtype", "float32", "--max-num-seqs", "64", *flags,
-        ]  # fmt: skip
+        up = [str(program), "up"] if program else [sys.executable, "-m", "reft_serve.cli.up"]
+        command = [*up, "--data", str(folder / "data"), "--port", str(self.port)]
+        command += ["--dtype", "float32", "--max-num-seqs", "64", *flags]
         given = {"REFT_LORA": "off", "REFT_CACHE_SECONDS": "0.5", **settings}
         begun = time.monotonic()
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | given)
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, env=os.environ | given, cwd=folder if program else None
+            )
         self._probe = httpx.Client(base_url=self.url, timeout=5, trust_env=False)
         while self.status("/health/ready") != 200:
             if self.process.poll() is not None or time.monotonic() > begun + READY_SECONDS:

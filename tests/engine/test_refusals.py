@@ -14,7 +14,7 @@ from torch import nn
 
 from reft_serve.engine.configuration import check_modes
 from reft_serve.engine.plugin import KNOWN_VERSIONS, check_version
-from reft_serve.engine.worker.hook_points import decoder_layers, places_of, watch
+from reft_serve.engine.worker.hook_points import decoder_layers, install_hooks, places_of
 from reft_serve.errors import EngineUnsupported
 from tests.support.engine.engines import engine_config
 
@@ -125,6 +125,6 @@ def test_a_model_without_decoder_layers_is_refused() -> None:
 def test_a_layer_that_does_not_return_the_stream_is_refused() -> None:
     model = nn.Sequential(nn.ModuleList([Layer(lambda h: {"hidden": h})]))
     layers = decoder_layers(model, 1)
-    watch(layers, places_of(layers, {"block"}), engine=0)
+    install_hooks(layers, places_of(layers, {"block"}), engine=0)
     with pytest.raises(EngineUnsupported, match="neither its hidden states nor"):
         next(iter(layers[0]._forward_hooks.values()))(layers[0], (), {"hidden": 1})

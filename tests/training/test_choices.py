@@ -10,7 +10,7 @@ import pytest
 from reft_serve.adapters.manifest import BaseFacts
 from reft_serve.interventions.positions import PositionRule
 from reft_serve.recipes.hyperparameters import read_hyperparameters
-from reft_serve.training.defaults import DataFacts, choose, most_tokens, plan_from_job
+from reft_serve.training.defaults import DataFacts, most_tokens, plan_from_job, resolve
 from reft_serve.training.jobs import machine
 from reft_serve.training.jobs.memory import context_of, estimate
 from tests.support.training.jobs import MODEL
@@ -21,7 +21,7 @@ NARROW = BaseFacts(name="x", architecture="LlamaForCausalLM", hidden_size=6, num
 
 def chosen(base: BaseFacts = WIDE, examples: int = 1000, longest: int = 100, **asked: object) -> dict[str, object]:
     data = DataFacts(examples, longest)
-    return choose(read_hyperparameters(asked), "supervised", base, data, 2048, "float32", 7)
+    return resolve(read_hyperparameters(asked), "supervised", base, data, 2048, "float32", 7)
 
 
 def test_auto_is_the_papers_choice_sized_by_model_and_data() -> None:

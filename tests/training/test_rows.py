@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from reft_serve.training.model.row_edit import change
+from reft_serve.training.model.row_edit import edit_rows
 
 
 def plainly(h_ND: Tensor, rows_E: Tensor, edit: nn.Module) -> Tensor:
@@ -22,7 +22,7 @@ def test_values_and_gradients_are_those_of_plain_indexing(rows: list[int], learn
     pull = torch.randn(9, 5, dtype=torch.float64)
     rows_E = torch.tensor(rows, dtype=torch.long)
     found = []
-    for how in (change, plainly):
+    for how in (edit_rows, plainly):
         h_ND = 2 * start
         before = h_ND.detach().clone()
         out = how(how(h_ND, rows_E, edit), rows_E.flip(0)[:2], edit)  # twice, as the two parts of a rule do

@@ -17,7 +17,7 @@ from reft_serve.database.models import Job
 from reft_serve.errors import StoreUnusable
 from reft_serve.training.jobs.attempt import Attempt, _why
 from reft_serve.training.jobs.attempt import Place as Device
-from reft_serve.training.jobs.context import Surroundings
+from reft_serve.training.jobs.context import WorkerContext
 from reft_serve.training.jobs.messages import Broken, Ended, JobSpec, Measured, Message, Noted, Resolved, Started
 from tests.support.training.jobs import MODEL, Place
 
@@ -71,10 +71,10 @@ async def attempt_of(place: Place, process: Process, device: Device = HUGE, **ch
     assert claim.id == job_id
     work = place.folder / "work"
     work.mkdir()
-    nursery: Any = process
+    processes: Any = process
     settings = place.settings(**changed)
-    around = Surroundings(settings, place.database, place.store, place.blobs, nursery, MODEL, work)
-    return Attempt(around, claim, device, begun)
+    ctx = WorkerContext(settings, place.database, place.store, place.blobs, processes, MODEL, work)
+    return Attempt(ctx, claim, device, begun)
 
 
 async def ended(place: Place, *says: Message, code: int | None = 0, **changed: Any) -> tuple[str, Attempt, Job]:
@@ -234,11 +234,11 @@ async def test_a_file_that_is_gone_ends_the_job_and_names_the_field(place: Place
         claim = await queue.claim(session, "one", 10.0)
     assert claim is not None
     (place.folder / "work").mkdir()
-    nursery: Any = process
-    around = Surroundings(
-        place.settings(), place.database, place.store, place.blobs, nursery, MODEL, place.folder / "work"
+    processes: Any = process
+    ctx = WorkerContext(
+        place.settings(), place.database, place.store, place.blobs, processes, MODEL, place.folder / "work"
     )
-    assert await Attempt(around, claim, HUGE, time.monotonic()).run() == "failed"
+    assert await Attempt(ctx, claim, HUGE, time.monotonic()).run() == "failed"
     error = (await place.find(job_id)).error
     assert error is not None
     assert (error["code"], error["param"]) == ("file_missing", param)

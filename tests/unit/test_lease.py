@@ -62,14 +62,14 @@ async def claimed(place: Place, seconds: float = SECONDS) -> tuple[Lease, Flaky,
 
 async def test_what_is_told_is_written_once_though_a_heartbeat_breaks_off(place: Place) -> None:
     lease, database, claim = await claimed(place)
-    lease.tell("first")
+    lease.queue_event("first")
     database.breaks = True
     with pytest.raises(OperationalError):
-        await lease.beat()
+        await lease.heartbeat()
     assert "first" not in await place.told(claim.id)
     database.breaks = False
-    lease.tell("second")
-    await asyncio.gather(lease.beat(), lease.beat())
+    lease.queue_event("second")
+    await asyncio.gather(lease.heartbeat(), lease.heartbeat())
     assert [each for each in await place.told(claim.id) if each in ("first", "second")] == ["first", "second"]
 
 
@@ -79,13 +79,13 @@ async def test_a_heartbeat_moves_the_end_and_carries_the_progress(place: Place) 
     assert before == pytest.approx(time.monotonic() + 8.5, abs=2.0)  # earlier than the database's
     lease.progress = Progress(3, 9, 30)
     await asyncio.sleep(0.01)
-    await lease.beat()
+    await lease.heartbeat()
     assert lease.until() > before
     job = await place.find(claim.id)
     assert (job.step, job.steps) == (3, 9)
     database.breaks, kept = True, lease.until()
     with pytest.raises(OperationalError):
-        await lease.beat()
+        await lease.heartbeat()
     assert lease.until() == kept
 
 
@@ -98,7 +98,7 @@ async def test_a_kept_job_is_heard_of_before_its_lease_ends(place: Place) -> Non
         assert await queue.claim(session, "two", SECONDS) is None
     keeping.cancel()
     await asyncio.gather(keeping, return_exceptions=True)
-    await lease.beat()
+    await lease.heartbeat()
     assert (await place.find(claim.id)).status == "running"
 
 
@@ -109,9 +109,9 @@ async def test_what_the_owner_wants_is_said_when_it_changes(place: Place) -> Non
     await place.ask(claim.id, "pause")
     async with asyncio.timeout(5):
         while not heard:
-            lease.stir()
+            lease.wake()
             await asyncio.sleep(0.01)
-    lease.stir()
+    lease.wake()
     await asyncio.sleep(0.3)
     await place.ask(claim.id, "cancel")
     async with asyncio.timeout(5):
@@ -134,7 +134,7 @@ async def test_a_job_is_let_go_of_before_its_lease_ends_if_the_database_is_away(
 
 async def test_a_database_that_comes_back_in_time_costs_nothing(place: Place) -> None:
     lease, database, _ = await claimed(place, 20.0)
-    lease.tell("news are not kept back for long")
+    lease.queue_event("news are not kept back for long")
     database.away = True
     keeping = asyncio.create_task(lease.keep(lambda wanted: None))
     await asyncio.sleep(0.5)
@@ -153,7 +153,7 @@ async def test_a_job_of_another_worker_is_lost_at_once(place: Place) -> None:
     async with place.database.writing() as session:
         await queue.release(session, claim.id, claim.worker)
     with pytest.raises(LeaseLost):
-        await lease.beat()
+        await lease.heartbeat()
     with pytest.raises(LeaseLost):
         await lease.keep(lambda wanted: None)
 
@@ -184,11 +184,11 @@ async def test_a_write_that_can_never_work_is_tried_once(place: Place) -> None:
 
 async def test_to_look_is_asked_for_at_most_every_few_hundredths_of_a_second(place: Place) -> None:
     lease, _, _ = await claimed(place)
-    lease.stir()
+    lease.wake()
     assert lease._stirred.is_set()
     lease._stirred.clear()
-    lease.stir()
+    lease.wake()
     assert not lease._stirred.is_set()
     await asyncio.sleep(0.04)
-    lease.stir()
+    lease.wake()
     assert lease._stirred.is_set()

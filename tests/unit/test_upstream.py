@@ -18,7 +18,7 @@ from aiohttp.client_reqrep import ConnectionKey
 
 from reft_serve.errors import EngineFailed, EngineUnavailable
 from reft_serve.gateway.engines import client as upstream
-from reft_serve.gateway.engines.client import EngineResponse, Http
+from reft_serve.gateway.engines.client import EngineClient, EngineResponse
 
 pytestmark = pytest.mark.anyio
 # Not of `ClientError`, and not raised by what the gateway asks of an engine, each with the reason.
@@ -79,7 +79,7 @@ BODIES = {
 
 
 @asynccontextmanager
-async def answering(content: bytes) -> AsyncIterator[Http]:
+async def answering(content: bytes) -> AsyncIterator[EngineClient]:
     """A client of a server that answers every request with these bytes and closes."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -91,7 +91,7 @@ async def answering(content: bytes) -> AsyncIterator[Http]:
         writer.close()
 
     server = await asyncio.start_server(answer, "127.0.0.1", 0)
-    client = Http(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", None)
+    client = EngineClient(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", None)
     try:
         yield client
     finally:
@@ -149,7 +149,7 @@ TROUBLES: list[tuple[Exception, str]] = [
 async def test_a_request_that_does_not_begin_says_why_and_whether_it_may_have_arrived(
     raised: Exception, trouble: str
 ) -> None:
-    client = Http("http://127.0.0.1:1", None)
+    client = EngineClient("http://127.0.0.1:1", None)
     await client._client.close()
     client._client = Raising(raised)  # type: ignore[assignment]
     with pytest.raises(EngineUnavailable) as caught:

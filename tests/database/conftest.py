@@ -1,16 +1,14 @@
-"""An empty, migrated database of each kind."""
+"""An empty database of each kind, with and without its schema."""
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import text
-from sqlalchemy.ext.asyncio import create_async_engine
 
-from reft_serve.database.connection import Database, migrate
+from reft_serve.database.connection import Database
+from tests.support.databases import new_postgres, new_sqlite
 from tests.support.postgres import BOTH
 
 
@@ -19,18 +17,17 @@ async def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The URL of a database with nothing in it."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'reft.db'}"
-    server = request.getfixturevalue("postgres")
-    name = f"test_{secrets.token_hex(6)}"
-    engine = create_async_engine(server.replace("postgresql://", "postgresql+asyncpg://"), isolation_level="AUTOCOMMIT")
-    async with engine.connect() as connection:
-        await connection.execute(text(f"CREATE DATABASE {name}"))
-    await engine.dispose()
-    return f"{server.rpartition('/')[0]}/{name}"
+    return await new_postgres(request.getfixturevalue("postgres"), migrated=False)
 
 
-@pytest.fixture
-async def database(database_url: str) -> AsyncIterator[Database]:
-    opened = Database(database_url)
-    await migrate(opened)
+@pytest.fixture(params=BOTH)
+async def database(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Database]:
+    """A database with this version's schema."""
+    if request.param == "sqlite":
+        url = f"sqlite:///{tmp_path / 'reft.db'}"
+        await new_sqlite(url)
+    else:
+        url = await new_postgres(request.getfixturevalue("postgres"))
+    opened = Database(url)
     yield opened
     await opened.close()

@@ -9,18 +9,20 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select, text
 
-from reft_serve.database.connection import Database, migrate
+from reft_serve.database.connection import Database
 from reft_serve.database.models import Admission, Usage, now_ms
 from reft_serve.database.usage import Ending, Opening
 from reft_serve.gateway.accounting.ledger import Ledger
+from tests.support.databases import new_sqlite
 
 pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture
 async def database(tmp_path: Path) -> AsyncIterator[Database]:
-    opened = Database(f"sqlite:///{tmp_path / 'reft.db'}")
-    await migrate(opened)
+    url = f"sqlite:///{tmp_path / 'reft.db'}"
+    await new_sqlite(url)
+    opened = Database(url)
     yield opened
     await opened.close()
 

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from reft_serve.database.connection import Database, migrate
+from reft_serve.database.connection import Database
+from tests.support.databases import new_sqlite
 from tests.support.training.jobs import Place
 
 
 @pytest.fixture
 async def place(tmp_path: Path) -> AsyncIterator[Place]:
     url = f"sqlite:///{tmp_path / 'reft.db'}"
+    await new_sqlite(url)
     database = Database(url)
-    await migrate(database)
     yield Place(tmp_path, database, url)
     await database.close()

@@ -23,6 +23,7 @@ from reft_serve.gateway.app import create_app
 from reft_serve.gateway.http.connections import Connections, protocol_of
 from reft_serve.interventions.vocabulary import required_tensors
 from reft_serve.testing import FakeEngine
+from tests.support.databases import new_sqlite
 
 ADMIN = "operator"
 
@@ -122,6 +123,8 @@ def running(folder: Path, engines: int = 1, **settings: Any) -> Iterator[tuple[G
 
 
 async def first_key(url: str) -> str:
+    if url.startswith("sqlite:"):
+        await new_sqlite(url)
     database = Database(url)
     await migrate(database)
     async with database.writing() as session:

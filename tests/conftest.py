@@ -12,6 +12,21 @@ pytest.register_assert_rewrite("tests.support")
 torch.set_num_threads(1)
 
 
+# Files of these folders take longest, as they start engines and servers: they run first, so that no process is left alone
+# with one of them at the end of a run.
+_LONG = ("engine", "deploy", "release", "training", "demo", "gateway")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    folders = [*_LONG, ""]
+
+    def place(item: pytest.Item) -> int:
+        folder = item.path.parent.name
+        return folders.index(folder if folder in _LONG else "")
+
+    items.sort(key=place)
+
+
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
     return "asyncio"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import numpy as np
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -22,7 +24,7 @@ def run(case: Case) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 @often
 @given(cases())
-def test_every_row_is_what_the_reference_makes_of_it_alone(case):
+def test_every_row_is_what_the_reference_makes_of_it_alone(case: Case) -> None:
     """Tolerance: float32 sums of D + R terms are off by at most (D + R) 2^-24 of the terms' sizes, under 5e-6 here, so 1e-5;
     a narrower stream adds one rounding of a value that close: at most the neighbouring number of its dtype.
     """
@@ -39,7 +41,7 @@ def test_every_row_is_what_the_reference_makes_of_it_alone(case):
 
 @often
 @given(cases())
-def test_all_other_rows_keep_their_bits(case):
+def test_all_other_rows_keep_their_bits(case: Case) -> None:
     hidden, residual = run(case)
     others = sorted(set(range(len(hidden))) - set(case.edited_rows()))
     assert torch.equal(hidden[others], case.hidden[others])
@@ -49,7 +51,7 @@ def test_all_other_rows_keep_their_bits(case):
 
 @often
 @given(cases())
-def test_the_residual_of_an_edited_row_becomes_zero(case):
+def test_the_residual_of_an_edited_row_becomes_zero(case: Case) -> None:
     _, residual = run(case)
     if residual is not None:
         assert not residual[case.edited_rows()].any()
@@ -57,7 +59,7 @@ def test_the_residual_of_an_edited_row_becomes_zero(case):
 
 @often
 @given(cases(dtypes=(torch.float32,)))
-def test_passes_act_one_after_another(case):
+def test_passes_act_one_after_another(case: Case) -> None:
     together, _ = run(case)
     hidden, residual = case.copies()
     for c in range(len(case.units_of_CS)):
@@ -65,7 +67,7 @@ def test_passes_act_one_after_another(case):
     torch.testing.assert_close(together, hidden, rtol=1e-4, atol=1e-4)
 
 
-def test_every_pass_rounds_to_the_dtype_of_the_stream():
+def test_every_pass_rounds_to_the_dtype_of_the_stream() -> None:
     pool = UnitPool(1, 1, 4)
     pool.write(1, Unit(torch.zeros(1, 4), torch.ones(1), torch.full((1, 4), 0.003)))
     hidden = torch.ones(1, 4, dtype=torch.bfloat16)
@@ -79,7 +81,7 @@ def test_every_pass_rounds_to_the_dtype_of_the_stream():
 
 @often
 @given(cases(dtypes=(torch.float32,)))
-def test_a_tensor_in_two_parts_is_edited_as_their_sum(case):
+def test_a_tensor_in_two_parts_is_edited_as_their_sum(case: Case) -> None:
     if case.residual is None:
         return
     hidden, _ = run(case)
@@ -89,7 +91,7 @@ def test_a_tensor_in_two_parts_is_edited_as_their_sum(case):
     assert torch.equal(hidden[edited], summed[edited])
 
 
-def test_strength_zero_keeps_the_stream_and_strength_one_is_the_edit():
+def test_strength_zero_keeps_the_stream_and_strength_one_is_the_edit() -> None:
     weights = random_weights("loreft", 24, 4, "tanh")
     pool = UnitPool(1, 8, 24)
     pool.write(1, fold(weights))
@@ -104,7 +106,7 @@ def test_strength_zero_keeps_the_stream_and_strength_one_is_the_edit():
     torch.testing.assert_close(edited[2], (hidden[2] + full[2]) / 2, rtol=1e-5, atol=1e-5)
 
 
-def test_rows_may_have_any_stride():
+def test_rows_may_have_any_stride() -> None:
     weights = random_weights("direft", 16, 3)
     pool = UnitPool(1, 3, 16)
     pool.write(1, fold(weights))
@@ -120,7 +122,7 @@ def test_rows_may_have_any_stride():
     assert torch.equal(wide[:, 16:], before[:, 16:])
 
 
-def test_a_unit_written_over_a_longer_one_leaves_nothing_of_it():
+def test_a_unit_written_over_a_longer_one_leaves_nothing_of_it() -> None:
     first, second = random_weights("loreft", 16, 8, seed=1), random_weights("loreft", 16, 2, "gelu", seed=2)
     used, fresh = UnitPool(1, 8, 16), UnitPool(1, 8, 16)
     used.write(1, fold(first))
@@ -133,7 +135,9 @@ def test_a_unit_written_over_a_longer_one_leaves_nothing_of_it():
 
 @often
 @given(st.lists(st.tuples(st.integers(0, 4), st.floats(-2, 2, width=32)), max_size=100), st.randoms())
-def test_tiles_hold_every_row_once_with_its_own_key_and_strength(tagged, random):
+def test_tiles_hold_every_row_once_with_its_own_key_and_strength(
+    tagged: list[tuple[int, float]], random: Random
+) -> None:
     rows = list(range(len(tagged)))
     random.shuffle(rows)
     row_T = np.array(rows, np.int32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from reft_serve.interventions import fused
 CASES = ROOT / "tests" / "support" / "interventions" / "interpreted_cases.py"
 
 
-def test_the_kernel_is_the_batched_edit_in_tritons_interpreter():
+def test_the_kernel_is_the_batched_edit_in_tritons_interpreter() -> None:
     """In a process of its own: Triton decides when it is imported whether it interprets."""
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)],
@@ -48,7 +49,7 @@ POINTERS = {
 }
 
 
-def compiled(rank: int, dtype: str, residual: bool, capability: int):
+def compiled(rank: int, dtype: str, residual: bool, capability: int) -> Any:
     options = fused.launch_options(rank)
     launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
     constants = options | {"HAS_RESIDUAL": residual, "PASSES": 2, "TILE": 16, "hidden_step": 1, "residual_step": 1}
@@ -71,29 +72,29 @@ def compiled(rank: int, dtype: str, residual: bool, capability: int):
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("residual", [True, False])
-def test_the_kernel_compiles_to_machine_code(capability, dtype, residual):
+def test_the_kernel_compiles_to_machine_code(capability: int, dtype: str, residual: bool) -> None:
     kernel = compiled(16, dtype, residual, capability)
     assert kernel.asm["cubin"]
     assert f".target sm_{capability}" in kernel.asm["ptx"]
 
 
 @pytest.mark.parametrize("rank", [1, 32, 64, 128, 256, 512])
-def test_the_kernel_fits_the_shared_memory_of_every_gpu_since_ampere(rank):
+def test_the_kernel_fits_the_shared_memory_of_every_gpu_since_ampere(rank: int) -> None:
     assert compiled(rank, "bf16", True, 80).metadata.shared <= 99 * 1024
 
 
-def test_products_are_full_float32():
+def test_products_are_full_float32() -> None:
     """Neither tf32 nor bfloat16 tensor cores: W - R is a difference of near equals."""
     assert "mma" not in compiled(16, "bf16", True, 90).asm["ptx"]
 
 
-def test_bfloat16_is_rounded_to_nearest():
+def test_bfloat16_is_rounded_to_nearest() -> None:
     ptx = compiled(16, "bf16", True, 90).asm["ptx"]
     assert "cvt.rn.bf16" in ptx
     assert "cvt.rz.bf16" not in ptx
 
 
-def test_no_launch_without_tiles():
+def test_no_launch_without_tiles() -> None:
     """A launch would fail here: there is no GPU driver to launch with, or no row to edit."""
     empty = fused.Tiles(torch.zeros(0, 16, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), torch.zeros(0, 16))
     hidden = torch.randn(3, 8)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from reft_serve.interventions import batched
 from reft_serve.interventions.batched import TILE, Tiles, UnitPool, tile_rows
@@ -21,14 +24,14 @@ WIDTH, TOKENS, MAX_TILES = 4096, 1024, 64
 
 
 @pytest.fixture(scope="module")
-def fused():
+def fused() -> Any:
     from reft_serve.interventions import fused
 
     return fused
 
 
 @pytest.fixture(scope="module")
-def pool():
+def pool() -> UnitPool:
     """A unit of every kind and activation, of ranks 1 to 8."""
     choices = [(k, a) for k in KINDS for a in ACTIVATION_CODES if has_activation(k) or a == "linear"]
     pool = UnitPool(len(choices), 16, WIDTH, "cuda")
@@ -37,7 +40,7 @@ def pool():
     return pool
 
 
-def tiles_of(seed, edited, keys):
+def tiles_of(seed: int, edited: int, keys: int) -> Tiles:
     random = np.random.default_rng(seed)
     parts = tile_rows(
         random.permutation(TOKENS)[:edited].astype(np.int32),
@@ -47,11 +50,11 @@ def tiles_of(seed, edited, keys):
     return Tiles(*(torch.from_numpy(part).cuda() for part in parts))
 
 
-def states(seed, dtype):
+def states(seed: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(seed)).to("cuda", dtype)
 
 
-def tolerances(dtype):
+def tolerances(dtype: torch.dtype) -> dict[str, float]:
     """Two orders of a float32 sum over D 4096; a narrower stream may round either way, once per pass."""
     return (
         {"rtol": 2e-5, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 2 * torch.finfo(dtype).eps, "atol": 2e-2}
@@ -61,7 +64,9 @@ def tolerances(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("with_residual", [True, False])
 @pytest.mark.parametrize("passes", [1, 4])
-def test_the_kernel_is_the_batched_edit(fused, pool, dtype, with_residual, passes):
+def test_the_kernel_is_the_batched_edit(
+    fused: Any, pool: UnitPool, dtype: torch.dtype, with_residual: bool, passes: int
+) -> None:
     keys = 32
     units = torch.randint(1, pool.units + 1, (passes, keys), dtype=torch.int32).cuda()
     units[:, 3] = 0
@@ -76,7 +81,9 @@ def test_the_kernel_is_the_batched_edit(fused, pool, dtype, with_residual, passe
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_captured_graph_edits_the_rows_that_are_there_when_it_is_replayed(fused, pool, dtype):
+def test_a_captured_graph_edits_the_rows_that_are_there_when_it_is_replayed(
+    fused: Any, pool: UnitPool, dtype: torch.dtype
+) -> None:
     keys = 32
     units = torch.randint(1, pool.units + 1, (1, keys), dtype=torch.int32).cuda()
     buffers = Tiles(
@@ -87,7 +94,7 @@ def test_a_captured_graph_edits_the_rows_that_are_there_when_it_is_replayed(fuse
     count = torch.zeros(1, dtype=torch.int32, device="cuda")
     hidden, residual = states(4, dtype), states(5, dtype)
 
-    def launch():
+    def launch() -> None:
         fused.edit_tiles(hidden, residual, buffers, pool, units, count=count, grid=MAX_TILES)
 
     launch()

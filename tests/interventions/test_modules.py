@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.parametrizations import orthogonal
 
 from reft_serve.errors import AdapterInvalid
 from reft_serve.interventions.kinds import Weights, edit
 from reft_serve.interventions.modules import Intervention
-from reft_serve.interventions.vocabulary import KINDS, ORTHONORMAL, has_activation, optional_tensors, required_tensors
+from reft_serve.interventions.vocabulary import (
+    KINDS,
+    ORTHONORMAL,
+    Kind,
+    has_activation,
+    optional_tensors,
+    required_tensors,
+)
 from tests.support.interventions.edit_cases import random_weights
 
 WIDTH = 12
@@ -19,12 +28,12 @@ WIDTH = 12
 RANKS = (1, 4, 12)
 
 
-def new(kind, rank=4, activation="gelu", **kwargs):
+def new(kind: Kind, rank: int = 4, activation: str = "gelu", **kwargs: Any) -> Intervention:
     torch.manual_seed(rank)
     return Intervention(kind, WIDTH, rank, activation if has_activation(kind) else "linear", **kwargs)
 
 
-def train(module, steps=20, weight_decay=0.3):
+def train(module: Intervention, steps: int = 20, weight_decay: float = 0.3) -> list[float]:
     optimiser = torch.optim.AdamW(module.parameters(), lr=0.1, weight_decay=weight_decay)
     h = torch.randn(32, WIDTH, generator=torch.Generator().manual_seed(1))
     losses = []
@@ -37,13 +46,13 @@ def train(module, steps=20, weight_decay=0.3):
     return losses
 
 
-def orthonormal_error(R):
+def orthonormal_error(R: Tensor) -> float:
     return float((R @ R.T - torch.eye(len(R))).abs().max())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rank", RANKS)
-def test_what_a_trained_module_gives_is_what_its_weights_give_when_served(kind, rank):
+def test_what_a_trained_module_gives_is_what_its_weights_give_when_served(kind: Kind, rank: int) -> None:
     module = new(kind, rank)
     train(module)
     module.eval()
@@ -52,12 +61,12 @@ def test_what_a_trained_module_gives_is_what_its_weights_give_when_served(kind, 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_are_those_of_the_edit(kind):
+def test_gradients_are_those_of_the_edit(kind: Kind) -> None:
     module = new(kind, activation="tanh").double()
     names, values = zip(*((name, p.detach().clone()) for name, p in module.named_parameters()), strict=True)
     h = torch.randn(3, WIDTH, dtype=torch.float64, requires_grad=True)
 
-    def forward(h, *values):
+    def forward(h: Tensor, *values: Tensor) -> Any:
         return functional_call(module, dict(zip(names, values, strict=True)), (h,))
 
     with torch.no_grad():  # away from the start, where R = base is a special point
@@ -71,7 +80,7 @@ def test_gradients_are_those_of_the_edit(kind):
 
 @pytest.mark.parametrize("kind", sorted(ORTHONORMAL))
 @pytest.mark.parametrize("rank", RANKS)
-def test_r_stays_orthonormal_and_alive_through_training_with_weight_decay(kind, rank):
+def test_r_stays_orthonormal_and_alive_through_training_with_weight_decay(kind: Kind, rank: int) -> None:
     module = new(kind, rank)
     before = module.weights().R
     train(module)
@@ -82,7 +91,7 @@ def test_r_stays_orthonormal_and_alive_through_training_with_weight_decay(kind, 
 
 
 @pytest.mark.parametrize("rank", RANKS)
-def test_the_rotation_and_its_gradient_are_those_of_torchs_parametrization(rank):
+def test_the_rotation_and_its_gradient_are_those_of_torchs_parametrization(rank: int) -> None:
     rotation = new("loreft", rank).rotation.double()
     original = rotation.parametrizations.weight.original
     with torch.no_grad():  # away from the start, where R = base is a special point
@@ -96,14 +105,14 @@ def test_the_rotation_and_its_gradient_are_those_of_torchs_parametrization(rank)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_learns(kind):
+def test_training_learns(kind: Kind) -> None:
     losses = train(new(kind), steps=40, weight_decay=0.0)
     assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rank", RANKS)
-def test_resumed_weights_are_there_bit_for_bit_and_train_on_soundly(kind, rank):
+def test_resumed_weights_are_there_bit_for_bit_and_train_on_soundly(kind: Kind, rank: int) -> None:
     trained = new(kind, rank)
     train(trained)
     weights = trained.weights()
@@ -115,7 +124,7 @@ def test_resumed_weights_are_there_bit_for_bit_and_train_on_soundly(kind, rank):
         assert orthonormal_error(module.weights().R) < 1e-5
 
 
-def test_an_r_that_is_not_orthonormal_cannot_be_resumed_from():
+def test_an_r_that_is_not_orthonormal_cannot_be_resumed_from() -> None:
     weights = random_weights("loreft", WIDTH, 3)
     bent = Weights("loreft", weights.b, R=weights.R * 1.1, W=weights.W)
     with pytest.raises(AdapterInvalid, match="not orthonormal"):
@@ -123,7 +132,7 @@ def test_an_r_that_is_not_orthonormal_cannot_be_resumed_from():
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if has_activation(kind)])
-def test_dropout_falls_on_the_whole_edited_state_in_training_only(kind):
+def test_dropout_falls_on_the_whole_edited_state_in_training_only(kind: Kind) -> None:
     module = new(kind, dropout=0.5)
     h = torch.randn(200, WIDTH)
     module.eval()
@@ -137,7 +146,7 @@ def test_dropout_falls_on_the_whole_edited_state_in_training_only(kind):
 
 
 @pytest.mark.parametrize("kind", ["consreft", "lobireft"])
-def test_kinds_without_a_source_have_no_dropout(kind):
+def test_kinds_without_a_source_have_no_dropout(kind: Kind) -> None:
     module = new(kind, dropout=0.5)
     h = torch.randn(20, WIDTH)
     assert torch.equal(module(h), module.eval()(h))
@@ -145,7 +154,7 @@ def test_kinds_without_a_source_have_no_dropout(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_tensors_have_the_names_shapes_and_dtypes_of_an_adapter(kind, dtype):
+def test_tensors_have_the_names_shapes_and_dtypes_of_an_adapter(kind: Kind, dtype: torch.dtype) -> None:
     for add_bias in (True, False):
         tensors = new(kind, rank=3, add_bias=add_bias, dtype=dtype).weights().tensors()
         expected = required_tensors(kind) + (optional_tensors(kind) if add_bias else ())
@@ -158,7 +167,7 @@ def test_tensors_have_the_names_shapes_and_dtypes_of_an_adapter(kind, dtype):
             assert not tensor.requires_grad
 
 
-def test_a_seed_gives_the_start_that_pyreft_draws():
+def test_a_seed_gives_the_start_that_pyreft_draws() -> None:
     module = new("loreft", rank=4)
     torch.manual_seed(4)
     rotate_layer = nn.Module()
@@ -172,14 +181,14 @@ def test_a_seed_gives_the_start_that_pyreft_draws():
 
 
 @pytest.mark.parametrize("kind", ["consreft", "lobireft"])
-def test_a_constant_source_starts_between_zero_and_one(kind):
+def test_a_constant_source_starts_between_zero_and_one(kind: Kind) -> None:
     b = new(kind, rank=12).weights().b
     assert bool(((b >= 0) & (b < 1)).all())
     assert len(set(b.tolist())) == 12
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_autocast_changes_nothing_of_the_edit(kind):
+def test_autocast_changes_nothing_of_the_edit(kind: Kind) -> None:
     module = new(kind)
     h = torch.randn(5, WIDTH)
     with torch.autocast("cpu", torch.bfloat16):
@@ -187,7 +196,7 @@ def test_autocast_changes_nothing_of_the_edit(kind):
     assert torch.equal(under, module(h))
 
 
-def test_weights_are_a_copy_that_training_does_not_change():
+def test_weights_are_a_copy_that_training_does_not_change() -> None:
     module = new("loreft")
     weights = module.weights()
     kept = {name: tensor.clone() for name, tensor in weights.tensors().items()}
@@ -196,7 +205,7 @@ def test_weights_are_a_copy_that_training_does_not_change():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_state_dict_resumes_bit_for_bit(kind):
+def test_a_state_dict_resumes_bit_for_bit(kind: Kind) -> None:
     module = new(kind)
     train(module, steps=5)
     other = new(kind, rank=4)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from reft_serve.errors import PositionsInvalid
-from reft_serve.interventions.positions import Part, PositionRule
+from reft_serve.interventions.positions import Part, Phase, PositionRule
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "positions.json").read_text())
 ROWS = GOLDEN["get_intervention_locations"]
@@ -20,7 +21,7 @@ lengths = st.integers(0, 300)
 
 
 @st.composite
-def rules(draw, phases=("prompt", "all", "generated")):
+def rules(draw: st.DrawFn, phases: tuple[Phase, ...] = ("prompt", "all", "generated")) -> PositionRule:
     first, last = draw(st.integers(0, 40)), draw(st.integers(0, 40))
     indices = draw(st.lists(st.integers(-60, 60), min_size=1, max_size=8))
     spec = draw(
@@ -54,7 +55,7 @@ def untiable(spec: str) -> bool:
 @pytest.mark.parametrize(
     "row", ROWS, ids=lambda r: f"{r['positions']}-{r['share_weights']}-{r['last_position']}-{r['pad_mode']}"
 )
-def test_the_edited_tokens_are_pyrefts(row):
+def test_the_edited_tokens_are_pyrefts(row: dict[str, Any]) -> None:
     length = row["last_position"]
     pad = -1 if row["pad_mode"] == "first" else length
     theirs = [[i for i in locations if i != pad] for locations in row["locations"]]
@@ -63,44 +64,44 @@ def test_the_edited_tokens_are_pyrefts(row):
     assert theirs == ([prefix, prefix] if tied else [prefix, suffix])
 
 
-def test_the_golden_rows_cover_untied_rules_and_both_paddings():
+def test_the_golden_rows_cover_untied_rules_and_both_paddings() -> None:
     assert {row["pad_mode"] for row in ROWS} == {"first", "last"}
     assert any(not row["share_weights"] and untiable(row["positions"]) for row in ROWS)
 
 
 @pytest.mark.parametrize("spec", ["l2+f2", "F1", "f1+l1+f2", "f7 +l7", ""])
-def test_what_pyreft_misreads_in_silence_or_trips_over_is_refused(spec):
+def test_what_pyreft_misreads_in_silence_or_trips_over_is_refused(spec: str) -> None:
     assert spec in GOLDEN["parse_positions_odd_inputs"]
     with pytest.raises(PositionsInvalid, match="not understood"):
         PositionRule(spec)
 
 
-def test_a_bare_number_is_an_index_where_pyreft_reads_no_token_at_all():
+def test_a_bare_number_is_an_index_where_pyreft_reads_no_token_at_all() -> None:
     assert GOLDEN["parse_positions_odd_inputs"]["7"] == [0, 0]
     assert PositionRule("7").indices(10) == ([7], [])
     assert PositionRule("7").indices(7) == ([], [])
 
 
 @pytest.mark.parametrize(("spec", "indices"), [("first", [0]), ("last", [9]), ("all", list(range(10)))])
-def test_words_that_pyreft_knows_in_code_only_have_a_spelling(spec, indices):
+def test_words_that_pyreft_knows_in_code_only_have_a_spelling(spec: str, indices: list[int]) -> None:
     assert "ValueError" in GOLDEN["parse_positions_odd_inputs"][spec]
     assert PositionRule(spec).indices(10) == (indices, [])
 
 
 @given(rules(), lengths)
-def test_spans_ascend_and_never_meet(rule, length):
+def test_spans_ascend_and_never_meet(rule: PositionRule, length: int) -> None:
     spans = rule.spans(length)
     assert all(0 <= span.start < span.stop for span in spans)
     assert all(a.stop <= b.start for a, b in pairwise(spans))
 
 
 @given(rules(phases=("prompt",)), lengths)
-def test_a_prompt_rule_stays_inside_the_prompt(rule, length):
+def test_a_prompt_rule_stays_inside_the_prompt(rule: PositionRule, length: int) -> None:
     assert all(span.stop <= length for span in rule.spans(length))
 
 
 @given(rules(), lengths)
-def test_indices_are_the_prompt_part_of_the_spans(rule, length):
+def test_indices_are_the_prompt_part_of_the_spans(rule: PositionRule, length: int) -> None:
     prefix, suffix = rule.indices(length)
     if rule.phase != "generated":
         assert sorted(prefix + suffix) == edited(rule, length, 0, length)
@@ -109,14 +110,14 @@ def test_indices_are_the_prompt_part_of_the_spans(rule, length):
 
 
 @given(rules(), lengths, st.lists(st.integers(0, 400), max_size=12))
-def test_any_split_into_chunks_edits_the_same_tokens(rule, length, cuts):
+def test_any_split_into_chunks_edits_the_same_tokens(rule: PositionRule, length: int, cuts: list[int]) -> None:
     edges = [0, *sorted(cuts), 400]
     chunks = [edited(rule, length, a, b) for a, b in pairwise(edges)]
     assert [i for chunk in chunks for i in chunk] == edited(rule, length, 0, 400)
 
 
 @given(st.integers(1, 40), st.integers(1, 40), lengths, st.integers(0, 3))
-def test_no_half_edits_more_than_half_of_the_prompt(first, last, length, offset):
+def test_no_half_edits_more_than_half_of_the_prompt(first: int, last: int, length: int, offset: int) -> None:
     usable = max(length - offset, 0)
     prefix, suffix = PositionRule(f"f{first}+l{last}", tied=False, last_offset=offset).indices(length)
     assert prefix == list(range(min(first, usable // 2)))
@@ -126,14 +127,14 @@ def test_no_half_edits_more_than_half_of_the_prompt(first, last, length, offset)
 
 
 @given(st.integers(1, 40), st.integers(1, 40), lengths)
-def test_tying_changes_the_part_and_not_the_tokens(first, last, length):
+def test_tying_changes_the_part_and_not_the_tokens(first: int, last: int, length: int) -> None:
     tied, untied = (PositionRule(f"f{first}+l{last}", tied=t) for t in (True, False))
     assert edited(tied, length, 0, length) == edited(untied, length, 0, length)
     assert {span.part for span in tied.spans(length)} <= {Part.PREFIX}
 
 
 @given(rules(phases=("prompt",)).filter(lambda rule: rule.tied), lengths)
-def test_a_phase_says_whether_prompt_and_generated_tokens_are_edited(rule, length):
+def test_a_phase_says_whether_prompt_and_generated_tokens_are_edited(rule: PositionRule, length: int) -> None:
     both = PositionRule(rule.spec, rule.tied, rule.last_offset, "all")
     after = PositionRule(rule.spec, rule.tied, rule.last_offset, "generated")
     generated = list(range(length, length + 50))
@@ -161,6 +162,6 @@ def test_a_phase_says_whether_prompt_and_generated_tokens_are_edited(rule, lengt
         ({"spec": "1,,2"}, "not understood"),
     ],
 )
-def test_a_rule_that_contradicts_itself_is_refused_with_a_sentence(rule, sentence):
+def test_a_rule_that_contradicts_itself_is_refused_with_a_sentence(rule: dict[str, Any], sentence: str) -> None:
     with pytest.raises(PositionsInvalid, match=sentence):
         PositionRule(**rule)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from reft_serve.interventions.activations import activate
 from reft_serve.interventions.batched import Tiles, UnitPool, tile_rows
-from reft_serve.interventions.kinds import Weights, edit, fold
+from reft_serve.interventions.kinds import Unit, Weights, edit, fold
 from reft_serve.interventions.vocabulary import (
     ACTIVATION_CODES,
     KINDS,
@@ -91,14 +91,20 @@ class Case:
         return want, size
 
 
-def _unfolded(h: Tensor, unit) -> Tensor:
+def _unfolded(h: Tensor, unit: Unit) -> Tensor:
     z = h @ unit.A.T + unit.b
     z[:, : unit.activated] = activate(z[:, : unit.activated], unit.activation)
     return z @ unit.B
 
 
 @st.composite
-def cases(draw, dtypes=DTYPES, max_width: int = 70, max_rank: int = 12, max_tokens: int = 60) -> Case:
+def cases(
+    draw: st.DrawFn,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+    max_width: int = 70,
+    max_rank: int = 12,
+    max_tokens: int = 60,
+) -> Case:
     """Any kinds, ranks, activations, dtypes, rows (none to several tiles, in any order), parts, passes and strengths."""
     width = draw(st.integers(1, max_width))
     pool_rank = draw(st.integers(2, max_rank))

@@ -5,18 +5,19 @@ from __future__ import annotations
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from reft_serve.interventions import batched, fused
 from reft_serve.interventions.batched import TILE, Tiles, UnitPool
 from reft_serve.interventions.kinds import fold
 from reft_serve.interventions.vocabulary import ACTIVATION_CODES
-from tests.support.interventions.edit_cases import cases, random_weights, ulp
+from tests.support.interventions.edit_cases import Case, cases, random_weights, ulp
 
 often = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 steps = cases(max_width=40, max_tokens=40)
 
 
-def assert_same(got, want, size, passes):
+def assert_same(got: Tensor, want: Tensor, size: Tensor, passes: int) -> None:
     """The same within float32's rounding of the terms, of `size`.
 
     The interpreter cuts float32 to bfloat16 off instead of rounding it (the compiled kernel rounds), so bfloat16 may be one
@@ -30,7 +31,7 @@ def assert_same(got, want, size, passes):
 
 @often
 @given(steps)
-def test_one_pass_of_the_kernel_is_the_batched_edit(case):
+def test_one_pass_of_the_kernel_is_the_batched_edit(case: Case) -> None:
     case = case.pass_only(0)
     (want, want_residual), (got, got_residual) = case.copies(), case.copies()
     batched.edit_tiles(want, want_residual, case.tiles, case.pool, case.units_of_CS)
@@ -45,7 +46,7 @@ def test_one_pass_of_the_kernel_is_the_batched_edit(case):
 
 @often
 @given(cases(dtypes=(torch.float32,), max_width=40, max_tokens=40))
-def test_passes_see_what_the_pass_before_stored(case):
+def test_passes_see_what_the_pass_before_stored(case: Case) -> None:
     (want, want_residual), (got, got_residual) = case.copies(), case.copies()
     batched.edit_tiles(want, want_residual, case.tiles, case.pool, case.units_of_CS)
     fused.edit_tiles(got, got_residual, case.tiles, case.pool, case.units_of_CS)
@@ -56,7 +57,7 @@ def test_passes_see_what_the_pass_before_stored(case):
 
 @often
 @given(steps, st.integers(0, 5), st.integers(0, 5))
-def test_tiles_beyond_the_count_are_left_alone(case, live, beyond):
+def test_tiles_beyond_the_count_are_left_alone(case: Case, live: int, beyond: int) -> None:
     case = case.pass_only(0)
     tiles = case.tiles
     live = min(live, len(tiles))
@@ -75,7 +76,7 @@ def test_tiles_beyond_the_count_are_left_alone(case, live, beyond):
         assert torch.equal(got_residual, want_residual)
 
 
-def test_every_activation_is_computed():
+def test_every_activation_is_computed() -> None:
     for name in ACTIVATION_CODES:
         weights = random_weights("nodireft", 20, 5, name)
         pool = UnitPool(1, 6, 20)
@@ -91,7 +92,7 @@ def test_every_activation_is_computed():
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, msg=name)
 
 
-def test_activations_hold_at_the_ends():
+def test_activations_hold_at_the_ends() -> None:
     x = torch.tensor([-1e4, -100, -30, -15, -1e-6, 0, 1e-6, 15, 30, 100, 1e4])
     for name, code in ACTIVATION_CODES.items():
         pool = UnitPool(1, len(x), len(x))
@@ -106,7 +107,7 @@ def test_activations_hold_at_the_ends():
         torch.testing.assert_close(got[0], batched.activate(x, code), rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_hidden_may_be_a_slice_of_something_wider():
+def test_hidden_may_be_a_slice_of_something_wider() -> None:
     weights = random_weights("loreft", 20, 5)
     pool = UnitPool(1, 5, 20)
     pool.write(1, fold(weights))
@@ -123,7 +124,7 @@ def test_hidden_may_be_a_slice_of_something_wider():
     torch.testing.assert_close(wide, want, rtol=1e-5, atol=1e-5)
 
 
-def test_hidden_may_lie_column_by_column():
+def test_hidden_may_lie_column_by_column() -> None:
     weights = random_weights("loreft", 20, 5)
     pool = UnitPool(1, 5, 20)
     pool.write(1, fold(weights))

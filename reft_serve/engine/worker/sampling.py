@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["uncompiled"]
+__all__ = ["wrap_batched_count_greater_than"]
 
 
-def uncompiled(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """Around a function that `torch.compile` made: call the function as written on a CPU, the compiled one elsewhere."""
+def wrap_batched_count_greater_than(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Around `batched_count_greater_than`: call the function as written on a CPU, the compiled one elsewhere."""
     from vllm.platforms import current_platform
 
     chosen = getattr(compiled, "_torchdynamo_orig_callable", compiled) if current_platform.is_cpu() else compiled

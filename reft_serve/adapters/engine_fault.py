@@ -36,6 +36,13 @@ class EngineFault:
     faults: tuple[str, ...] = ()
     param: str | None = None
 
+    @property
+    def already_loaded(self) -> bool:
+        """Whether the engine holds an adapter of this name."""
+        # The second is vLLM's own type, from an engine whose plugin is older than the gateway. Of what it stands for, only
+        # a name that is taken can happen to a gateway.
+        return self.type in (ALREADY_LOADED, "InvalidUserInput")
+
     @classmethod
     def of(cls, exc: Exception) -> EngineFault:
         """A failure of an engine's process as data."""

@@ -7,6 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
 
 from reft_serve.errors import AdapterInvalid
 from reft_serve.gateway.engines.engine import Engine
@@ -39,6 +43,18 @@ def test_each_fault_comes_whole_and_without_the_path(served: tuple[FakeEngine, s
     with pytest.raises(AdapterInvalid) as refused:
         load(url, "v", tmp_path)
     assert refused.value.faults == ("R holds NaN; it has been cannot be used: or already been loaded",)
+
+
+def test_an_engine_of_the_previous_release_has_vllm_s_type_for_a_name_that_is_taken(tmp_path: Path) -> None:
+    async def taken(_: Request) -> JSONResponse:
+        error = {"message": "it has already been loaded", "type": "InvalidUserInput", "param": None, "code": 400}
+        return JSONResponse({"error": error}, 400)
+
+    server = Served(Starlette(routes=[Route("/v1/load_lora_adapter", taken, methods=["POST"])]))
+    try:
+        load(server.url, "v", tmp_path)
+    finally:
+        server.stop()
 
 
 def test_a_version_that_is_loaded_already_is_no_failure(served: tuple[FakeEngine, str], tmp_path: Path) -> None:

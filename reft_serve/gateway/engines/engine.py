@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from reft_serve.adapters.engine_card import EngineCard, read_card
-from reft_serve.adapters.engine_fault import ALREADY_LOADED, EngineFault
+from reft_serve.adapters.engine_fault import EngineFault
 from reft_serve.database.names import ENGINE_PREFIX
 from reft_serve.errors import AdapterInvalid, EngineFailed, EngineTrouble, EngineUnavailable
 from reft_serve.gateway.engines.client import EngineClient, EngineResponse
@@ -161,7 +161,7 @@ class Engine:
             self.fail("key_refused")
             raise _refuses_key()
         fault = EngineFault.in_answer(content)
-        if fault.type == ALREADY_LOADED:
+        if fault.already_loaded:
             return
         if status == 400:
             raise AdapterInvalid("", [each.replace(str(path), "it") for each in fault.faults or [fault.message]])

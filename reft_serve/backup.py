@@ -1,8 +1,9 @@
-"""A backup: the database, every adapter version and every blob that its rows name, of one moment, in a folder; and back.
+"""Consistent backup and restore of the database, and of every adapter version and blob that its rows name.
 
-The store and the blobs are copied first and the database after them; then what has come meanwhile is copied too. So whatever
-the database's moment names is in the folder, though gateways and workers go on. Nothing is believed on the way back: a
-version's files must have its digest, a table's rows theirs. `backup.json` is written last: a folder without it is no backup.
+The store and the blobs are copied first and the database after them; then newer files are copied too. So everything
+that the database names is in the folder, though gateways and workers continue. A restore trusts nothing: a
+version's files must have its digest, a table's rows theirs. `backup.json` is written last: a folder without it is not a
+backup.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _NO_LIMIT = 1 << 62
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """What is backed up, or filled again."""
+    """The database and stores to back up or restore."""
 
     database: Database
     store: AdapterStore
@@ -43,7 +44,7 @@ class Places:
 
 @dataclass(frozen=True, slots=True)
 class Backup:
-    """What a folder holds. `blobs`: key to [size, sha256]; `tables`: name to {rows, sha256}."""
+    """Contents of a backup. `blobs`: key to [size, sha256]; `tables`: name to {rows, sha256}."""
 
     revision: str
     versions: list[str]
@@ -55,7 +56,6 @@ class Backup:
 
     @property
     def rows(self) -> int:
-        """Of all tables."""
         return sum(int(table["rows"]) for table in self.tables.values())
 
 
@@ -71,7 +71,7 @@ async def back_up(places: Places, folder: Path) -> Backup:
         (folder / "database").mkdir(mode=0o700, parents=True)
         folder.chmod(0o700)
     except FileExistsError as exc:
-        raise Conflict(f"there is something at {folder} already: name a new folder") from exc
+        raise Conflict(f"{folder} already exists: choose a new folder") from exc
     except OSError as exc:
         raise StoreUnusable(f"{folder} cannot be written to ({exc.strerror})") from exc
     target = Places(places.database, AdapterStore(folder / "adapters"), BlobStore(str(folder / "blobs")))
@@ -83,7 +83,9 @@ async def back_up(places: Places, folder: Path) -> Backup:
         if not missing:  # else something was deleted between the two: the next moment does not name it
             break
         if not left:
-            raise StoreUnusable(f"the stores lack what the database names: {', '.join(sorted(missing)[:5])}")
+            raise StoreUnusable(
+                f"files recorded in the database are missing from the stores: {', '.join(sorted(missing)[:5])}"
+            )
     found = Backup(
         revision, sorted(versions), blobs, {name: asdict(table) for name, table in tables.items()},
         created_ms=time.time_ns() // 1_000_000,
@@ -93,10 +95,10 @@ async def back_up(places: Places, folder: Path) -> Backup:
 
 
 async def bring_back(places: Places, folder: Path) -> Backup:
-    """Fill an empty database, a store and blobs from a backup. What the stores have besides stays.
+    """Fill an empty database, a store and blobs from a backup. Other contents of the stores are kept.
 
     Raises:
-        StoreUnusable: the folder is no backup or a damaged one, or a store cannot be written to.
+        StoreUnusable: the folder is not a backup or a damaged one, or a store cannot be written to.
         Conflict: the database is not empty.
         DatabaseUnusable: it cannot be reached, or the backup's rows are damaged; no row was put in.
     """
@@ -106,7 +108,7 @@ async def bring_back(places: Places, folder: Path) -> Backup:
         await _fill(source, places, found)
     except ValueError as exc:  # a store's word for a name that is none
         raise StoreUnusable(
-            f"{folder / 'backup.json'} names what is no version or file: the backup is damaged"
+            f"{folder / 'backup.json'} lists an entry that is not a version or file: the backup is damaged"
         ) from exc
     tables = {name: DumpedTable(**table) for name, table in found.tables.items()}
     await restore(places.database, folder / "database", found.revision, tables)
@@ -144,7 +146,7 @@ async def _fill(source: Places, target: Places, found: Backup) -> None:
         written = await target.blobs.write(key, source.blobs.read(key), _NO_LIMIT)
         if (written.size, written.sha256) != (size, sha256):
             await target.blobs.delete(key)
-            raise StoreUnusable(f"the backup's blob {key} is not what was written: it is damaged")
+            raise StoreUnusable(f"the backup's blob {key} does not match its checksum: it is damaged")
 
 
 def _named(folder: Path) -> set[str]:
@@ -160,7 +162,7 @@ def _copy_version(source: AdapterStore, target: AdapterStore, digest: str) -> No
         found = target.publish(place)
     if found != digest:
         target.remove(found)
-        raise StoreUnusable(f"version {digest[:12]} is damaged in {source.root}: its files have another digest")
+        raise StoreUnusable(f"version {digest[:12]} is damaged in {source.root}: its files do not match its digest")
 
 
 def _seal(folder: Path, found: Backup) -> None:
@@ -178,12 +180,14 @@ def _opened(folder: Path) -> Backup:
     try:
         found = json.loads((folder / "backup.json").read_text())
         if found.get("format") != _FORMAT:
-            raise StoreUnusable(f"{folder} is a backup of another format ({found.get('format')}): use another release")
+            raise StoreUnusable(
+                f"{folder} is a backup of another format ({found.get('format')}): use a matching release"
+            )
         backup = Backup(**found)
         _check(backup)
         return backup
     except FileNotFoundError as exc:
-        raise StoreUnusable(f"{folder} is no backup, or one that did not end: it has no backup.json") from exc
+        raise StoreUnusable(f"{folder} is not a backup, or an incomplete one: it has no backup.json") from exc
     except (OSError, ValueError, TypeError, AttributeError) as exc:
         raise StoreUnusable(f"{folder / 'backup.json'} cannot be read: the backup is damaged") from exc
 

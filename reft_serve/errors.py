@@ -1,6 +1,6 @@
-"""Every failure that the product can name.
+"""All exceptions of the product.
 
-`ClientError`: the caller can mend it (becomes a 4xx). `ServiceError`: the operator can. `code` is stable and meant for
+The caller can fix a `ClientError` (a 4xx response); the operator can fix a `ServiceError`. `code` is stable and meant for
 programs; the message is one sentence for people. No HTTP and no logging here.
 """
 
@@ -52,37 +52,37 @@ __all__ = [
 
 
 class ReftError(Exception):
-    """Base of all named failures."""
+    """Base class of all errors."""
 
     code: ClassVar[str] = "reft_error"
 
 
 class ClientError(ReftError, ValueError):
-    """The caller gave something that cannot be used; the message says what and where."""
+    """The request or its input is invalid; the message says what is wrong and where."""
 
     code = "invalid_request"
 
 
 class ServiceError(ReftError, RuntimeError):
-    """The installation cannot do what it was asked to; the message says what to change."""
+    """The installation cannot serve the request; the message says what to change."""
 
     code = "service_error"
 
 
 class PositionsInvalid(ClientError):
-    """A position rule that cannot be read or that contradicts itself."""
+    """A position rule cannot be parsed or contradicts itself."""
 
     code = "positions_invalid"
 
 
 class AdapterNotFound(ClientError):
-    """There is no adapter at the place that was named."""
+    """There is no adapter at the given path."""
 
     code = "adapter_not_found"
 
 
 class AdapterExists(ClientError):
-    """The target directory already holds something; nothing was overwritten."""
+    """The target directory is not empty; nothing was overwritten."""
 
     code = "adapter_exists"
 
@@ -92,7 +92,7 @@ MAX_FAULT_CHARACTERS = 400
 
 
 class AdapterInvalid(ClientError):
-    """An adapter that fails its checks. `faults` lists the first faults found, not only one, and counts the rest."""
+    """An adapter fails its checks. `faults` lists the first ones and counts the rest."""
 
     code = "adapter_invalid"
 
@@ -102,16 +102,16 @@ class AdapterInvalid(ClientError):
         super().__init__(f"adapter {where} cannot be used: " + "; ".join(self.faults))
 
     def __reduce__(self) -> tuple[type, tuple[str, tuple[str, ...]]]:
-        return type(self), (self.where, self.faults)  # it may come from a worker's process
+        return type(self), (self.where, self.faults)  # it may cross a process boundary
 
 
 def _first_faults(faults: Iterable[str]) -> tuple[str, ...]:
-    found = iter(faults)
-    listed = [_clipped(fault) for fault in islice(found, MAX_ADAPTER_FAULTS + 1)]
+    remaining = iter(faults)
+    listed = [_clipped(fault) for fault in islice(remaining, MAX_ADAPTER_FAULTS + 1)]
     if len(listed) <= MAX_ADAPTER_FAULTS:
         return tuple(listed)
-    rest = len(listed) - MAX_ADAPTER_FAULTS + sum(1 for _ in found)
-    # An error that is made of another's faults keeps the sentence that counts the rest.
+    rest = len(listed) - MAX_ADAPTER_FAULTS + sum(1 for _ in remaining)
+    # An error built from another error's faults keeps the sentence that counts the rest.
     last = listed.pop()
     return (*listed, last if rest == 1 and _REST.fullmatch(last) else f"and {rest:,} more faults")
 
@@ -124,63 +124,63 @@ _REST = re.compile(r"and [0-9,]+ more faults")
 
 
 class AdapterUnsupported(AdapterInvalid):
-    """A sound adapter that asks for something we do not serve; the fault names it."""
+    """A valid adapter uses a feature that is not supported; the fault names it."""
 
     code = "adapter_unsupported"
 
 
 class ImportFlagMissing(ClientError):
-    """A foreign save does not record something that must be known; the message names the flag that gives it."""
+    """A foreign save lacks required information; the message names the command-line flag that supplies it."""
 
     code = "import_flag_missing"
 
 
 class AdapterChanged(ClientError):
-    """The files of an adapter are not those that its digest names."""
+    """The files of an adapter do not match its digest."""
 
     code = "adapter_changed"
 
 
 class DataInvalid(ClientError):
-    """A data file that cannot be trained on. `faults` has every fault found, those of a line as `line N: ...`; the message
-    tells the first of them and counts the rest.
+    """A data file cannot be used for training. `faults` has every fault, those of a line as `line N: ...`; the message
+    has the first ones and counts the rest.
     """
 
     code = "data_invalid"
-    _TOLD: ClassVar[int] = 10
+    _IN_MESSAGE: ClassVar[int] = 10
 
     def __init__(self, where: str, faults: Iterable[str]) -> None:
         self.where = where
         self.faults = tuple(faults)
-        told = "; ".join(self.faults[: self._TOLD])
-        rest = len(self.faults) - self._TOLD
+        first = "; ".join(self.faults[: self._IN_MESSAGE])
+        rest = len(self.faults) - self._IN_MESSAGE
         more = f"; and {rest} more" if rest > 0 else ""
-        super().__init__(f"data file {where} cannot be used: {told}{more}")
+        super().__init__(f"data file {where} cannot be used: {first}{more}")
 
     def __reduce__(self) -> tuple[type, tuple[str, tuple[str, ...]]]:
-        return type(self), (self.where, self.faults)  # it may come from a worker's process
+        return type(self), (self.where, self.faults)  # it may cross a process boundary
 
 
 class JobLimitExceeded(ClientError):
-    """A fine-tuning job that is larger, or takes longer, than its tenant's limits allow."""
+    """A fine-tuning job is larger, or runs longer, than its tenant's limits allow."""
 
     code = "job_limit"
 
 
 class BaseModelInvalid(ClientError):
-    """A base model's directory from which its architecture, width and layers cannot be read."""
+    """The architecture, hidden size or layers of a base model cannot be read from its directory."""
 
     code = "base_model_invalid"
 
 
 class EngineUnsupported(ServiceError):
-    """This engine, model or mode cannot serve ReFT adapters correctly, so it is refused at start."""
+    """This engine, model or mode cannot serve ReFT adapters correctly; the engine does not start."""
 
     code = "engine_unsupported"
 
 
 class RequestInvalid(ClientError):
-    """A request that cannot be carried out as it is; `param` names the field at fault, where there is one."""
+    """A request is invalid; `param` names the field at fault, if there is one."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
         self.param = param
@@ -188,25 +188,25 @@ class RequestInvalid(ClientError):
 
 
 class RequestQuarantined(ClientError):
-    """Engines have ended while they processed this request, so it reaches no engine for a while."""
+    """Engines crashed while processing this request, so it is rejected for a while."""
 
     code = "request_quarantined"
 
 
 class KeyInvalid(ClientError):
-    """No API key, or one that is not known, has expired or was revoked."""
+    """The API key is missing, unknown, expired or revoked."""
 
     code = "invalid_api_key"
 
 
 class NotAllowed(ClientError):
-    """A sound key that may not do this."""
+    """A valid key lacks the scope for this request."""
 
     code = "insufficient_permissions"
 
 
 class NotFound(ClientError):
-    """There is no such thing, or it is somebody else's: the two look the same. `param` names the field that named it."""
+    """The object does not exist or belongs to another tenant (indistinguishable). `param` names the field that named it."""
 
     code = "not_found"
 
@@ -216,7 +216,7 @@ class NotFound(ClientError):
 
 
 class ModelNotFound(NotFound):
-    """No model of this name, or not one of the caller's."""
+    """No model of this name exists, or the caller may not use it."""
 
     code = "model_not_found"
 
@@ -227,19 +227,19 @@ class ModelNotFound(NotFound):
 
 
 class Conflict(ClientError):
-    """The name is taken, or the thing is in a state that does not allow this."""
+    """The name is taken, or the object's state does not allow the operation."""
 
     code = "conflict"
 
 
 class RequestTooLarge(ClientError):
-    """More bytes than are taken."""
+    """The request body exceeds a size limit."""
 
     code = "request_too_large"
 
 
 class HeadersTooLarge(ClientError):
-    """A request line and headers with more bytes or lines than are taken."""
+    """The request line and headers exceed a limit of bytes or lines."""
 
     code = "headers_too_large"
 
@@ -251,9 +251,7 @@ class RequestTimeout(ClientError):
 
 
 class RateLimited(ClientError):
-    """A limit of the tenant or of its key is used up; trying again makes sense after `retry_after` seconds. `headers` say
-    how much of which limit is left.
-    """
+    """A limit of the tenant or of its key is exhausted. Retry after `retry_after` seconds; `headers` report what is left."""
 
     code = "rate_limit_exceeded"
 
@@ -264,13 +262,13 @@ class RateLimited(ClientError):
 
 
 class LeaseLost(ServiceError):
-    """The job is not this worker's any more: its lease ran out and another has it, or it was deleted. Stop working on it."""
+    """This worker no longer holds the job: its lease expired or the job was deleted. Stop working on it."""
 
     code = "lease_lost"
 
 
 class Overloaded(ServiceError):
-    """Every engine was busy until the request's deadline; `retry_after` is in seconds."""
+    """Every engine was busy until the request's deadline. `retry_after` is in seconds."""
 
     code = "overloaded"
 
@@ -279,14 +277,14 @@ class Overloaded(ServiceError):
         super().__init__(message)
 
 
-# Why an engine cannot be used.
+# Reasons why an engine is unavailable.
 EngineTrouble = Literal[
     "new", "unreachable", "unknown_host", "certificate", "timed_out", "broken", "unhealthy", "key_refused", "unreadable"
 ]  # fmt: skip
 
 
 class EngineUnavailable(ServiceError):
-    """No engine answers. `delivered`: one may have had the request, and may have ended because of it. `trouble`: why."""
+    """No engine responds. `delivered`: an engine may have received the request, and may have crashed on it."""
 
     code = "engine_unavailable"
     retry_after = 2.0
@@ -298,24 +296,24 @@ class EngineUnavailable(ServiceError):
 
 
 class EngineFailed(ServiceError):
-    """An engine answered with a failure of its own, or stopped in the middle of an answer."""
+    """An engine returned an error, or closed the connection in the middle of a response."""
 
     code = "engine_failed"
 
 
 class EngineEnded(EngineFailed):
-    """An engine ended while it processed the request, perhaps because of it: the request must not simply be repeated."""
+    """An engine crashed while processing the request, possibly because of it: do not simply retry."""
 
 
 class TooManyConnections(ServiceError):
-    """Every connection that the gateway takes has a request under way."""
+    """The connection limit is reached and every connection has a request in progress."""
 
     code = "too_many_connections"
     retry_after = 1.0
 
 
 class DatabaseUnusable(ServiceError):
-    """The database cannot be reached, or is not one that this version can use."""
+    """The database is unreachable or its schema does not match this version."""
 
     code = "database_unusable"
     retry_after = 2.0
@@ -329,6 +327,6 @@ class StoreUnusable(ServiceError):
 
 
 class BlobMissing(StoreUnusable):
-    """A file that a row names is not in the file store."""
+    """A file recorded in the database is missing from the file store."""
 
     code = "blob_missing"

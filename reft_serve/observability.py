@@ -1,4 +1,4 @@
-"""What an operator sees: the log's format, the request's id in it, and every metric but an engine's own, declared once."""
+"""Logging (JSON lines with the request id) and every metric except those of engines, each declared once."""
 
 from __future__ import annotations
 
@@ -43,41 +43,47 @@ request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _LONG = (0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
-REQUESTS = Counter(
-    "reft_requests", "Requests by what they asked for and how they ended.", ["route", "status", "tenant"]
-)
+REQUESTS = Counter("reft_requests", "Requests by route and response status.", ["route", "status", "tenant"])
 REQUEST_SECONDS = Histogram(
-    "reft_request_seconds", "From a request's first byte to its answer's last.", ["route"], buckets=_LONG
+    "reft_request_seconds",
+    "Time from a request's first byte to the last byte of its response.",
+    ["route"],
+    buckets=_LONG,
 )
 FIRST_BYTE_SECONDS = Histogram(
-    "reft_first_byte_seconds", "From a request's first byte to its answer's first.", ["route"], buckets=_SHORT
+    "reft_first_byte_seconds",
+    "Time from a request's first byte to the first byte of its response.",
+    ["route"],
+    buckets=_SHORT,
 )
 TOKENS = Counter(
-    "reft_tokens", "Tokens by kind: prompt, cached (a part of prompt), completion.", ["tenant", "adapter", "kind"]
+    "reft_tokens", "Tokens by kind: prompt, cached (included in prompt), completion.", ["tenant", "adapter", "kind"]
 )
 QUEUE_SECONDS = Histogram("reft_queue_seconds", "Time that requests waited for an engine.", buckets=_SHORT)
-QUEUED = Gauge("reft_queued_requests", "Requests that wait for an engine.")
-ENGINE_UP = Gauge("reft_engine_up", "Whether an engine answers.", ["engine"])
-ENGINE_UNUSABLE = Gauge("reft_engine_unusable", "1 while an engine cannot be used, by reason.", ["engine", "reason"])
-ENGINE_IN_FLIGHT = Gauge("reft_engine_in_flight", "Requests that an engine works on for this gateway.", ["engine"])
-RETRIES = Counter("reft_retries", "Requests that were given to another engine before their answer began.")
-LOADS = Counter("reft_adapter_loads", "Adapter versions that engines were asked to load.", ["result"])
-LOAD_SECONDS = Histogram("reft_adapter_load_seconds", "Time to load a version into one engine.", buckets=_SHORT)
-LIMITED = Counter("reft_limited_requests", "Requests that a limit turned away.", ["tenant", "limit"])
-JOBS = Gauge("reft_jobs", "Fine-tuning jobs of all tenants by status, as the database has them.", ["status"])
-JOBS_WAITING = Gauge("reft_jobs_waiting", "Fine-tuning jobs that wait for a worker: what to scale workers by.")
-WEBHOOKS = Counter(
-    "reft_webhook_deliveries", "Attempts to deliver an event: delivered, retried or given up.", ["result"]
+QUEUED = Gauge("reft_queued_requests", "Requests waiting for an engine.")
+ENGINE_UP = Gauge("reft_engine_up", "1 if the engine responds to health checks, else 0.", ["engine"])
+ENGINE_UNUSABLE = Gauge("reft_engine_unusable", "1 while the engine is unusable, by reason.", ["engine", "reason"])
+ENGINE_IN_FLIGHT = Gauge("reft_engine_in_flight", "Requests in progress on an engine, from this gateway.", ["engine"])
+RETRIES = Counter("reft_retries", "Requests retried on another engine before their response began.")
+LOADS = Counter("reft_adapter_loads", "Loads of adapter versions into engines, by result.", ["result"])
+LOAD_SECONDS = Histogram(
+    "reft_adapter_load_seconds", "Time to load an adapter version into one engine.", buckets=_SHORT
 )
-LEDGER_PENDING = Gauge("reft_ledger_pending_records", "Usage records that are not committed yet.")
+LIMITED = Counter("reft_limited_requests", "Requests rejected by a limit.", ["tenant", "limit"])
+JOBS = Gauge("reft_jobs", "Fine-tuning jobs of all tenants in the database, by status.", ["status"])
+JOBS_WAITING = Gauge("reft_jobs_waiting", "Fine-tuning jobs waiting for a worker; scale the workers by it.")
+WEBHOOKS = Counter(
+    "reft_webhook_deliveries", "Webhook delivery attempts by result: delivered, retried or given_up.", ["result"]
+)
+LEDGER_PENDING = Gauge("reft_ledger_pending_records", "Usage records not yet committed to the database.")
 
-JOBS_RUNNING = Gauge("reft_worker_jobs", "Fine-tuning jobs that this worker runs.")
-JOBS_ENDED = Counter("reft_worker_jobs_ended", "Runs of jobs by how they left this worker.", ["how"])
-JOB_MEMORY = Gauge("reft_worker_memory_bytes", "Memory that this worker's jobs are reckoned to take.")
+JOBS_RUNNING = Gauge("reft_worker_jobs", "Fine-tuning jobs running on this worker.")
+JOBS_ENDED = Counter("reft_worker_jobs_ended", "Job attempts that ended on this worker, by outcome.", ["how"])
+JOB_MEMORY = Gauge("reft_worker_memory_bytes", "Estimated memory of this worker's jobs, in bytes.")
 TRAINED_TOKENS = Counter("reft_worker_trained_tokens", "Tokens that this worker has trained on.")
-WORKER_READY = Gauge("reft_worker_ready", "Whether this worker can take jobs.")
+WORKER_READY = Gauge("reft_worker_ready", "1 if this worker can take jobs, else 0.")
 
-# Prometheus sees no increase of what was not there before, so what alerts watch begins at zero.
+# Prometheus sees no increase from a missing series, so series with alerts start at zero.
 for _counter, _values in (
     (LOADS, ("loaded", "failed")),
     (WEBHOOKS, ("delivered", "retried", "given_up")),
@@ -88,14 +94,14 @@ for _counter, _values in (
 
 
 class BoundedNames:
-    """Label values that users choose, capped: the first `cap` names keep theirs, the rest are `other`."""
+    """Bounded label values for names that users choose: the first `cap` names, then `other`."""
 
     def __init__(self, cap: int) -> None:
         self._cap = cap
         self._names: set[str] = set()
 
     def label(self, name: str | None) -> str:
-        """What metrics call this name; `none` where there is none."""
+        """The label value for a name; `none` for None."""
         if name is None:
             return "none"
         if name not in self._names:
@@ -106,7 +112,7 @@ class BoundedNames:
 
 
 class _JsonLines(logging.Formatter):
-    """One JSON object per line: time, level, logger, message, the request's id and whatever `extra={"data": {...}}` has."""
+    """One JSON object per line: time, level, logger, message, the request id and the fields of `extra={"data": {...}}`."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, object] = {
@@ -125,7 +131,7 @@ class _JsonLines(logging.Formatter):
 
 
 def configure_logging(level: str) -> None:
-    """Write JSON lines to stderr, ours at `level`, those of libraries from warnings on."""
+    """Write JSON lines to stderr: `reft_serve` at `level`, libraries at WARNING and above."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonLines())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)

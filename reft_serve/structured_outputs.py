@@ -49,7 +49,7 @@ _COUNTS = re.compile(r"\{(\d*)(?:,(\d*))?\}|~ ?(\d+)(?:\.\.(\d+))?")
 
 
 class _Budget:
-    """What is left of the bounds that hold for a request as a whole."""
+    """Remaining budget of a request's bounds."""
 
     def __init__(self) -> None:
         self.values = MAX_VALUES

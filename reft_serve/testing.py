@@ -72,7 +72,6 @@ class FakeEngine:
 
     @property
     def app(self) -> Starlette:
-        """The HTTP API."""
         return Starlette(
             routes=[
                 Route("/health", self._health),
@@ -97,7 +96,7 @@ class FakeEngine:
 
     async def _usage(self, request: Request) -> Response:
         used = self.left.get(request.path_params["request_id"])
-        return JSONResponse(used) if used else _error(404, "no request of this id has ended lately")
+        return JSONResponse(used) if used else _error(404, "no request with this id ended recently")
 
     def _note_left(self, request: Request, answer: _Answer) -> None:
         self.counts["cancelled"] += 1
@@ -137,7 +136,7 @@ class FakeEngine:
         if self.remember:
             self.requests.append(body)
         if self.fail_with is not None:
-            return _error(self.fail_with, "the fake engine was told to fail")
+            return _error(self.fail_with, "the fake engine was set to fail")
         if body["model"] != _BASE and body["model"] not in self.adapters:
             return _error(404, f"The model `{body['model']}` does not exist.", "model")
         return None

@@ -1,8 +1,8 @@
 """An archive of an adapter's files, unpacked into a directory: those files, and nothing else. No torch.
 
-Nothing that an archive says is believed: only plain files of known names are taken, wherever it says that they lie, and
-never more bytes than are allowed, whatever sizes it declares. It is meant to be called in a process with limits: tarfile
-and zipfile read a header whole before it can be judged.
+Archives are not trusted: only regular files of known names are extracted, regardless of their paths, and
+never more bytes than are allowed, regardless of declared sizes. Call it in a process with limits: tarfile
+and zipfile read a header whole before it can be checked.
 """
 
 from __future__ import annotations
@@ -66,12 +66,12 @@ _UNPACKERS: tuple[tuple[bytes, Callable[[Any], Any]], ...] = (
 
 
 def is_archive(name: str) -> bool:
-    """Whether a file is an archive by its name."""
+    """True if the file name has an archive's extension."""
     return name.lower().endswith(_ZIP + _TAR)
 
 
 def is_ignored(path: str) -> bool:
-    """Whether a file is passed over: what macOS and Windows add to folders, and what lies beside an adapter on a hub."""
+    """True for files to skip: those that macOS and Windows add, and files that lie next to an adapter on a hub."""
     parts = PurePosixPath(path.replace("\\", "/")).parts
     return bool(parts) and ("__MACOSX" in parts or parts[-1].startswith("._") or parts[-1].lower() in IGNORED)
 
@@ -111,7 +111,7 @@ def copy_file(content: IO[bytes], into: Path, name: str, room: int) -> int:
             while chunk := _read(content):
                 size += len(chunk)
                 if size > room:
-                    raise RequestTooLarge("the adapter's files have more bytes than are taken here")
+                    raise RequestTooLarge("the adapter's files exceed the size limit")
                 file.write(chunk)
     except FileExistsError as exc:
         raise RequestInvalid(f"{name} appears twice in the upload", "files") from exc
@@ -128,7 +128,7 @@ def _read(content: IO[bytes]) -> bytes:
 
 
 class _Metered:
-    """A file of which a bounded number of bytes can be read, until the bound is set anew."""
+    """A file of which a bounded number of bytes can be read, until the bound is set again."""
 
     def __init__(self, file: Any) -> None:
         self._file, self.left = file, float(MAX_ZIP_DIRECTORY_BYTES)
@@ -145,7 +145,7 @@ class _Metered:
 
 
 def _least(left: float) -> int:
-    """How much to read to see that more was asked for than is left."""
+    """Number of bytes to read so that an excess over the remaining limit is noticed."""
     return -1 if math.isinf(left) else max(int(left), 0) + 1
 
 
@@ -164,7 +164,9 @@ def _untarred(content: BinaryIO) -> Iterator[tuple[str, IO[bytes]]]:
                     file.left = math.inf
                     opened = archive.extractfile(member) if member.isreg() and not member.issparse() else None
                     if opened is None:
-                        raise RequestInvalid(f"{name} of the archive is a link or a device, not a plain file", "files")
+                        raise RequestInvalid(
+                            f"{name} of the archive is a link or a device, not a regular file", "files"
+                        )
                     yield name, opened
                 archive.members.clear()  # else it keeps them all
                 file.left = MAX_MEMBER_HEADER_BYTES
@@ -184,7 +186,7 @@ def _unzipped(content: BinaryIO) -> Iterator[tuple[str, IO[bytes]]]:
                     continue
                 name = _member(path)
                 if (member.external_attr >> 16) & 0o170000 not in (0, 0o100000):
-                    raise RequestInvalid(f"{name} of the archive is a link or a device, not a plain file", "files")
+                    raise RequestInvalid(f"{name} of the archive is a link or a device, not a regular file", "files")
                 with archive.open(member) as opened:
                     yield name, opened
     except _DAMAGE as exc:
@@ -201,7 +203,8 @@ def _member(path: str) -> str:
     inside = [part for part in parts if part != "."]
     if not inside or inside[-1] not in FILES or len(inside) > 2 or ".." in inside or inside[0] == "/":
         raise RequestInvalid(
-            f"{path[:80]!r} of the archive is no file of an adapter; {', '.join(FILES)} are, at its top or in one directory",
+            f"{path[:80]!r} of the archive is not an adapter file; {', '.join(FILES)} are, at the top level or in one "
+            "directory",
             "files",
         )
     return inside[-1]

@@ -30,7 +30,7 @@ def linear_modules(base: Path) -> Mapping[str, Shape]:
         import transformers
     except ImportError as exc:
         raise BaseModelInvalid(
-            "a LoRA is compared with its base model by transformers, which is not installed"
+            "checking a LoRA against its base model needs transformers, which is not installed"
         ) from exc
     try:
         config = transformers.AutoConfig.from_pretrained(base)

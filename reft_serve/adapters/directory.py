@@ -1,7 +1,7 @@
 """An adapter's directory: `reft_config.json` and `reft_model.safetensors`, read whole and checked, published whole.
 
 Tensor k of the file is `interventions.<k>.<name>`, names as in `vocabulary.required_tensors`. PEFT's two files may lie
-beside them: then the adapter is both, ReFT and LoRA. The digest over the bytes of the files is the version's name: equal
+next to them: then the adapter is both, ReFT and LoRA. The digest over the bytes of the files is the version's name: equal
 digests are equal adapters, wherever they lie.
 """
 
@@ -51,7 +51,7 @@ DTYPES: dict[DType, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.
 @dataclass(frozen=True, slots=True, eq=False)
 class Adapter:
     """One immutable version. `weights[k]` belongs to `manifest.interventions[k]`; `digest` is sha256 in hex; `lora` is
-    its other half, where it has one.
+    its other half, if it has one.
     """
 
     manifest: Manifest
@@ -62,17 +62,17 @@ class Adapter:
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether the directory claims to be an adapter of ours; says nothing of its soundness."""
+    """True if the directory claims to be an adapter; its contents are not checked."""
     return os.path.lexists(path / CONFIG)
 
 
 def read_adapter(
     path: Path, max_bytes: int = 1 << 30, unsupported: Callable[[Manifest], Sequence[str]] | None = None
 ) -> Adapter:
-    """Read and check a directory; what comes back can be served as far as the adapter alone can tell.
+    """Read and check a directory. The result is valid in itself; the base model is not considered.
 
     Args:
-        path: the directory. Its files must be plain ones: a link could point anywhere.
+        path: the directory. Its files must be regular files: a link could point anywhere.
         max_bytes: largest tensor file to take into memory.
         unsupported: why an engine cannot serve a manifest; asked before the tensors are computed with, whose cost grows
             with the rank.
@@ -81,7 +81,7 @@ def read_adapter(
         AdapterNotFound: no directory, or no `reft_config.json` in it.
         AdapterUnsupported: what `unsupported` reports.
         AdapterInvalid: every fault found: manifest, missing or unknown tensors, shapes, dtypes, NaN or Inf, a truncated
-            or oversized file, links, and adapters that would change nothing.
+            or oversized file, links, and adapters without any effect.
     """
     files = _read_files(path, max_bytes)
     manifest = parse_manifest(files[CONFIG], str(path))
@@ -118,7 +118,7 @@ def _read_files(path: Path, max_bytes: int) -> dict[str, bytes]:
     if not path.is_dir():
         raise AdapterNotFound(f"there is no adapter directory at {path}")
     if not is_adapter(path):
-        raise AdapterNotFound(f"{path} holds no {CONFIG}, so it is not a ReFT adapter of ours")
+        raise AdapterNotFound(f"{path} holds no {CONFIG}, so it is not a ReFT adapter directory")
     where = str(path)
     files = {
         CONFIG: read_regular_file(path / CONFIG, MAX_CONFIG_BYTES, where),
@@ -183,11 +183,11 @@ def check_tensors(
             off = _orthonormal_error(weights[-1].projection)
             if off > ORTHONORMAL_TOLERANCE:
                 warnings.append(
-                    f"intervention {k} ({spec.where}): R is not orthonormal (off by {off:.2g}), as pyreft leaves it after "
-                    "a resumed training; it is served as it is"
+                    f"intervention {k} ({spec.where}): R is not orthonormal (off by {off:.2g}), as after a resumed training "
+                    "in pyreft; it is served unchanged"
                 )
     if not faults and all(fold(w, torch.float64).does_nothing for w in weights):
-        faults.append("it changes nothing: every intervention leaves the hidden state as it is")
+        faults.append("it has no effect: every intervention leaves the hidden states unchanged")
     if faults:
         raise AdapterInvalid(where, faults)
     return tuple(weights), tuple(warnings)
@@ -198,7 +198,7 @@ def _value_faults(own: Mapping[str, Tensor]) -> Iterator[str]:
         if not tensor.isfinite().all():
             yield f"{name} holds NaN or Inf"
         elif name in ("R", "W2") and not tensor.any():
-            yield f"{name} is all zeros, so the edit does nothing (weight decay on pyreft's rotation does this)"
+            yield f"{name} is all zeros, so the edit has no effect (caused by weight decay on pyreft's rotation)"
 
 
 def _orthonormal_error(R: Tensor) -> float:

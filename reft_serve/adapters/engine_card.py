@@ -1,4 +1,4 @@
-"""What an engine says of itself on its model card, beside vLLM's facts: what it runs, which adapters it takes. No torch."""
+"""The engine's model card: base model, limits and capabilities, in addition to vLLM's fields. No torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CARD_KEY = "reft"
 
 
 class EngineCard(BaseModel):
-    """`max_lora_rank`: of the LoRA that an adapter may hold beside its interventions; 0 where none is served."""
+    """`max_lora_rank`: of the LoRA that an adapter may hold next to its interventions; 0 if none is served."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -25,7 +25,7 @@ class EngineCard(BaseModel):
 
 
 def read_card(card: object) -> EngineCard | None:
-    """What a base model's card of `/v1/models` says; None where it says nothing, or nothing that is understood here."""
+    """Parse the base model's card of `/v1/models`; None without a card or if it is not understood."""
     if not isinstance(card, dict) or CARD_KEY not in card:
         return None
     try:

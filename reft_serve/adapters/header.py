@@ -32,7 +32,7 @@ _DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What a header says of a tensor; `dtype` as torch calls it, for instance float32."""
+    """A tensor as the header describes it; `dtype` in torch's spelling, for instance float32."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -42,7 +42,8 @@ def read_header(file: Path, where: str) -> dict[str, Entry]:
     """The entries of a safetensors file whose tensors lie side by side, to its last byte.
 
     Raises:
-        AdapterInvalid: it is no plain file, damaged, or another kind of file; `where` is the adapter that the message names.
+        AdapterInvalid: it is not a regular file, damaged, or another kind of file; `where` is the adapter that the message
+            names.
     """
     with open_regular_file(file, where) as opened:
         try:
@@ -53,10 +54,10 @@ def read_header(file: Path, where: str) -> dict[str, Entry]:
 
 
 def header_bytes(file: Path, where: str) -> int:
-    """How many bytes a safetensors file says that its header has; whether that is so is for `read_header` to check.
+    """Header length in bytes that a safetensors file declares; `read_header` checks it.
 
     Raises:
-        AdapterInvalid: it is no plain file.
+        AdapterInvalid: it is not a regular file.
     """
     with open_regular_file(file, where) as opened:
         return int.from_bytes(opened.read(8), "little")
@@ -65,7 +66,7 @@ def header_bytes(file: Path, where: str) -> int:
 def _entries(opened: BinaryIO, size: int) -> dict[str, Entry]:
     length = int.from_bytes(opened.read(8), "little")
     if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-        raise ValueError("its header is longer than the file, or than is taken")
+        raise ValueError("its header is longer than the file or than allowed")
     header: Any = json.loads(opened.read(length), parse_int=_whole, object_pairs_hook=_object)
     if not isinstance(header, dict):
         raise ValueError("its header is not a JSON object")
@@ -77,9 +78,13 @@ def _entries(opened: BinaryIO, size: int) -> dict[str, Entry]:
         shape, (begin, end) = entry["shape"], entry["data_offsets"]
         dtype, width = _DTYPES[entry["dtype"]]
         if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
-            raise ValueError(f"tensor {name[:80]!r} has a shape that is no list of at most {MAX_DIMENSIONS} dimensions")
+            raise ValueError(
+                f"tensor {name[:80]!r} has a shape that is not a list of at most {MAX_DIMENSIONS} dimensions"
+            )
         if not all(type(n) is int and 0 <= n < MAX_DIMENSION for n in (*shape, begin, end)):
-            raise ValueError(f"tensor {name[:80]!r} has a shape or an extent that is no number below {MAX_DIMENSION}")
+            raise ValueError(
+                f"tensor {name[:80]!r} has a shape or an extent that is not a number below {MAX_DIMENSION}"
+            )
         if end - begin != math.prod(shape) * width:
             raise ValueError(f"tensor {name[:80]!r} has more or fewer bytes than its shape")
         extents.append((begin, end))
@@ -90,7 +95,7 @@ def _entries(opened: BinaryIO, size: int) -> dict[str, Entry]:
             raise ValueError("its tensors overlap or leave a gap")
         at = end
     if at != size - 8 - length:
-        raise ValueError(f"it has {size - 8 - length} bytes of tensors and its header tells of {at}")
+        raise ValueError(f"it has {size - 8 - length} bytes of tensors and its header declares {at}")
     return entries
 
 

@@ -1,4 +1,4 @@
-"""The LoRA half of a directory that holds both: PEFT's two files, checked as far as they alone can tell.
+"""The LoRA half of a directory that holds both: PEFT's two files, checked without the base model.
 
 Both halves act on a request: the LoRA inside the decoder layers, the edits on the stream that leaves them.
 """
@@ -52,7 +52,7 @@ class Lora:
 
 
 def holds_lora(path: Path) -> bool:
-    """Whether a directory claims to hold a LoRA; says nothing of its soundness."""
+    """True if a directory claims to hold a LoRA; its contents are not checked."""
     return any(os.path.lexists(path / name) for name in (CONFIG, TENSORS))
 
 

@@ -61,7 +61,7 @@ class BaseFacts(_Frozen):
 
 
 class InterventionSpec(_Frozen):
-    """One edit: where it acts, what it is, and which half of an untied position rule it serves."""
+    """One edit: its layer and component, its kind, and its half of an untied position rule."""
 
     layer: Annotated[int, Field(ge=0, le=1 << 16)]
     component: Component
@@ -116,7 +116,7 @@ class Manifest(_Frozen):
         return self
 
     def summary(self) -> dict[str, str | int | list[str]]:
-        """What people want to know of it at a glance."""
+        """A short description for people."""
         return {
             "kinds": sorted({spec.kind for spec in self.interventions}),
             "interventions": len(self.interventions),
@@ -130,28 +130,28 @@ class Manifest(_Frozen):
 
 
 class Limits(_Frozen):
-    """What an engine takes. Components in the manifest's words; None for a limit that is not declared."""
+    """Limits of an engine, with the manifest's component names; None for a limit that is not declared."""
 
     max_rank: int | None = None
     max_interventions: int | None = None
     components: frozenset[Component] | None = None
 
     def faults(self, manifest: Manifest, base: BaseFacts) -> list[str]:
-        """Why this engine, running `base`, cannot serve the adapter; empty where it can."""
+        """Why this engine, running `base`, cannot serve the adapter; empty if it can."""
         return _base_faults(manifest, base) + self._limit_faults(manifest)
 
     def _limit_faults(self, manifest: Manifest) -> list[str]:
         specs, faults = manifest.interventions, []
         if self.max_interventions is not None and len(specs) > self.max_interventions:
             faults.append(
-                f"it has {len(specs)} interventions and this engine takes {self.max_interventions}: "
+                f"it has {len(specs)} interventions and this engine supports {self.max_interventions}: "
                 "raise REFT_MAX_INTERVENTIONS"
             )
         for k, spec in enumerate(specs):
             if self.max_rank is not None and spec.unit_rank > self.max_rank:
                 twice = f" (twice its rank, for the activation {spec.activation})" if spec.unit_rank > spec.rank else ""
                 faults.append(
-                    f"intervention {k} ({spec.where}) needs rank {spec.unit_rank}{twice} and this engine takes "
+                    f"intervention {k} ({spec.where}) needs rank {spec.unit_rank}{twice} and this engine supports "
                     f"{self.max_rank}: raise REFT_MAX_RANK"
                 )
             if self.components is not None and spec.component not in self.components:
@@ -190,7 +190,7 @@ def manifest_faults(manifest: Manifest) -> list[str]:
     for (boundary, place, half), count in depth.items():
         if count > MAX_PASSES:
             faults.append(
-                f"{count} interventions follow one another at {place} {boundary} ({half}); at most {MAX_PASSES} are served"
+                f"{count} interventions act in sequence at {place} {boundary} ({half}); at most {MAX_PASSES} are supported"
             )
     return faults
 
@@ -236,7 +236,7 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
 
 
 def _size_faults(data: Any) -> list[str]:
-    """What has too many parts to be validated: each part would be a fault of its own, and each fault takes memory."""
+    """Reject objects with too many entries before validation: each entry could be a fault, and each fault takes memory."""
     if not isinstance(data, dict):
         return []
     sizes = [("the top level", data, MAX_KEYS), ("provenance", data.get("provenance"), MAX_PROVENANCE)]
@@ -253,7 +253,7 @@ def _size_faults(data: Any) -> list[str]:
 
 
 def _error_faults(error: ValidationError, data: Any) -> list[str]:
-    """Pydantic's errors in our words; of very many the first, as each takes memory to tell."""
+    """Pydantic's errors as faults; of very many only the first, because each takes memory."""
     count = error.error_count()
     if count <= _MOST_ERRORS:
         return [_sentence(dict(each)) for each in error.errors(include_url=False)]

@@ -1,7 +1,7 @@
-"""What can be told of an adapter's files without torch: the manifest, and each tensor's name, shape, dtype and extent.
+"""Checks of an adapter's files that need no torch: the manifest, and each tensor's name, shape, dtype and extent.
 
-The one place that says so. `directory` and `lora`, which the engine calls when it loads a version, add what only the
-numbers tell: NaN, zeros, and edits that change nothing.
+`directory` and `lora`, which the engine calls when it loads a version, add the checks that need the
+values: NaN, zeros, and edits without effect.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ LORA_CONFIG, LORA_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 FILES = (CONFIG, TENSORS, LORA_CONFIG, LORA_TENSORS)
 MAX_CONFIG_BYTES = 4 << 20
 MAX_TARGETS = 512
-"""How many of the modules that a configuration targets are compared with the tensors."""
+"""Number of targeted modules that are compared with the tensors."""
 LORA_NAME = re.compile(r"base_model\.model\.(.{1,512})\.lora_([AB])\.weight")
 _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d{1,6})\.")
 _MOST_RANK = 1 << 24
@@ -143,7 +143,7 @@ def lora_faults(config: bytes, entries: Mapping[str, Entry], layers: int) -> lis
             faults.append(f"{LORA_TENSORS}: {name[:120]!r} must hold finite floats")
     if pairs:
         faults += [
-            f"{LORA_CONFIG}: target_modules names {name[:120]!r}, and no tensor is for it"
+            f"{LORA_CONFIG}: target_modules names {name[:120]!r}, but has no tensor for it"
             for name in _without_tensors(targets, pairs)
         ]
     return faults + [fault for module, pair in pairs.items() for fault in _pair_faults(module, pair)]
@@ -194,7 +194,7 @@ def unknown_modules(names: Iterable[str]) -> Iterator[str]:
     part: list[str] = []
     for name in [*shown, ""]:
         if part and (not name or sum(map(len, part)) + len(name) > _FAULT_CHARACTERS):
-            what = "is no module" if len(part) == 1 else "are no modules"
+            what = "is not a module" if len(part) == 1 else "are not modules"
             yield f"its LoRA is for {', '.join(part)}, which {what} of the base model"
             part = []
         part.append(name)
@@ -240,7 +240,7 @@ def _lora_config_faults(content: bytes) -> tuple[list[str], list[str]]:
     faults = []
     if config.get("peft_type") != "LORA":
         told = str(config.get("peft_type"))[:40]
-        faults.append(f"{LORA_CONFIG}: peft_type is {told!r}; only LORA is served beside ReFT")
+        faults.append(f"{LORA_CONFIG}: peft_type is {told!r}; only LORA is supported together with ReFT")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= _MOST_RANK:
         faults.append(f"{LORA_CONFIG}: r must be a whole number from 1, and it is {str(rank)[:40]}")

@@ -29,5 +29,5 @@ def parse_tensors(content: bytes, name: str, where: str) -> dict[str, Tensor]:
 
 
 def entries_of(named: Mapping[str, Tensor]) -> dict[str, Entry]:
-    """What a header would say of them."""
+    """The tensors as a header would describe them."""
     return {name: Entry(str(tensor.dtype)[6:], tuple(tensor.shape)) for name, tensor in named.items()}

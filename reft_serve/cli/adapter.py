@@ -1,4 +1,4 @@
-"""`reft-serve adapter`: bring adapters in, send them out, look at them, check them."""
+"""`reft-serve adapter`: import, export, inspect and check adapters."""
 
 from __future__ import annotations
 
@@ -15,32 +15,30 @@ __all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True, help="Import, export, inspect and check ReFT adapters.")
 
-_Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Directory to make; nothing may be there yet.")]
+_Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Directory to create; it must not exist.")]
 _Base = Annotated[Path, typer.Option("--base", metavar="MODEL_DIR", help="Local directory of the base model.")]
-_Adapter = Annotated[Path, typer.Argument(metavar="DIR", help="An adapter's directory.")]
+_Adapter = Annotated[Path, typer.Argument(metavar="DIR", help="Directory of the adapter.")]
 
 
 @app.command("import")
 def import_(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="A save of pyreft, a checkpoint, or AdapterHub's.")],
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A pyreft save, a checkpoint or an AdapterHub save.")],
     base: _Base,
     out: _Out,
     positions: Annotated[
         str | None, typer.Option(metavar="SPEC", help="Edited tokens: f7+l7, f1, last, all, 0,-1 ...")
     ] = None,
-    untied: Annotated[
-        bool, typer.Option("--untied", help="Prefix and suffix have interventions of their own.")
-    ] = False,
+    untied: Annotated[bool, typer.Option("--untied", help="Prefix and suffix have separate interventions.")] = False,
     last_offset: Annotated[int, typer.Option(metavar="N", help="Tokens between the suffix and the prompt's end.")] = 0,
-    activation: Annotated[str | None, typer.Option(metavar="NAME", help="pyreft's act_fn; none unless given.")] = None,
+    activation: Annotated[str | None, typer.Option(metavar="NAME", help="pyreft's act_fn; default: none.")] = None,
     no_bias: Annotated[bool, typer.Option("--no-bias", help="Trained with add_bias=False (noreft, nodireft).")] = False,
     phase: Annotated[str, typer.Option(metavar="PHASE", help="Edit tokens of: prompt, all, generated.")] = "prompt",
-    kind: Annotated[str | None, typer.Option(metavar="KIND", help="Kind, where the save does not record it.")] = None,
+    kind: Annotated[str | None, typer.Option(metavar="KIND", help="Kind, if the save does not record it.")] = None,
     lora_alpha: Annotated[
-        float | None, typer.Option(metavar="N", help="PEFT's lora_alpha, where pyreft saved a LoRA too.")
+        float | None, typer.Option(metavar="N", help="PEFT's lora_alpha, if the save holds a LoRA too.")
     ] = None,
 ) -> None:
-    """Convert a save of another library into an adapter's directory."""
+    """Convert a save of another library into an adapter directory."""
     from reft_serve.adapters.base_model import read_base_model
     from reft_serve.adapters.base_modules import linear_modules
     from reft_serve.adapters.importers.common import ImportFlags
@@ -58,7 +56,7 @@ def import_(
 def export(
     adapter_dir: _Adapter,
     out: _Out,
-    format_: Annotated[str, typer.Option("--format", metavar="FORMAT", help="Only pyreft for now.")] = "pyreft",
+    format_: Annotated[str, typer.Option("--format", metavar="FORMAT", help="Format to write: pyreft.")] = "pyreft",
 ) -> None:
     """Write an adapter in the format of another library."""
     from reft_serve.adapters.directory import read_adapter
@@ -66,7 +64,7 @@ def export(
     from reft_serve.errors import ClientError
 
     if format_ != "pyreft":
-        raise ClientError(f"--format {format_[:40]!r} is not known; pyreft is")
+        raise ClientError(f"--format {format_[:40]!r} is not supported; use pyreft")
     adapter = read_adapter(adapter_dir, _max_bytes())
     export_pyreft(adapter, out)
     _warn(adapter)
@@ -78,7 +76,7 @@ def inspect(
     adapter_dir: _Adapter,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Show what an adapter is."""
+    """Print an adapter's base model, positions, interventions and digest."""
     from reft_serve.adapters.directory import TENSORS, read_adapter
     from reft_serve.adapters.lora import TENSORS as LORA_TENSORS
 
@@ -100,10 +98,12 @@ def inspect(
 @app.command()
 def check(
     adapter_dir: _Adapter,
-    base: Annotated[Path | None, typer.Option(metavar="MODEL_DIR", help="Check against this base model, too.")] = None,
-    max_rank: Annotated[int | None, typer.Option(metavar="N", min=1, help="Largest rank the engine takes.")] = None,
+    base: Annotated[Path | None, typer.Option(metavar="MODEL_DIR", help="Also check against this base model.")] = None,
+    max_rank: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Largest rank that the engine supports.")
+    ] = None,
 ) -> None:
-    """Say whether an adapter can be served: one line, or every fault on a line of its own and exit code 1."""
+    """Check that an adapter can be served. Prints one line, or one line per fault with exit code 1."""
     from reft_serve.adapters.base_model import read_base_model
     from reft_serve.adapters.base_modules import linear_modules
     from reft_serve.adapters.directory import read_adapter
@@ -166,5 +166,5 @@ def _show(adapter: Adapter, size: int) -> None:
     for spec in manifest.interventions:
         cells = (spec.layer, spec.component, spec.kind, spec.rank, spec.activation, spec.part, spec.dtype)
         rows.add_row(*(str(cell) for cell in cells))
-    # Names come from the adapter's author: no markup of theirs is drawn.
+    # Names come from the adapter's author: markup in them must not be rendered.
     Console(markup=False, highlight=False, emoji=False).print(facts, rows)

@@ -1,4 +1,4 @@
-"""`reft-serve admin`: the operator's hand on the gateway's database, with or without a gateway running."""
+"""`reft-serve admin`: administer the gateway's database, with or without a running gateway."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ __all__ = ["app"]
 
 _T = TypeVar("_T")
 app = typer.Typer(
-    no_args_is_help=True, help="Tenants, keys and usage, straight in the database that REFT_DATABASE names."
+    no_args_is_help=True, help="Manage tenants, keys, usage and backups in the database that REFT_DATABASE names."
 )
-tenant = typer.Typer(no_args_is_help=True, help="Make, list, limit, disable and enable tenants.")
-key = typer.Typer(no_args_is_help=True, help="Make, list, rotate and revoke API keys.")
+tenant = typer.Typer(no_args_is_help=True, help="Create, list, limit, disable and enable tenants.")
+key = typer.Typer(no_args_is_help=True, help="Create, list, rotate and revoke API keys.")
 app.add_typer(tenant, name="tenant")
 app.add_typer(key, name="key")
 
@@ -36,7 +36,7 @@ _Limits = Annotated[
 
 @app.command()
 def migrate() -> None:
-    """Bring the database to the schema of this version."""
+    """Migrate the database to this version's schema."""
 
     async def migrated() -> None:
         from reft_serve.database.connection import migrate
@@ -50,25 +50,25 @@ def migrate() -> None:
 
 @app.command()
 def backup(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder.")]) -> None:
-    """Write the database, every adapter version and every file, of one moment, into FOLDER. Nobody needs to stop for it."""
+    """Write a consistent backup of the database, all adapter versions and all files to FOLDER while gateways run."""
     from reft_serve.backup import back_up
 
     made = asyncio.run(_with_places(lambda places: back_up(places, folder)))
-    typer.echo(f"{made.rows} rows, {len(made.versions)} versions and {len(made.blobs)} files are in {folder}")
+    typer.echo(f"{made.rows} rows, {len(made.versions)} versions and {len(made.blobs)} files written to {folder}")
 
 
 @app.command()
-def restore(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What `backup` has written.")]) -> None:
-    """Fill an empty database and the stores from FOLDER, whichever kind of database it came from."""
+def restore(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder written by `backup`.")]) -> None:
+    """Restore a backup into an empty database and the stores. SQLite and PostgreSQL backups are interchangeable."""
     from reft_serve.backup import bring_back
 
     made = asyncio.run(_with_places(lambda places: bring_back(places, folder)))
-    typer.echo(f"{made.rows} rows, {len(made.versions)} versions and {len(made.blobs)} files are back")
+    typer.echo(f"{made.rows} rows, {len(made.versions)} versions and {len(made.blobs)} files restored")
 
 
 @tenant.command("create")
 def create_tenant(name: _Name, limits: _Limits = "{}") -> None:
-    """Make a tenant."""
+    """Create a tenant and print its id."""
 
     async def create(session: AsyncSession) -> str:
         from reft_serve.database import audit, tenants
@@ -82,14 +82,14 @@ def create_tenant(name: _Name, limits: _Limits = "{}") -> None:
 
 @tenant.command("list")
 def list_tenants() -> None:
-    """Every tenant: name, id, state, limits."""
+    """List all tenants: name, id, state, limits."""
 
     async def listed(session: AsyncSession) -> list[str]:
         from reft_serve.database import tenants
 
         found = await tenants.list_tenants(session)
         return [
-            f"{each.name}\t{each.id}\t{'disabled' if each.disabled_ms else 'enabled'}\t{json.dumps(each.limits)}"
+            "\t".join((each.name, each.id, "disabled" if each.disabled_ms else "enabled", json.dumps(each.limits)))
             for each in found
         ]
 
@@ -105,7 +105,7 @@ def limit_tenant(name: _Name, limits: _Limits) -> None:
 
 @tenant.command("disable")
 def disable_tenant(name: _Name) -> None:
-    """Shut a tenant out; nothing of it is deleted."""
+    """Disable a tenant: its keys are rejected, and nothing is deleted."""
     from reft_serve.database.models import now_ms
 
     _change(name, "disable", lambda found: setattr(found, "disabled_ms", now_ms()))
@@ -113,7 +113,7 @@ def disable_tenant(name: _Name) -> None:
 
 @tenant.command("enable")
 def enable_tenant(name: _Name) -> None:
-    """Let a tenant in again."""
+    """Enable a disabled tenant."""
     _change(name, "enable", lambda found: setattr(found, "disabled_ms", None))
 
 
@@ -121,14 +121,12 @@ def enable_tenant(name: _Name) -> None:
 def create_key(
     name: _Name,
     role: Annotated[str, typer.Option(help="admin, owner, inference or metrics.")] = "owner",
-    label: Annotated[str, typer.Option(help="What the key is for.")] = "",
+    label: Annotated[str, typer.Option(help="Name of the key.")] = "",
     days: Annotated[int | None, typer.Option(min=1, help="Days until it expires.")] = None,
-    scopes: Annotated[
-        str | None, typer.Option(metavar="A,B", help="Some of the role's scopes; all of them unless given.")
-    ] = None,
+    scopes: Annotated[str | None, typer.Option(metavar="A,B", help="Some of the role's scopes; default: all.")] = None,
     limits: _Limits = "{}",
 ) -> None:
-    """Make a key and print its secret, which nobody can see again."""
+    """Create a key and print its secret, which is shown only once."""
 
     async def create(session: AsyncSession) -> str:
         from reft_serve.database import audit, keys, tenants
@@ -157,7 +155,7 @@ def create_key(
 
 @key.command("list")
 def list_keys(name: _Name) -> None:
-    """A tenant's keys: id, prefix, role, state, name."""
+    """List a tenant's keys: id, prefix, role, state, name."""
 
     async def listed(session: AsyncSession) -> list[str]:
         from reft_serve.database import keys, tenants
@@ -174,9 +172,9 @@ def list_keys(name: _Name) -> None:
 def rotate_key(
     name: _Name,
     key_id: Annotated[str, typer.Argument(metavar="KEY", help="The key's id.")],
-    overlap: Annotated[int, typer.Option(min=0, help="Seconds that the old key goes on for.")] = 0,
+    overlap: Annotated[int, typer.Option(min=0, help="Seconds that the old key stays valid.")] = 0,
 ) -> None:
-    """Make a key like another one, and print its secret, which nobody can see again."""
+    """Replace a key and print the new secret, which is shown only once."""
 
     async def rotate(session: AsyncSession) -> str:
         from reft_serve.database import audit, keys, tenants
@@ -191,7 +189,7 @@ def rotate_key(
 
 @key.command("revoke")
 def revoke_key(name: _Name, key_id: Annotated[str, typer.Argument(metavar="KEY", help="The key's id.")]) -> None:
-    """End a key's life; running gateways notice within REFT_CACHE_SECONDS."""
+    """Revoke a key; running gateways reject it within REFT_CACHE_SECONDS."""
 
     async def revoke(session: AsyncSession) -> None:
         from reft_serve.database import audit, keys, tenants
@@ -205,10 +203,10 @@ def revoke_key(name: _Name, key_id: Annotated[str, typer.Argument(metavar="KEY",
 
 @app.command()
 def usage(
-    days: Annotated[int, typer.Option(min=1, help="How far back.")] = 30,
+    days: Annotated[int, typer.Option(min=1, help="Length of the period that ends now.")] = 30,
     bucket: Annotated[str, typer.Option(help="day or hour.")] = "day",
 ) -> None:
-    """Requests and tokens of every tenant, as tab-separated lines."""
+    """Print requests and tokens of every tenant as tab-separated lines."""
 
     async def summed(session: AsyncSession) -> list[str]:
         from reft_serve.database import usage as ledger
@@ -223,8 +221,8 @@ def usage(
             session, tenant_id=None, start_ms=start, end_ms=end, bucket=bucket, group_by=["tenant", "model"]
         )
         return [
-            f"{(t.start_ms or 0) // 1000}\t{t.group['tenant']}\t{t.group['model']}\t{t.requests}\t{t.prompt_tokens}"
-            f"\t{t.cached_tokens}\t{t.completion_tokens}"
+            f"{(t.start_ms or 0) // 1000}\t{t.group['tenant']}\t{t.group['model']}\t"
+            f"{t.requests}\t{t.prompt_tokens}\t{t.cached_tokens}\t{t.completion_tokens}"
             for t in found
         ]
 
@@ -243,7 +241,7 @@ def _limits(text: str) -> dict[str, Any]:
         return TenantLimits.model_validate_json(text).model_dump(exclude_none=True)
     except ValidationError as exc:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'it'}: {e['msg']}" for e in exc.errors())
-        raise RequestInvalid(f"--limits cannot be used: {wrong}") from exc
+        raise RequestInvalid(f"invalid --limits: {wrong}") from exc
 
 
 def _change(name: str, what: str, change: Callable[[Any], None]) -> None:
@@ -258,7 +256,7 @@ def _change(name: str, what: str, change: Callable[[Any], None]) -> None:
 
 
 def _do(work: Callable[[AsyncSession], Awaitable[_T]]) -> _T:
-    """Do this in one transaction of the database, brought up to date unless REFT_MIGRATE forbids it."""
+    """Run `work` in one transaction, after a migration unless REFT_MIGRATE is false."""
 
     async def done() -> _T:
         from reft_serve.config import GatewaySettings, read_settings
@@ -273,7 +271,7 @@ def _do(work: Callable[[AsyncSession], Awaitable[_T]]) -> _T:
 
 
 async def _with_places(work: Callable[[Places], Awaitable[_T]]) -> _T:
-    """Do this with the database and the stores that the environment names."""
+    """Run `work` with the database and stores that the environment names."""
     from reft_serve.adapters.store import AdapterStore
     from reft_serve.backup import Places
     from reft_serve.config import GatewaySettings, read_settings

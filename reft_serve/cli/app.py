@@ -14,7 +14,7 @@ __all__ = ["app", "main"]
 
 
 class _Sentences(TyperGroup):
-    """Tells a named failure as one sentence on stderr and ends with exit code 1."""
+    """Prints a `ReftError` as one sentence on stderr and exits with code 1."""
 
     def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override]
         try:

@@ -22,22 +22,27 @@ def evaluate(
     recipe: Annotated[
         str, typer.Option(metavar="NAME|FILE", help="commonsense, math, instruct, glue-cola, ... or a TOML.")
     ],
-    model: Annotated[str, typer.Option(metavar="NAME", help="The adapter, or the base model, as the server names it.")],
-    url: Annotated[str, typer.Option(metavar="URL", help="The server, with or without /v1.")] = "http://127.0.0.1:8000",
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Every prediction, as JSONL.")] = Path("predictions.jsonl"),
-    resume: Annotated[bool, typer.Option("--resume", help="Keep the answers that --out holds already.")] = False,
+    model: Annotated[str, typer.Option(metavar="NAME", help="Public name of the adapter or the base model.")],
+    url: Annotated[
+        str, typer.Option(metavar="URL", help="URL of the server, with or without /v1.")
+    ] = "http://127.0.0.1:8000",
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Output file of all predictions, as JSONL.")] = Path(
+        "predictions.jsonl"
+    ),
+    resume: Annotated[bool, typer.Option("--resume", help="Keep the predictions already in --out.")] = False,
     limit: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Ask the first N rows of each file only.")
+        int | None, typer.Option(min=1, metavar="N", help="Use only the first N rows of each file.")
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Of an answer; the recipe's unless given.")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Largest number of tokens per response; default: the recipe's."),
     ] = None,
     concurrency: Annotated[int, typer.Option(min=1, max=1024, metavar="N", help="Requests at once.")] = 32,
     api_key: Annotated[
-        str, typer.Option(envvar="OPENAI_API_KEY", show_default=False, help="The server's key.")
+        str, typer.Option(envvar="OPENAI_API_KEY", show_default=False, help="API key of the server.")
     ] = "none",
 ) -> None:
-    """Ask a served model a recipe's questions over HTTP, print its accuracy, write every prediction."""
+    """Evaluate a served model on a recipe's questions over HTTP; print its accuracy and write every prediction."""
     from reft_serve.datafiles.formats import read_rows
     from reft_serve.datafiles.lines import Limits
     from reft_serve.errors import ClientError
@@ -46,7 +51,7 @@ def evaluate(
 
     task = load_recipe(recipe).task
     if task is None:
-        raise ClientError(f"recipe {recipe} has no [task], so there is nothing to ask")
+        raise ClientError(f"recipe {recipe} has no [task] to evaluate")
     if max_tokens is not None:
         task = task.model_copy(update={"max_new_tokens": max_tokens})
     limits = Limits(unanswered=task.metric == "none")
@@ -54,7 +59,7 @@ def evaluate(
     server = Server(url, model, api_key, concurrency)
     predictions = _asked(server, task, asked, out, resume=resume)
     if task.metric == "none":
-        typer.echo("this recipe has no metric of its own: AlpacaEval's annotator judges the predictions")
+        typer.echo("this recipe defines no metric; judge the predictions with AlpacaEval's annotator")
     else:
         _print(scores(task, predictions))
     typer.echo(f"{len(predictions):,} predictions written to {out}")
@@ -97,8 +102,8 @@ def _asked(server: Server, task: Task, asked: Sequence[Question], out: Path, *, 
         def note(prediction: Prediction) -> None:
             nonlocal right, failed
             right, failed = right + bool(prediction.correct), failed + bool(prediction.error)
-            told = "" if task.metric in ("none", "pearson") else f"{right:,} right"
-            progress.update(bar, advance=1, description=told + (f", {failed:,} failed" if failed else ""))
+            shown = "" if task.metric in ("none", "pearson") else f"{right:,} right"
+            progress.update(bar, advance=1, description=shown + (f", {failed:,} failed" if failed else ""))
 
         return asyncio.run(ask(server, task, asked, out, resume=resume, on_answer=note))
 

@@ -1,4 +1,4 @@
-"""`reft-serve train`: from a file of examples to an adapter that can be served."""
+"""`reft-serve train`: train an adapter on a file of examples."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def train(
     recipe: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME|FILE", help="A named recipe or a TOML file; options of the command line override it."
+            metavar="NAME|FILE", help="A named recipe or a TOML file; options on the command line override it."
         ),
     ] = None,
     validation: Annotated[
@@ -47,49 +47,61 @@ def train(
         str | None, typer.Option(metavar="SPEC", help="Edited tokens: f7+l7, f1, last ... [f7+l7]")
     ] = None,
     untied: Annotated[
-        bool | None, typer.Option("--untied/--tied", help="Prefix and suffix have interventions of their own.")
+        bool | None, typer.Option("--untied/--tied", help="Prefix and suffix have separate interventions.")
     ] = None,
-    activation: Annotated[str | None, typer.Option(metavar="NAME", help="Of W h + b, such as relu. [linear]")] = None,
-    dropout: Annotated[float | None, typer.Option(metavar="P", help="On the edited states. [0]")] = None,
-    lora_rank: Annotated[int | None, typer.Option(metavar="N", help="Train a LoRA of this rank beside.")] = None,
-    lora_alpha: Annotated[float | None, typer.Option(metavar="A", help="PEFT's lora_alpha. [twice its rank]")] = None,
+    activation: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Activation of W h + b, such as relu. [linear]")
+    ] = None,
+    dropout: Annotated[float | None, typer.Option(metavar="P", help="Dropout on the edited states. [0]")] = None,
+    lora_rank: Annotated[int | None, typer.Option(metavar="N", help="Also train a LoRA of this rank.")] = None,
+    lora_alpha: Annotated[
+        float | None, typer.Option(metavar="A", help="PEFT's lora_alpha. [twice the LoRA's rank]")
+    ] = None,
     lora_targets: Annotated[
         str | None, typer.Option(metavar="NAMES", help="Linear layers of the LoRA: q_proj,v_proj ... [PEFT's choice]")
     ] = None,
-    method: Annotated[str | None, typer.Option(metavar="METHOD", help="supervised or dpo. [as the data]")] = None,
+    method: Annotated[
+        str | None, typer.Option(metavar="METHOD", help="supervised or dpo. [by the format of the data]")
+    ] = None,
     dpo_beta: Annotated[float | None, typer.Option(metavar="B", help="DPO's beta. [0.1]")] = None,
-    epochs: Annotated[float | None, typer.Option(metavar="N", help="Times through the data. [3]")] = None,
-    max_steps: Annotated[int | None, typer.Option(metavar="N", help="Stop after so many optimiser steps.")] = None,
-    batch: Annotated[int | None, typer.Option(metavar="N", help="Examples of a micro-batch. [16]")] = None,
-    accumulate: Annotated[int | None, typer.Option(metavar="N", help="Micro-batches of an optimiser step. [1]")] = None,
+    epochs: Annotated[float | None, typer.Option(metavar="N", help="Passes over the data. [3]")] = None,
+    max_steps: Annotated[int | None, typer.Option(metavar="N", help="Stop after this many optimiser steps.")] = None,
+    batch: Annotated[int | None, typer.Option(metavar="N", help="Examples per micro-batch. [16]")] = None,
+    accumulate: Annotated[int | None, typer.Option(metavar="N", help="Micro-batches per optimiser step. [1]")] = None,
     lr: Annotated[float | None, typer.Option("--lr", metavar="RATE", help="Learning rate. [9e-4]")] = None,
     schedule: Annotated[str | None, typer.Option(metavar="NAME", help="linear, cosine or constant. [linear]")] = None,
-    warmup: Annotated[float | None, typer.Option(metavar="SHARE", help="Share of the steps to warm up. [0.1]")] = None,
-    clip: Annotated[float | None, typer.Option(metavar="NORM", help="Largest norm of the gradient. [1]")] = None,
-    dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="Of the frozen base. [float32]")] = None,
+    warmup: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Share of the steps used for warm-up. [0.1]")
+    ] = None,
+    clip: Annotated[float | None, typer.Option(metavar="NORM", help="Largest gradient norm. [1]")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="DTYPE", help="Data type of the frozen base model. [float32]")
+    ] = None,
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, about a third slower.")
+        bool, typer.Option("--gradient-checkpointing", help="Use less memory; about a third slower.")
     ] = False,
     compiled: Annotated[
         bool,
         typer.Option(
-            "--compile", help="torch.compile: half a minute slower to start, then a little faster. For long runs."
+            "--compile", help="Use torch.compile: half a minute slower to start, then slightly faster. For long runs."
         ),
     ] = False,
     keep_states: Annotated[
         float | None,
-        typer.Option(metavar="GIB", help="Memory for what the base gives below the lowest edited layer; 0: none. [1]"),
+        typer.Option(metavar="GIB", help="Cache for hidden states below the lowest edited layer; 0: none. [1]"),
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(metavar="N", help=f"Longer examples are left out and counted. [{_MAX_TOKENS}]")
+        int | None, typer.Option(metavar="N", help=f"Skip (and count) examples with more tokens. [{_MAX_TOKENS}]")
     ] = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Decides weights, order and dropout. [42]")] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Seed of initial weights, order and dropout. [42]")
+    ] = None,
     save_every: Annotated[
         int | None, typer.Option(metavar="N", help="Optimiser steps between checkpoints. [one epoch]")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint in --out.")] = False,
     report_to: Annotated[
-        str | None, typer.Option(metavar="NAMES", help="tensorboard, wandb: transformers' own reports.")
+        str | None, typer.Option(metavar="NAMES", help="Reports of transformers: tensorboard, wandb.")
     ] = None,
 ) -> None:
     """Train an adapter on a frozen base model."""
@@ -125,7 +137,7 @@ def _plan(
     run: dict[str, Any],
     half: tuple[int, float | None, str | None] | None,
 ) -> Plan:
-    """The recipe, with what was given on the command line instead of its values."""
+    """The recipe's plan, overridden by the options on the command line."""
     from reft_serve.adapters.base_model import read_base_model
     from reft_serve.training.plan import LoraPlan, Plan, parse_layers, plan_from_recipe
 
@@ -172,7 +184,7 @@ def _run(
     tokenizer: Any = AutoTokenizer.from_pretrained(base)
     task = None if recipe is None else recipe.task
     started = of_main_process((started_at(out) if resume else None) or datetime.now())
-    # Both files are read whole before anything heavy starts, so that every fault is told at once.
+    # Both files are read whole before the base model is loaded, so that all faults are reported at once.
     read = [
         encode(read_rows(path), tokenizer, max_tokens=max_tokens, task=task, now=started)
         for path in (data, validation)

@@ -1,4 +1,4 @@
-"""`reft-serve up`: engine, gateway and training worker on this machine with one command, watched over until Ctrl-C."""
+"""`reft-serve up`: run engine, gateway and training worker on this machine, and restart them until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ _STEADY_SECONDS, _LONGEST_PAUSE = 60.0, 30.0
 _TENANT = "default"
 _COMPILING = ("--enforce-eager", "--no-enforce-eager", "--compilation-config", "-O", "-cc")
 _SMALL_BYTES = 64 << 20
-# What lies in the data folder. All of it is the owner's alone: the database holds secrets, the rest holds tenants' data.
+# Contents of the data folder, readable by the owner only: the database holds secrets, the rest tenants' data.
 _OURS = ("reft.db", "reft.db-wal", "reft.db-shm", "adapters", "blobs", "work")
-# What the worker needs beside the engine's own packages.
+# Packages that the worker needs in addition to the engine's.
 _TRAINING = ("transformers", "accelerate", "peft")
 
 
 @dataclass(eq=False)
 class _Child:
-    """A process that is started again, after a pause that grows, whenever it ends by itself."""
+    """A process that is restarted, with exponential backoff, whenever it exits."""
 
     name: str
     command: Sequence[str]
@@ -48,15 +48,15 @@ class _Child:
     stopping: bool = field(default=False, init=False)
 
     async def keep(self) -> None:
-        """Run it until `stop`."""
+        """Run and restart the process until `stop`."""
         pause = 1.0
         while not self.stopping:
             begun = time.monotonic()
             if self.socket is not None:  # a killed process leaves it, and the next one could not bind
                 self.socket.unlink(missing_ok=True)
-            # A group of its own: Ctrl-C reaches us alone, and we end the children in their order. Not a session of its own:
-            # Linux shares cores out by session (sched_autogroup), and the engine's, which waits by polling, kept the
-            # gateway's from a core for a tenth of a second and more at a time.
+            # Its own process group: Ctrl-C reaches only `up`, which ends the children in order. Not its own session: Linux
+            # divides cores by session (sched_autogroup), and the polling engine kept the gateway off a core for 0.1 s and
+            # more at a time.
             self.process = await asyncio.create_subprocess_exec(
                 *self.command,
                 env=self.environment,
@@ -68,11 +68,11 @@ class _Child:
                 return
             self._sweep()
             pause = 1.0 if time.monotonic() - begun > _STEADY_SECONDS else min(2 * pause, _LONGEST_PAUSE)
-            _say(f"{self.name} ended with code {code}; starting it again in {pause:.0f} s")
+            _say(f"{self.name} ended with code {code}; restarting it in {pause:.0f} s")
             await asyncio.sleep(pause)
 
     async def stop(self, patience: float) -> None:
-        """Ask it to end, and make it end."""
+        """Terminate the process; kill it after `patience` seconds."""
         self.stopping = True
         process = self.process
         if process is None:
@@ -84,7 +84,7 @@ class _Child:
         self._sweep()
 
     def _sweep(self) -> None:
-        """End what an ended process left in its session."""
+        """Kill processes that an ended process left in its group."""
         if self.process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -92,18 +92,18 @@ class _Child:
 
 def up(
     context: typer.Context,
-    model: Annotated[
-        str, typer.Argument(metavar="[MODEL]", help="The base model; the small one shipped with us.")
-    ] = str(_DEMO),
-    data: Annotated[Path, typer.Option(metavar="DIR", help="Where the database and the adapters lie.")] = Path(
+    model: Annotated[str, typer.Argument(metavar="[MODEL]", help="Base model; default: the bundled demo model.")] = str(
+        _DEMO
+    ),
+    data: Annotated[Path, typer.Option(metavar="DIR", help="Directory of the database, adapters and files.")] = Path(
         "~/.local/share/reft-serve"
     ),
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8080,
-    name: Annotated[str, typer.Option("--name", help="What the base model is called in public.")] = "base",
+    name: Annotated[str, typer.Option("--name", help="Public name of the base model.")] = "base",
 ) -> None:
-    """Serve MODEL with everything on this machine: SQLite, a local store, one engine, the gateway, a training worker. Other
-    flags go to vLLM.
+    """Serve MODEL on this machine with SQLite, a local store, one engine, the gateway and a training worker. Other flags
+    are passed to vLLM.
     """
     from reft_serve.engine.launch.flags import check_no_secret
 
@@ -120,7 +120,7 @@ def up(
 
 
 def _make_private(folder: Path) -> None:
-    """Take other users' permissions off what earlier versions made readable for them."""
+    """Remove other users' permissions from files that earlier versions left readable."""
     changed = []
     for path in (folder / name for name in _OURS):
         with contextlib.suppress(FileNotFoundError):
@@ -148,7 +148,7 @@ def _children(
     if not any(flag.startswith("--max-loras") for flag in passed):
         flags += ["--max-loras", "16"]
     if _starts_sooner_eager(model, passed):
-        _say("--enforce-eager: to compile so small a model takes longer than it saves; --no-enforce-eager compiles it")
+        _say("--enforce-eager: compiling a model this small takes longer than it saves; --no-enforce-eager compiles it")
         flags.append("--enforce-eager")
     traced, collector = {}, read_settings(GatewaySettings).otlp_endpoint
     if collector is not None and "--otlp-traces-endpoint" not in passed:
@@ -170,23 +170,23 @@ def _children(
     if missing:
         _say(f"no fine-tuning: {missing[0]} is not installed; pip install 'reft-serve[train]'")
         return children
-    # Below the engine, which must not wait for it where cores are few.
+    # At a lower priority than the engine, which would wait for it on a machine with few cores.
     worker = ["nice", "-n", "10", sys.executable, "-m", "reft_serve.cli.worker"]
     training = {"REFT_MODEL": model, "REFT_WORK": str(folder / "work"), "REFT_DRAIN_SECONDS": "30"}
     return [*children, _Child("worker", worker, {**given, **settings, **training})]
 
 
 def _places(passed: Sequence[str]) -> dict[str, str]:
-    """As many requests at once as the engine works on: beyond these it has a queue of its own, which knows no tenants."""
+    """Limit requests per engine to --max-num-seqs: beyond it vLLM queues them itself, regardless of tenants."""
     from reft_serve.engine.launch.flags import flag_values
 
     given = flag_values(passed).get("--max-num-seqs", "")
-    # Whatever else is for vLLM to refuse.
+    # vLLM rejects other values.
     return {"REFT_IN_FLIGHT_PER_ENGINE": given} if given.isdecimal() and int(given) else {}
 
 
 def _starts_sooner_eager(model: str, passed: Sequence[str]) -> bool:
-    """Whether nobody has said how to compile a model that is small, on a CPU, where a compiler of C++ is run for it."""
+    """True for a small model on CPU without compilation flags: there, compiling runs a C++ compiler."""
     if any(flag.startswith(_COMPILING) for flag in passed):
         return False
     weights = sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
@@ -207,7 +207,7 @@ async def _run(children: list[_Child], host: str, port: int, folder: Path) -> in
         asyncio.get_running_loop().add_signal_handler(number, ending.set)
     engine, *others = children
     kept = [asyncio.create_task(engine.keep())]
-    try:  # while the engine starts, which takes longest; in a thread, for what it imports would hold up this one
+    try:  # while the engine starts, which takes longest; in a thread, because its imports would block the event loop
         await asyncio.to_thread(asyncio.run, _first_key(folder))
     except BaseException:
         await engine.stop(patience=5.0)
@@ -216,10 +216,10 @@ async def _run(children: list[_Child], host: str, port: int, folder: Path) -> in
     telling = asyncio.create_task(_tell_when_ready(host, port, begun))
     _say("starting the engine and the gateway; the first start of a model takes longest")
     await ending.wait()
-    _say("shutting down: requests under way may finish")
+    _say("shutting down: requests in progress may finish")
     telling.cancel()
     await asyncio.gather(*(child.stop(patience=40.0) for child in others))
-    # Last, so that what the gateway has begun still finds it.
+    # Last, so that the gateway's open requests can finish.
     await engine.stop(patience=40.0)
     for task in kept:
         task.cancel()
@@ -228,7 +228,7 @@ async def _run(children: list[_Child], host: str, port: int, folder: Path) -> in
 
 
 async def _first_key(folder: Path) -> None:
-    """At the very first start, make a tenant and an admin's key, and show the key."""
+    """At the first start, create a tenant and an admin key, and print the key."""
     from reft_serve.database import audit, keys, tenants
     from reft_serve.database.connection import Database, migrate
 
@@ -243,14 +243,14 @@ async def _first_key(folder: Path) -> None:
             audit.record(session, audit.Actor(), "key.create", key.id, tenant.id, role="admin", name="first")
     finally:
         await database.close()
-    # Not with the log, which others may read.
+    # Not in the log, which other people may read.
     typer.echo(f"Your admin key, shown this once:\n\n    {secret}\n")
 
 
 async def _tell_when_ready(host: str, port: int, begun: float) -> None:
     import httpx
 
-    url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"  # noqa: S104 - compared, not bound
+    url = "0.0.0.0"  # noqa: S104 - compared, not bound
     async with httpx.AsyncClient(trust_env=False, timeout=5) as client:
         while True:
             with contextlib.suppress(httpx.HTTPError):

@@ -1,4 +1,4 @@
-"""`reft-serve worker`: trains the fine-tuning jobs of the gateways whose database and stores it shares."""
+"""`reft-serve worker`: run the fine-tuning jobs of the gateways that share its database and stores."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _Port = Annotated[
 
 
 def worker(host: _Host = "127.0.0.1", port: _Port = None) -> None:
-    """Train fine-tuning jobs: claim them from the database that REFT_DATABASE names, on the base model in REFT_MODEL."""
+    """Run fine-tuning jobs from the database in REFT_DATABASE on the base model in REFT_MODEL."""
     from reft_serve.config import TrainerSettings, read_settings
     from reft_serve.observability import configure_logging
 

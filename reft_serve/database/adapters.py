@@ -46,7 +46,7 @@ SHARES_PER_ADAPTER = 1000
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """An adapter with what belongs to it. `versions`: the latest first. `shared_with`: names of tenants."""
+    """An adapter with its parts. `versions`: the latest first. `shared_with`: names of tenants."""
 
     adapter: Adapter
     versions: list[Version]
@@ -200,7 +200,7 @@ async def add_version(
         source: "upload" or a job's id.
         facts: what its manifest says, for people.
         base_name: how the base model is called in public.
-        label: the end of its `ft:` name; random where none is given.
+        label: the end of its `ft:` name; random if none is given.
 
     Raises:
         RequestInvalid: the name cannot be an adapter's, or is reserved.
@@ -232,7 +232,7 @@ async def set_alias(
     *,
     base_name: str = "base",
 ) -> Alias:
-    """Let an alias name a version; it remembers what it named before.
+    """Point an alias at a version and remember its previous version.
 
     Args:
         session: a writing one.
@@ -247,12 +247,12 @@ async def set_alias(
     """
     check_alias_name(name, base_name, adapter.name)
     if traffic and name == PRODUCTION:
-        raise RequestInvalid("production takes what the other aliases leave; give them the share", "share")
+        raise RequestInvalid("production takes the remaining share; set the shares of the other aliases", "share")
     alias = await session.get(Alias, (adapter.id, name), with_for_update={"of": Alias})
     if alias is None:
         count = await session.scalar(select(func.count()).select_from(Alias).where(Alias.adapter_id == adapter.id))
         if (count or 0) >= ALIASES_PER_ADAPTER:
-            raise Conflict(f"adapter {adapter.name} has {count} aliases, which is the most; delete one first")
+            raise Conflict(f"adapter {adapter.name} has {count} aliases, the maximum; delete one first")
         alias = Alias(adapter_id=adapter.id, name=name, version_id=version.id, previous_id=None, share=0.0)
         session.add(alias)
     elif alias.version_id != version.id:
@@ -268,7 +268,7 @@ async def set_alias(
 
 
 async def roll_back(session: AsyncSession, adapter: Adapter, name: str) -> Alias:
-    """Let an alias name again what it named before its last change.
+    """Point an alias at its previous version.
 
     Raises:
         NotFound: there is no such alias.
@@ -278,7 +278,7 @@ async def roll_back(session: AsyncSession, adapter: Adapter, name: str) -> Alias
     if alias is None:
         raise NotFound(f"adapter {adapter.name} has no alias {name[:40]!r}")
     if alias.previous_id is None:
-        raise Conflict(f"alias {name} of {adapter.name} has no earlier version to go back to")
+        raise Conflict(f"alias {name} of {adapter.name} has no previous version")
     alias.version_id, alias.previous_id = alias.previous_id, None
     await session.flush()
     await session.refresh(alias, ["version"])
@@ -293,7 +293,7 @@ async def delete_version(session: AsyncSession, version: Version) -> str:
     """
     named = await session.scalar(select(Alias.name).where(Alias.version_id == version.id).limit(1))
     if named is not None:
-        raise Conflict(f"the alias {named} names this version: move or delete the alias first")
+        raise Conflict(f"the alias {named} points to this version: move or delete the alias first")
     await session.delete(version)
     await session.flush()
     return version.digest
@@ -313,22 +313,22 @@ async def all_digests(session: AsyncSession) -> set[str]:
 
 
 async def is_used(session: AsyncSession, digest: str) -> bool:
-    """Whether any version, of whatever tenant, still has this digest."""
+    """True if any version of any tenant still has this digest."""
     return bool(await session.scalar(select(exists().where(Version.digest == digest))))
 
 
 async def share(session: AsyncSession, adapter: Adapter, tenant: Tenant) -> None:
-    """Let another tenant use an adapter; it may be shared already.
+    """Share an adapter with another tenant; a no-op if it is shared already.
 
     Raises:
         RequestInvalid: it is the tenant's own.
     """
     if tenant.id == adapter.tenant_id:
-        raise RequestInvalid("an adapter is not shared with its own tenant", "tenant")
+        raise RequestInvalid("an adapter cannot be shared with its own tenant", "tenant")
     if await session.get(Share, (adapter.id, tenant.id)) is None:
         count = await session.scalar(select(func.count()).select_from(Share).where(Share.adapter_id == adapter.id))
         if (count or 0) >= SHARES_PER_ADAPTER:
-            raise Conflict(f"adapter {adapter.name} is shared with {count} tenants, which is the most")
+            raise Conflict(f"adapter {adapter.name} is shared with {count} tenants, the maximum")
         session.add(Share(adapter_id=adapter.id, tenant_id=tenant.id))
         await session.flush()
 

@@ -1,4 +1,4 @@
-"""The audit log: written in the transaction of the change that it tells of, never changed after."""
+"""The audit log: written in the transaction of the recorded change, never changed after."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Actor", "list_audit", "record"]
 
 @dataclass(frozen=True, slots=True)
 class Actor:
-    """Who asks for a change. `key_id` is None for the operator's command line."""
+    """The actor of a change. `key_id` is None for the operator's command line."""
 
     key_id: str | None = None
     request_id: str | None = None

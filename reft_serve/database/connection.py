@@ -55,16 +55,16 @@ _MIGRATIONS = Path(__file__).with_name("migrations")
 _MIGRATION_LOCK = 0x5EF7
 _TABLE_LOCK_SECONDS = 5
 CLOSE_SECONDS = 5.0
-"""How long the end of a process waits for a database that does not answer."""
+"""Seconds that a process waits at shutdown for an unresponsive database."""
 SESSIONS_PER_TENANT = 4
 database_user: ContextVar[str | None] = ContextVar("database_user", default=None)
-"""The tenant for which the database is asked; None: this process itself."""
+"""The tenant on whose behalf the database is queried; None: this process itself."""
 _has_session: ContextVar[bool] = ContextVar("has_session", default=False)
 _T = TypeVar("_T")
 
 
 class Database:
-    """A pool of connections. `reading` and `writing` each give a session in one transaction of its own; `commit` runs a
+    """A pool of connections. `reading` and `writing` each give a session in its own transaction; `commit` runs a
     function in one.
     """
 
@@ -99,8 +99,8 @@ class Database:
             yield session
 
     async def read(self, query: Callable[[AsyncSession], Awaitable[_T]]) -> _T:
-        """What `query` finds in a session for looking only, from a pool of connections that nothing else uses: for short
-        look-ups of requests. Where its connection is cut it is asked once more, on another.
+        """Run a read-only `query` in a session from a dedicated connection pool, for short look-ups of requests. If its
+        connection is cut, it is retried once on another.
         """
         try:
             async with self._lookers() as session:
@@ -147,9 +147,9 @@ class Database:
                 yield session
 
     async def commit(self, work: Callable[[Connection], _T]) -> _T:
-        """What `work` gives, in a transaction that is committed at its end, or, after an exception, taken back.
+        """Run `work` in a transaction: commit at its end, roll back after an exception, and return its result.
 
-        For what happens with every request: on SQLite a session changes threads at each of its steps, and each time waits
+        For the work of every request: on SQLite a session changes threads at each of its steps, and each time waits
         for the interpreter's lock; this changes once.
         """
         if self._thread is None or self._turn is None:
@@ -169,14 +169,14 @@ class Database:
             async with self.reading() as session:
                 await session.execute(text("SELECT 1"))
         except (DBAPIError, OSError) as exc:
-            raise DatabaseUnusable(f"the database does not answer: {_reason(exc)}") from exc
+            raise DatabaseUnusable(f"the database does not respond: {_reason(exc)}") from exc
 
     async def close(self) -> None:
         """Close every connection, within about `CLOSE_SECONDS`: those of a database that cannot be reached are dropped."""
         closing = asyncio.ensure_future(self._close())
         await asyncio.wait([closing], timeout=CLOSE_SECONDS)
         if not closing.done():
-            _log.warning("the database did not close its connections in time, so they are dropped")
+            _log.warning("the database connections did not close in time and were dropped")
             closing.cancel()
             await asyncio.wait([closing], timeout=CLOSE_SECONDS / 5)
         elif closing.exception() is not None:
@@ -198,7 +198,7 @@ class _Share:
 
 
 class _WriterThread:
-    """A thread with a connection of its own to a SQLite file."""
+    """A thread with its own connection to a SQLite file."""
 
     def __init__(self, url: URL) -> None:
         self._executor = ThreadPoolExecutor(1, "reft-database")
@@ -219,7 +219,7 @@ class _WriterThread:
 
 
 async def migrate(database: Database, revision: str = "head") -> None:
-    """Bring the schema to what this version of the package needs. Safe to run by several processes at once, and beside
+    """Migrate the schema to this version of the package. Safe to run by several processes at once, and next to
     processes that work on the database.
 
     Args:
@@ -232,7 +232,7 @@ async def migrate(database: Database, revision: str = "head") -> None:
         async with database.engine.execution_options(reft_writes=True).begin() as connection:
             await connection.run_sync(_upgrade, revision)
     except (DBAPIError, OSError) as exc:
-        raise DatabaseUnusable(f"the database cannot be used: {_reason(exc)}") from exc
+        raise DatabaseUnusable(f"database error: {_reason(exc)}") from exc
 
 
 async def check_schema(database: Database) -> str:
@@ -257,7 +257,7 @@ async def check_schema(database: Database) -> str:
 
 
 async def revision_of(database: Database) -> str | None:
-    """The schema's revision; None where there are no tables.
+    """The schema's revision; None if there are no tables.
 
     Raises:
         DatabaseUnusable: the database cannot be reached.
@@ -266,7 +266,7 @@ async def revision_of(database: Database) -> str | None:
         async with database.engine.connect() as connection:
             return await connection.run_sync(_revision)
     except (DBAPIError, OSError) as exc:
-        raise DatabaseUnusable(f"the database cannot be used: {_reason(exc)}") from exc
+        raise DatabaseUnusable(f"database error: {_reason(exc)}") from exc
 
 
 def _alembic() -> Config:
@@ -298,10 +298,10 @@ def _engine(url: str) -> AsyncEngine:
     try:
         parsed = make_url(url)
     except ArgumentError as exc:
-        raise DatabaseUnusable("the database URL cannot be read: give sqlite:///PATH or postgresql://...") from exc
+        raise DatabaseUnusable("the database URL is invalid: use sqlite:///PATH or postgresql://...") from exc
     family = parsed.drivername.partition("+")[0]
     if family not in _DRIVERS:
-        raise DatabaseUnusable(f"the database {family[:40]!r} is not known: give sqlite:///PATH or postgresql://...")
+        raise DatabaseUnusable(f"the database {family[:40]!r} is not supported: use sqlite:///PATH or postgresql://...")
     parsed = parsed.set(drivername=_DRIVERS[family])
     if family == "sqlite":
         return _sqlite(parsed)
@@ -310,7 +310,7 @@ def _engine(url: str) -> AsyncEngine:
 
 def _sqlite(url: Any) -> AsyncEngine:
     if not url.database or url.database == ":memory:":
-        raise DatabaseUnusable("give SQLite a file: sqlite:///PATH")
+        raise DatabaseUnusable("SQLite needs a file: sqlite:///PATH")
     path = Path(url.database).expanduser()
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     # The owner's alone: it holds secrets. SQLite gives its other files the same permissions.
@@ -322,7 +322,7 @@ def _sqlite(url: Any) -> AsyncEngine:
 
 
 def _prepare(engine: Engine) -> None:
-    """Let every connection to SQLite wait, keep and check as we need it."""
+    """Set busy timeout, WAL and foreign keys on every SQLite connection."""
 
     @event.listens_for(engine, "connect")
     def _connected(connection: Any, _: object) -> None:
@@ -341,13 +341,13 @@ def _prepare(engine: Engine) -> None:
 
 
 def _reason(exc: BaseException) -> str:
-    """One line without the statement and its parameters, which may hold what nobody should read."""
+    """One line without the statement and its parameters, which may hold secrets."""
     cause = getattr(exc, "orig", None) or exc
     return " ".join(str(cause).split())[:200]
 
 
 def insert_new(dialect: Dialect, table: type[Base], unique: Sequence[str]) -> postgresql.Insert | sqlite.Insert:
-    """The statement that inserts rows but for those whose `unique` columns are taken: what is there stays as it is."""
+    """The statement that inserts rows except those whose `unique` columns are taken: what is there stays as it is."""
     if dialect.name == "postgresql":
         return postgresql.insert(table).on_conflict_do_nothing(index_elements=list(unique))
     return sqlite.insert(table).on_conflict_do_nothing(index_elements=list(unique))

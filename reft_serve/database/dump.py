@@ -45,7 +45,8 @@ async def dump(database: Database, folder: Path) -> tuple[str, dict[str, DumpedT
     async with database.engine.connect() as connection:
         await connection.execution_options(**options)
         tables = await connection.run_sync(_tables)
-        revision = str(await connection.scalar(text(f"SELECT version_num FROM {_VERSIONS}")))  # noqa: S608 - ours
+        query = text(f"SELECT version_num FROM {_VERSIONS}")  # noqa: S608 - a constant
+        revision = str(await connection.scalar(query))
         return revision, {table.name: await _write(connection, table, folder) for table in tables}
 
 
@@ -63,10 +64,10 @@ async def restore(database: Database, folder: Path, revision: str, tables: Mappi
     async with database.engine.execution_options(reft_writes=True).begin() as connection:
         made = await connection.run_sync(_tables)
         if {table.name for table in made} != set(tables):
-            raise DatabaseUnusable(f"the backup's tables are not those of schema {revision}: it is damaged")
+            raise DatabaseUnusable(f"the backup's tables do not match schema {revision}: it is damaged")
         for table in made:
             if await connection.scalar(select(func.count()).select_from(table)):
-                raise Conflict(f"the database has rows already (in {table.name}): restore into an empty one")
+                raise Conflict(f"the database is not empty (rows in {table.name}): restore into an empty one")
         for table in made:
             await _read(connection, table, folder, tables[table.name])
     await migrate(database)
@@ -129,7 +130,7 @@ async def _read(connection: AsyncConnection, table: Table, folder: Path, dumped:
         await connection.execute(insert, batch)
         count += len(batch)
     if (count, digest.hexdigest()) != (dumped.rows, dumped.sha256):
-        raise DatabaseUnusable(f"the backup's table {table.name} is not what was written: it is damaged")
+        raise DatabaseUnusable(f"the backup's table {table.name} does not match its checksum: it is damaged")
     if connection.dialect.name == "postgresql":
         await _count_on(connection, table)
 
@@ -140,7 +141,7 @@ def _batches(path: Path, digest: Any, columns: Sequence[str]) -> Iterator[list[d
             head = file.readline()
             digest.update(head)
             if json.loads(head) != list(columns):
-                raise DatabaseUnusable(f"{path.name} has not the columns of its table: the backup is damaged")
+                raise DatabaseUnusable(f"{path.name} does not match the columns of its table: the backup is damaged")
             batch = []
             for line in file:
                 digest.update(line)
@@ -155,7 +156,7 @@ def _batches(path: Path, digest: Any, columns: Sequence[str]) -> Iterator[list[d
 
 
 async def _count_on(connection: AsyncConnection, table: Table) -> None:
-    """Let the numbers that PostgreSQL gives out go on after those that are taken."""
+    """Advance PostgreSQL's sequences past the restored ids."""
     for column in table.primary_key.columns:
         name = await connection.scalar(
             text("SELECT pg_get_serial_sequence(:table, :column)"), {"table": table.name, "column": column.name}

@@ -52,7 +52,7 @@ def key_of_blob(file_id: str) -> str:
 async def start_file(
     session: AsyncSession, tenant_id: str, key_id: str | None, *, filename: str, purpose: str, expires_ms: int | None
 ) -> str:
-    """Record that a file's blob is about to be written, and give the file's id. Nobody sees it yet."""
+    """Record that a file's blob is about to be written, and give the file's id. It is not visible yet."""
     row = File(
         id=new_id("file", "-"), tenant_id=tenant_id, key_id=key_id, filename=filename[:255], purpose=purpose,
         status="uploading", expires_ms=expires_ms,
@@ -63,7 +63,7 @@ async def start_file(
 
 
 async def complete_file(session: AsyncSession, written: WrittenFile) -> File:
-    """Let a begun file be seen.
+    """Publish a file whose blob is complete.
 
     Raises:
         Conflict: it was swept up meanwhile, having taken too long.
@@ -73,7 +73,7 @@ async def complete_file(session: AsyncSession, written: WrittenFile) -> File:
     step = update(File).where(File.id == written.id, File.status == "uploading").values(**values, **facts)
     found: File | None = await session.scalar(step.returning(File))
     if found is None:
-        raise Conflict("writing the file took too long and was given up; do it again")
+        raise Conflict("The upload timed out; upload the file again")
     return found
 
 
@@ -150,7 +150,7 @@ async def delete_file(session: AsyncSession, tenant_id: str, file_id: str) -> Fi
         raise NotFound(f"there is no file {file_id[:80]!r}")
     user = await session.scalar(select(Job.id).where(_uses(file_id), Job.status.in_(_UNFINISHED)).limit(1))
     if user is not None:
-        raise Conflict(f"job {user} needs this file: cancel the job first, or wait until it has ended")
+        raise Conflict(f"job {user} uses this file: cancel the job first, or wait until it has ended")
     found.status = "deleted"
     await session.flush()
     return found

@@ -56,8 +56,8 @@ MAKERS = 8
 @dataclass(frozen=True, slots=True)
 class Principal:
     """Whose request it is and what it may do. `limits` are the tenant's own, `key_limits` the key's. `counters` are the
-    limits that bind the key besides its tenant's, each with the name that it is counted under: those of the keys that made
-    it, and its own.
+    limits that bind the key in addition to its tenant's, each with the name that it is counted under: those of the keys that
+    made it, and its own.
     """
 
     tenant_id: str
@@ -76,7 +76,7 @@ class Principal:
 
 
 def scopes_of(role: Role, chosen: Iterable[str] | None) -> frozenset[str]:
-    """What a key may do: all that its role may, or what was chosen of it."""
+    """Scopes of a key: all of its role's, or the selected ones."""
     return frozenset(ROLES[role]) if chosen is None else ROLES[role] & frozenset(chosen)
 
 
@@ -86,8 +86,8 @@ def own_limits(key: Key) -> dict[str, Any]:
 
 
 def limits_within(maker: Principal, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The limits of a key that `maker` makes: what was given, and the maker's where nothing was. What the new key uses is
-    counted with what its maker uses.
+    """The limits of a key that `maker` creates: the requested ones, else the maker's. The new key's usage is
+    counted with its maker's.
 
     Raises:
         NotAllowed: a limit beyond the maker's, or too long a line of makers.
@@ -96,7 +96,7 @@ def limits_within(maker: Principal, given: Mapping[str, Any]) -> dict[str, Any]:
         return dict(given)
     for name, most in maker.key_limits.items():
         if given.get(name, most) > most:
-            raise NotAllowed(f"this API key's own limit of {name} is {most}: it makes no key with a larger one")
+            raise NotAllowed(f"this API key's own limit of {name} is {most}: it cannot create a key with a larger one")
     within = [[counter, dict(limits)] for counter, limits in maker.counters]
     if len(within) > MAKERS:
         raise NotAllowed(f"a key with limits makes keys, and those make keys, {MAKERS} times at most")
@@ -104,25 +104,25 @@ def limits_within(maker: Principal, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def end_within(maker: Principal, given_ms: int | None) -> int | None:
-    """When a key ends that `maker` makes: when it was told to, and with its maker if it was not.
+    """Expiry of a key that `maker` creates: the requested one, else the maker's.
 
     Raises:
         NotAllowed: later than its maker.
     """
     if maker.expires_ms is not None and given_ms is not None and given_ms > maker.expires_ms:
-        raise NotAllowed("this API key makes no key that ends later than itself")
+        raise NotAllowed("this API key cannot create a key that expires later than itself")
     return maker.expires_ms if given_ms is None else given_ms
 
 
 def check_rotation(caller: Principal, old: Key) -> None:
-    """See that whoever rotates a key comes to nothing more by it.
+    """Check that a rotation gives the caller no further rights.
 
     Raises:
         NotAllowed: the key ends later than the caller's, or is not bound by its limits.
     """
     end_within(caller, old.expires_ms if old.expires_ms is not None else (1 << 62))
     if not {counter for counter, _ in caller.counters} <= {counter for counter, _ in _counters_of(old)}:
-        raise NotAllowed("this API key has limits of its own: it rotates itself and the keys that it made")
+        raise NotAllowed("this API key has its own limits: it can only rotate itself and the keys that it created")
 
 
 def _counters_of(key: Key) -> tuple[tuple[str, Mapping[str, Any]], ...]:
@@ -132,7 +132,7 @@ def _counters_of(key: Key) -> tuple[tuple[str, Mapping[str, Any]], ...]:
 
 
 def digest_of_secret(secret: str) -> str:
-    """What the database knows a key by."""
+    """Digest under which the database stores a key."""
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
@@ -145,14 +145,14 @@ async def create_key(
     expires_ms: int | None = None,
     limits: dict[str, Any] | None = None,
 ) -> tuple[Key, str]:
-    """Make a key: (its row, its secret, which nobody can see again).
+    """Create a key. Returns (its row, its secret, which is not stored).
 
     Raises:
         NotAllowed: a scope that the role does not have.
         RequestInvalid: a limit that keys do not have.
     """
     if (limits or {}).get("running_jobs") is not None:
-        raise RequestInvalid("running_jobs is a limit of tenants: a job belongs to no key", "limits.running_jobs")
+        raise RequestInvalid("running_jobs is a limit of tenants: jobs do not belong to keys", "limits.running_jobs")
     chosen = None if scopes is None else sorted(set(scopes))
     beyond = set(chosen or ()) - ROLES[role]
     if beyond:
@@ -168,7 +168,7 @@ async def create_key(
 
 
 async def authenticate(session: AsyncSession, digest: str) -> Principal | None:
-    """Who holds the key with this digest; None where it is unknown, expired, revoked, or its tenant is disabled."""
+    """Principal of the key with this digest; None if it is unknown, expired or revoked, or its tenant is disabled."""
     key = await session.scalar(select(Key).where(Key.digest == digest))
     if key is None or key.revoked_ms is not None or key.tenant.disabled_ms is not None:
         return None
@@ -204,8 +204,8 @@ async def list_keys(
 
 
 async def check_count(session: AsyncSession, tenant: Tenant, most: int | None) -> None:
-    """Whether a tenant may have one more key that is neither revoked nor expired. Of those that are, the oldest beyond
-    ENDED_KEYS are removed.
+    """Check that a tenant may have one more valid key. Of its revoked or expired keys, the oldest beyond ENDED_KEYS are
+    removed.
 
     Args:
         session: a writing one.
@@ -241,13 +241,13 @@ async def find_key(session: AsyncSession, tenant_id: str, key_id: str) -> Key:
 
 
 async def rotate_key(session: AsyncSession, old: Key, overlap_seconds: int = 0) -> tuple[Key, str]:
-    """Make a key like an old one, which goes on for `overlap_seconds`: (the new one's row, its secret).
+    """Make a key like an old one, which continues for `overlap_seconds`: (the new one's row, its secret).
 
     Raises:
         NotAllowed: the old one is revoked or has expired.
     """
     if old.revoked_ms is not None or (old.expires_ms is not None and old.expires_ms <= now_ms()):
-        raise NotAllowed("a key that is revoked or has expired is not rotated; make a new one")
+        raise NotAllowed("a revoked or expired key cannot be rotated; create a new one")
     role: Role = old.role  # type: ignore[assignment]
     # A new key would begin a new minute.
     limits = {**old.limits, _COUNTED_AS: old.limits.get(_COUNTED_AS, old.id)} if old.limits else {}

@@ -65,7 +65,7 @@ def new_id(prefix: str, between: str = "_") -> str:
 
 
 class Base(DeclarativeBase):
-    """What all tables share: constraint names that Alembic can find again on every database."""
+    """Base of all tables, with constraint names that Alembic recognises on every database."""
 
     metadata = MetaData(
         naming_convention={
@@ -79,7 +79,7 @@ class Base(DeclarativeBase):
 
 
 class Tenant(Base):
-    """Who owns keys, adapters and usage. `limits` holds those that differ from the gateway's own."""
+    """A tenant: the owner of keys, adapters and usage. `limits` overrides the gateway's defaults."""
 
     __tablename__ = "tenants"
 
@@ -169,7 +169,7 @@ class Alias(Base):
 
 
 class Share(Base):
-    """That another tenant may use an adapter, until the row is deleted."""
+    """A share: another tenant may use an adapter until the row is deleted."""
 
     __tablename__ = "shares"
 
@@ -179,7 +179,7 @@ class Share(Base):
 
 
 class Admission(Base):
-    """A request that an engine may be working on. It becomes a usage row when it ends, whoever finds that it has ended."""
+    """A request that an engine may be working on. It becomes a usage row when it ends, whichever process notices."""
 
     __tablename__ = "admissions"
 
@@ -215,7 +215,7 @@ class Usage(Base):
 
 
 class AuditEntry(Base):
-    """Who changed what. `details` never holds a secret."""
+    """An entry of the audit log. `details` never holds a secret."""
 
     __tablename__ = "audit"
     __table_args__ = (Index(None, "tenant_id", "id"),)
@@ -233,7 +233,7 @@ class AuditEntry(Base):
 
 class File(Base):
     """A file of a tenant. Its bytes are the blob `files/ID`; a row is made before its blob and deleted after it, so no blob
-    is without a row. `tenant_id` names by value, so that what a deleted tenant leaves is still swept up.
+    is without a row. `tenant_id` is no foreign key, so that files of a deleted tenant are still cleaned up.
 
     `status`: uploading, processed, or deleted (its blob is to be removed). `filename` is for people only.
     """
@@ -342,7 +342,7 @@ class Checkpoint(Base):
 
 
 class Permission(Base):
-    """That another tenant may use one version, by its full name, until the row is deleted."""
+    """A permission: another tenant may use one version, by its full name, until the row is deleted."""
 
     __tablename__ = "permissions"
     __table_args__ = (UniqueConstraint("version_id", "tenant_id"),)
@@ -354,7 +354,7 @@ class Permission(Base):
 
 
 class Webhook(Base):
-    """Where a tenant wants to be told. Whoever signs needs the secret itself, so it is here as it is."""
+    """A webhook endpoint. Signing needs the secret itself, so it is stored in plain text."""
 
     __tablename__ = "webhooks"
 

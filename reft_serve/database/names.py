@@ -20,13 +20,13 @@ ADAPTER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 ALIAS_NAME = r"^[a-z][a-z0-9-]{0,30}$"
 PRODUCTION = "production"
 ENGINE_PREFIX = "reft-v-"
-"""How the names that engines know versions by begin."""
+"""Prefix of the names that engines use for versions."""
 RESERVED = frozenset({"base", "ft", "latest", PRODUCTION})
-"""Words that no adapter can have as its name, in any case, beside the base model's public name."""
+"""Reserved adapter names (case-insensitive), in addition to the base model's public name."""
 
 
 def check_adapter_name(name: str, base_name: str, tenant_name: str = "", param: str = "name") -> None:
-    """Whether a new adapter, or a new version of one, can have this name.
+    """Check the name of a new adapter or of a new version.
 
     Args:
         name: the adapter's.
@@ -38,26 +38,27 @@ def check_adapter_name(name: str, base_name: str, tenant_name: str = "", param: 
         RequestInvalid: the name is none, or it is reserved.
     """
     if not re.fullmatch(ADAPTER_NAME, name):
-        raise RequestInvalid(f"{name[:80]!r} is not an adapter's name: up to 63 letters, digits and . _ -", param)
+        raise RequestInvalid(f"{name[:80]!r} is not a valid adapter name: up to 63 letters, digits and . _ -", param)
     lowered = name.lower()
     if base_name.lower() in (lowered, f"{tenant_name}/{name}".lower()):
-        raise RequestInvalid(f"{name!r} is the base model's name here, so no adapter can have it", param)
+        raise RequestInvalid(f"{name!r} is the base model's name, so an adapter cannot have it", param)
     if lowered in RESERVED or lowered.startswith(ENGINE_PREFIX):
         words = ", ".join(sorted(RESERVED))
         raise RequestInvalid(
-            f"{name!r} is reserved: no adapter is called {words}, or has a name that begins with {ENGINE_PREFIX}", param
+            f"{name!r} is reserved: an adapter cannot be called {words}, or has a name that begins with {ENGINE_PREFIX}",
+            param,
         )
 
 
 def check_alias_name(name: str, base_name: str, adapter_name: str = "") -> None:
-    """Whether an alias can have this name.
+    """Check the name of an alias.
 
     Raises:
         RequestInvalid: the name is none, or it is the base model's.
     """
     if not re.fullmatch(ALIAS_NAME, name):
         raise RequestInvalid(
-            f"{name[:80]!r} is not an alias's name: up to 31 of a-z, 0-9 and '-', a letter first", "alias"
+            f"{name[:80]!r} is not a valid alias: up to 31 of a-z, 0-9 and '-', starting with a letter", "alias"
         )
     if name == "base" or base_name.lower() in (name, f"{adapter_name}@{name}".lower()):
-        raise RequestInvalid(f"{name!r} is the base model's name, so no alias can have it", "alias")
+        raise RequestInvalid(f"{name!r} is the base model's name, so an alias cannot have it", "alias")

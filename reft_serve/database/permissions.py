@@ -46,7 +46,7 @@ async def find_own_version(session: AsyncSession, tenant_id: str, name: str) -> 
 
 
 async def give_permissions(session: AsyncSession, version: Version, tenant_ids: Sequence[str]) -> Sequence[Permission]:
-    """Let tenants use a version; they may already.
+    """Permit tenants to use a version; a no-op for tenants that may already.
 
     Raises:
         NotFound: one of them does not exist.
@@ -59,7 +59,7 @@ async def give_permissions(session: AsyncSession, version: Version, tenant_ids: 
         if tenant_id not in found:
             raise NotFound(f"there is no tenant {tenant_id[:80]!r}", "project_ids")
         if tenant_id == version.adapter.tenant_id:
-            raise RequestInvalid("a model is not shared with its own tenant", "project_ids")
+            raise RequestInvalid("a model cannot be shared with its own tenant", "project_ids")
     others = select(func.count()).select_from(Permission).where(Permission.version_id == version.id)
     count = await session.scalar(others.where(Permission.tenant_id.not_in(wanted))) or 0
     if count + len(wanted) > PERMISSIONS_PER_VERSION:

@@ -35,7 +35,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """What a name stands for: the versions that share its requests, each with the upper end of its part of [0, 1]."""
+    """A resolved name: the versions that share its requests, each with the upper end of its part of [0, 1]."""
 
     shares: tuple[tuple[float, Target], ...]
 
@@ -45,7 +45,7 @@ class Route:
 
 
 async def resolve(session: AsyncSession, tenant_id: str, model: str) -> Route | None:
-    """What `model` stands for when this tenant says it."""
+    """Resolve a `model` name for this tenant."""
     if model.startswith("ft:"):
         usable = or_(may_use(tenant_id), is_permitted(tenant_id))
         named = select(Version).join(Adapter).where(Version.model_id == model, usable)

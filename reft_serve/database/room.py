@@ -1,4 +1,4 @@
-"""What a tenant keeps, held to its limits where it is recorded: adapters, versions, files and their bytes.
+"""Storage limits of a tenant, enforced where something is recorded: adapters, versions, files and their bytes.
 
 Every way in calls `check_room` in the transaction that records something, after `lock_room`: so of two at once the second one
 sees the first.
@@ -21,7 +21,7 @@ _FINAL = ("succeeded", "failed", "cancelled")
 
 
 async def lock_room(session: AsyncSession, tenant_id: str) -> None:
-    """Let nobody else record what this tenant keeps before the session's transaction ends. Take it before any other lock."""
+    """Lock a tenant's storage until the session's transaction ends. Take this lock before any other."""
     if session.get_bind().dialect.name == "postgresql":  # a writer of SQLite holds everything already
         name = f"storage:{tenant_id}"
         await session.execute(text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))"), {"name": name})
@@ -44,13 +44,13 @@ async def check_room(
     versions: int = 0,
     files: int = 0,
 ) -> None:
-    """Whether a tenant may keep this besides what it has.
+    """Check that a tenant may store this in addition to what it has.
 
     Args:
         session: any; one that has called `lock_room` for an answer that holds until its transaction ends.
         tenant_id: whose.
         limits: the tenant's.
-        size: bytes of what comes.
+        size: bytes to be added.
         adapter: its adapter's name, which may be new.
         versions: how many versions of that adapter come.
         files: how many files come.
@@ -72,8 +72,8 @@ async def check_room(
 async def check_adapters_of_jobs(
     session: AsyncSession, tenant_id: str, limits: TenantLimits, adapter: str | None
 ) -> None:
-    """Whether a tenant may have one more job that makes an adapter (None: one of a name of its own), with those that its
-    unfinished jobs will make.
+    """Check that a tenant may have one more job that creates an adapter (None: under a new name), counting those of its
+    unfinished jobs.
 
     Raises:
         RateLimited: a limit is used up.
@@ -85,7 +85,7 @@ async def check_adapters_of_jobs(
     count = await session.scalar(select(func.count()).select_from(names)) or 0
     is_there = adapter is not None and await session.scalar(select(names.c.name).where(names.c.name == adapter))
     if not is_there and count >= limits.adapters:
-        raise _used_up(f"{limits.adapters} adapters", "delete one, or wait for a job, first")
+        raise _used_up(f"{limits.adapters} adapters", "delete one first, or wait for a job to end")
 
 
 async def _check_adapter(

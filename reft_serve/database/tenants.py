@@ -21,14 +21,14 @@ TENANT_NAME = r"^[a-z0-9][a-z0-9-]{0,62}$"
 
 
 async def create_tenant(session: AsyncSession, name: str, limits: dict[str, Any] | None = None) -> Tenant:
-    """Make a tenant with a cache salt of its own.
+    """Make a tenant with its own cache salt.
 
     Raises:
         RequestInvalid: the name is not one.
         Conflict: it is taken.
     """
     if not re.match(TENANT_NAME, name):
-        raise RequestInvalid(f"{name[:80]!r} is not a tenant's name: up to 63 of a-z, 0-9 and '-'", "name")
+        raise RequestInvalid(f"{name[:80]!r} is not a valid tenant name: up to 63 of a-z, 0-9 and '-'", "name")
     tenant = Tenant(id=new_id("tnt"), name=name, cache_salt=secrets.token_urlsafe(32), limits=limits or {})
     session.add(tenant)
     try:

@@ -63,7 +63,7 @@ class Opening:
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """What a request came to."""
+    """Usage of one request."""
 
     opening: Opening
     status: Status
@@ -91,7 +91,7 @@ def admit(connection: Connection, openings: Sequence[Opening]) -> None:
 
 
 def settle(connection: Connection, endings: Sequence[Ending], admitted: Collection[str] | None = None) -> None:
-    """Record what these requests came to; one that is settled already stays as it is.
+    """Record the usage of these requests; one that is already settled is left unchanged.
 
     Args:
         connection: in a transaction.
@@ -162,7 +162,9 @@ async def totals(
         query = query.group_by(*keys).order_by(*keys)
     rows = (await session.execute(query.limit(ROWS + 1))).all()
     if len(rows) > ROWS:
-        raise RequestInvalid(f"this has more than {ROWS} rows: ask for a shorter time, larger buckets or fewer groups")
+        raise RequestInvalid(
+            f"the result has more than {ROWS} rows: choose a shorter period, larger buckets or fewer groups"
+        )
     return [_total(tuple(row), bucket is not None, group_by) for row in rows]
 
 

@@ -1,7 +1,7 @@
-"""Webhooks: who wants to be told of what, and each event on its way to each of them.
+"""Webhook endpoints, and the deliveries of events to them.
 
-A delivery is enqueued in the transaction of what it tells of, so neither is without the other; whoever claims it may die,
-and then another tries again. So an event comes at least once, always with the same id.
+A delivery is enqueued in the transaction of the change that it reports. If the process that claims it dies,
+another retries. So an event is delivered at least once, always with the same id.
 """
 
 from __future__ import annotations
@@ -78,21 +78,21 @@ class DueWebhook:
 
 
 def new_secret() -> str:
-    """What an event is signed with, as the standard-webhooks libraries and the `openai` client take it."""
+    """A new signing secret, in the format of the standard-webhooks libraries and the `openai` client."""
     return "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
 
 
 async def add_webhook(
     session: AsyncSession, tenant_id: str, name: str, url: str, event_types: Sequence[EventType]
 ) -> Webhook:
-    """Make a webhook with a secret of its own.
+    """Make a webhook with its own secret.
 
     Raises:
         RequestInvalid: the tenant has as many as it may.
     """
     count = await session.scalar(select(func.count()).select_from(Webhook).where(Webhook.tenant_id == tenant_id))
     if (count or 0) >= WEBHOOKS_PER_TENANT:
-        raise RequestInvalid(f"there are {count} webhooks, which is the most; delete one first")
+        raise RequestInvalid(f"there are {count} webhooks, the maximum; delete one first")
     made = Webhook(
         id=new_id("we"), tenant_id=tenant_id, name=name, url=url,
         event_types=list(event_types), secret=new_secret(),
@@ -178,7 +178,7 @@ def body_of(event_type: str, data: Mapping[str, Any]) -> str:
 
 
 def outbound_event(webhook: Webhook, body: str, delivery_id: str | None = None, attempts: int = 1) -> OutboundEvent:
-    """What is sent to a webhook."""
+    """A delivery to send to a webhook."""
     signing = [webhook.secret]
     if webhook.old_secret is not None and (webhook.old_until_ms or 0) > now_ms():
         signing.append(webhook.old_secret)
@@ -213,7 +213,7 @@ async def claim_deliveries(
 async def settle_delivery(
     session: AsyncSession, event: OutboundEvent, outcome: str, *, delivered: bool, again_in_seconds: float | None
 ) -> None:
-    """Record what became of an attempt: delivered, to be tried again, or (None) given up."""
+    """Record the result of an attempt: delivered, to be retried, or (None) abandoned."""
     found = await session.get(Delivery, event.id, with_for_update={"of": Delivery})
     if found is None or found.status != "pending" or found.attempts != event.attempts:
         return  # the webhook was deleted, or the attempt took so long that another was begun

@@ -50,7 +50,7 @@ def _sound(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as exc:
-        raise ValueError(f"holds half of a surrogate pair ({text[exc.start]!r}), which is no character") from exc
+        raise ValueError(f"holds half of a surrogate pair ({text[exc.start]!r}), which is not a character") from exc
     return text
 
 
@@ -97,7 +97,7 @@ _NotGiven = Annotated[None, BeforeValidator(_not_given)]
 
 
 class DataModel(BaseModel):
-    """What every part of a row is: immutable, and strict about types."""
+    """Base of every part of a row: immutable and strict about types."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
 
@@ -138,7 +138,7 @@ def _bounded(value: Any) -> Any:
 
 
 class FunctionCall(_Closed):
-    """What an assistant's turn calls. `arguments` is the JSON of an object."""
+    """A function call of an assistant turn. `arguments` is the JSON of an object."""
 
     name: Annotated[FilledText, Field(max_length=128)]
     arguments: Annotated[Text, AfterValidator(_json_object), BeforeValidator(_arguments)] = "{}"
@@ -170,7 +170,7 @@ _Calls = Annotated[tuple[ToolCall, ...], Field(strict=False, max_length=MAX_TOOL
 
 
 class Message(_Closed):
-    """One turn. `weight` is 0 on an assistant turn that is context only; `content` is None beside tool calls alone."""
+    """One turn. `weight` is 0 on an assistant turn that is context only; `content` is None next to tool calls alone."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: _Content | None = None
@@ -219,8 +219,8 @@ Messages = Annotated[tuple[Message, ...], Field(strict=False), AfterValidator(_s
 
 
 def normal_conversation(holder: dict[str, Any], *keys: str) -> dict[str, Any]:
-    """What holds a conversation, in the normal form: without nulls, `functions` as `tools`, and the turns under `keys`
-    normal too. What is not of the form's types stays as it is, for the models to refuse.
+    """Normalise a conversation: drop nulls, rename `functions` to `tools`, and normalise the turns under `keys`. Values of
+    other types stay as they are, for the models to reject.
 
     Raises:
         ValueError: it has more turns or tools than are allowed.
@@ -253,7 +253,7 @@ def _count_calls(turns: list[Any]) -> None:
 
 
 def _given(value: Mapping[str, Any]) -> dict[str, Any]:
-    """What is given of a turn, a call or a tool. Each unknown key would be a fault, so that there must be few."""
+    """Reject a turn, call or tool with too many keys: each unknown key would be a fault."""
     if len(value) > _MOST_KEYS:
         raise ValueError(f"has {len(value):,} keys in one object: at most {_MOST_KEYS} are allowed")
     return _without_nulls(value)

@@ -25,7 +25,7 @@ _WANTED = {
 
 
 class Faults:
-    """The faults of one file: the first thousand found are told, the rest counted."""
+    """The faults of one file: the first thousand are listed, the rest counted."""
 
     def __init__(self) -> None:
         self._told: list[tuple[int | None, str]] = []
@@ -44,7 +44,7 @@ class Faults:
             self._untold += 1
 
     def add_errors(self, error: ValidationError, line: int) -> None:
-        """Note pydantic's errors about a row. Those that would not be told are only counted: each takes memory to tell."""
+        """Add pydantic's errors about a row. Those beyond the limit are only counted, because each takes memory."""
         count = error.error_count()
         if count <= _MOST_OF_A_ROW and len(self._told) < MAX_FAULTS:
             for each in error.errors(include_url=False):
@@ -62,7 +62,7 @@ class Faults:
 
 
 def kind_of(value: object) -> str:
-    """What JSON calls a value, with its article."""
+    """JSON's name of a value's type, with its article."""
     return _KINDS.get(type(value), "null")
 
 

@@ -1,14 +1,15 @@
 """The rows of a data file: its format found, every row checked, every fault in one report. No torch, no transformers.
 
-==============  =========================================================================================
-`chat`          OpenAI's fine-tuning rows: `messages`, with an optional `weight` of 0 or 1 on an assistant turn, and `tools`
+==============  ==================================================================================
+`chat`          OpenAI's fine-tuning rows: `messages`, with an optional `weight` of 0 or 1 on an
+                assistant turn, and `tools`
 `completion`    `prompt` and `completion`
 `preference`    OpenAI's DPO rows: `input.messages`, `preferred_output`, `non_preferred_output`
 `instruction`   Alpaca's and LLM-Adapters' rows: `instruction`, `input`, `output`, `answer`
 `glue`          GLUE's rows: one or two sentences and a `label`
-==============  =========================================================================================
+==============  ==================================================================================
 
-The first rows decide which of them a file is in; a row of another is a fault. Keys beside those of the format are
+The first rows decide which of them a file is in; a row of another is a fault. Keys next to those of the format are
 ignored in a row (`id`, `task`) and refused in a turn. `conversations` says which forms of a turn are taken.
 """
 
@@ -107,7 +108,7 @@ class Chat(DataModel):
 
 
 class Completion(DataModel):
-    """A text and how it goes on."""
+    """A text and how it continues."""
 
     format: ClassVar[Format] = "completion"
     prompt: FilledText
@@ -198,7 +199,7 @@ class Glue(DataModel):
     @classmethod
     def _known(cls, label: float) -> float:
         if label < 0:
-            raise ValueError(f"is {label:g}, which marks a test row whose class is not told")
+            raise ValueError(f"is {label:g}, which marks a test row without a label")
         return label
 
     @model_validator(mode="after")
@@ -276,7 +277,7 @@ def _report(where: str, faults: Faults) -> None:
 
 
 def _rows(stream: BinaryIO, limits: Limits, faults: Faults) -> Iterator[tuple[int, DataRow]]:
-    """The sound rows. What is wrong with the others goes to `faults`, as does their number where they are too few."""
+    """The valid rows. Faults of the others go to `faults`, also if there are too few rows."""
     values = _objects(stream, limits, faults)
     first = list(islice(values, _DECIDING))
     formats = [found for _, value in first if (found := _format(value))]
@@ -289,7 +290,7 @@ def _rows(stream: BinaryIO, limits: Limits, faults: Faults) -> Iterator[tuple[in
             return
         found = _format(value)
         if found is None:
-            faults.add(f"is of no known format: {_keys(value)}", line)
+            faults.add(f"has an unknown format: {_keys(value)}", line)
         elif found != chosen:
             faults.add(f"is a {found} row in a file of {chosen} rows", line)
         else:

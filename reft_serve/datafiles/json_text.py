@@ -1,4 +1,4 @@
-"""One JSON value out of a text, with what Python's reader takes and a data file must not hold. No torch."""
+"""Strict parsing of one JSON value: rejects extensions that Python's reader accepts. No torch."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _repeated(items: list[tuple[str, Any]]) -> str:
 
 
 def decoded(data: bytes) -> str:
-    """The text of UTF-8. Raises Broken where it is none."""
+    """The text of UTF-8. Raises Broken if it is none."""
     nul = data.find(b"\0")
     if nul >= 0:
         raise Broken("holds NUL bytes: save the file as UTF-8 text", data.count(b"\n", 0, nul))

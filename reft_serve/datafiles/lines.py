@@ -31,8 +31,8 @@ _MAGIC = (
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a data file may hold, in bytes and in rows. `unanswered`: instruction rows may lack an answer, as those that are
-    asked but not judged do.
+    """Limits of a data file in bytes and rows. `unanswered`: instruction rows may lack an answer, for evaluation without a
+    metric.
     """
 
     file_bytes: int = 512 << 20
@@ -100,7 +100,7 @@ def _line_value(number: int, line: bytes, faults: Faults) -> Iterator[tuple[int,
 
 
 def _list_values(stream: BinaryIO, head: bytes, limits: Limits, faults: Faults) -> Iterator[tuple[int, Any]]:
-    """The elements of one JSON list. After a fault in its text there is no telling where the next element begins."""
+    """The elements of one JSON list. After a fault in its text the next element cannot be located."""
     reader = ListReader(stream, head, limits.row_bytes, limits.file_bytes)
     try:
         for element in reader.elements():

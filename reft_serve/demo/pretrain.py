@@ -28,7 +28,6 @@ _END, _PAD = "<|endoftext|>", "<|pad|>"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The script."""
     parser = argparse.ArgumentParser(description="Pretrain a small Llama on short stories.")
     parser.add_argument("stories", type=Path, help="JSON lines, each with a text")
     parser.add_argument("out", type=Path, help="directory to write the model and its tokenizer to")

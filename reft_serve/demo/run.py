@@ -47,7 +47,7 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back: a text, or an error's sentence."""
+    """A response: its text, or the error's sentence."""
 
     ask: Ask
     text: str
@@ -55,7 +55,6 @@ class Answer:
 
 
 def main() -> None:
-    """The script."""
     sys.exit(asyncio.run(_demonstrate(Console())))
 
 
@@ -63,7 +62,7 @@ async def _demonstrate(console: Console) -> int:
     adapters = [part for b in BEHAVIOURS for part in ("--adapter", f"{b.name}={ADAPTERS / b.name}")]
     console.print(f"reft-serve serve {MODEL.name} with {len(BEHAVIOURS)} ReFT adapters", style="bold")
     try:
-        with console.status("starting the server (vLLM takes a while to load)") as status:
+        with console.status("starting the server (loading vLLM takes a while)") as status:
             async with serving([str(MODEL), *adapters, *_FLAGS]) as client:
                 status.update("answering")
                 started = time.monotonic()
@@ -87,7 +86,7 @@ async def _demonstrate(console: Console) -> int:
 
 
 def _asks() -> list[Ask]:
-    """Every model at every prompt, greedy but for the last prompt; every other request streams."""
+    """Every model at every prompt, greedy except the last prompt; every other request streams."""
     names = [BASE, *(behaviour.name for behaviour in BEHAVIOURS)]
     pairs = [(prompt, name) for prompt in _PROMPTS for name in names]
     seed_of = {_PROMPTS[-1]: _SEED}
@@ -116,7 +115,7 @@ async def _send(client: AsyncOpenAI, ask: Ask) -> Answer:
 
 
 def faults_of(batch: Sequence[Answer], alone: Sequence[Answer]) -> list[str]:
-    """What went wrong, in sentences."""
+    """Unexpected results, as sentences."""
     faults = [f"{a.ask.model} did not answer {a.ask.prompt!r}: {a.error}" for a in (*batch, *alone) if a.error]
     base = {answer.ask.prompt: answer.text for answer in batch if answer.ask.model == BASE}
     for answer in batch:

@@ -1,4 +1,4 @@
-"""A `reft-serve serve` process of our own: started, waited for, stopped."""
+"""A `reft-serve serve` child process: started, waited for, stopped."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ async def _ready(process: subprocess.Popen[bytes], client: AsyncOpenAI, log: IO[
     deadline = asyncio.get_running_loop().time() + _READY_SECONDS
     while asyncio.get_running_loop().time() < deadline:
         if process.poll() is not None:
-            raise ServiceError(f"the server ended with exit code {process.returncode}; its last words:\n{_tail(log)}")
+            raise ServiceError(f"the server ended with exit code {process.returncode}; its last output:\n{_tail(log)}")
         try:
             await client.models.list()
         except APIError:
             await asyncio.sleep(0.5)
         else:
             return
-    raise ServiceError(f"the server was not ready after {_READY_SECONDS} s; its last words:\n{_tail(log)}")
+    raise ServiceError(f"the server was not ready after {_READY_SECONDS} s; its last output:\n{_tail(log)}")
 
 
 def _tail(log: IO[bytes]) -> str:
@@ -77,7 +77,7 @@ def _tail(log: IO[bytes]) -> str:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the process, then whatever it left in its group."""
+    """End the process, then the rest of its group."""
     if process.poll() is None:
         process.terminate()
         try:

@@ -1,6 +1,6 @@
 """Train the demo adapters: `python -m reft_serve.demo.train [NAME ...] [--out DIR]`. About ten minutes on one core.
 
-No data is needed. The base model writes the first sentences of many stories and, for each behaviour, goes on from an
+No data is needed. The base model writes the first sentences of many stories and, for each behaviour, resumes from an
 opener; answers that its rule accepts become training examples. Each adapter is then judged by the same rule on prompts
 that none was trained on. One seed decides everything.
 """
@@ -54,12 +54,11 @@ class Outcome:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The script."""
     known = {behaviour.name: behaviour for behaviour in BEHAVIOURS}
     parser = argparse.ArgumentParser(description="Train the demo adapters on the demo model.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"which of {', '.join(known)}; all unless given")
     parser.add_argument("--out", type=Path, default=ADAPTERS, help="directory to write NAME/ to (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads; another number gives other last bits")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; the last bits depend on their number")
     given = parser.parse_args(argv)
     unknown = [name for name in given.names if name not in known]
     if unknown:
@@ -67,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = [known[name] for name in given.names or known]
     taken = [given.out / behaviour.name for behaviour in chosen if (given.out / behaviour.name).exists()]
     if taken:
-        parser.error(f"{taken[0]} is there already: remove it first, or choose another --out")
+        parser.error(f"{taken[0]} already exists: remove it first, or choose another --out")
     torch.set_num_threads(given.threads)
     torch.use_deterministic_algorithms(True)
     logging.disable_progress_bar()

@@ -1,8 +1,7 @@
-"""What of an adapter travels with each request: its digest, its position rule, and the strength and the prompt's end that
-were asked for.
+"""Adapter data that travels with each request: digest, position rule, strength and prompt length.
 
 The front end reads and checks a directory once and binds every request to what it found. From there the request itself
-says which edits it gets, so the scheduler needs no file for its prefix-cache keys, the worker can tell whether it holds
+says which edits it gets, so the scheduler needs no file for its prefix-cache keys, the worker knows whether it holds
 the right version, and a directory that changes meanwhile cannot mix two versions in one answer.
 """
 
@@ -42,7 +41,7 @@ IDS = 1 << 28
 
 @dataclass(frozen=True, slots=True)
 class AdapterRef:
-    """One immutable version: its digest (sha256 in hex), where it edits, whether it holds a LoRA, and the factor on its
+    """One immutable version: its digest (sha256 in hex), its positions, whether it holds a LoRA, and the factor on its
     edits, which is not one on the LoRA.
 
     prompt_tokens: where the prompt ends for the position rule, if the tokens after it are an answer to be scored. None:
@@ -61,7 +60,7 @@ class AdapterRef:
 
     @property
     def engine_id(self) -> int:
-        """The `lora_int_id` that a front end gives it, whatever the strength. Two identities may share one: the engine core
+        """The `lora_int_id` that a front end gives it, for any strength. Two identities may share one: the engine core
         then moves the later one (`admission.Admission`), so that inside the engine an id is one identity's.
         """
         first = GENERATED if self.rule.edits_generated else FIRST_ID
@@ -69,7 +68,7 @@ class AdapterRef:
 
 
 def lora_id_of(digest: str) -> int:
-    """The id that a worker's LoRA manager knows a version's LoRA by, whatever the strength: 60 bits of the digest."""
+    """The id of a version's LoRA in a worker's LoRA manager, for any strength: 60 bits of the digest."""
     return (1 << 61) + int(digest[:15], 16)
 
 

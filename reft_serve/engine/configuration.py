@@ -1,4 +1,4 @@
-"""Engine settings at start: where they are decided, and what vLLM concedes to LoRA that ReFT alone does not need."""
+"""Engine settings at start: removes vLLM's concessions to LoRA that ReFT alone does not need."""
 
 from __future__ import annotations
 

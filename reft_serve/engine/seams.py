@@ -15,7 +15,7 @@ __all__ = ["ADDITIONS", "SEAMS", "Addition", "Seam", "fingerprint"]
 
 @dataclass(frozen=True, slots=True)
 class Seam:
-    """A vLLM function, and the function of ours that makes its replacement from the original."""
+    """A vLLM function, and our function that makes its replacement from the original."""
 
     #: `module` or `module:Class`, where the function is defined.
     owner: str
@@ -38,7 +38,7 @@ class Seam:
 
 @dataclass(frozen=True, slots=True)
 class Addition:
-    """A method of ours that a vLLM class gets, so that vLLM's RPC can call it."""
+    """Our method that is added to a vLLM class, so that vLLM's RPC can call it."""
 
     owner: str
     name: str
@@ -73,7 +73,7 @@ SEAMS = (
         "vllm.engine.arg_utils:EngineArgs",
         "from_cli_args",
         "reft_serve.engine.configuration.wrap_from_cli_args",
-        "notes whether only ReFT adapters can come to this server",
+        "notes whether this server can get ReFT adapters only",
         {"0.32.0": "51a013f61829ac5c"},
     ),
     Seam(
@@ -317,7 +317,7 @@ SEAMS = (
         _STRUCTURED,
         "__init__",
         "reft_serve.engine.core.grammars.wrap_manager_init",
-        "one backend for all requests, whatever the first one asks for",
+        "one backend for all requests, independent of the first one",
         {"0.32.0": "585ff4311f12b214"},
     ),
     Seam(

@@ -1,4 +1,4 @@
-"""What an engine runs and takes, read from vLLM's configuration."""
+"""Facts of the engine's model and limits, read from vLLM's configuration."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def base_facts(config: VllmConfig) -> BaseFacts:
 
 
 def limits_of(config: VllmConfig) -> Limits:
-    """What the engine's pool is sized for."""
+    """Size of the engine's pool."""
     settings, lora = settings_of(config), config.lora_config
     assert lora is not None
     components: set[Component] = set()
@@ -64,14 +64,14 @@ def limits_of(config: VllmConfig) -> Limits:
 
 
 def engine_card(config: VllmConfig) -> EngineCard:
-    """What an engine with adapters tells of itself."""
+    """The engine's card, for engines with adapters."""
     assert config.lora_config is not None
     lora_rank = 0 if settings_of(config).lora == "off" else config.lora_config.max_lora_rank
     return EngineCard(base=base_facts(config), limits=limits_of(config), max_lora_rank=lora_rank)
 
 
 def owner_of(spec: InterventionSpec) -> int:
-    """The layer whose holder makes an edit. The stream that enters a layer is edited where it leaves the one before, which
+    """The layer whose holder makes an edit. The stream that enters a layer is edited at the output of the previous one, which
     another rank of a pipeline may hold.
     """
     number, name = place_of(spec)
@@ -79,13 +79,13 @@ def owner_of(spec: InterventionSpec) -> int:
 
 
 def share_of(limits: Limits, layers: int, of: int) -> int:
-    """How many interventions of one adapter a worker with `layers` of the model's layers has room for."""
+    """Number of interventions per adapter that a worker with `layers` of the model's layers supports."""
     assert limits.max_interventions is not None
     return -(-limits.max_interventions * layers // of)
 
 
 def rank_faults(config: VllmConfig, specs: Iterable[InterventionSpec]) -> list[str]:
-    """What is wrong with an adapter for this engine's pipeline alone, whose ranks have each a share of the limits."""
+    """Faults of an adapter on this engine's pipeline only, whose ranks each have a share of the limits."""
     size, layers = config.parallel_config.pipeline_parallel_size, config.model_config.hf_text_config.num_hidden_layers
     owners, limits, faults = [owner_of(spec) for spec in specs], limits_of(config), []
     for start, end in (get_pp_indices(layers, rank, size) for rank in range(size)):

@@ -1,7 +1,7 @@
 """A served model asked every question of a data file over HTTP, and every answer kept. No torch.
 
 Questions go to `/v1/completions` as text, so that the server tokenises them as training did. Each answer is written as it
-comes; a run that was broken off goes on where it stopped.
+comes; a run that was broken off continues where it stopped.
 """
 
 from __future__ import annotations
@@ -118,11 +118,11 @@ async def ask(
         on_answer: called after each answer, kept ones included.
 
     Raises:
-        ClientError: `out` is there already and this is no resume; or the server knows no such model or key.
+        ClientError: `out` is there already and this is not a resume; or the server knows no such model or key.
         ServiceError: the server cannot be reached.
     """
     if out.exists() and not resume:
-        raise ClientError(f"{out} is there already: go on with --resume, or choose another --out")
+        raise ClientError(f"{out} already exists: continue with --resume, or choose another --out")
     done = _kept(out, server, asked) if resume else {}
     waiting = iter([question for question in asked if _place(question) not in done])
 
@@ -161,7 +161,7 @@ def scores(task: Task, predictions: Sequence[Prediction]) -> dict[str, Score]:
 
 @asynccontextmanager
 async def _client(server: Server) -> AsyncIterator[AsyncOpenAI]:
-    """A client of a server that answers. Raises ServiceError or ClientError where it does not."""
+    """A client of a server that answers. Raises ServiceError or ClientError if it does not."""
     root = server.url.rstrip("/")
     # A proxy that the environment names is not for loopback.
     http = DefaultAsyncHttpxClient(trust_env=urlsplit(root).hostname not in _LOOPBACK, timeout=server.timeout)
@@ -170,9 +170,9 @@ async def _client(server: Server) -> AsyncIterator[AsyncOpenAI]:
         try:
             await client.with_options(max_retries=0, timeout=30).models.list()
         except (AuthenticationError, PermissionDeniedError) as exc:
-            raise ClientError(f"{url} refuses the key: {_reason(exc)}") from exc
+            raise ClientError(f"{url} rejects the key: {_reason(exc)}") from exc
         except OpenAIError as exc:
-            raise ServiceError(f"{url} does not answer as an OpenAI server: {_reason(exc)}") from exc
+            raise ServiceError(f"{url} does not behave like an OpenAI server: {_reason(exc)}") from exc
         yield client
 
 
@@ -184,11 +184,11 @@ async def _answer(client: AsyncOpenAI, server: Server, task: Task, question: Que
             model=server.model, prompt=question.prompt, max_tokens=task.max_new_tokens, temperature=0, extra_body=more
         )
     except (NotFoundError, AuthenticationError, PermissionDeniedError) as exc:
-        raise ClientError(f"the server refuses {server.model!r}: {_reason(exc)}") from exc
+        raise ClientError(f"the server rejects {server.model!r}: {_reason(exc)}") from exc
     except OpenAIError as exc:
         return replace(empty, error=_reason(exc), correct=None if task.metric == "none" else False)
     if not response.choices:
-        return replace(empty, error="the answer has no choice", correct=None if task.metric == "none" else False)
+        return replace(empty, error="the response has no choice", correct=None if task.metric == "none" else False)
     choice = response.choices[0]
     verdict = judge(task, choice.text, question.reference)
     return replace(
@@ -208,7 +208,7 @@ def _reason(exc: OpenAIError) -> str:
 
 
 def _kept(out: Path, server: Server, asked: Sequence[Question]) -> dict[_Place, Prediction]:
-    """What `out` holds of these very questions to this model. A line that was cut off is none."""
+    """Predictions in `out` for these questions and this model. A truncated line is ignored."""
     wanted = {_place(question): question for question in asked}
     kept = {}
     for line in out.read_text(encoding="utf-8", errors="replace").splitlines() if out.exists() else []:

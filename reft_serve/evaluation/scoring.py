@@ -1,14 +1,14 @@
 """Answers judged as the ReFT paper's code judges them (pyreft, `examples/loreft/compute_metrics.py`). No torch.
 
-==========  ==========================================================================================================
+==========  ======================================================================================
 `exact`     the answer is the reference, white space around them aside
-`number`    the last number of the answer is within 0.001 of the reference; where the reference is no number (AQuA), the
-            first of the letters A to E is the reference
+`number`    the last number of the answer is within 0.001 of the reference; if the reference
+            is not a number (AQuA), the first of the letters A to E is the reference
 `label`     the first word of the answer is the class
-`matthews`  judged as `label`; Matthews' correlation beside the accuracy (CoLA's)
+`matthews`  judged as `label`; Matthews' correlation next to the accuracy (CoLA's)
 `pearson`   the first number of the answer; Pearson's correlation with the references (STS-B's)
 `none`      not judged here: AlpacaEval's annotator reads the answers
-==========  ==========================================================================================================
+==========  ======================================================================================
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _WORD = re.compile(r"\w+")
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One answer judged: what was taken from it, and whether that is right. `correct` is None where it is not judged."""
+    """One answer judged: what was taken from it, and whether that is right. `correct` is None if it is not judged."""
 
     extracted: str
     correct: bool | None

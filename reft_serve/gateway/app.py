@@ -163,7 +163,7 @@ async def _recover(services: Services, *, first: bool) -> None:
     )
     if found:
         _log.warning(
-            "requests that a gateway left behind were counted as interrupted", extra={"data": {"count": found}}
+            "requests that a crashed gateway left open were recorded as interrupted", extra={"data": {"count": found}}
         )
 
 
@@ -173,7 +173,7 @@ async def _recover_forever(services: Services) -> None:
         try:
             await _recover(services, first=False)
         except Exception:
-            _log.exception("recovery failed; trying again")
+            _log.exception("recovery failed; retrying")
 
 
 async def _named(_: Any, exc: Exception) -> JSONResponse:
@@ -196,7 +196,7 @@ async def _http(request: Request, exc: Exception) -> JSONResponse:
 
 
 def _document_keys(app: FastAPI) -> None:
-    """Let the OpenAPI document tell of the keys that the edge asks for, and of no answer that cannot come."""
+    """Add the API key to the OpenAPI document, and remove responses that cannot occur."""
     plain = app.openapi
 
     def documented() -> dict[str, Any]:

@@ -16,12 +16,12 @@ def link(operation: str, parameters: Mapping[str, str], body: Mapping[str, str |
     Args:
         operation: the operation's id in the OpenAPI document.
         parameters: each a value, or an expression like `$response.body#/id`.
-        body: of its request, where it has one; values may be expressions.
+        body: of its request, if it has one; values may be expressions.
     """
     found: dict[str, Any] = {"operationId": operation, "parameters": dict(parameters)}
     return found if body is None else found | {"requestBody": dict(body)}
 
 
 def leads_to(status: int, links: Iterable[dict[str, Any]]) -> Responses:
-    """What a route's `responses` says of the answer with this status."""
+    """A route's `responses` entry for this status."""
     return {status: {"links": {each["operationId"]: each for each in links}}}

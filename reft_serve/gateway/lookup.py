@@ -20,7 +20,7 @@ _V = TypeVar("_V")
 
 
 class LookupCache:
-    """Who holds a key, and what a model's name stands for: asked of the database, remembered for a moment."""
+    """Cache of database look-ups: the principal of a key, and the target of a model name."""
 
     def __init__(self, database: Database, base_model: str, seconds: float) -> None:
         self._database, self._base_model, self._seconds = database, base_model, seconds
@@ -29,12 +29,12 @@ class LookupCache:
         self._random = random.Random()  # noqa: S311 - it only shares traffic out
 
     def forget(self) -> None:
-        """Ask anew: something was changed here."""
+        """Ask again: something was changed here."""
         self._keys.clear()
         self._routes.clear()
 
     async def principal(self, secret: str) -> Principal | None:
-        """Who holds the key; None where nobody does."""
+        """Principal of a key; None if there is none."""
         digest, now = digest_of_secret(secret), time.monotonic()
         remembered = self._keys.get(digest)
         if remembered is None or remembered[0] < now:

@@ -1,4 +1,4 @@
-"""What a gateway does from time to time: files and jobs that nobody looks after any more, and the gauges of the queue.
+"""Periodic maintenance of a gateway: expired files, jobs of lost workers, and the gauges of the queue.
 
 Every gateway does it; the database lets only one of them have each row.
 """
@@ -24,13 +24,13 @@ _DELIVERIES_MS = 7 * DAY_MS
 
 
 async def run_once(services: Services) -> None:
-    """Do it once."""
+    """Run every task once."""
     await data_files.sweep(services)
     async with services.database.writing() as session:
         lost = await queue.sweep(session, services.settings.train_attempts)
         await webhooks.forget_deliveries(session, now_ms() - _DELIVERIES_MS)
     if lost:
-        _log.warning("jobs were left by workers that are gone", extra={"data": {"count": lost}})
+        _log.warning("jobs of lost workers were requeued or failed", extra={"data": {"count": lost}})
     async with services.database.reading() as session:
         counts = await fine_tuning.count_jobs(session)
     for status in get_args(Status):
@@ -43,10 +43,10 @@ async def run_forever(services: Services) -> None:
     try:
         await services.blobs.sweep()
     except Exception:
-        _log.exception("the file store could not be swept")
+        _log.exception("the file store could not be cleaned up")
     while True:
         try:
             await run_once(services)
         except Exception:
-            _log.exception("upkeep failed; trying again")
+            _log.exception("maintenance failed; retrying")
         await asyncio.sleep(services.settings.upkeep_seconds)

@@ -1,6 +1,6 @@
-"""The gateway's skin: a request's id, its caller, and the last resort for what nobody else caught.
+"""The outermost middleware: request ids, authentication, and the handler of uncaught errors.
 
-Every path needs a key but for the two that say whether the process lives and is ready.
+Every path needs a key except the health checks.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ class RequestMiddleware:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -60,7 +59,7 @@ class RequestMiddleware:
                 await self._serve(services, scope, receive, sending, headers)
         except Exception as exc:
             if status:  # the answer has begun: all that is left is to break it off
-                _log.exception("an answer broke off")
+                _log.exception("a response was cut off")
                 raise
             await _last_resort(exc)(scope, receive, sending)
         finally:
@@ -84,10 +83,10 @@ class RequestMiddleware:
 async def _authenticate(services: Services, headers: dict[str, str]) -> Principal:
     scheme, _, secret = headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not secret.strip():
-        raise errors.KeyInvalid("give an API key: Authorization: Bearer KEY")
+        raise errors.KeyInvalid("an API key is required: Authorization: Bearer KEY")
     principal = await services.lookup.principal(secret.strip())
     if principal is None:
-        raise errors.KeyInvalid("this API key is not known, has expired or was revoked")
+        raise errors.KeyInvalid("this API key is unknown, expired or revoked")
     return principal
 
 
@@ -96,12 +95,12 @@ def _last_resort(exc: Exception) -> Any:
         return answer(exc)
     if isinstance(exc, (SQLAlchemyError, ConnectionError)):
         _log.error("the database failed", exc_info=exc)
-        return answer(errors.DatabaseUnusable("the database does not answer; try again"))
+        return answer(errors.DatabaseUnusable("the database does not respond; try again"))
     if isinstance(exc, OSError) and exc.errno in NO_SPACE:
-        _log.error("the disk takes nothing", exc_info=exc)
+        _log.error("the disk cannot be written to", exc_info=exc)
         return answer(errors.StoreUnusable("The gateway's disk cannot be written to; try again"))
     _log.error("a request failed", exc_info=exc)
-    return answer(errors.ServiceError("something went wrong here"))
+    return answer(errors.ServiceError("Internal error"))
 
 
 def _account(scope: Scope, status: int, seconds: float) -> None:

@@ -28,7 +28,7 @@ _PATIENCE_SECONDS = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """What a caller wants to be published; `receive` is the request's."""
+    """An adapter to publish; `receive` is the request's."""
 
     name: str
     files: list[UploadFile]
@@ -92,7 +92,7 @@ async def _record(
         limits = services.quotas.limits(caller)
         await check_room(session, caller.tenant_id, limits, size=checked.size, adapter=upload.name, versions=1)
         if not services.store.path(digest).is_dir():  # its last owner removed it in this moment
-            raise RateLimited("the same adapter was deleted at this moment; upload it again", 1.0)
+            raise RateLimited("the adapter was deleted at the same time; upload it again", 1.0)
         tenant = await find_tenant(session, caller.tenant_id)
         version = await adapters.add_version(
             session, tenant, upload.name, digest=digest, base_model=checked.base_model, size_bytes=checked.size,
@@ -111,7 +111,7 @@ async def _record(
 
 
 async def retire(services: Services, digests: Iterable[str]) -> None:
-    """Take versions that nobody has any more out of the engines, once no request uses them, and out of the store."""
+    """Remove unused versions from the engines, once no request uses them, and from the store."""
     for digest in digests:
         async with services.database.reading() as session:
             used = await adapters.is_used(session, digest)

@@ -1,4 +1,4 @@
-"""What a gateway process has, made once at its start and found by routes through `services_of`."""
+"""The parts of a gateway process, created once at its start; routes find them through `services_of`."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Services:
                     async with self._turn(tenant_id):
                         await work
             except Exception:
-                _log.exception("work in the background failed")
+                _log.exception("a background task failed")
 
         task = asyncio.create_task(guarded())
         self._tasks.add(task)

@@ -1,4 +1,4 @@
-"""Whether the database and the stores can be written to, tried again and again beside the requests."""
+"""Periodic check that the database and the stores are writable, independent of requests."""
 
 from __future__ import annotations
 
@@ -34,11 +34,9 @@ class WriteProbe:
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
-        """Begin to write."""
         self._tasks = [asyncio.create_task(self._probe_forever(name)) for name in self._writes]
 
     async def close(self) -> None:
-        """Stop."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

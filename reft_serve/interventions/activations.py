@@ -20,7 +20,7 @@ def _laplace(x: Tensor) -> Tensor:
     return 0.5 * (1.0 + torch.erf((x - 0.707107) / (0.282095 * math.sqrt(2.0))))
 
 
-# The place of a function is its code.
+# Indexed by activation code.
 _FUNCTIONS: tuple[Callable[[Tensor], Tensor], ...] = (
     lambda x: x,
     F.relu,

@@ -30,7 +30,7 @@ class UnitPool:
     """Fixed storage for `units` folded interventions of up to `rank` rows; unit 0 is empty and edits nothing.
 
     Args:
-        units: how many interventions fit, besides unit 0.
+        units: how many interventions fit, in addition to unit 0.
         rank: largest `Unit` rank, P; shorter units are padded with zero rows, which is exact for every kind.
         width: hidden width D.
         device: where the tensors live. They are float32: R is float32 in pyreft, and W - R needs it.
@@ -52,7 +52,7 @@ class UnitPool:
         return sum(t.nbytes for t in (self.A_UPD, self.b_UP, self.B_UPD, self.act_U2))
 
     def write(self, index: int, unit: Unit) -> None:
-        """Put `unit` at `index` (1 or more), over whatever was there."""
+        """Put `unit` at `index` (1 or more), replacing its previous value."""
         r = len(unit.b)
         for pool, value in ((self.A_UPD, unit.A), (self.b_UP, unit.b), (self.B_UPD, unit.B)):
             pool[index, :r].copy_(value, non_blocking=True)
@@ -61,7 +61,7 @@ class UnitPool:
         self.forms[index] = (r, unit.activation, unit.activated)
 
     def read(self, index: int) -> Unit:
-        """What was written at `index`, in host memory of its own."""
+        """A copy in host memory of the value at `index`."""
         r, code, activated = self.forms[index]
         A, b, B = (pool[index, :r].to("cpu", copy=True) for pool in (self.A_UPD, self.b_UP, self.B_UPD))
         return Unit(A, b, B, code, activated)

@@ -37,7 +37,7 @@ def edit_tiles(
     that a replay takes the rows, units and count which are there by then.
 
     Args:
-        hidden_ND, residual_ND, tiles, pool, units_of_CS: as for `batched.edit_tiles`, contiguous but for the rows of
+        hidden_ND, residual_ND, tiles, pool, units_of_CS: as for `batched.edit_tiles`, contiguous except the rows of
             hidden and residual, which may have any stride.
         count: int32 (1,), how many of the first tiles are live; the others may hold anything. None: all of them.
         grid: programs to launch, at least `count` and at most the number of tiles. None: the number of tiles.

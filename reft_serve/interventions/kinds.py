@@ -131,7 +131,7 @@ class Unit:
 
     @property
     def does_nothing(self) -> bool:
-        """Whether the unit leaves every h as it is."""
+        """True if the unit leaves every h unchanged."""
         if not self.B.any():
             return True
         if self.A.any():

@@ -95,7 +95,7 @@ class Intervention(nn.Module):
         return drop(edited, self.dropout, self.training)
 
     def weights(self) -> Weights:
-        """A detached copy of what has been learnt so far, to save or to serve."""
+        """A detached copy of the current weights, to save or to serve."""
         copies = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in self._named()}
         return Weights.of(self.kind, copies, self.activation)
 

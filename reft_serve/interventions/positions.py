@@ -3,15 +3,15 @@
 The rules are pyreft's (`pyreft.dataset.parse_positions` and `get_intervention_locations`), with the spellings that its
 datasets and README use in code:
 
-=========  ==========================================================================================
+=========  ==================================================================================
 `fN`       the first min(N, L // 2) prompt tokens
 `lN`       the last min(N, L // 2) prompt tokens before L
-`fN+lN`    both; untied, the prefix and the suffix have interventions of their own
+`fN+lN`    both; untied, the prefix and the suffix have separate interventions
 `first`    token 0
 `last`     token L - 1
 `all`      every prompt token
 `0,3,-1`   those indices, negative ones from L; an index outside the prompt is dropped
-=========  ==========================================================================================
+=========  ==================================================================================
 
 L is the prompt's length minus `last_offset`: 0 for pyreft's paper recipes (the suffix ends at the prompt's last token), 1
 for its `ReftSupervisedDataset`, `ReftGenerationDataset` and `ReftClassificationDataset` (it ends one token earlier); the
@@ -84,7 +84,7 @@ class PositionRule:
         untiable = kind == "fl" and all(numbers)
         if not self.tied and not untiable:
             raise PositionsInvalid(
-                f"positions {self.spec!r} cannot be untied: only fN+lN has a prefix and a suffix to tell apart"
+                f"positions {self.spec!r} cannot be untied: only fN+lN has both a prefix and a suffix"
             )
         if not 0 <= self.last_offset <= 1024:
             raise PositionsInvalid(f"last_offset must be between 0 and 1024, not {self.last_offset}")
@@ -93,11 +93,11 @@ class PositionRule:
         if self.phase not in ("prompt", "all", "generated"):
             raise PositionsInvalid(f"phase must be prompt, all or generated, not {self.phase!r}")
         if self.phase != "prompt" and not self.tied:
-            raise PositionsInvalid(f"phase {self.phase!r} needs tied positions: a generated token is in no half")
+            raise PositionsInvalid(f"phase {self.phase!r} needs tied positions: a generated token is in neither half")
 
     @property
     def edits_generated(self) -> bool:
-        """Whether tokens after the prompt are edited."""
+        """True if tokens after the prompt are edited."""
         return self.phase != "prompt"
 
     def spans(self, prompt_len: int) -> list[Span]:

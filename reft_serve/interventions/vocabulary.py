@@ -28,7 +28,7 @@ COMPONENTS: tuple[Component, ...] = get_args(Component)
 # prelu and xielu are left out: they carry learned parameters that pyreft never saves.
 LINEAR = 0
 ORTHONORMAL_TOLERANCE = 1e-3
-"""How far R R^T may be from the identity, in any element."""
+"""Largest deviation of an element of R R^T from the identity."""
 ACTIVATION_CODES: dict[str, int] = {
     "linear": LINEAR,
     "relu": 1,
@@ -71,7 +71,7 @@ def optional_tensors(kind: Kind) -> tuple[str, ...]:
 
 
 def has_activation(kind: Kind) -> bool:
-    """Whether the kind applies `act_fn`: consreft and lobireft do not."""
+    """True if the kind applies `act_fn`: all but consreft and lobireft."""
     return kind not in _NO_SOURCE
 
 

@@ -1,4 +1,4 @@
-"""What a fine-tuning job may set: OpenAI's hyper-parameters and ReFT's own, each a value or "auto". No torch.
+"""Hyper-parameters of fine-tuning jobs: OpenAI's and ReFT's own, each a value or "auto". No torch.
 
 The gateway checks them as they come, the worker reads them back from the job's row and decides what "auto" is.
 """
@@ -42,7 +42,7 @@ _Module = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]{1,64}$")]
 
 
 def _or_auto(wanted: str) -> WrapValidator:
-    """One sentence for whatever does not fit, instead of one for each kind of value that would."""
+    """One error sentence for a field, instead of one for each type in its union."""
 
     def check(value: object, handler: ValidatorFunctionWrapHandler) -> object:
         try:
@@ -65,7 +65,7 @@ class Hyperparameters(BaseModel):
         layers: where the interventions are: "all", or numbers from 0.
         positions: the prompt tokens that are edited, such as f7+l7. tied: first and last ones share their weights.
         dropout: on the edited states. activation: of W h + b.
-        lora_rank: of a LoRA that is trained beside; 0 for none. lora_alpha, lora_targets: as PEFT has them.
+        lora_rank: of a LoRA that is trained as well; 0 for none. lora_alpha, lora_targets: as PEFT has them.
         warmup: share of the steps. max_tokens: longer examples are left out and counted.
         save_every: steps between checkpoints and evaluations.
     """
@@ -92,7 +92,7 @@ class Hyperparameters(BaseModel):
     ] = "auto"
     tied: Annotated[Auto | bool, _or_auto("true or false")] = "auto"
     activation: Annotated[Auto | _Activation, _or_auto(f"one of {', '.join(ACTIVATION_CODES)}")] = "auto"
-    dropout: Annotated[Auto | _Share, _or_auto("a share from 0 to below 1")] = "auto"
+    dropout: Annotated[Auto | _Share, _or_auto("a number from 0 to below 1")] = "auto"
     lora_rank: Annotated[Auto | Annotated[int, Field(ge=0, le=512)], _or_auto("a whole number from 0 to 512")] = "auto"
     lora_alpha: Annotated[
         Auto | Annotated[float, Field(gt=0, le=10_000)], _or_auto("a number above 0, at most 10,000")
@@ -107,7 +107,7 @@ class Hyperparameters(BaseModel):
     schedule: Annotated[Auto | Literal["linear", "cosine", "constant"], _or_auto("one of linear, cosine, constant")] = (
         "auto"
     )
-    warmup: Annotated[Auto | _Share, _or_auto("a share from 0 to below 1")] = "auto"
+    warmup: Annotated[Auto | _Share, _or_auto("a number from 0 to below 1")] = "auto"
     accumulation: Annotated[Auto | Annotated[int, Field(ge=1, le=1024)], _or_auto("a whole number from 1 to 1,024")] = (
         "auto"
     )
@@ -122,20 +122,20 @@ class Hyperparameters(BaseModel):
     def _agree(self) -> Hyperparameters:
         if self.positions != "auto":
             try:
-                PositionRule(self.positions, tied=self.tied != False)  # noqa: E712 - it may be "auto"
+                PositionRule(self.positions, tied=self.tied != False)  # noqa: E712 - or "auto"
             except PositionsInvalid as exc:
                 raise ValueError(str(exc)) from exc
         elif self.tied is False:
-            raise ValueError("tied is false, which needs positions of the form fN+lN: give them")
+            raise ValueError("tied is false, which needs positions of the form fN+lN")
         if self.learning_rate != "auto" and self.learning_rate_multiplier != "auto":
-            raise ValueError("give learning_rate or learning_rate_multiplier, not both")
+            raise ValueError("set learning_rate or learning_rate_multiplier, not both")
         lora = [name for name in ("lora_alpha", "lora_targets") if getattr(self, name) != "auto"]
         if lora and self.lora_rank in ("auto", 0):
-            raise ValueError(f"{lora[0]} belongs to a LoRA: give lora_rank, too")
+            raise ValueError(f"{lora[0]} belongs to a LoRA: set lora_rank as well")
         return self
 
     def shape(self, examples: int, hidden_size: int) -> dict[str, Any]:
-        """What the adapter is to be, each "auto" decided: kind, rank, layers, positions, tied and activation, as JSON."""
+        """The adapter's shape with every "auto" resolved: kind, rank, layers, positions, tied and activation, as JSON."""
         chosen = {
             "kind": "loreft", "rank": min(8 if examples >= _MANY else 4, hidden_size), "layers": "all",
             "positions": "f7+l7", "tied": True, "activation": "linear",
@@ -143,11 +143,11 @@ class Hyperparameters(BaseModel):
         return {name: value if (asked := getattr(self, name)) == "auto" else asked for name, value in chosen.items()}
 
     def epochs(self, examples: int) -> int:
-        """How often the examples are gone through, "auto" decided."""
+        """Number of epochs, "auto" resolved."""
         return _epochs(examples) if self.n_epochs == "auto" else self.n_epochs
 
     def asked(self) -> dict[str, Any]:
-        """What was set, as JSON."""
+        """The values that were set, as JSON."""
         return {name: value for name, value in self.model_dump().items() if value != "auto"}
 
 
@@ -162,7 +162,7 @@ class DpoHyperparameters(Hyperparameters):
 
 
 def read_hyperparameters(asked: Mapping[str, Any]) -> DpoHyperparameters:
-    """What a job's row holds, whatever its method."""
+    """Read the hyper-parameters of a job's row, for either method."""
     return DpoHyperparameters.model_validate(dict(asked))
 
 

@@ -5,13 +5,16 @@ hyper-parameters), as the commands that reproduce them state: pyreft, `examples/
 triggers and decoding of its `templates.py`, `task_config.py` and `compute_metrics.py` and the defaults of its `train.py`.
 Greedy decoding throughout.
 
-===============  ======================================================================================================
-`commonsense`    LoReFT, rank 8, all layers, f7+l7 tied, 6 epochs of batches of 16 x 2, rate 9e-4, warm-up 0.1
+===============  ==================================================================================
+`commonsense`    LoReFT, rank 8, all layers, f7+l7 tied, 6 epochs of batches of 16 x 2, rate 9e-4,
+                 warm-up 0.1
 `math`           the same with 12 epochs
-`instruct`       LoReFT, rank 4, layers 3, 9, 18, 24, f5+l5 untied, 9 epochs of batches of 4 x 32, rate 9e-4
-`glue-TASK`      LoReFT, rank 1, all layers, 3 epochs of batches of 32, rate 6e-4, warm-up 0.09, dropout 0.05; l1 where the
-                 paper edits RoBERTa's first token, and a word for an answer where it has a classification head
-===============  ======================================================================================================
+`instruct`       LoReFT, rank 4, layers 3, 9, 18, 24, f5+l5 untied, 9 epochs of batches of 4 x 32,
+                 rate 9e-4
+`glue-TASK`      LoReFT, rank 1, all layers, 3 epochs of batches of 32, rate 6e-4, warm-up 0.09,
+                 dropout 0.05; l1 instead of RoBERTa's first token, and a word for an answer
+                 instead of a classification head
+===============  ==================================================================================
 """
 
 from __future__ import annotations
@@ -69,7 +72,6 @@ class AdapterSettings(_Settings):
 
     @property
     def rule(self) -> PositionRule:
-        """The position rule."""
         return PositionRule(self.positions, self.tied, self.last_offset, self.phase)
 
 
@@ -89,12 +91,12 @@ class TrainingSettings(_Settings):
 
 
 class Task(_Settings):
-    """How rows become prompts and answers, and how an answer is judged.
+    """Conversion of rows to prompts and answers, and the scoring of an answer.
 
     Args:
         prompt: with the row's fields in braces.
         prompt_with_input: the prompt of a row whose `input` is not empty; the same one unless given.
-        answer: what is learnt after the prompt; `{label}` is the name of a row's class where there are `labels`.
+        answer: what is learnt after the prompt; `{label}` is the name of a row's class if there are `labels`.
         metric: see `scoring`.
         trigger: what comes before the answer proper in a completion; a completion without it answers nothing.
         max_new_tokens, repetition_penalty: of greedy decoding in an evaluation.
@@ -125,13 +127,13 @@ class Task(_Settings):
         return self._filled(self.prompt_with_input if with_input and self.prompt_with_input else self.prompt, row)
 
     def reply(self, row: DataRow) -> str:
-        """What is learnt after the prompt. Raises ValueError as `question` does."""
+        """The completion of a row. Raises ValueError as `question` does."""
         if isinstance(row, Completion):
             return row.completion
         return self._filled(self.answer, row)
 
     def reference(self, row: DataRow) -> str:
-        """What an answer is compared with: a row's `answer` where it has one, else the reply; nothing without a metric."""
+        """The reference of a row: its `answer` if it has one, else the reply; empty without a metric."""
         if self.metric == "none":
             return ""
         return row.answer if isinstance(row, Instruction) and row.answer else self.reply(row)
@@ -172,10 +174,10 @@ def recipe_names() -> list[str]:
 
 
 def load_recipe(name: str) -> Recipe:
-    """A recipe by its name, or by the path of a TOML file. Its `task` is chosen where it has several.
+    """A recipe by its name, or by the path of a TOML file. Its `task` is chosen if it has several.
 
     Raises:
-        ClientError: there is none of that name, or the file is no recipe; every fault of it is told.
+        ClientError: there is none of that name, or the file is not a recipe; every fault of it is told.
     """
     if name.endswith(".toml") or "/" in name:
         return _read(Path(name))
@@ -203,7 +205,7 @@ def _read(path: Path) -> Recipe:
 
 
 def _fields(template: str) -> list[str]:
-    """The fields in a template. Raises ValueError where it is no template, or reaches into a field."""
+    """The fields in a template. Raises ValueError where it is not a template, or reaches into a field."""
     names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     for name in names:
         if not name.isidentifier():

@@ -1,7 +1,7 @@
-"""The file store: uploads, results and checkpoints under keys of ours, in a local directory or in S3. No torch.
+"""The file store: uploads, results and checkpoints by key, in a local directory or in S3. No torch.
 
-A key is there whole or not at all: files are written aside and moved, S3 takes a multipart upload only when it is complete.
-`reft_serve.adapters.store` is something else: versions under a path that engines see.
+A key exists whole or not at all: files are written to a temporary path and moved, S3 takes a multipart upload only when it is
+complete. `reft_serve.adapters.store` is a different store: versions under a path that engines see.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What was written: bytes, and the sha256 of them in hexadecimal."""
+    """Size in bytes and sha256 (hexadecimal) of a written blob."""
 
     size: int
     sha256: str
@@ -41,7 +41,7 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class Blob:
-    """What is there. `modified_ms`: milliseconds since 1970."""
+    """A stored blob. `modified_ms`: milliseconds since 1970."""
 
     key: str
     size: int
@@ -65,7 +65,7 @@ class BlobStore:
         self._place: _Place = _place(url)
 
     async def check(self) -> None:
-        """Raise StoreUnusable where it cannot be written to."""
+        """Raise StoreUnusable if it cannot be written to."""
         key = f"checks/{os.urandom(12).hex()}"
 
         async def nothing() -> AsyncIterator[bytes]:
@@ -83,7 +83,7 @@ class BlobStore:
         await self._do(self._place.probe)
 
     async def write(self, key: str, chunks: AsyncIterator[bytes], max_bytes: int) -> Written:
-        """Put what comes under a key, in the place of what was there. After an exception everything is as it was.
+        """Store a stream under a key, replacing its previous value. After an exception nothing has changed.
 
         Raises:
             RequestTooLarge: more than `max_bytes` came.
@@ -96,7 +96,7 @@ class BlobStore:
             async for chunk in chunks:
                 size += len(chunk)
                 if size > max_bytes:
-                    raise RequestTooLarge(f"the file has more than the {max_bytes} bytes that are taken here")
+                    raise RequestTooLarge(f"the file has more than the {max_bytes} bytes allowed here")
                 digest.update(chunk)
                 await self._do(writing.write, chunk)
             await self._do(writing.commit)
@@ -167,7 +167,7 @@ class BlobStore:
         await self._do(self._place.sweep)
 
     async def _do(self, work: Callable[..., T], *given: Any) -> T:
-        """Run blocking work in a thread and tell its failures in our words."""
+        """Run blocking work in a thread and translate its errors."""
         try:
             return await asyncio.to_thread(work, *given)
         except self._place.failures as exc:
@@ -279,7 +279,7 @@ class _File:
 
 
 class _Bucket:
-    """A bucket of S3 or of what speaks as S3 does, and a prefix in it."""
+    """A bucket of S3 or a compatible service, and a prefix in it."""
 
     def __init__(self, root: str, files: Any, failures: tuple[type[Exception], ...]) -> None:
         self._root, self._files, self.failures = root, files, failures
@@ -304,15 +304,13 @@ class _Bucket:
         ]
 
     def sweep(self) -> None:
-        """Nothing: what a dead process has begun can be seen by nobody."""
+        """Nothing to do: incomplete multipart uploads are invisible."""
 
     def probe(self) -> None:
-        """Nothing."""
+        pass
 
 
 class _Multipart:
-    """A multipart upload."""
-
     def __init__(self, opened: Any) -> None:
         self._opened, self._committed = opened, False
         self.write = opened.write
@@ -341,7 +339,7 @@ def _place(url: str) -> _Place:
         from aiohttp import ClientError as HttpError
         from botocore.exceptions import BotoCoreError, ClientError
     except ImportError as exc:
-        raise StoreUnusable("a file store in S3 needs a package: pip install 'reft-serve[s3]'") from exc
+        raise StoreUnusable("an S3 file store needs a package: pip install 'reft-serve[s3]'") from exc
     patience = {"connect_timeout": 5, "read_timeout": 30, "retries": {"max_attempts": 3, "mode": "standard"}}
     files = s3fs.S3FileSystem(config_kwargs=patience, use_listings_cache=False, skip_instance_cache=True)
     return _Bucket(rest.strip("/"), files, (OSError, BotoCoreError, ClientError, HttpError, TimeoutError))

@@ -27,13 +27,13 @@ __all__ = [
 ]
 
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS})
-"""The errors of a disk that takes no more bytes."""
+"""Errors of a full disk."""
 _PROBE_BYTES = 4096
 
 
 @contextmanager
 def open_regular_file(file: Path, where: str, max_bytes: int | None = None) -> Iterator[BinaryIO]:
-    """A plain file, opened to be read.
+    """A regular file, opened to be read.
 
     Raises:
         AdapterInvalid: it is missing, a link, a directory, a pipe, not readable, or larger than `max_bytes`; `where` is
@@ -51,7 +51,7 @@ def open_regular_file(file: Path, where: str, max_bytes: int | None = None) -> I
     try:
         facts = os.fstat(descriptor)
         if not stat.S_ISREG(facts.st_mode):
-            raise AdapterInvalid(where, [f"{file.name} is not a plain file"])
+            raise AdapterInvalid(where, [f"{file.name} is not a regular file"])
         if max_bytes is not None and facts.st_size > max_bytes:
             raise AdapterInvalid(
                 where,
@@ -92,7 +92,9 @@ def write_directory(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
         except OSError as exc:
             if exc.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                 raise
-            raise AdapterExists(f"{path} appeared while it was being written; nothing was overwritten") from exc
+            raise AdapterExists(
+                f"{path} was created by another process in the meantime; nothing was overwritten"
+            ) from exc
         fsync_path(path.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -109,7 +111,7 @@ def fsync_path(path: Path) -> None:
 
 class ScratchPath:
     """A file or directory under a random name that its process holds a lock on, so that what a dead one left can be told
-    from what a living one, of whatever machine, is writing.
+    from what a living one, of any machine, is writing.
     """
 
     def __init__(self, path: Path, descriptor: int) -> None:

@@ -1,7 +1,7 @@
-"""What "auto" comes to for a job, from its base model and its data, and the plan that follows. No torch.
+"""Resolution of "auto" for a job, from its base model and data, and the resulting plan. No torch.
 
 The choices are recorded with the job, and an attempt after the first takes them from there, so that a job is the same run
-whoever goes on with it.
+whoever continues with it.
 """
 
 from __future__ import annotations
@@ -45,17 +45,21 @@ def resolve(
     dtype: DType,
     seed: int,
 ) -> dict[str, Any]:
-    """Every hyper-parameter with its value, as JSON; beside them `method`, `dtype` and `seed`.
+    """Every hyper-parameter with its value, as JSON; next to them `method`, `dtype` and `seed`.
 
-    =================  ================================================================================================
-    n_epochs           3; more for few examples, up to 12, so that there are some hundred steps; fewer for very many
+    =================  ==========================================================================
+    n_epochs           3; more for few examples, up to 12, for some hundred steps; fewer for
+                       very many
     batch_size         4 to 32, growing with the examples
-    accumulation       so that a part of a batch has at most 8,192 tokens, all as long as the longest
-    learning_rate      9e-4, the paper's, for a hidden size of 1,024 or more; 4e-3 below; times the multiplier
-    kind, positions    loreft at f7+l7, tied: the paper's, as are all layers, schedule (linear) and warm-up (0.1)
+    accumulation       so that a part of a batch has at most 8,192 tokens, each example counted
+                       as long as the longest
+    learning_rate      9e-4, the paper's, for a hidden size of 1,024 or more; 4e-3 below; times
+                       the multiplier
+    kind, positions    loreft at f7+l7, tied: the paper's, as are all layers, schedule (linear)
+                       and warm-up (0.1)
     rank               4; 8 from 2,000 examples
     save_every         an epoch, at most 500 steps
-    =================  ================================================================================================
+    =================  ==========================================================================
     """
     batch = _or(asked.batch_size, _batch(data.examples))
     longest = max(1, min(data.longest, max_tokens))

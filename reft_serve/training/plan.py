@@ -1,4 +1,4 @@
-"""What a run trains and how: the values that a recipe, a command line or a fine-tuning job decides. No torch."""
+"""Plan of a run: the values that a recipe, a command line or a fine-tuning job decides. No torch."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class AdapterPlan:
 
 @dataclass(frozen=True, slots=True)
 class LoraPlan:
-    """A LoRA trained beside the interventions. `targets`: names of linear modules, or None for PEFT's choice."""
+    """A LoRA trained next to the interventions. `targets`: names of linear modules, or None for PEFT's choice."""
 
     rank: int = 8
     alpha: float = 16.0
@@ -57,8 +57,8 @@ class LoraPlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One training run. What a later version adds has as its default what was done before, or comes to the same but for
-    rounding, so that it goes on with runs that an earlier one has begun.
+    """One training run. What a later version adds has as its default what was done before, or comes to the same except
+    rounding, so that it continues with runs that an earlier one has begun.
 
     Args:
         batch: examples of a micro-batch. accumulate: micro-batches of an optimiser step.
@@ -67,7 +67,7 @@ class Plan:
         clip: largest norm of the gradient; 0 for none.
         dtype: of the frozen base; interventions are float32.
         keep_states: GiB of main memory for what leaves the lowest edited layer before its edit. Each epoch would compute it
-            anew; it is kept where all of it fits. 0 for none.
+            again; it is kept where all of it fits. 0 for none.
         compile: the base's layers, by torch.compile; a run then begins later and goes faster.
         shuffle: False takes the examples in their order, each epoch alike.
         save_every: optimiser steps between checkpoints, validation among them; None for once per epoch.
@@ -128,7 +128,7 @@ class Plan:
         yield from (f"{name} must be above 0, not {value}" for name, value in positive.items() if not value > 0)
         for name, share in (("warm-up", self.warmup), ("dropout", self.adapter.dropout)):
             if not 0 <= share < 1:
-                yield f"{name} must be a share from 0 to below 1, not {share}"
+                yield f"{name} must be a number from 0 to below 1, not {share}"
         for name, amount in (("clip", self.clip), ("keep states", self.keep_states)):
             if not amount >= 0:
                 yield f"{name} must not be negative, not {amount}"
@@ -174,8 +174,8 @@ def plan_from_recipe(recipe: Recipe) -> Plan:
 
 
 def much_is_below(lowest: int, layers: int) -> bool:
-    """Whether a quarter of the layers or more give the same in each epoch where `lowest` is the lowest edited one: less is
-    not worth the memory that keeping it takes.
+    """True if at least a quarter of the layers lie below `lowest`, the lowest edited one, and give the same in each epoch.
+    Less is not worth the memory.
     """
     return 4 * (lowest + 1) >= layers
 

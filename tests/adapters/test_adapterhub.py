@@ -157,7 +157,7 @@ def test_whether_the_projection_is_subtracted_is_asked_for_where_it_is_not_recor
     [
         ({"architecture": "lora"}, AdapterUnsupported, "its architecture is 'lora'"),
         ({"architecture": "union"}, AdapterUnsupported, "its architecture is 'union'"),
-        ({"non_linearity": "prelu"}, AdapterUnsupported, "'prelu' is not served"),
+        ({"non_linearity": "prelu"}, AdapterUnsupported, "'prelu' is not supported"),
         ({"prefix_positions": -1}, AdapterInvalid, "config.prefix_positions"),
         ({"prefix_positions": "3"}, AdapterInvalid, "config.prefix_positions"),
         ({"prefix_positions": 0, "suffix_positions": 0}, AdapterInvalid, "edits nothing"),

@@ -72,8 +72,8 @@ def test_warnings_go_to_stderr(tmp_path: Path) -> None:
     [
         (["import", named("loreft_l1").path, "--base", LLAMA, "--out", "{tmp}/a"], "give --positions"),
         (["import", "{tmp}/none", "--base", LLAMA, "--out", "{tmp}/a"], "there is no directory at"),
-        (["import", "{tmp}", "--base", LLAMA, "--out", "{tmp}/a"], "it is in no known format: looked for"),
-        (["import", LLAMA, "--base", LLAMA, "--out", "{tmp}/a"], "it is in no known format: looked for"),
+        (["import", "{tmp}", "--base", LLAMA, "--out", "{tmp}/a"], "unknown format: looked for"),
+        (["import", LLAMA, "--base", LLAMA, "--out", "{tmp}/a"], "unknown format: looked for"),
         (["import", named("loreft_l1").path, "--base", "{tmp}", "--out", "{tmp}/a"], "holds no config.json"),
         (
             ["import", named("loreft_cls").path, "--base", LLAMA, "--out", "{tmp}/a", "--positions", "f1"],
@@ -82,7 +82,7 @@ def test_warnings_go_to_stderr(tmp_path: Path) -> None:
         (["import", "{tmp}/good", "--base", LLAMA, "--out", "{tmp}/a", "--positions", "f1"], "records everything"),
         (["import", "{tmp}/good", "--base", LLAMA, "--out", "{tmp}/good"], "already exists"),
         (["export", "{tmp}/good", "--out", "{tmp}/good"], "already exists"),
-        (["export", "{tmp}/good", "--out", "{tmp}/a", "--format", "peft"], "'peft' is not known"),
+        (["export", "{tmp}/good", "--out", "{tmp}/a", "--format", "peft"], "'peft' is not supported"),
         (["export", "{tmp}/good", "--out", "{tmp}/good/reft_config.json/a"], "good/reft_config.json: File exists"),
         (["inspect", "{tmp}/none"], "there is no adapter directory"),
         (["check", "{tmp}"], "holds no reft_config.json"),
@@ -145,4 +145,4 @@ def test_the_rank_limit_counts_what_the_engine_holds(tmp_path: Path) -> None:
     assert run("check", tmp_path / "good", "--max-rank", "8").exit_code == 0
     result = run("check", tmp_path / "good", "--max-rank", "7")
     assert result.exit_code == 1
-    assert "needs rank 8 (twice its rank, for the activation relu) and this engine takes 7" in result.stdout
+    assert "needs rank 8 (twice its rank, for the activation relu) and this engine supports 7" in result.stdout

@@ -64,14 +64,14 @@ def test_a_path_says_its_layer_itself_and_the_field_beside_it_is_ignored(path: s
     ],
 )
 def test_any_other_place_is_refused_by_name(component: str) -> None:
-    with pytest.raises(PlaceUnknown, match="is not a place that is edited here") as refused:
+    with pytest.raises(PlaceUnknown, match="is not an editable component") as refused:
         resolve_component(component, 1, LLAMA)
     assert repr(component) in str(refused.value)
 
 
 @pytest.mark.parametrize("layer", [-1, None, "1", 1.0, True, [1]])
 def test_a_component_without_a_layer_number_is_refused(layer: object) -> None:
-    with pytest.raises(PlaceUnknown, match="is not a layer's number"):
+    with pytest.raises(PlaceUnknown, match="is not a layer number"):
         resolve_component("block_output", layer, LLAMA)
 
 
@@ -87,7 +87,7 @@ def test_a_component_without_a_layer_number_is_refused(layer: object) -> None:
     ],
 )
 def test_embeddings_that_layer_0_does_not_read_as_they_are_are_refused(path: str, architecture: str) -> None:
-    with pytest.raises(PlaceUnknown, match=f"is not what layer 0 of a {architecture} reads"):
+    with pytest.raises(PlaceUnknown, match=f"is not the input of layer 0 of a {architecture}"):
         resolve_component(path, 0, architecture)
 
 

@@ -78,7 +78,7 @@ def test_what_is_told_without_torch_is_what_the_reader_tells(damage: Damage, tmp
     without_torch = told_by(lambda: check_structure(tmp_path / "a", str(tmp_path / "a")))
     # The two parsers of a damaged file do not word its damage alike.
     assert {_unworded(fault) for fault in without_torch} <= {_unworded(fault) for fault in told}
-    numbers_tell = ("NaN", "finite", "all zeros", "changes nothing")
+    numbers_tell = ("NaN", "finite", "all zeros", "no effect")
     assert without_torch or all(any(words in fault for words in numbers_tell) for fault in told), told
 
 

@@ -71,7 +71,7 @@ def test_a_lora_of_other_shapes_is_refused(both: Path) -> None:
 def test_a_module_that_the_layer_lacks_is_refused(both: Path) -> None:
     rewrite(both, lambda name, held: (name.replace("1.self_attn.o_proj", "1.cross_attn.o_proj"), held))
     told = run("check", both, "--base", LLAMA).stdout
-    assert told == "its LoRA is for model.layers.1.cross_attn.o_proj, which is no module of the base model\n"
+    assert told == "its LoRA is for model.layers.1.cross_attn.o_proj, which is not a module of the base model\n"
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_a_module_that_the_layer_lacks_is_refused(both: Path) -> None:
         ({"alpha_pattern": {"o_proj": 4}}, "alpha_pattern"),
         (
             {"target_modules": ["o_proj", "down_proj", "up_proj"]},
-            "target_modules names 'up_proj', and no tensor is for",
+            "target_modules names 'up_proj', but has no tensor for",
         ),
     ],
 )
@@ -112,7 +112,7 @@ def test_very_many_modules_are_named_by_layer() -> None:
     names = [f"model.lm.layers.{n}.{m}" for n in (*range(60), 70) for m in ("mlp.up_proj", "self_attn.q_proj")]
     shown = "model.lm.layers.[0-59,70].mlp.up_proj, model.lm.layers.[0-59,70].self_attn.q_proj, odd"
     assert list(unknown_modules([*names, "odd"])) == [
-        f"its LoRA is for {shown}, which are no modules of the base model"
+        f"its LoRA is for {shown}, which are not modules of the base model"
     ]
     few = list(unknown_modules(names[:20]))
     assert sum(name in fault for name in names[:20] for fault in few) >= 20

@@ -154,7 +154,7 @@ def test_more_than_two_interventions_at_one_place_are_refused(tmp_path: Path, bl
             intervention_types=c["intervention_types"] * blocks,
         ),
     )
-    with pytest.raises(AdapterUnsupported, match=f"{blocks} interventions at layer .* each for tokens of its own"):
+    with pytest.raises(AdapterUnsupported, match=f"{blocks} interventions at layer .* each for different tokens"):
         bring_in(save, path, positions="f2+l2", untied=untied)
 
 
@@ -255,10 +255,10 @@ def _row(index: int, value: object) -> Callable[[dict[str, Any]], object]:
 @pytest.mark.parametrize(
     ("change", "phrase"),
     [
-        (_row(0, -1), "layer '-1' of block_output is not a layer's number"),
+        (_row(0, -1), "layer '-1' of block_output is not a layer number"),
         (_row(0, 4), "is at layer 4 and the base model has 4"),
-        (_row(0, True), "is not a layer's number"),
-        (_row(1, ["block_output"]), "is not a place"),
+        (_row(0, True), "is not a layer number"),
+        (_row(1, ["block_output"]), "is not an editable component"),
         (_row(2, "h.pos"), r"the unit 'h\.pos'"),
         (_row(3, 2), "several units"),
         (_row(7, [[0, 1]]), "subspace_partition"),
@@ -322,9 +322,9 @@ def _bomb() -> bytes:
         (b"", "damaged or was not written by torch.save"),
         (b"\x80\x02}q\x00.", "damaged or was not written by torch.save"),
         (_saved({"weight": _Runs()}), "cannot be loaded as plain tensors"),
-        (_saved([torch.zeros(2)]), "something else than named, dense tensors"),
-        (_saved({"weight": 3}), "something else than named, dense tensors"),
-        (_saved({"weight": torch.zeros(1).expand(10**9, 10**9)}), "something else than named, dense tensors"),
+        (_saved([torch.zeros(2)]), "objects other than named, dense tensors"),
+        (_saved({"weight": 3}), "objects other than named, dense tensors"),
+        (_saved({"weight": torch.zeros(1).expand(10**9, 10**9)}), "objects other than named, dense tensors"),
         (_saved({"weight": torch.zeros(2, 2).to_sparse()}), "plain tensors|named, dense tensors"),
         (_bomb(), "unpacks to"),
         (_saved({"weight": torch.zeros(1 << 20)}), "at most"),

@@ -308,7 +308,7 @@ async def test_a_success_that_cannot_be_recorded_whole_leaves_nothing(database: 
     job_id = await make_job(database, tenant)
     mine = await held(database)
     lost = Succeeded(DONE.version, DONE.checkpoints, 1, files.WrittenFile("file-absent", 3, "a" * 64))
-    with pytest.raises(Conflict, match="do it again"):
+    with pytest.raises(Conflict, match="upload the file again"):
         await finish(database, mine, lost)
     assert (await state(database, job_id)).status == "running"
     async with database.reading() as session:
@@ -439,7 +439,7 @@ async def test_a_result_is_held_to_the_tenants_limits(database: Database) -> Non
             assert (job.error or {})["code"] == "limit_reached"
             assert "14 bytes of storage is used up" in (job.error or {})["message"]
         elif versions < 3:
-            assert any(f"{3 - versions} of 2 checkpoints are not kept" in message for message in events)
+            assert any(f"{3 - versions} of 2 checkpoints were not published" in message for message in events)
 
 
 async def test_results_that_end_at_once_see_one_another(database: Database) -> None:
@@ -461,7 +461,7 @@ async def test_a_checkpoint_warns_that_the_result_will_not_fit(database: Databas
     for limits in (TenantLimits(storage_bytes=100), TenantLimits(storage_bytes=5)):
         async with database.writing() as session:
             await queue.add_checkpoint(session, mine.id, mine.worker, 1, {}, limits)
-    warned = [message for message in await told(database, job_id) if "could not be kept" in message]
+    warned = [message for message in await told(database, job_id) if "could not be published" in message]
     assert len(warned) == 1
 
 
@@ -587,7 +587,7 @@ async def test_a_job_gives_way_to_that_of_a_tenant_with_fewer_and_goes_on_after_
         row = await fine_tuning.find_job(session, None, long.id)
         told = [event.message for event in await fine_tuning.events_since(session, long.id, 0, 50)]
     assert row.wanted == "none"
-    assert "Another tenant's job waits: this one stores a checkpoint and goes back to the queue" in told
+    assert "Another tenant's job is waiting: this job stores a checkpoint and returns to the queue" in told
 
 
 async def test_a_job_gives_way_to_no_lower_priority_to_no_full_tenant_and_to_no_equal(database: Database) -> None:

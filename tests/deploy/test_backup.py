@@ -132,7 +132,7 @@ def test_a_backup_under_load_gives_everything_back(
     async def brought_back() -> None:
         async with places(new, away) as site:
             await bring_back(site, tmp_path / "backup")
-            with pytest.raises(Conflict, match="rows already"):
+            with pytest.raises(Conflict, match="is not empty"):
                 await bring_back(site, tmp_path / "backup")
 
     asyncio.run(brought_back())
@@ -209,18 +209,18 @@ DAMAGE = {
     "facts cut": (lambda folder: _cut(folder / "backup.json"), "is damaged"),
     "another format": (lambda folder: _edit_json(folder, {"format": 2}), "another format"),
     "a strange fact": (lambda folder: _edit_json(folder, {"colour": 1}), "is damaged"),
-    "a path for a version": (lambda folder: _edit_json(folder, {"versions": ["../../etc"]}), "no version or file"),
-    "a path for a file": (lambda folder: _edit_json(folder, {"blobs": {"../x": [1, "a"]}}), "no version or file"),
+    "a path for a version": (lambda folder: _edit_json(folder, {"versions": ["../../etc"]}), "not a version or file"),
+    "a path for a file": (lambda folder: _edit_json(folder, {"blobs": {"../x": [1, "a"]}}), "not a version or file"),
     "facts of another sort": (lambda folder: _edit_json(folder, {"blobs": {"files/a": 3}}), "is damaged"),
     "a later schema": (lambda folder: _edit_json(folder, {"revision": "9999"}), "9999"),
     "a table cut": (lambda folder: _cut(folder / "database" / "tenants.jsonl.gz"), "tenants.jsonl.gz cannot be read"),
     "a table gone": (lambda folder: (folder / "database" / "keys.jsonl.gz").unlink(), "keys.jsonl.gz cannot be read"),
     "a table of another": (
         lambda folder: shutil.copy(folder / "database" / "keys.jsonl.gz", folder / "database" / "jobs.jsonl.gz"),
-        "has not the columns",
+        "does not match the columns",
     ),
     "a version changed": (
-        lambda folder: next((folder / "adapters").glob("??/*/reft_config.json")).write_text("{ }"), "another digest",
+        lambda folder: next((folder / "adapters").glob("??/*/reft_config.json")).write_text("{ }"), "do not match its digest",
     ),
     "a version gone": (lambda folder: shutil.rmtree(next((folder / "adapters").glob("??"))), "is missing"),
     "a blob changed": (lambda folder: (folder / "blobs" / "files" / "file-1").write_text("y"), "blob files/file-1"),

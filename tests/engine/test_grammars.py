@@ -86,7 +86,7 @@ def test_what_can_be_bounded_is_served(checks: GrammarChecks, constraint: dict[s
         ({"json": {"$ref": "#"}}, "json cannot be used"),
         (
             {"json": {"properties": {"x": {}}, "patternProperties": {"^n_": {}}}},
-            "`patternProperties` beside `properties`",
+            "`patternProperties` together with `properties`",
         ),
         ({"json": {"$ref": "http://127.0.0.1:9/schema"}}, "json cannot be used"),
         ({"structural_tag": "{}"}, "`triggers` and `structures` only"),

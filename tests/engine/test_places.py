@@ -178,7 +178,7 @@ def test_a_model_with_other_layers_than_attention_is_refused(attention: nn.Modul
 def test_a_model_with_recurrent_states_is_refused_even_where_all_layers_have_attention(flag: str) -> None:
     model = nn.Sequential(nn.ModuleList([Layer()]))
     setattr(model, flag, True)
-    with pytest.raises(EngineUnsupported, match="Sequential keeps states besides keys and values"):
+    with pytest.raises(EngineUnsupported, match="Sequential keeps states other than keys and values"):
         decoder_layers(model, 1)
 
 

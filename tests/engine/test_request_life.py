@@ -241,7 +241,7 @@ def test_beams_are_refused_with_an_adapter_and_searched_without(served: Served) 
 
     prompts, params = [{"prompt_token_ids": prompt(1, 9)}] * 2, BeamSearchParams(beam_width=2, max_tokens=3)
     for given in (served.lora("suffix"), [None, served.lora("prefix")]):
-        with pytest.raises(VLLMValidationError, match="beam search is not served with a ReFT adapter"):
+        with pytest.raises(VLLMValidationError, match="beam search is not supported with a ReFT adapter"):
             served.engine.beam_search(prompts, params, lora_request=given)
     assert len(served.engine.beam_search(prompts, params)) == 2
 

@@ -231,11 +231,11 @@ def test_an_adapter_of_another_base_is_refused(make: Callable[..., Path]) -> Non
     [
         (("somewhere",), (), ClientError, "is not NAME=DIR"),
         (("=somewhere",), (), ClientError, "is not NAME=DIR"),
-        (("a={save}", "a={save}"), ("l1",), ClientError, "taken already"),
+        (("a={save}", "a={save}"), ("l1",), ClientError, "already in use"),
         (("a=/nowhere",), (), ClientError, "no directory at /nowhere"),
         (("a={save}",), ("seven",), PositionsInvalid, "--adapter a .*not understood"),
         (("a={save}",), ("b=l1",), ClientError, "'b' is not among the adapters"),
-        (("a={model}",), ("l1",), AdapterUnsupported, "in no known format"),
+        (("a={model}",), ("l1",), AdapterUnsupported, "unknown format"),
         ((), ("l1",), ClientError, "none is given"),
     ],
 )

@@ -113,7 +113,7 @@ def test_a_reloaded_adapter_is_read_once_and_not_for_every_request(
 
 def test_what_would_not_be_edited_right_is_refused(client: openai.OpenAI, good_answer: str) -> None:
     asked: dict[str, Any] = {"prompt": [1, *range(20, 50)], "max_tokens": 3, "extra_body": {"use_beam_search": True}}
-    with pytest.raises(openai.BadRequestError, match="beam search is not served with a ReFT adapter"):
+    with pytest.raises(openai.BadRequestError, match="beam search is not supported with a ReFT adapter"):
         client.completions.create(model="good", **asked)
     assert client.completions.create(model="base", **asked).choices[0].text
     with pytest.raises(openai.APIStatusError):  # a generating server has no embeddings

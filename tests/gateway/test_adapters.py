@@ -61,9 +61,9 @@ def changed(**changes: Any) -> bytes:
 
 BAD: dict[str, tuple[list[tuple[str, bytes]], str]] = {
     "no tensors": ([("reft_config.json", CONFIG)], "reft_model.safetensors is missing"),
-    "another file": ([("evil.py", b"")], "no file of an adapter"),
-    "a pickle": ([("intkey_layer_1.bin", b"")], "no file of an adapter"),
-    "a path as name": ([("../reft_config.json", CONFIG), ("reft_model.safetensors", TENSORS)], "no file of an adapter"),
+    "another file": ([("evil.py", b"")], "not an adapter file"),
+    "a pickle": ([("intkey_layer_1.bin", b"")], "not an adapter file"),
+    "a path as name": ([("../reft_config.json", CONFIG), ("reft_model.safetensors", TENSORS)], "not an adapter file"),
     "twice": ([("reft_config.json", CONFIG), ("reft_config.json", CONFIG)], "appears twice"),
     "no JSON": ([("reft_config.json", b"{"), ("reft_model.safetensors", TENSORS)], "not JSON"),
     "a layer too high": (
@@ -81,12 +81,12 @@ BAD: dict[str, tuple[list[tuple[str, bytes]], str]] = {
                       "belongs to no intervention"),
     "a damaged zip": ([("a.zip", b"PK\x03\x04 nonsense")], "cannot be read"),
     "a damaged tar": ([("a.tar.gz", b"\x1f\x8b nonsense")], "cannot be read"),
-    "a tar that climbs": ([("a.tar", tar_of({"../../reft_config.json": CONFIG}))], "no file of an adapter"),
-    "a tar that climbs one": ([("a.tar", tar_of({"../reft_config.json": CONFIG}))], "no file of an adapter"),
-    "a tar from the root": ([("a.tar", tar_of({"/reft_config.json": CONFIG}))], "no file of an adapter"),
-    "an absolute tar": ([("a.tar", tar_of({"/etc/reft_config.json": CONFIG}))], "no file of an adapter"),
-    "a deep zip": ([("a.zip", zip_of({"a/b/reft_config.json": CONFIG}))], "no file of an adapter"),
-    "a zip with more": ([("a.zip", zip_of({**GOOD, "setup.py": b""}))], "no file of an adapter"),
+    "a tar that climbs": ([("a.tar", tar_of({"../../reft_config.json": CONFIG}))], "not an adapter file"),
+    "a tar that climbs one": ([("a.tar", tar_of({"../reft_config.json": CONFIG}))], "not an adapter file"),
+    "a tar from the root": ([("a.tar", tar_of({"/reft_config.json": CONFIG}))], "not an adapter file"),
+    "an absolute tar": ([("a.tar", tar_of({"/etc/reft_config.json": CONFIG}))], "not an adapter file"),
+    "a deep zip": ([("a.zip", zip_of({"a/b/reft_config.json": CONFIG}))], "not an adapter file"),
+    "a zip with more": ([("a.zip", zip_of({**GOOD, "setup.py": b""}))], "not an adapter file"),
     "a link": ([("a.tar", tar_of({}, links={"reft_config.json": "/etc/passwd"}))], "link or a device"),
 }  # fmt: skip
 

@@ -61,7 +61,7 @@ def test_a_job_from_its_file_to_answers(
     worker.beat(mine, 2)
     running_ = client.fine_tuning.jobs.retrieve(job.id)
     assert (running_.status, running_.estimated_finish) == ("running", mine.created_ms // 1000 + 60)
-    with pytest.raises(openai.ConflictError, match="needs this file"):
+    with pytest.raises(openai.ConflictError, match="uses this file"):
         client.files.delete(held_out)
     assert worker.succeed(mine, 500) == "succeeded"
 

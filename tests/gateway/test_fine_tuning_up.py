@@ -53,6 +53,6 @@ def _refuses_what_the_engine_would(client: openai.OpenAI) -> None:
     file = next(iter(client.files.list(purpose="fine-tune")))
     wrong: tuple[Any, ...] = ({"rank": 17}, {"lora_rank": 1}, {"layers": [99]})
     for setting in wrong:
-        with pytest.raises(openai.BadRequestError, match=r"the engines here serve|the base model has") as refused:
+        with pytest.raises(openai.BadRequestError, match=r"the engines support|the base model has") as refused:
             client.fine_tuning.jobs.create(model="base", training_file=file.id, hyperparameters=setting)
         assert refused.value.param == f"hyperparameters.{next(iter(setting))}"

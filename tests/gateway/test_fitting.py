@@ -28,17 +28,17 @@ NARROW = CARD.model_copy(update={"limits": Limits(max_rank=4, components=frozens
 NARROWEST = CARD.model_copy(update={"limits": Limits(max_rank=1, max_interventions=1)})
 
 REFUSED: dict[str, tuple[dict[str, Any], EngineCard, str, str]] = {
-    "rank": ({"rank": 17}, CARD, "rank", "rank 17 is more than the engines here serve: give at most 16"),
-    "twice its rank": ({"rank": 9, "activation": "relu"}, CARD, "rank", "relu, which takes twice the room"),
-    "wider than the model": ({"rank": 25}, CARD, "rank", "larger than the base model's hidden size: give at most 24"),
-    "auto": ({"layers": [0]}, NARROW.model_copy(update={"limits": Limits(max_rank=4)}), "rank", '"auto" is for 2500 rows'),
-    "no such layer": ({"layers": [1, 4]}, CARD, "layers", "layers 0 to 3, and no layer 4"),
-    "untied": ({"tied": False, "positions": "f1+l1"}, CARD, "layers", "8 interventions (two at each layer"),
-    "component": ({"rank": 1}, NARROW, "layers", "put into REFT_COMPONENTS"),
-    "LoRA": ({"lora_rank": 16}, CARD, "lora_rank", "a LoRA of rank 16 is more than the engines here serve: give at most 8"),
-    "no LoRA": ({"lora_rank": 1}, NO_LORA, "lora_rank", "serve no LoRA beside ReFT"),
-    "one untied": ({"layers": [0], "tied": False, "positions": "f1+l1"}, NARROWEST, "layers", "let them be tied"),
-    "one bent": ({"layers": [0], "rank": 1, "activation": "relu"}, NARROWEST, "rank", "let the activation be linear"),
+    "rank": ({"rank": 17}, CARD, "rank", "rank 17 is more than the engines support: use at most 16"),
+    "twice its rank": ({"rank": 9, "activation": "relu"}, CARD, "rank", "relu, which takes twice the rank"),
+    "wider than the model": ({"rank": 25}, CARD, "rank", "larger than the base model's hidden size: use at most 24"),
+    "auto": ({"layers": [0]}, NARROW.model_copy(update={"limits": Limits(max_rank=4)}), "rank", '"auto" means for 2500 rows'),
+    "no such layer": ({"layers": [1, 4]}, CARD, "layers", "layers 0 to 3, not 4"),
+    "untied": ({"tied": False, "positions": "f1+l1"}, CARD, "layers", "8 interventions (two per layer"),
+    "component": ({"rank": 1}, NARROW, "layers", "add block to REFT_COMPONENTS"),
+    "LoRA": ({"lora_rank": 16}, CARD, "lora_rank", "a LoRA of rank 16 is more than the engines support: use at most 8"),
+    "no LoRA": ({"lora_rank": 1}, NO_LORA, "lora_rank", "do not serve LoRA together with ReFT"),
+    "one untied": ({"layers": [0], "tied": False, "positions": "f1+l1"}, NARROWEST, "layers", "set tied to true"),
+    "one bent": ({"layers": [0], "rank": 1, "activation": "relu"}, NARROWEST, "rank", "set activation to linear"),
 }  # fmt: skip
 TAKEN: dict[str, tuple[dict[str, Any], EngineCard]] = {
     "all auto": ({}, CARD),
@@ -124,7 +124,7 @@ def test_the_job_is_refused_with_the_place_of_what_cannot_be(tenant: Tenant) -> 
     assert (status, error["type"], error["param"]) == (
         400, "invalid_request_error", "method.supervised.hyperparameters.rank"
     )  # fmt: skip
-    assert "give at most 16" in error["message"]
+    assert "use at most 16" in error["message"]
     assert asked(hyperparameters={"lora_rank": 9})[1]["error"]["param"] == "hyperparameters.lora_rank"
     assert tenant.http.get("/v1/fine_tuning/jobs").json()["data"] == []
     assert asked(hyperparameters={"rank": 16, "lora_rank": 8})[0] == 200

@@ -163,6 +163,6 @@ def test_a_request_may_not_take_for_ever(tmp_path: Path) -> None:
         with pytest.raises(openai.InternalServerError):
             tenant.say("base", max_tokens=50)
         stream = tenant.openai.completions.create(model="base", prompt="x", max_tokens=50, stream=True)
-        with pytest.raises(openai.APIError, match="longer than is allowed"):
+        with pytest.raises(openai.APIError, match="timed out"):
             list(stream)
         wait_for(lambda: engine.running == 0)

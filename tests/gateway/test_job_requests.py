@@ -21,10 +21,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str | None]] = {
     "no rank": (supervised(rank=0), '"auto" or a whole number from 1 to 1,024', "method.supervised.hyperparameters.rank"),
     "odd positions": (supervised(positions="f7;l7"), "fN+lN", "method.supervised.hyperparameters.positions"),
     "untied": (supervised(tied=False, positions="last"), "cannot be untied", "method.supervised.hyperparameters"),
-    "unknown": (supervised(magic=1), "not a known field", "method.supervised.hyperparameters.magic"),
+    "unknown": (supervised(magic=1), "unknown field", "method.supervised.hyperparameters.magic"),
     "old rank": ({"hyperparameters": {"rank": "big"}}, "a whole number", "hyperparameters.rank"),
-    "both": ({**supervised(rank=1), "hyperparameters": {"n_epochs": 1}}, "not in both places", "hyperparameters"),
-    "other method": ({"method": {"type": "reinforcement"}}, "'reinforcement' is not done here", "method.type"),
+    "both": ({**supervised(rank=1), "hyperparameters": {"n_epochs": 1}}, "not in both", "hyperparameters"),
+    "other method": ({"method": {"type": "reinforcement"}}, "'reinforcement' is not supported", "method.type"),
     "mixed": ({"method": {"type": "supervised", "dpo": {}}}, "it has settings of dpo", "method"),
     "dpo of chats": ({"method": {"type": "dpo"}}, "has chat rows, but method dpo learns from preference", "training_file"),
     "suffix": ({"suffix": "../x"}, "suffix", "suffix"),
@@ -62,9 +62,9 @@ def test_models_and_files_must_be_there_and_the_callers(worker: FakeWorker, make
     worker.succeed(worker.claim())
     done = one.openai.fine_tuning.jobs.retrieve(job.id)
     for name in ("birds", "birds@1", done.fine_tuned_model):
-        with pytest.raises(openai.BadRequestError, match="does not go on from one: give the base model, 'base'"):
+        with pytest.raises(openai.BadRequestError, match="cannot be trained further: use the base model, 'base'"):
             create(one, training_file=data, model=name)
-    with pytest.raises(openai.BadRequestError, match="is a job's result"):
+    with pytest.raises(openai.BadRequestError, match="is the result of a job"):
         create(one, training_file=done.result_files[0])
     jobs = two.openai.fine_tuning.jobs
     for act in (jobs.retrieve, jobs.cancel, jobs.pause, jobs.resume, jobs.list_events, jobs.checkpoints.list):

@@ -178,7 +178,7 @@ def test_an_answer_that_has_begun_is_never_begun_again(tmp_path: Path) -> None:
         for way in ways:
             way.breaks = True
         pieces: list[Any] = []
-        with pytest.raises(openai.APIError, match="in the middle of its answer"):
+        with pytest.raises(openai.APIError, match="in the middle of its response"):
             take(tenant.openai.completions.create(model="base", prompt="x", stream=True, max_tokens=100), pieces)
         assert pieces
         assert sum(way.seen for way in ways) == 1

@@ -272,7 +272,7 @@ def test_a_minutes_requests_may_not_all_come_at_once(make_tenant: Callable[..., 
     assert [answer.status_code for answer in answers[:11]] == [200] * 11
     assert answers[10].headers["x-ratelimit-remaining-requests"] == "55"
     assert answers[12].status_code == 429
-    assert "lets 11 through in 10 s" in answers[12].json()["error"]["message"]
+    assert "11 of them in 10 s" in answers[12].json()["error"]["message"]
     assert 1 <= int(answers[12].headers["retry-after"]) <= 10
 
 

@@ -223,26 +223,26 @@ def test_a_resume_asks_again_what_has_changed(api: Api, sums: Path, tmp_path: Pa
 def test_predictions_that_are_there_already_are_not_overwritten(api: Api, sums: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     out.write_text("precious")
-    with pytest.raises(ClientError, match="is there already: go on with --resume, or choose another --out"):
+    with pytest.raises(ClientError, match="already exists: continue with --resume, or choose another --out"):
         run(api, sums, "--out", out)
     assert out.read_text() == "precious"
     assert api.bodies == []
 
 
 def test_a_model_that_is_not_served_stops_the_run(api: Api, sums: Path, tmp_path: Path) -> None:
-    with pytest.raises(ClientError, match="the server refuses 'nobody': refused with 404"):
+    with pytest.raises(ClientError, match="the server rejects 'nobody': refused with 404"):
         run(api, sums, "--out", tmp_path / "out.jsonl", "--concurrency", 1, model="nobody")
     assert len(api.bodies) == 1
 
 
 def test_a_key_that_is_refused_stops_the_run(api: Api, sums: Path, tmp_path: Path) -> None:
-    with pytest.raises(ClientError, match="refuses the key: refused with 401"):
+    with pytest.raises(ClientError, match="rejects the key: refused with 401"):
         run(api, sums, "--out", tmp_path / "out.jsonl", "--api-key", "wrong")
 
 
 def test_a_server_that_is_not_there_stops_the_run(api: Api, sums: Path, tmp_path: Path) -> None:
     api.url = "http://127.0.0.1:1/v1"
-    with pytest.raises(ServiceError, match=r"http://127\.0\.0\.1:1/v1 does not answer as an OpenAI server"):
+    with pytest.raises(ServiceError, match=r"http://127\.0\.0\.1:1/v1 does not behave like an OpenAI server"):
         run(api, sums, "--out", tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
 
@@ -261,6 +261,6 @@ def test_a_damaged_file_is_told_before_anything_is_asked(api: Api, tmp_path: Pat
 def test_answers_without_a_metric_are_written_in_alpacaevals_names(api: Api, sums: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     result = run(api, sums, "--out", out, recipe="instruct")
-    assert "AlpacaEval's annotator judges the predictions" in result.stdout
+    assert "judge the predictions with AlpacaEval's annotator" in result.stdout
     assert {"instruction", "output", "generator"} <= set(predictions(out)[0])
     assert predictions(out)[0]["correct"] is None

@@ -89,4 +89,4 @@ def test_a_prompt_longer_than_the_model_takes_is_a_failed_request_with_the_serve
 
 
 def test_a_model_that_vllm_does_not_serve_stops_the_run(answers: dict[str, Any]) -> None:
-    assert "the server refuses 'nobody'" in str(answers["nobody"].exception)
+    assert "the server rejects 'nobody'" in str(answers["nobody"].exception)

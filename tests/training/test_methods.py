@@ -164,7 +164,7 @@ def test_bfloat16_follows_float32(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("architecture", "reason"),
     [
-        ("LlamaForSequenceClassification", "its head classifies or fills in, and writes no text"),
+        ("LlamaForSequenceClassification", "its head classifies or fills in tokens and generates no text"),
         ("LlamaModel", "lacks 1 tensors of a language model, lm_head.weight first"),
     ],
 )
@@ -174,7 +174,7 @@ def test_a_base_without_a_language_models_head_is_refused(architecture: str, rea
     getattr(transformers, architecture)(config).save_pretrained(tmp_path / "base")
     with pytest.raises(BaseModelInvalid, match=reason) as caught:
         build(tmp_path / "base", Plan(SHAPE))
-    assert "take the causal language model of its family as --base" in str(caught.value)
+    assert "use the causal language model of its family as --base" in str(caught.value)
     assert "glue-cola" in str(caught.value)
 
 

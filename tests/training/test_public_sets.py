@@ -25,9 +25,9 @@ REFUSED = {
     "alpaca_instructions_5k.jsonl": f"line 1: {NO_ANSWER}",
     "alpaca_eval_davinci003_805.jsonl": f"line 248: {NO_ANSWER}",
     "emoji_10.jsonl": f"line 1: {NO_ANSWER}",
-    "selected_alpaca_refusal_6901.jsonl.gz": "line 1: is of no known format: its keys are 'index', 'base_prompt', "
+    "selected_alpaca_refusal_6901.jsonl.gz": "line 1: has an unknown format: its keys are 'index', 'base_prompt', "
     "'source_prompt', 'label'",
-    "sst2_test.jsonl": "line 1: label is -1, which marks a test row whose class is not told",
+    "sst2_test.jsonl": "line 1: label is -1, which marks a test row without a label",
 }
 
 pytestmark = [

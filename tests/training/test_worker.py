@@ -195,7 +195,7 @@ async def test_a_job_whose_process_dies_is_tried_again_and_a_poison_one_fails_wi
                 os.kill(child.pid, signal.SIGKILL)
         await place.until(killed, "succeeded")
         assert await place.version_digests(killed) == undisturbed
-        assert any("failed; the job will be tried again" in line for line in await place.told(killed))
+        assert any("failed; the job will be retried" in line for line in await place.told(killed))
     assert await place.orphans() == []
 
 
@@ -218,7 +218,7 @@ async def test_data_and_settings_that_cannot_be_used_fail_at_once_with_a_sentenc
     }
     for name, code, phrase in (
         ("damaged", "file_damaged", "was damaged after its upload"),
-        ("missing", "file_missing", "is not there any more"),
+        ("missing", "file_missing", "no longer exists"),
         ("template", "data_invalid", 'line 1: has no "completion"'),
         ("layer", "invalid_request", "there is no layer 6"),
         ("method", "invalid_request", "learns from preferences"),
@@ -239,7 +239,7 @@ async def test_a_base_model_that_vanished_holds_jobs_back_until_it_is_there_agai
         await until(lambda: worker.unready is None)
         os.rename(model / "model.safetensors", place.folder / "weights")
         job_id = await place.job()
-        await until_told(place, job_id, "back to the queue, to go on from its last checkpoint")
+        await until_told(place, job_id, "returned to the queue and will continue from its last checkpoint")
         os.rename(model, place.folder / "elsewhere")
         await until(lambda: worker.unready is not None and "is not a directory" in worker.unready)
         assert (await place.find(job_id)).status == "queued"
@@ -290,7 +290,7 @@ async def test_a_full_disk_sends_a_job_back_and_holds_the_others(
         with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as filler:
             while True:
                 filler.write(bytes(1 << 20))
-        await until_told(place, job_id, "back to the queue, to go on from its last checkpoint")
+        await until_told(place, job_id, "returned to the queue and will continue from its last checkpoint")
         await place.until(job_id, "queued")
         await until(lambda: worker.unready is not None and "No space left" in worker.unready)
         await asyncio.sleep(0.5)
@@ -404,8 +404,8 @@ async def test_a_long_job_gives_way_to_another_tenants_and_goes_on_to_the_same_b
         finished = await place.until(long, "succeeded")
     assert done.attempts == finished.attempts == 1
     told = await place.told(long)
-    assert any(line.startswith("Another tenant's job waits") for line in told)
-    assert "The fine-tuning job goes on" in told
+    assert any(line.startswith("Another tenant's job is waiting") for line in told)
+    assert "The fine-tuning job continues" in told
     assert await place.version_digests(long) == undisturbed
     assert await place.orphans() == []
 

@@ -31,8 +31,8 @@ _HEAD = "head_config.json"
 _UNIT = re.compile(r"(?:^|.*\.)(?:layers|layer|h)\.(\d{1,5})\.reft_layer\.refts\.([^.]+)\.units\.([01])\.(.+)")
 _PROJECTION = "projection.weight"
 _COUNTED = (
-    "AdapterHub counts positions over whatever sequence it is given, the answer too while it trains, and edits generated "
-    "tokens in its own way or not at all; here they are counted over the prompt"
+    "AdapterHub counts positions over the whole sequence, in training including the answer, and edits generated "
+    "tokens differently or not at all; here they are counted over the prompt"
 )
 
 
@@ -60,7 +60,7 @@ class _Unit:
 
 
 def is_adapterhub(path: Path) -> bool:
-    """Whether the directory holds a configuration of AdapterHub's, or of PEFT, which uses the same file name."""
+    """True if the directory holds an AdapterHub (or PEFT) configuration; both use the same file name."""
     return (path / CONFIG).is_file()
 
 
@@ -70,7 +70,7 @@ def read_adapterhub(path: Path, base: BaseFacts, flags: ImportFlags, max_bytes: 
     Args:
         path: the directory that `save_adapter` wrote.
         base: the base model that it was trained on.
-        flags: `kind` where it is not recorded, and `phase`; positions and activation are recorded.
+        flags: `kind` if it is not recorded, and `phase`; positions and activation are recorded.
         max_bytes: largest file to take into memory.
 
     Raises:
@@ -138,7 +138,7 @@ def _activation(config: _Config, flags: ImportFlags, where: str) -> str:
     given = (config.non_linearity or "linear").lower()
     name = "leaky_relu" if given == "leakyrelu" else given
     if name not in ACTIVATION_CODES:
-        raise AdapterUnsupported(where, [f"its non-linearity {name[:64]!r} is not served"])
+        raise AdapterUnsupported(where, [f"its non-linearity {name[:64]!r} is not supported"])
     if flags.activation not in (None, name):
         raise AdapterInvalid(where, [f"--activation {flags.activation} was given, but {CONFIG} records {name}"])
     return name
@@ -181,7 +181,7 @@ def _units(saved: dict[str, Tensor], config: _Config, where: str) -> list[_Unit]
             continue
         names.add(match[2])
         found.setdefault((int(match[1]), int(match[3])), {})[match[4]] = tensor
-    faults = [f"it holds {key[:120]!r}, which is no part of a ReFT unit" for key in sorted(stray)[:8]]
+    faults = [f"it holds {key[:120]!r}, which is not a part of a ReFT unit" for key in sorted(stray)[:8]]
     if len(names) > 1:
         faults.append(f"it holds several adapters ({', '.join(sorted(names))[:120]}); save one at a time")
     layers = sorted({layer for layer, _ in found})

@@ -1,4 +1,4 @@
-"""What every importer shares: the facts a save does not hold, and reading its files without trusting them."""
+"""Shared code of the importers: facts that a save does not record, and safe reading of its files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _BASE = "parametrizations.weight.0.base"
 
 @dataclass(frozen=True, slots=True)
 class ImportFlags:
-    """What the user says because a foreign save does not: each is a flag of `reft-serve adapter import`.
+    """Facts that a foreign save does not record: each is a flag of `reft-serve adapter import`.
 
     Raises:
         ClientError: a name that means nothing here.
@@ -65,7 +65,7 @@ class ImportFlags:
             if value is not None and value not in known:
                 raise ClientError(f"{flag} {value[:64]!r} is not one of {', '.join(known)}")
         if self.lora_alpha is not None and not math.isfinite(self.lora_alpha):
-            raise ClientError(f"--lora-alpha {self.lora_alpha} is not a number to scale with")
+            raise ClientError(f"--lora-alpha {self.lora_alpha} is not a valid scale")
 
     def rule(self) -> PositionRule:
         """The position rule.
@@ -130,8 +130,8 @@ def assemble(rows: Sequence[Row], manifest: dict[str, object], where: str, warni
 def _row_faults(row: Row) -> list[str]:
     required = required_tensors(row.kind)
     allowed = {*required, *optional_tensors(row.kind)}
-    faults = [f"a {row.kind} needs {name}, which is not in it" for name in required if name not in row.tensors]
-    faults += [f"a {row.kind} has no {name}, but it holds one" for name in sorted(row.tensors.keys() - allowed)]
+    faults = [f"a {row.kind} needs {name}, which is missing" for name in required if name not in row.tensors]
+    faults += [f"a {row.kind} has no {name}, but the save holds one" for name in sorted(row.tensors.keys() - allowed)]
     if faults:
         return faults
     faults = [
@@ -189,7 +189,7 @@ def read_torch(file: Path, max_bytes: int, where: str) -> dict[str, Tensor]:
     """The tensors that `torch.save` wrote as a dictionary, without running what the pickle names.
 
     Raises:
-        AdapterInvalid: not a plain file, too large (unpacked too), not such an archive, or not named dense tensors.
+        AdapterInvalid: not a regular file, too large (unpacked too), not a torch archive, or not named dense tensors.
     """
     content = read_regular_file(file, max_bytes, where)
     try:
@@ -205,7 +205,7 @@ def read_torch(file: Path, max_bytes: int, where: str) -> dict[str, Tensor]:
         first = str(exc).split("\n", 1)[0][:200]
         raise AdapterInvalid(where, [f"{file.name} cannot be loaded as plain tensors ({first})"]) from exc
     if not isinstance(data, dict) or not all(isinstance(k, str) and _is_plain(t) for k, t in data.items()):
-        raise AdapterInvalid(where, [f"{file.name} holds something else than named, dense tensors"])
+        raise AdapterInvalid(where, [f"{file.name} holds objects other than named, dense tensors"])
     return {name: tensor.detach() for name, tensor in data.items()}
 
 

@@ -1,7 +1,7 @@
 """Places of a model in pyreft's words, turned into ours. No torch.
 
 pyreft names a place by a component and a layer (`block_output`, 15), or by the path of a module and one of its sides
-(`model.layers[15].output`, pyvene `models/intervenable_modelcard.py`); a path says everything, so the layer beside it is
+(`model.layers[15].output`, pyvene `models/intervenable_modelcard.py`); a path says everything, so the layer next to it is
 ignored.
 """
 
@@ -19,10 +19,11 @@ class PlaceUnknown(ValueError):
 
 
 _LAYER = re.compile(
-    r"(?:(?:model\.|transformer\.|gpt_neox\.)?(?:decoder\.|language_model\.)?(?:model\.)?(?:layers|h))\[(\d{1,5})\]\.(.+)"
+    r"(?:(?:model\.|transformer\.|gpt_neox\.)?(?:decoder\.|language_model\.)?(?:model\.)?"
+    r"(?:layers|h))\[(\d{1,5})\]\.(.+)"
 )
 _SIDES: dict[str, Component] = {"output": "block_output", "input": "block_input"}
-# The last module of each sub-layer, and the sub-layer itself where it does nothing after that module.
+# The last module of each sub-layer, and the sub-layer itself if it does nothing after that module.
 _MODULES: dict[Component, frozenset[str]] = {
     "mlp_output": frozenset(
         {"mlp", "mlp.down_proj", "mlp.c_proj", "mlp.dropout", "mlp.dense_4h_to_h", "mlp.fc2", "fc2", "block_sparse_moe"}
@@ -35,11 +36,13 @@ _MODULES: dict[Component, frozenset[str]] = {
     ),
 }
 _EMBEDDINGS = re.compile(
-    r"(?:model\.|gpt_neox\.)?(?:decoder\.|language_model\.)?(?:model\.)?(?:embed_tokens|embed_in)\.output"
+    r"(?:model\.|gpt_neox\.)?(?:decoder\.|language_model\.)?(?:model\.)?"
+    r"(?:embed_tokens|embed_in)\.output"
 )
-# Families where nothing is added to the embeddings, or multiplied with them, before layer 0.
+# Families if nothing is added to the embeddings, or multiplied with them, before layer 0.
 _PLAIN_EMBEDDINGS = re.compile(
-    r"(Llama|Mistral|Mixtral|Qwen2|Qwen2Moe|Qwen3|Qwen3Moe|Phi|Phi3|Olmo|Olmo2|StableLm|GPTNeoX)(For\w+|Model)"
+    r"(Llama|Mistral|Mixtral|Qwen2|Qwen2Moe|Qwen3|Qwen3Moe|Phi|Phi3|Olmo|Olmo2|StableLm|GPTNeoX)"
+    r"(For\w+|Model)"
 )
 
 
@@ -48,7 +51,7 @@ def resolve_component(component: str, layer: object, architecture: str) -> tuple
 
     Args:
         component: pyreft's component or module path.
-        layer: the layer beside it; ignored where the component is a path.
+        layer: the layer next to it; ignored where the component is a path.
         architecture: the base model's class, which decides whether its embeddings are what layer 0 reads.
 
     Raises:
@@ -59,9 +62,9 @@ def resolve_component(component: str, layer: object, architecture: str) -> tuple
     for ours in COMPONENTS:
         if component == ours:
             if type(layer) is not int or layer < 0:
-                raise PlaceUnknown(f"layer {str(layer)[:40]!r} of {component} is not a layer's number")
+                raise PlaceUnknown(f"layer {str(layer)[:40]!r} of {component} is not a layer number")
             return layer, ours
-    raise PlaceUnknown(f"{component[:80]!r} is not a place that is edited here ({', '.join(COMPONENTS)})")
+    raise PlaceUnknown(f"{component[:80]!r} is not an editable component ({', '.join(COMPONENTS)})")
 
 
 def _resolve_path(path: str, named: str, architecture: str) -> tuple[int, Component]:
@@ -77,10 +80,10 @@ def _resolve_path(path: str, named: str, architecture: str) -> tuple[int, Compon
         if _PLAIN_EMBEDDINGS.fullmatch(architecture) and "decoder." not in path:
             return 0, "block_input"
         raise PlaceUnknown(
-            f"{named[:80]!r} is not what layer 0 of a {architecture} reads: it adds to the embeddings or scales them, "
-            "or is not known not to"
+            f"{named[:80]!r} is not the input of layer 0 of a {architecture} reads: it adds to the embeddings or scales "
+            "them, or is not known not to"
         )
     raise PlaceUnknown(
-        f"{named[:80]!r} is not a place that is edited here (a layer's input or output, or the output of its MLP or "
+        f"{named[:80]!r} is not an editable component (a layer's input or output, or the output of its MLP or "
         "attention)"
     )

@@ -1,4 +1,4 @@
-"""Which format a directory is in, and the one way from any of them to an adapter of ours."""
+"""Detection of a directory's format, and import from any of them."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def import_adapter(
     max_bytes: int = 1 << 30,
     modules: Callable[[], Mapping[str, tuple[int, int]]] | None = None,
 ) -> Adapter:
-    """Read `source`, whatever its format, and publish it at `out`. The adapter's `warnings` are for its owner.
+    """Read `source`, regardless of its format, and publish it at `out`. The adapter's `warnings` are for its owner.
 
     Args:
         source, base, flags, max_bytes: as for `read_any`.
-        out: where nothing is yet.
+        out: a path at which nothing exists yet.
         modules: gives the base's linear modules, for a save that holds a LoRA too; without it the LoRA is not compared.
 
     Raises:
@@ -44,7 +44,7 @@ def import_adapter(
 
 
 def read_any(source: Path, base: BaseFacts, flags: ImportFlags, max_bytes: int = 1 << 30) -> Imported:
-    """Read an adapter of ours, a save or a checkpoint of pyreft, or a save of AdapterHub.
+    """Read a reft-serve adapter, a save or a checkpoint of pyreft, or a save of AdapterHub.
 
     Args:
         source: the directory.
@@ -68,7 +68,7 @@ def read_any(source: Path, base: BaseFacts, flags: ImportFlags, max_bytes: int =
     raise AdapterUnsupported(
         str(source),
         [
-            "it is in no known format: looked for reft_config.json (ours), intkey_*.bin or intervenable_model/ (pyreft), "
+            "unknown format: looked for reft_config.json (ours), intkey_*.bin or intervenable_model/ (pyreft), "
             "and adapter_config.json (AdapterHub)"
         ],
     )
@@ -76,7 +76,7 @@ def read_any(source: Path, base: BaseFacts, flags: ImportFlags, max_bytes: int =
 
 def _read_ours(source: Path, base: BaseFacts, flags: ImportFlags, max_bytes: int) -> Imported:
     if flags != ImportFlags():
-        raise ClientError(f"{source} is an adapter of ours and records everything: only --base and --out are needed")
+        raise ClientError(f"{source} is a reft-serve adapter, which records everything: use only --base and --out")
     adapter = read_adapter(source, max_bytes)
     faults = Limits().faults(adapter.manifest, base)
     if faults:

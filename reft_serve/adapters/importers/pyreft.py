@@ -67,7 +67,7 @@ class _Place:
 
 @dataclass(slots=True)
 class _Faults:
-    """Faults of a save; those in `unsupported` are of a sound one that asks for what is not served."""
+    """Faults of a save; those in `unsupported` are unsupported features of a valid save."""
 
     where: str
     broken: list[str] = field(default_factory=list)
@@ -81,7 +81,7 @@ class _Faults:
 
 
 def is_pyreft(path: Path) -> bool:
-    """Whether the directory looks like something that pyreft saved; says nothing of its soundness."""
+    """True if the directory looks like a pyreft save; its contents are not checked."""
     if (path / CHECKPOINT).is_dir() or any(path.glob("intkey_*.bin")):
         return True
     try:
@@ -140,7 +140,9 @@ def _recorded_places(config: dict[str, Any], base: BaseFacts, flags: ImportFlags
         faults.broken.append(f"{CONFIG}: representations, intervention_types and sorted_keys have {lengths} entries")
         return []
     if config.get("mode", "parallel") != "parallel":
-        faults.unsupported.append(f"its mode is {str(config['mode'])[:40]!r}; only parallel interventions are served")
+        faults.unsupported.append(
+            f"its mode is {str(config['mode'])[:40]!r}; only parallel interventions are supported"
+        )
     if len({str(key) for key in keys}) < len(keys):
         faults.broken.append(f"{CONFIG}: sorted_keys names one intervention twice")
     places = []
@@ -185,7 +187,9 @@ def _place_of_row(
         return None
     entry = dict(zip(FIELDS, row, strict=False))
     if entry["unit"] != "pos":
-        faults.unsupported.append(f"intervention {k} acts on the unit {str(entry['unit'])[:40]!r}; only pos is served")
+        faults.unsupported.append(
+            f"intervention {k} acts on the unit {str(entry['unit'])[:40]!r}; only pos is supported"
+        )
     if entry["max_number_of_units"] != 1:
         faults.unsupported.append(f"intervention {k} acts on several units at once (max_number_of_units is not 1)")
     # Set by pyvene if the source lies in the intervention's own file, as an added vector does.
@@ -210,7 +214,7 @@ def _checkpoint_places(source: Path, base: BaseFacts, flags: ImportFlags, faults
         match = _KEY_PARTS.fullmatch(key)
         if match is None:
             faults.unsupported.append(
-                f"{file.name[:120]!r} does not say where it acts; save with ReftModel.save, which writes {CONFIG}"
+                f"{file.name[:120]!r} does not record its positions; save with ReftModel.save, which writes {CONFIG}"
             )
             continue
         row = [int(match[1]), match[2], match[3], int(match[4]), *[None] * 10]
@@ -225,7 +229,7 @@ def _checkpoint_places(source: Path, base: BaseFacts, flags: ImportFlags, faults
 
 
 def _lora(path: Path, base: BaseFacts, flags: ImportFlags, max_bytes: int, faults: _Faults) -> Lora | None:
-    """The LoRA that was trained with the interventions: PEFT's files beside them, or pyreft's own save without its alpha."""
+    """The LoRA that was trained with the interventions: PEFT's files next to them, or pyreft's own save without its alpha."""
     layers, inner = base.num_hidden_layers, path / CHECKPOINT
     source = inner if inner.is_dir() else path
     parameters = read_torch(source / EXTRA, max_bytes, faults.where) if (source / EXTRA).exists() else {}
@@ -233,7 +237,7 @@ def _lora(path: Path, base: BaseFacts, flags: ImportFlags, max_bytes: int, fault
     if others:
         faults.unsupported.append(
             f"{EXTRA} holds trained weights of the base model itself ({', '.join(others[:3])[:200]}), such as a "
-            "classifier head, and only interventions and a LoRA are served"
+            "classifier head, and only interventions and a LoRA are supported"
         )
         return None
     beside = next((folder for folder in (source, path) if holds_lora(folder)), None)
@@ -246,7 +250,7 @@ def _lora(path: Path, base: BaseFacts, flags: ImportFlags, max_bytes: int, fault
     if flags.lora_alpha is None:
         raise ImportFlagMissing(
             f"{EXTRA} holds {len(parameters)} tensors of a LoRA (such as {min(parameters)[:120]!r}), and pyreft does not "
-            "record its scale: give --lora-alpha, or put PEFT's adapter_config.json and adapter_model.safetensors beside it"
+            "record its scale: give --lora-alpha, or put PEFT's adapter_config.json and adapter_model.safetensors next to it"
         )
     return lora_of_parameters(parameters, flags.lora_alpha, layers, faults.where)
 
@@ -257,8 +261,8 @@ def _halves(places: list[_Place], rule: PositionRule, faults: _Faults) -> tuple[
     for (layer, component), count in Counter(sites).items():
         if count > 2:
             faults.unsupported.append(
-                f"it has {count} interventions at layer {layer} {component}, each for tokens of its own, which the save does "
-                "not record: at one place all of the positions can be edited, or their prefix and their suffix apart"
+                f"it has {count} interventions at layer {layer} {component}, each for different tokens, which the save does "
+                "not record: at one layer and component, edit all positions, or the prefix and the suffix separately"
             )
     if faults.unsupported:
         return ["both"] * len(places), []
@@ -318,9 +322,9 @@ def _shift(vector: Tensor, place: _Place, changed: Tensor | None, where: str) ->
     if vector.ndim != 1 or not vector.is_floating_point() or not vector.isfinite().all():
         fault = f"must hold one vector of finite floats, and holds {tuple(vector.shape)} of {str(vector.dtype)[6:]}"
     elif changed is not None and int(changed) != len(vector):
-        fault = f"changes {int(changed)} of {len(vector)} dimensions alone, which is not served"
+        fault = f"changes {int(changed)} of {len(vector)} dimensions only, which is not supported"
     elif not (length := vector.double().norm()):
-        fault = "adds a vector of zeros, which changes nothing"
+        fault = "adds a vector of zeros, which has no effect"
     if fault is not None:
         raise AdapterInvalid(where, [f"{place.file} {fault}"])
     sign = 1.0 if place.sign is None else place.sign

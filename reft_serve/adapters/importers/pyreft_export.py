@@ -30,7 +30,7 @@ def export_pyreft(adapter: Adapter, out: Path) -> None:
 
     Raises:
         AdapterExists: something is at `out` already.
-        AdapterUnsupported: its prefix and suffix have different interventions, which pyreft cannot tell apart.
+        AdapterUnsupported: its prefix and suffix have different interventions, which pyreft cannot distinguish.
     """
     rows = list(_rows(adapter))
     keys = _keys([spec for spec, _ in rows])

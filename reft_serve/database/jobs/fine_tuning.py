@@ -38,7 +38,7 @@ _LABEL = len(":00000000:ckpt-step-0000000")
 
 @dataclass(frozen=True, slots=True)
 class NewJob:
-    """What is asked for. `model`: the base model's public name; `method` and `hyperparameters` with their "auto"."""
+    """A requested job. `model`: the base model's public name; `method` and `hyperparameters` keep their "auto"."""
 
     model: str
     training_file_id: str
@@ -65,7 +65,7 @@ async def create_job(session: AsyncSession, tenant: Tenant, key_id: str | None, 
 
     Raises:
         NotFound: a file is not there.
-        RequestInvalid: the suffix is no adapter's name, is reserved, or is too long for the names here.
+        RequestInvalid: the suffix is not an adapter's name, is reserved, or is too long for the names here.
     """
     for file_id in (wanted.training_file_id, wanted.validation_file_id):
         if file_id is not None:
@@ -75,12 +75,12 @@ async def create_job(session: AsyncSession, tenant: Tenant, key_id: str | None, 
     check_adapter_name(adapter, wanted.model, tenant.name, "suffix")
     longest = _MODEL_ID - len(f"ft:{wanted.model}:{tenant.name}:") - _LABEL
     if len(adapter) > longest:
-        raise RequestInvalid(f"the suffix makes the model's name too long: give at most {longest} characters", "suffix")
+        raise RequestInvalid(f"the suffix makes the model's name too long: use at most {longest} characters", "suffix")
     job = Job(id=job_id, tenant=tenant, key_id=key_id, adapter=adapter, **asdict(wanted))
     session.add(job)
     await session.flush()
     tell(session, job, f"Created fine-tuning job: {job.id}")
-    tell(session, job, "The files were checked when they were uploaded; the job is queued")
+    tell(session, job, "The files were validated on upload; the job is queued")
     await session.flush()
     return job
 
@@ -136,8 +136,8 @@ async def list_jobs(
 async def ask(
     session: AsyncSession, tenant_id: str | None, job_id: str, what: Literal["cancel", "pause", "resume"]
 ) -> Job:
-    """Stop a job, of a tenant or (None) of any, or let it go on. What does not run stops at once; what runs is stopped by its
-    worker, within a step.
+    """Stop a job, of a tenant or (None) of any, or let it continue. What does not run stops at once; what runs is stopped by
+    its worker, within a step.
 
     Raises:
         NotFound: there is no such job.
@@ -153,12 +153,12 @@ async def ask(
             if job.wanted == "cancel":
                 raise Conflict(f"job {job.id} is being cancelled, so it cannot be paused")
             job.wanted = what
-            tell(session, job, f"The job will be {_PAST[what]} at its next step")
+            tell(session, job, f"The job will be {_PAST[what]} after the current step")
     elif what == "cancel":
         await end(session, job, "cancelled")
     elif job.status == "queued":
         job.status = "paused"
-        tell(session, job, "The job is paused before it began; resume it to put it back into the queue")
+        tell(session, job, "The job was paused before it started; resume it to queue it again")
     await session.flush()
     return job
 
@@ -169,10 +169,10 @@ _PAST = {"cancel": "cancelled", "pause": "paused", "resume": "resumed"}
 def _resume(session: AsyncSession, job: Job) -> None:
     if job.status == "running" and job.wanted == "pause":
         job.wanted = "none"
-        tell(session, job, "The job is not paused after all")
+        tell(session, job, "Pause withdrawn; the job keeps running")
     elif job.status == "paused":
         job.status = "queued"
-        tell(session, job, "The job is resumed and waits for its turn")
+        tell(session, job, "The job was resumed and is queued")
     else:
         raise Conflict(f"job {job.id} is {job.status}, not paused, so it cannot be resumed")
 
@@ -211,7 +211,7 @@ async def number_of_event(session: AsyncSession, job_id: str, event_id: str) -> 
 
 
 async def states_of(session: AsyncSession, job_ids: Collection[str]) -> dict[str, JobState]:
-    """How jobs stand, those that are there."""
+    """States of the jobs that still exist."""
     latest = select(func.max(Event.number)).where(Event.job_id == Job.id).scalar_subquery()
     query = select(Job.id, Job.status, func.coalesce(latest, 0)).where(Job.id.in_(job_ids))
     return {job_id: JobState(status, number) for job_id, status, number in (await session.execute(query)).all()}
@@ -242,13 +242,13 @@ async def unfinished_of(session: AsyncSession, job_ids: Collection[str]) -> set[
 
 
 async def unfinished_jobs_of(session: AsyncSession, tenant_id: str) -> int:
-    """How many jobs of a tenant wait, run or are paused."""
+    """Number of a tenant's jobs that are queued, running or paused."""
     query = select(func.count()).select_from(Job).where(Job.tenant_id == tenant_id, Job.status.not_in(FINAL))
     return await session.scalar(query) or 0
 
 
 async def count_jobs(session: AsyncSession) -> dict[str, int]:
-    """How many jobs of each status there are, of all tenants."""
+    """Number of jobs per status, over all tenants."""
     counted = await session.execute(select(Job.status, func.count()).group_by(Job.status))
     return dict(counted.all())
 

@@ -1,4 +1,4 @@
-"""How the run of a job ends: what its worker says, and the rows that it makes in one transaction."""
+"""The outcome of a job's run: the worker's result, and the rows that record it in one transaction."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Cancelled:
 
 @dataclass(frozen=True, slots=True)
 class Paused:
-    """It was stopped as was asked, and can go on from its last checkpoint."""
+    """It was stopped as was asked, and can resume from its last checkpoint."""
 
 
 Outcome = Succeeded | Failed | Cancelled | Paused
@@ -125,17 +125,17 @@ async def end(session: AsyncSession, job: Job, status: Literal["succeeded", "fai
 
 
 def requeue(job: Job) -> None:
-    """Let a job wait again, held by nobody: after those that wait already, if it was to give way to one of them."""
+    """Return a job to the queue without a worker; behind the waiting jobs if it yielded to one of them."""
     waits_since = now_ms() if job.wanted == "yield" else None
     job.status, job.worker, job.lease_until_ms, job.estimated_finish_ms = "queued", None, waits_since, None
     job.wanted = "none" if job.wanted == "yield" else job.wanted
 
 
 def pause(session: AsyncSession, job: Job) -> None:
-    """Let a job wait until it is resumed."""
+    """Pause a job until it is resumed."""
     requeue(job)
     job.status, job.wanted, job.attempts = "paused", "none", 0
-    tell(session, job, "The job is paused; resume it to go on from its last checkpoint")
+    tell(session, job, "The job is paused; resume it to continue from its last checkpoint")
 
 
 async def publish(session: AsyncSession, job: Job, outcome: Succeeded) -> None:
@@ -166,14 +166,14 @@ async def put_checkpoint(
 
 
 async def fit(session: AsyncSession, job: Job, outcome: Succeeded, limits: TenantLimits) -> Succeeded | Failed:
-    """What of a run's result the tenant's limits leave room for: the latest checkpoints first; a failure if not even the
-    result itself.
+    """Select the part of a run's result that fits into the tenant's limits, latest checkpoints first. It is a failure if not
+    even the result itself fits.
 
     Args:
         session: a writing one.
         job: the job, whose row this transaction has locked.
         outcome: all that the run has made.
-        limits: of tenants that have none of their own.
+        limits: of tenants without limits.
     """
     limits = limits.merged(job.tenant.limits)
     await lock_room(session, job.tenant_id)
@@ -182,7 +182,7 @@ async def fit(session: AsyncSession, job: Job, outcome: Succeeded, limits: Tenan
     try:
         await check_room(session, job.tenant_id, limits, size=size, adapter=job.adapter, versions=1)
     except RateLimited as exc:
-        return Failed("limit_reached", f"The result cannot be kept: {exc}")
+        return Failed("limit_reached", f"The result cannot be published: {exc}")
     for checkpoint in sorted(outcome.checkpoints, key=lambda each: -each.step):
         size += checkpoint.version.size_bytes
         try:
@@ -190,7 +190,7 @@ async def fit(session: AsyncSession, job: Job, outcome: Succeeded, limits: Tenan
             await check_room(session, job.tenant_id, limits, size=size, adapter=job.adapter, versions=count)
         except RateLimited as exc:
             left = len(outcome.checkpoints) - len(kept)
-            tell(session, job, f"{left} of {len(outcome.checkpoints)} checkpoints are not kept: {exc}", "warn")
+            tell(session, job, f"{left} of {len(outcome.checkpoints)} checkpoints were not published: {exc}", "warn")
             break
         kept.append(checkpoint)
     return replace(outcome, checkpoints=kept)

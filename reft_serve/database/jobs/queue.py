@@ -1,7 +1,7 @@
 """The queue of fine-tuning jobs, as workers see it: claimed by lease, kept by heartbeat, ended once.
 
-Every change asks for the lease in its own transaction, so a worker that was slow, or thought dead, changes nothing: it gets
-LeaseLost. An event is written in the transaction of what it tells of.
+Every change checks the lease in its own transaction, so a slow worker, or one presumed dead, changes nothing: it gets
+LeaseLost. An event is written in the transaction of the change that it reports.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a job is. `estimated_finish_ms`: since 1970."""
+    """Progress of a job. `estimated_finish_ms`: milliseconds since 1970."""
 
     step: int
     steps: int
@@ -116,8 +116,8 @@ async def claim(
         worker: its name, for people.
         lease_seconds: how long the job is this worker's without a heartbeat.
         memory_bytes: take none that is known to need more.
-        running_per_tenant: the most jobs of a tenant that run at once, where the tenant has no limit of its own.
-        most_attempts: attempts that may end without getting farther than those before.
+        running_per_tenant: the most jobs of a tenant that run at once, if the tenant has no such limit.
+        most_attempts: attempts that may end without progress.
     """
     if session.get_bind().dialect.name == "postgresql":
         # Rows are claimed by SKIP LOCKED; this only lets each claim count what the one before has taken.
@@ -137,7 +137,7 @@ async def claim(
     job.lease_until_ms = now_ms() + int(lease_seconds * 1000)
     again = job.started_ms is not None
     job.started_ms = job.started_ms or now_ms()
-    tell(session, job, "The fine-tuning job goes on" if again else "Fine-tuning job started")
+    tell(session, job, "The fine-tuning job continues" if again else "Fine-tuning job started")
     await session.flush()
     return _claimed(job)
 
@@ -151,7 +151,7 @@ async def make_way(
 ) -> str | None:
     """Ask one of a worker's jobs to give way, if the job of a tenant with fewer running ones waits; the answer is its id.
 
-    It stores a checkpoint, goes back to the queue behind those that wait, and goes on when it is its turn. No more jobs are
+    It stores a checkpoint, goes back to the queue behind those that wait, and continues when it is its turn. No more jobs are
     asked than tenants wait, so several workers do not all make way for one job.
 
     Args:
@@ -181,16 +181,14 @@ async def make_way(
             for tenant, priority in waiting.items()
         ):
             job.wanted = "yield"
-            tell(session, job, "Another tenant's job waits: this one stores a checkpoint and goes back to the queue")
+            tell(session, job, "Another tenant's job is waiting: this job stores a checkpoint and returns to the queue")
             await session.flush()
             return job.id
     return None
 
 
 async def sweep(session: AsyncSession, most_attempts: int = MOST_ATTEMPTS) -> int:
-    """Let go of the jobs whose leases have run out, and give their number: back to the queue, or to the end that was asked
-    for, or, after too many attempts, to failure.
-    """
+    """Requeue, end or fail the jobs whose leases have expired, and return their number."""
     lost = select(Job).where(Job.status == "running", Job.lease_until_ms < now_ms()).order_by(Job.id)
     found = (await session.scalars(lost.with_for_update(of=Job, skip_locked=True))).all()
     for job in found:
@@ -199,10 +197,10 @@ async def sweep(session: AsyncSession, most_attempts: int = MOST_ATTEMPTS) -> in
         elif job.wanted == "pause":
             pause(session, job)
         elif job.attempts >= most_attempts:
-            await _give_up(session, job, "The worker was lost each time")
+            await _give_up(session, job, "worker lost")
         else:
             requeue(job)
-            tell(session, job, "The worker was lost; the job will go on from its last checkpoint", "warn")
+            tell(session, job, "The worker was lost; the job will continue from its last checkpoint", "warn")
     await session.flush()
     return len(found)
 
@@ -210,10 +208,10 @@ async def sweep(session: AsyncSession, most_attempts: int = MOST_ATTEMPTS) -> in
 async def heartbeat(
     session: AsyncSession, job_id: str, worker: str, lease_seconds: float, progress: Progress | None = None
 ) -> Wanted:
-    """Keep the job, tell how far it is, and learn what its owner wants.
+    """Renew the lease, report progress, and return the action that the owner wants.
 
     Raises:
-        LeaseLost: it is not this worker's any more.
+        LeaseLost: it is no longer this worker's.
     """
     job = await _held(session, job_id, worker)
     job.lease_until_ms = now_ms() + int(lease_seconds * 1000)
@@ -231,7 +229,7 @@ async def poll(session: AsyncSession, job_id: str, worker: str) -> Wanted:
     """What a job's owner wants, without keeping the job.
 
     Raises:
-        LeaseLost: it is not this worker's any more.
+        LeaseLost: it is no longer this worker's.
     """
     query = select(Job.wanted).where(Job.id == job_id, Job.status == "running", Job.worker == worker)
     wanted: Wanted | None = await session.scalar(query)
@@ -248,10 +246,10 @@ async def resolve(
     steps: int | None = None,
     memory_bytes: int | None = None,
 ) -> None:
-    """Record what "auto" came to, how many steps there will be, and the memory that the job takes.
+    """Record the resolved "auto" values, the number of steps, and the job's memory.
 
     Raises:
-        LeaseLost: it is not this worker's any more.
+        LeaseLost: it is no longer this worker's.
     """
     job = await _held(session, job_id, worker)
     job.resolved = dict(resolved)
@@ -268,10 +266,10 @@ async def add_event(
     level: Level = "info",
     metrics: Mapping[str, Any] | None = None,
 ) -> None:
-    """Tell the job's owner something; with `metrics` as OpenAI's event of metrics.
+    """Add an event for the job's owner; with `metrics`, OpenAI's metrics event.
 
     Raises:
-        LeaseLost: it is not this worker's any more.
+        LeaseLost: it is no longer this worker's.
     """
     tell(session, await _held(session, job_id, worker), message, level, metrics)
     await session.flush()
@@ -285,11 +283,11 @@ async def add_checkpoint(
     metrics: Mapping[str, float],
     limits: TenantLimits = _NO_LIMITS,
 ) -> None:
-    """Record a checkpoint that a job can go on from. It gets a name of its own, and is listed, when the job succeeds. The
+    """Record a checkpoint that a job can resume from. It gets its own name, and is listed, when the job succeeds. The
     event warns if the tenant's limits leave no room for the job's result.
 
     Raises:
-        LeaseLost: it is not this worker's any more.
+        LeaseLost: it is no longer this worker's.
     """
     job = await _held(session, job_id, worker)
     await put_checkpoint(session, job, step, metrics, None)
@@ -298,7 +296,7 @@ async def add_checkpoint(
         own = limits.merged(job.tenant.limits)
         await check_room(session, job.tenant_id, own, size=1, adapter=job.adapter, versions=1)
     except RateLimited as exc:
-        tell(session, job, f"The result could not be kept if the job ended now: {exc}", "warn")
+        tell(session, job, f"The result could not be published if the job ended now: {exc}", "warn")
     await session.flush()
 
 
@@ -306,13 +304,13 @@ async def finish(
     session: AsyncSession, job_id: str, worker: str, outcome: Outcome, limits: TenantLimits = _NO_LIMITS
 ) -> Status:
     """End the job's run, with everything that belongs to it, at once; the answer is how it ended. A result that the tenant's
-    limits (`limits` where it has none of its own) leave no room for is a failure; checkpoints beyond them are left out.
+    limits (default: `limits`) leave no room for is a failure; checkpoints beyond them are left out.
 
     A cancel that was asked for before wins over success: then nothing is published, and the answer is "cancelled".
     The caller of a success holds `Database.lock` of each digest and has seen that its files are there.
 
     Raises:
-        LeaseLost: it is not this worker's any more.
+        LeaseLost: it is no longer this worker's.
     """
     job = await _held(session, job_id, worker)
     if isinstance(outcome, Succeeded) and job.wanted != "cancel":
@@ -347,12 +345,12 @@ async def release(
         session: a writing one.
         job_id: the job's.
         worker: the lease.
-        traceback: why the attempt failed; None where it did not fail, so that it does not count.
+        traceback: why the attempt failed; None if it did not fail, so that it does not count.
         memory_bytes: what the job takes, as was found.
         most_attempts: with so many failed ones the job has failed.
 
     Raises:
-        LeaseLost: it is not this worker's any more.
+        LeaseLost: it is no longer this worker's.
     """
     job = await _held(session, job_id, worker)
     job.memory_bytes = memory_bytes if memory_bytes is not None else job.memory_bytes
@@ -362,12 +360,12 @@ async def release(
     elif job.wanted == "pause":
         pause(session, job)
     elif traceback is not None and job.attempts >= most_attempts:
-        await _give_up(session, job, "It failed each time")
+        await _give_up(session, job, "attempt failed")
     else:
         if traceback is None:
             job.attempts -= 1
         else:
-            tell(session, job, f"Attempt {job.attempts} of {most_attempts} failed; the job will be tried again", "warn")
+            tell(session, job, f"Attempt {job.attempts} of {most_attempts} failed; the job will be retried", "warn")
         requeue(job)
     await session.flush()
     status: Status = job.status  # type: ignore[assignment]
@@ -384,11 +382,11 @@ async def _held(session: AsyncSession, job_id: str, worker: str) -> Job:
 
 
 def _lost(job_id: str, worker: str) -> LeaseLost:
-    return LeaseLost(f"job {job_id[:40]} is not held by {worker[:160]} any more")
+    return LeaseLost(f"job {job_id[:40]} is no longer held by {worker[:160]}")
 
 
 async def _busy(session: AsyncSession) -> dict[str, int]:
-    """How many jobs of each tenant run, of those that have any."""
+    """Number of running jobs per tenant, for tenants that have any."""
     query = select(Job.tenant_id, func.count()).where(Job.status == "running").group_by(Job.tenant_id)
     return dict((await session.execute(query)).all())
 
@@ -416,7 +414,9 @@ def _waiting(memory_bytes: int | None, full: Sequence[str]) -> Select[Job]:
 
 
 async def _give_up(session: AsyncSession, job: Job, why: str) -> None:
-    sentence = f"{why}, in {job.attempts} attempts. The operator can see why; the job is not tried again."
+    sentence = (
+        f"The job failed after {job.attempts} attempts ({why}). It will not be retried; the operator has the details."
+    )
     job.error = {"code": "too_many_attempts", "message": sentence, "param": None}
     await end(session, job, "failed")
 

@@ -1,7 +1,7 @@
 """A request enters the scheduler only once every worker holds its adapter, and they hold it until it is finished.
 
 A failure in the middle of a step would end the engine for everyone; here it ends one request. Whether files vanish or
-change afterwards is no matter. Files are read and folded off the core's loop, so that a load holds up the steps of others
+change afterwards do not matter. Files are read and folded off the core's loop, so that a load holds up the steps of others
 only while its units are copied.
 """
 
@@ -43,10 +43,10 @@ logger = logging.getLogger("vllm.reft_serve")
 class Admission:
     """The versions that the workers of one engine hold.
 
-    Its methods run on the core's loop, but for `read_ahead`.
+    Its methods run on the core's loop, except `read_ahead`.
 
     Args:
-        executor: vLLM's executor, asked to hold versions with unfinished requests and, from time to time, to let go.
+        executor: vLLM's executor, asked to hold versions with unfinished requests and, from time to time, to release them.
         config: what adapters are read for. As many versions without requests stay held as vLLM's --max-cpu-loras says,
             least recently used first out.
     """
@@ -131,7 +131,7 @@ class Admission:
         self._pinned.add(engine_id)
 
     def unload(self, engine_id: int) -> None:
-        """Have the workers let go of the versions with this id that no request needs."""
+        """Have the workers release the versions with this id that no request needs."""
         self._pinned.discard(engine_id)
         released = [digest for digest, number in self._idle.items() if number == engine_id]
         if released:
@@ -264,7 +264,7 @@ def wrap_preprocess_add_request(original: Any) -> Callable[..., Any]:
 
 
 def wrap_remove_lora(original: Any) -> Callable[..., bool]:
-    """Around `EngineCore.remove_lora`, which frees the slot: let go of what is in host memory too."""
+    """Around `EngineCore.remove_lora`, which frees the slot: also release what is in host memory."""
 
     def remove_lora(self: Any, lora_id: int) -> bool:
         removed = bool(original(self, lora_id))

@@ -1,7 +1,7 @@
 """The engine core's side of structured outputs: llguidance with bounds on every step.
 
 llguidance alone bounds a step by counts (items of its parser, fuel of its lexer), so that a grammar cannot stall it for
-long. What a request's matching takes is counted besides, and a request that takes too much ends, without the others.
+long. The time of a request's matching is counted, and a request that takes too much ends, without the others.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from reft_serve.engine.grammar_compiler.process import (
 __all__ = ["BACKEND", "EXCEEDED", "BoundedGrammar"]
 
 BACKEND = "guidance"
-EXCEEDED = "was too costly to match: it is too large or too ambiguous for the time that a request has"
+EXCEEDED = "was too costly to match: it is too large or too ambiguous for a request's time limit"
 # If a step takes more than STEP_SECONDS, the costliest requests end, but none that takes less than this.
 _CHEAP = 0.001
 
@@ -57,7 +57,7 @@ class BoundedGrammar(GuidanceGrammar):  # type: ignore[misc]  # vLLM is untyped 
         return accepted and not self.exceeded
 
     def end(self) -> None:
-        """Let the request end with its next token."""
+        """End the request with its next token."""
         self.exceeded = True
 
     def _spend(self, seconds: float) -> None:

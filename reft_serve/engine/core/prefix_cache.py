@@ -1,7 +1,7 @@
 """Prefix-cache keys that are exact and share all that can be shared.
 
 A cached block may be reused when its tokens, and every edit at or before its end, are the same. vLLM chains each block's
-hash to its parent's, so a block needs a key of its own only for the edits *inside* it: the adapter's digest, and which of
+hash to its parent's, so a block needs its own key only for the edits *inside* it: the adapter's digest, and which of
 the block's tokens are edited. A block before the first edited token therefore has no key, is the base model's, and is
 shared by all adapters and the base; one after edited prefix tokens differs by digest through its parents; one that
 reaches the suffix differs by where the suffix starts, and so by the prompt's length. Short prompts, whose halves are
@@ -37,8 +37,8 @@ def edited_in(identity: AdapterRef, prompt_len: int, start: int, end: int) -> tu
 
 
 def shared_tokens(identity: AdapterRef, prompt_len: int, cached: int, block: int) -> int:
-    """How many of a request's `cached` first tokens came from blocks, of `block` tokens, that all adapters and the base
-    share.
+    """Number of a request's first `cached` tokens that came from blocks (of `block` tokens) shared by all adapters and the
+    base.
     """
     if identity.lora:
         return 0

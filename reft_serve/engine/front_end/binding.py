@@ -39,7 +39,7 @@ class Binder:
     """Binds requests to adapter versions; one per front-end engine object.
 
     A directory is read once per (name, id, path): like vLLM's own adapters, a name keeps its version until it is loaded
-    anew (`load_inplace`) or removed.
+    again (`load_inplace`) or removed.
     """
 
     def __init__(self, config: VllmConfig) -> None:
@@ -61,7 +61,7 @@ class Binder:
             bound = self._read(request)
             self._bound[request.lora_int_id] = request.lora_name, request.lora_path, bound
             if adapter_ref(bound) is not None:
-                # It is loaded anew now. vLLM keeps the request object, and would ask for it with every use of the name.
+                # It is loaded again now. vLLM keeps the request object, and would ask for it with every use of the name.
                 request.load_inplace = False
         return bound
 
@@ -105,9 +105,9 @@ class Binder:
         return faults + rank_faults(self._config, manifest.interventions)
 
     def _lora_faults(self, path: Path) -> list[str]:
-        """Why this engine cannot serve the LoRA of a directory that holds both, as far as vLLM can tell by its config."""
+        """Why this engine cannot serve the LoRA of a directory that holds both, as far as its config shows."""
         if settings_of(self._config).lora == "off":
-            return ["it holds a LoRA too, and this engine serves ReFT only: set REFT_LORA=on to serve both"]
+            return ["it also holds a LoRA, and this engine serves ReFT only: set REFT_LORA=on to serve both"]
         try:
             helper = PEFTHelper.from_local_dir(str(path), self._config.model_config.max_model_len)
             helper.validate_legal(self._config.lora_config)
@@ -144,7 +144,7 @@ def binder_of(engine: Any) -> Binder:
 
 
 def wrap_process_inputs(original: Any) -> Callable[..., Any]:
-    """Around `InputProcessor.process_inputs`: the request goes on with its adapter's identity."""
+    """Around `InputProcessor.process_inputs`: the request continues with its adapter's identity."""
     signature = inspect.signature(original)
 
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -162,7 +162,7 @@ def wrap_process_inputs(original: Any) -> Callable[..., Any]:
 
 
 def strength_of(params: Any) -> float | None:
-    """The factor that a request puts on its adapter's edits; None where it names none.
+    """The factor on the adapter's edits that a request sets, or None.
 
     Raises:
         VLLMValidationError: it is not a number that edits can be multiplied by.
@@ -180,7 +180,7 @@ def strength_of(params: Any) -> float | None:
 
 
 def prompt_tokens_of(params: Any, request_id: str) -> int | None:
-    """How many of a request's tokens are its prompt for the position rule; None if it does not say.
+    """Length in tokens of a request's prompt for the position rule; None if the request does not say.
 
     Raises:
         VLLMValidationError: it is not a number of tokens, or the list has none for this prompt.
@@ -205,7 +205,7 @@ def _end_prompt(request: Any, prompt_tokens: int) -> None:
             f"is {prompt_tokens}, and the prompt with its answer has {total} tokens", prompt_tokens
         )
     identity = adapter_ref(request.lora_request)
-    # A request that names the end that its edits have anyway is no other adapter to a batch.
+    # A request that names the end that its edits have anyway is not another adapter to a batch.
     if identity is not None and identity.rule.spans(prompt_tokens) != identity.rule.spans(total):
         request.lora_request = with_prompt_tokens(request.lora_request, prompt_tokens)
 
@@ -221,7 +221,7 @@ def _at_strength(bound: LoRARequest | None, strength: float | None) -> LoRAReque
     identity = adapter_ref(bound)
     if bound is None or identity is None:
         raise VLLMValidationError(
-            f"{STRENGTH} is a factor on a ReFT adapter's edits, and this request names no ReFT adapter",
+            f"{STRENGTH} scales a ReFT adapter's edits, but this request names no ReFT adapter",
             parameter=f"vllm_xargs.{STRENGTH}",
         )
     if strength == 0 and not identity.lora:  # nothing of it is left
@@ -248,7 +248,7 @@ def wrap_add_lora(original: Any) -> Callable[..., Any]:
 
 @contextmanager
 def _faults_of(path: str) -> Iterator[None]:
-    """Raise what the engine core met, whose exceptions come as text, and note what is the caller's to mend."""
+    """Raise what the engine core met, whose exceptions come as text, and note what is the caller's to fix."""
     try:
         yield
     except Exception as exc:
@@ -286,7 +286,7 @@ def wrap_list_loras(original: Any) -> Callable[..., Any]:
 
 
 def wrap_load_lora_adapter(original: Any) -> Callable[..., Any]:
-    """Around `OpenAIServingModels.load_lora_adapter`: an adapter's faults are the caller's to mend, so 400 and not 500.
+    """Around `OpenAIServingModels.load_lora_adapter`: an adapter's faults are the caller's to fix, so 400 and not 500.
 
     The error's `type` is the failure's class and its `faults` are all that was found, as data.
     """

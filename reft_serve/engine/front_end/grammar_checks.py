@@ -1,6 +1,6 @@
 """The front end's side of structured outputs: each is compiled in a child process before the engine core may see it.
 
-A few children run at once, callers take turns, and verdicts are remembered. What passes goes on in llguidance's own form,
+A few children run at once, callers take turns, and verdicts are remembered. What passes continues in llguidance's own form,
 so that the core reads neither schemas nor grammars.
 """
 
@@ -92,7 +92,7 @@ class GrammarChecks:
         threading.Thread(target=self._start, name="reft-grammar-start", daemon=True).start()
 
     def submit(self, params: StructuredOutputsParams, caller: str) -> Future[_Verdict]:
-        """Begin to check a constraint. Cancelling the future ends the work if nobody else waits for it.
+        """Begin to check a constraint. Cancelling the future ends the work if no other request waits for it.
 
         Raises:
             VLLMValidationError: a bound of `reft_serve.structured_outputs` is exceeded.
@@ -294,7 +294,7 @@ def sending_compiled(request: Any, verdict: Future[_Verdict]) -> None:
 
 
 def wrap_process_inputs(original: Any) -> Callable[..., Any]:
-    """Around `InputProcessor.process_inputs`, after vLLM's own checks: only what was compiled goes on to the core.
+    """Around `InputProcessor.process_inputs`, after vLLM's own checks: only what was compiled continues to the core.
 
     On a server the verdict is known by now; elsewhere this waits for it.
     """
@@ -312,7 +312,7 @@ def wrap_process_inputs(original: Any) -> Callable[..., Any]:
 
 
 def _caller(prompt: Any) -> str:
-    """Who is treated fairly: a gateway gives each tenant a salt."""
+    """The tenant for fair scheduling: a gateway gives each tenant its own cache salt."""
     return str(prompt.get("cache_salt") or "") if isinstance(prompt, dict) else ""
 
 

@@ -1,6 +1,6 @@
-"""What an engine adds to vLLM's own `/metrics`: its slots, its loads, the rows it edits, and whose cached blocks it used.
+"""Metrics that an engine adds to vLLM's `/metrics`: adapter slots, loads, edited tokens and prefix-cache hits.
 
-Declared here and not in `observability`, whose metrics are the gateway's and would all appear on the engine's page.
+They are not in `observability` because importing it would register the gateway's metrics in the engine as well.
 """
 
 from __future__ import annotations
@@ -9,19 +9,21 @@ from prometheus_client import Counter, Gauge
 
 __all__ = ["EVICTIONS", "FILLS", "PREFIX_TOKENS", "ROWS", "SLOTS", "SLOTS_USED", "STALL_SECONDS", "STEPS"]
 
-SLOTS = Gauge("reft_slots", "Adapters that can be resident at once.", ["engine"], multiprocess_mode="mostrecent")
-SLOTS_USED = Gauge("reft_slots_used", "Adapters that are resident.", ["engine"], multiprocess_mode="mostrecent")
-FILLS = Counter("reft_slot_fills", "Adapters that were written to a slot.", ["engine"])
-EVICTIONS = Counter("reft_slot_evictions", "Adapters that lost their slot to another one.", ["engine"])
+SLOTS = Gauge("reft_slots", "Adapters that fit in memory at once.", ["engine"], multiprocess_mode="mostrecent")
+SLOTS_USED = Gauge("reft_slots_used", "Adapters resident in memory.", ["engine"], multiprocess_mode="mostrecent")
+FILLS = Counter("reft_slot_fills", "Adapters written to a slot.", ["engine"])
+EVICTIONS = Counter("reft_slot_evictions", "Adapters evicted from their slot by another adapter.", ["engine"])
 STALL_SECONDS = Counter(
-    "reft_stall_seconds", "Time that the engine's loop was held up: by a slot's filling, by a version's arrival.",
+    "reft_stall_seconds", "Time that the engine's loop was blocked, by cause: filling a slot or receiving a version.",
     ["engine", "cause"],
 )  # fmt: skip
-STEPS = Counter("reft_steps", "Forward steps, by whether they edited any token.", ["engine", "edited"])
+STEPS = Counter(
+    "reft_steps", "Forward steps; `edited` is true if an adapter edited a token in them.", ["engine", "edited"]
+)
 ROWS = Counter("reft_rows", "Edited tokens.", ["engine"])
 PREFIX_TOKENS = Counter(
     "reft_prefix_tokens",
-    "Prompt tokens of finished requests, by what they asked for (base, reft, lora) and where their state came from: "
-    "computed, or cached in blocks that all adapters and the base share, or in blocks of the adapter's own.",
+    "Prompt tokens of finished requests, by request (base, reft, lora) and by source of their state: computed, cached "
+    "in blocks shared by all adapters and the base, or cached in the adapter's own blocks.",
     ["request", "source"],
 )

@@ -1,5 +1,5 @@
-"""How the numbers come to an engine's metrics. Nothing is counted per token: each finished request adds to a counter once, in
-the front end; the workers keep plain numbers, which the front end asks for every few seconds.
+"""Transport of counters to an engine's metrics. Nothing is counted per token: each finished request adds to a counter once,
+in the front end; the workers keep plain numbers, which the front end polls every few seconds.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ async def _sample_forever(core: Any) -> None:
 
 
 def take(engine: str, now: Mapping[str, float], before: Mapping[str, float]) -> None:
-    """Bring the metrics of an engine from what its workers had counted before to what they have counted now."""
+    """Add to an engine's metrics the increase of its workers' counters."""
     if not now:
         return
     SLOTS.labels(engine).set(now["slots"])

@@ -91,7 +91,7 @@ def add_route(router: APIRouter) -> None:
     async def usage(request_id: str) -> dict[str, int]:
         used = usage_of(request_id)
         if used is None:
-            raise HTTPException(404, "no request of this id has ended lately")
+            raise HTTPException(404, "no request with this id ended recently")
         return used
 
     router.add_api_route("/v1/reft/usage/{request_id}", usage, methods=["GET"], include_in_schema=False)

@@ -1,6 +1,6 @@
 """JSON schemas for generation: an object is generated with the properties that its schema names, and no others.
 
-Without `additionalProperties` a schema allows any, and a model may go on to invent them until its tokens end. What is
+Without `additionalProperties` a schema allows any, and a model may continue to invent them until its tokens end. What is
 generated under the closed schema is valid under the given one, too.
 """
 
@@ -23,17 +23,17 @@ _ALTERNATIVES = frozenset({"anyOf", "oneOf", "$ref"})
 
 
 def closed(schema: Any) -> Any:
-    """The schema with `additionalProperties: false` where it is left out, unless parts of one object are combined in it.
+    """The schema with `additionalProperties: false` added if it is missing, unless parts of one object are combined in it.
 
     Changes it in place. Its depth is bounded by `structured_outputs.MAX_DEPTH`.
 
     Raises:
-        RequestInvalid: `patternProperties` beside `properties`.
+        RequestInvalid: `patternProperties` next to `properties`.
     """
     objects = list(_each(schema))
     for each in objects:
         if "properties" in each and "patternProperties" in each:
-            raise RequestInvalid("json: `patternProperties` beside `properties` are not supported")
+            raise RequestInvalid("json: `patternProperties` together with `properties` are not supported")
     if any(_combines(each) for each in objects):
         return schema
     for each in objects:

@@ -138,7 +138,7 @@ def judge(tokenizer: llguidance.LLTokenizer, request: dict[str, Any]) -> dict[st
 
 
 def _walk(compiled: llguidance.LLMatcher) -> str:
-    """What goes wrong when random tokens that the grammar allows are generated, if anything."""
+    """Generate random tokens that the grammar allows, and return the failure, if any."""
     chosen = random.Random(0)  # noqa: S311 - the same verdict each time
     compiled.compute_bitmask()
     for _ in range(_WALKS):

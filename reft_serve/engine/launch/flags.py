@@ -1,4 +1,4 @@
-"""Flags that are passed on to vLLM, as far as one can tell without its parser."""
+"""Flags for vLLM, read without its parser."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SECRETS = {
 
 
 def flag_values(passed: Sequence[str]) -> dict[str, str]:
-    """Each flag, spelt with dashes, and the value after its `=`, or else whatever argument follows it."""
+    """Each flag, spelt with dashes, and the value after its `=`, or else the argument that follows it."""
     found = {}
     for argument, following in zip_longest(passed, passed[1:], fillvalue=""):
         if argument.startswith("--"):

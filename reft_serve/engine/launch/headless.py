@@ -16,7 +16,7 @@ __all__ = ["main"]
 def main() -> None:
     """Run until the leader ends, or a signal says to end."""
     cli_env_setup()
-    parser = make_arg_parser(FlexibleArgumentParser(description="A node without HTTP."))
+    parser = make_arg_parser(FlexibleArgumentParser(description="Run a node without an HTTP server."))
     arguments = parser.parse_args()
     arguments.api_server_count = 0
     validate_parsed_serve_args(arguments)

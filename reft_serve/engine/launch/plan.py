@@ -1,6 +1,6 @@
 """`reft-serve serve`: check the adapters, choose vLLM's flags for them and for this machine, become vLLM's server.
 
-Everything that can be wrong with an adapter is told before vLLM starts. Nothing here imports vllm.
+Every fault of an adapter is reported before vLLM starts. Nothing here imports vllm.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _SAVED = ("*.json", "*.bin", "*.safetensors")
 
 @dataclass(frozen=True, slots=True)
 class ServeRequest:
-    """What the user typed. `adapters` are NAME=DIR; `positions` are SPEC or NAME=SPEC; `passed` is for vLLM."""
+    """The command line. `adapters` are NAME=DIR; `positions` are SPEC or NAME=SPEC; `passed` is for vLLM."""
 
     model: str
     adapters: Sequence[str] = ()
@@ -68,7 +68,7 @@ class ServeRequest:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What will run: a command, what its environment gets on top of ours, and why, in sentences."""
+    """The planned process: command, additional environment, and the reasons in sentences."""
 
     command: tuple[str, ...]
     environment: dict[str, str]
@@ -120,22 +120,23 @@ def plan(request: ServeRequest) -> Plan:
     if served and "lora" not in settings.model_fields_set:
         asks = "adapters that hold a LoRA too" if loras else _asks_for_lora(lora_modules, ours)
         if asks:
-            reasons.append(f"LoRA beside ReFT is left to the engine to decide, because of {asks}")
+            reasons.append(f"the engine decides about LoRA support, because of {asks}")
         else:
             environment["REFT_LORA"] = "off"
-            reasons.append("REFT_LORA=off: every adapter is a ReFT one, so no LoRA buffer or kernel is needed")
+            reasons.append("REFT_LORA=off: every adapter is a ReFT adapter, so no LoRA buffer or kernel is needed")
     if not torch.cuda.is_available() and ours.vllm_cpu_kvcache_space is None:
         environment["VLLM_CPU_KVCACHE_SPACE"] = _CPU_CACHE_GIB
-        reasons.append(f"VLLM_CPU_KVCACHE_SPACE={_CPU_CACHE_GIB} (GiB of cache): there is no GPU here")
+        reasons.append(f"VLLM_CPU_KVCACHE_SPACE={_CPU_CACHE_GIB} (GiB of cache): this machine has no GPU")
     if not torch.cuda.is_available() and ours.onednn_primitive_cache_capacity is None:
         environment["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = _CPU_KERNELS
-        reasons.append(f"ONEDNN_PRIMITIVE_CACHE_CAPACITY={_CPU_KERNELS}: memory that stays level on a CPU")
+        reasons.append(f"ONEDNN_PRIMITIVE_CACHE_CAPACITY={_CPU_KERNELS}: keeps memory constant on a CPU")
     return Plan((*command, *passed), environment, (*_told(served), *reasons))
 
 
 def become(plan: Plan) -> NoReturn:
     """Replace this process by the server."""
-    os.execve(plan.command[0], plan.command, child_environment(plan.environment))  # noqa: S606 - no shell is wanted
+    environment = child_environment(plan.environment)
+    os.execve(plan.command[0], plan.command, environment)  # noqa: S606 - no shell is wanted
 
 
 def _module_of(flags: dict[str, str], settings: ServeSettings) -> str:
@@ -146,7 +147,7 @@ def _module_of(flags: dict[str, str], settings: ServeSettings) -> str:
 
 def _check_engine(settings: ServeSettings) -> None:
     if find_spec("vllm") is None:
-        raise EngineUnsupported("vLLM is not installed here: install reft-serve[cpu] or reft-serve[cuda]")
+        raise EngineUnsupported("vLLM is not installed: install reft-serve[cpu] or reft-serve[cuda]")
     plugins = settings.vllm_plugins
     if plugins is not None and _PLUGIN not in plugins.split(","):
         raise EngineUnsupported(
@@ -168,20 +169,20 @@ def _served(
         if not (name and equals and where):
             raise ClientError(f"--adapter {given[:200]!r} is not NAME=DIR")
         if name in named or name in taken:
-            raise ClientError(f"--adapter {name}: the name is taken already; every adapter needs one of its own")
+            raise ClientError(f"--adapter {name}: the name is already in use; every adapter needs a unique name")
         named[name] = Path(where).expanduser()
     flags = _import_flags(request, named)
     return [_one(name, path, base, flags[name], settings) for name, path in named.items()]
 
 
 def _import_flags(request: ServeRequest, named: dict[str, Path]) -> dict[str, ImportFlags]:
-    """The import flags of each adapter; none for adapters of ours, which need none."""
+    """The import flags of each adapter; none for reft-serve adapters, which need none."""
     foreign = {name for name, path in named.items() if not is_adapter(path)}
     flags = {name: request.flags if name in foreign else ImportFlags() for name in named}
     if (request.positions or request.flags != ImportFlags()) and not foreign:
         raise ClientError(
-            "--positions, --untied, --last-offset, --activation, --no-bias, --phase, --kind and --lora-alpha describe a "
-            "pyreft save, and none is given: an adapter of ours records them itself"
+            "--positions, --untied, --last-offset, --activation, --no-bias, --phase, --kind and --lora-alpha apply to "
+            "pyreft saves, and there is none: a reft-serve adapter records these values itself"
         )
     # A SPEC for all first, so that NAME=SPEC stands out from it whatever the order.
     for given in sorted(request.positions, key=lambda given: "=" in given):
@@ -201,7 +202,7 @@ def _one(name: str, path: Path, base: BaseFacts | None, flags: ImportFlags, sett
     if not path.is_dir():
         raise ClientError(f"--adapter {name}: there is no directory at {path}")
     if holds_lora(path) and not is_pyreft(path):
-        raise AdapterUnsupported(str(path), [f"it is a LoRA: give it as --lora-modules {name}={path}"])
+        raise AdapterUnsupported(str(path), [f"it is a LoRA: pass it as --lora-modules {name}={path}"])
     if base is None:
         raise BaseModelInvalid(
             f"--adapter {name} must be converted for its base model, so MODEL must be a local directory, or convert it "
@@ -214,7 +215,7 @@ def _one(name: str, path: Path, base: BaseFacts | None, flags: ImportFlags, sett
 
 
 def _converted(name: str, source: Path, base: BaseFacts, flags: ImportFlags, settings: EngineSettings) -> _Served:
-    """The save as an adapter of ours: made once for the same files, flags and base, found again after that."""
+    """The save, imported: once for the same files, flags and base, and cached after that."""
     if flags.positions is not None:
         flags.rule()
     key = hashlib.sha256(repr((__version__, base, flags)).encode())
@@ -238,7 +239,7 @@ def _saved_files(source: Path) -> list[Path]:
 def _limits(
     served: Iterable[_Served], base: BaseFacts | None, settings: EngineSettings, flags: dict[str, str]
 ) -> tuple[dict[str, str], list[str]]:
-    """Check every adapter against the base and the engine's limits, raising those that nobody set."""
+    """Check every adapter against the base and the engine's limits, raising limits that are not set."""
     served = list(served)
     ranks = [spec.unit_rank for s in served for spec in s.adapter.manifest.interventions]
     counts = [len(s.adapter.manifest.interventions) for s in served]
@@ -253,7 +254,7 @@ def _limits(
     if settings.max_interventions is None and max(counts, default=0) > count:
         count = max(counts)
         environment["REFT_MAX_INTERVENTIONS"] = str(count)
-        reasons.append(f"REFT_MAX_INTERVENTIONS={count}: the most that one of the adapters has")
+        reasons.append(f"REFT_MAX_INTERVENTIONS={count}: the largest number in one of the adapters")
     limits = Limits(max_rank=rank, max_interventions=count)
     for s in served:
         faults = limits.faults(s.adapter.manifest, base or s.adapter.manifest.base_model)
@@ -279,13 +280,13 @@ def _split_modules(passed: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _lora_flags(count: int, flags: dict[str, str]) -> tuple[list[str], list[str]]:
-    added, reasons = [], ["--enable-lora: ReFT adapters travel in vLLM's adapter channel"]
+    added, reasons = [], ["--enable-lora: vLLM loads ReFT adapters through its LoRA interface"]
     if "--enable-lora" not in flags:
         added.append("--enable-lora")
     if "--max-loras" not in flags:
         slots = max(_FEWEST_SLOTS, count)
         added += ["--max-loras", str(slots)]
-        reasons.append(f"--max-loras {slots}: adapters that can be in one batch")
+        reasons.append(f"--max-loras {slots}: adapters that fit in one batch")
     return added, reasons
 
 

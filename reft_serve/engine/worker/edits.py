@@ -1,7 +1,7 @@
 """The custom op that a wrapped layer calls, and the per-process state behind it.
 
 The op is opaque to torch.compile and changes its tensors in place. In a step without edited rows it returns at once; on
-CUDA the graph that was captured for "no adapter" holds no launch of ours at all.
+CUDA the graph captured for "no adapter" holds no launch of the op at all.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["Edits", "attach_edits"]
 
 @dataclass(slots=True, eq=False)
 class Edits:
-    """What is to be edited in the current step, and with what.
+    """Edits of the current step.
 
     `units_of_LCS` is int32 over (place, pass, key). On a GPU the tiles lie in buffers that captured graphs read, with the
     number of live tiles in `count`; on a CPU they are the step's own tensors. `bodies` counts the op's work as the host
@@ -53,7 +53,9 @@ class Edits:
         self._count = torch.zeros(1, dtype=torch.int32, device=device)
 
     def clear(self) -> None:
-        """No row is edited from here on, not even by a captured graph with launches of ours, as a step of a LoRA replays."""
+        """No row is edited from here on, not even by a captured graph with launches of the op, as a step of a LoRA
+        replays.
+        """
         if self._counted and self._count is not None:
             self._count.zero_()
         self.active = self._counted = False

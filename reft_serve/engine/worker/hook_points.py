@@ -2,7 +2,7 @@
 
 Most of vLLM's layers return `(hidden, residual)`, whose sum is the block's output, others the block's output alone. The
 stream that leaves layer k is the one that enters layer k + 1, so `block_output` of k and `block_input` of k + 1 are one
-place. What is found here was compared with Hugging Face's tensors family by family: docs/compatibility.md.
+place. The results were compared with Hugging Face's tensors family by family: docs/compatibility.md.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def decoder_layers(model: nn.Module, count: int) -> dict[int, nn.Module]:
     name = type(model).__name__
     if any(getattr(model, flag, False) for flag in ("has_inner_state", "is_hybrid", "is_attention_free")):
         raise EngineUnsupported(
-            f"{name} keeps states besides keys and values (state-space, linear-attention or convolution layers), on which "
+            f"{name} keeps states other than keys and values (state-space, linear-attention or convolution layers), on which "
             f"ReFT is not tested; {_WITHOUT_US}"
         )
     # An image or audio tower may have as many layers.
@@ -159,7 +159,7 @@ def _part_hook(engine: int, place: int, name: str) -> Callable[[nn.Module, Any, 
 
 
 def _first(output: Any) -> tuple[Tensor | None, Any]:
-    """A module's output as (its first tensor, what else it returns or None); no tensor where it has another form."""
+    """A module's output as (its first tensor, what else it returns or None); no tensor if it has another form."""
     if isinstance(output, Tensor):
         return output, None
     if isinstance(output, tuple) and 1 <= len(output) <= 2 and isinstance(output[0], Tensor):

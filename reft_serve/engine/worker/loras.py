@@ -77,11 +77,11 @@ class LoraManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]  # vllm is n
                     yield f"its LoRA is for {half.shape[side]} {what} of {name}, which has {size}"
 
     def holds(self, request: LoRARequest) -> bool:
-        """Whether `hold` was called for it."""
+        """True if `hold` was called for it."""
         return request.lora_int_id in self._held
 
     def release(self, digest: str) -> None:
-        """Let go of a held version's LoRA; it stays in vLLM's cache until that evicts it."""
+        """Release a held version's LoRA; it stays in vLLM's cache until that evicts it."""
         self._held.pop(lora_id_of(digest), None)
 
     def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:

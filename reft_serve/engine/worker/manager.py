@@ -1,6 +1,6 @@
 """The worker's adapter manager: what vLLM's model runners know as `lora_manager`.
 
-It answers the calls that vLLM makes of its own manager, serves ReFT directories itself and hands LoRA directories to
+It answers vLLM's calls to its LoRA manager, serves ReFT directories itself and hands LoRA directories to
 vLLM's manager, which exists only where LoRA is on. A directory that holds both goes to both.
 """
 
@@ -42,7 +42,7 @@ class StepBatch:
     """The requests of a step as integer arrays over requests, in the order of their tokens.
 
     engine_ids: `lora_int_id` of each, 0 for the base. The others count tokens; `sampled` are those that get logits.
-    requests: the adapters by `lora_int_id`; asked for only where one of them is needed.
+    requests: the adapters by `lora_int_id`; evaluated only if one of them is needed.
     """
 
     engine_ids: NDArray[Any]
@@ -88,11 +88,11 @@ class AdapterManager:
 
     @property
     def num_active(self) -> int:
-        """What graph dispatch must know: 0 where neither a ReFT row nor a LoRA is in the prepared step."""
+        """Number of adapters for graph dispatch: 0 if the prepared step has neither a ReFT row nor a LoRA."""
         return int(self.edits.active) + self._active_loras
 
     def prepare(self, batch: StepBatch) -> None:
-        """Set the rows of the coming step, loading what is missing. Costs one vector test where nothing is edited."""
+        """Set the rows of the coming step, loading what is missing. Costs one vector test if nothing is edited."""
         started = time.perf_counter()
         rows = self._rows(batch) if batch.engine_ids.any() else None
         if rows is None:
@@ -142,7 +142,7 @@ class AdapterManager:
             assert lora is not None
             ids[ids == number] = lora.lora_int_id
             loras.add(lora)
-        # Also where no LoRA is active: its wrapped layers read the mapping of the step.
+        # Also if no LoRA is active: its wrapped layers read the mapping of the step.
         mapping = LoRAMapping(tuple(ids.repeat(batch.scheduled)), tuple(ids.repeat(batch.sampled)), is_prefill=True)
         self._lora.set_active_adapters(loras, mapping)
         self._active_loras = len(loras)
@@ -166,7 +166,7 @@ class AdapterManager:
         self.registry.hold(identity, request.lora_path, read)
 
     def release(self, digests: list[str]) -> None:
-        """Let go of held versions."""
+        """Release held versions."""
         for digest in digests:
             self.registry.release(digest)
             if self._lora is not None:
@@ -175,7 +175,7 @@ class AdapterManager:
     def _lora_of(self, request: LoRARequest) -> LoRARequest | None:
         lora = lora_half(request)
         if lora is not None and self._lora is None:
-            held = "it holds a LoRA too" if adapter_ref(request) else "it is not a ReFT adapter"
+            held = "it also holds a LoRA" if adapter_ref(request) else "it is not a ReFT adapter"
             raise AdapterUnsupported(
                 request.lora_path, [f"{held}, and this engine serves ReFT only: set REFT_LORA=on to serve LoRA"]
             )
@@ -264,7 +264,7 @@ class AdapterManager:
         return self._lora is not None and bool(self._lora.supports_tower_connector_lora())
 
     def counters(self) -> dict[str, float]:
-        """What is resident now, and counters since the start; cheap enough to ask for while requests are served."""
+        """Resident adapters, and counters since the start; cheap enough to call while serving."""
         return {
             "slots": self.registry.slots,
             "resident": len(self.registry),

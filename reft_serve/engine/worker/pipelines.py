@@ -1,7 +1,7 @@
 """Pipelines that start without a warm-up.
 
 A later rank of a pipeline receives hidden states into buffers that vLLM makes in its warm-up alone. On a CPU it leaves the
-warm-up out where nothing is compiled, as with `--enforce-eager` or LoRA on, and the first step fails on an assertion
+warm-up out if nothing is compiled, as with `--enforce-eager` or LoRA on, and the first step fails on an assertion
 (vLLM 0.32, `CPUModelRunner.warming_up_model`, `GPUModelRunner.sync_and_gather_intermediate_tensors`).
 """
 

@@ -103,7 +103,7 @@ class Registry:
         return len(self._residents)
 
     def slot_of(self, identity: AdapterRef, path: str, in_use: Collection[str]) -> int:
-        """The slot of a version, read from `path` where it is not resident. Versions of `in_use` are not evicted for it."""
+        """The slot of a version, read from `path` if it is not resident. Versions of `in_use` are not evicted for it."""
         resident = self._residents.get(identity.digest)
         if resident is None:
             resident = self._load(identity, path, in_use)
@@ -126,11 +126,11 @@ class Registry:
             self._held[identity.digest] = None if resident else self._local(identity, path, read)
 
     def release(self, digest: str) -> None:
-        """Let go of a held version; its slot, if it has one, stays until it is evicted."""
+        """Release a held version; its slot, if it has one, stays until it is evicted."""
         self._held.pop(digest, None)
 
     def remove(self, engine_id: int) -> list[str]:
-        """Free the slots and units of the versions with this id and return their digests; requests under way load them
+        """Free the slots and units of the versions with this id and return their digests; requests in progress load them
         again.
         """
         found = self._with_id(engine_id)
@@ -139,12 +139,11 @@ class Registry:
         return found
 
     def remove_all(self) -> None:
-        """Free every slot."""
         for digest in list(self._residents):
             self._remove(digest)
 
     def pin(self, engine_id: int) -> bool:
-        """Keep a resident version from eviction; False where it is not resident."""
+        """Keep a resident version from eviction; False if it is not resident."""
         found = self._with_id(engine_id)
         self._pinned.update(found)
         return bool(found)
@@ -178,7 +177,7 @@ class Registry:
         return resident
 
     def _local(self, identity: AdapterRef, path: str, read: Folded | None) -> Folded:
-        """What of a version is this worker's, found to fit; read here where no one has read it."""
+        """This worker's part of a version, checked; reads the files if no worker thread has done so."""
         whole = read or self.read(identity, path)
         faults = [
             f"intervention {k} edits {spec.where}, which this model does not have"

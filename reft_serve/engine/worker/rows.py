@@ -41,7 +41,7 @@ class Rows:
 
 
 def rows_of(requests: list[StepRequest], slot_of: Callable[[StepRequest], int]) -> Rows | None:
-    """The step's rows, or None where no token of the step is edited. `slot_of` is asked only for requests with rows."""
+    """The step's rows, or None if no token of the step is edited. `slot_of` is asked only for requests with rows."""
     rows: list[NDArray[np.int32]] = []
     keys: list[NDArray[np.int32]] = []
     scales: list[NDArray[np.float32]] = []

@@ -115,14 +115,14 @@ class RowAwareLoraState(LoraState):  # type: ignore[misc]  # vllm is not type-ch
     def make_lora_inputs(
         self, req_ids: list[str], idx_mapping: NDArray[Any], num_scheduled_tokens: NDArray[Any]
     ) -> tuple[tuple[int, ...], tuple[int, ...], set[LoRARequest]]:
-        """Prepare the step's rows; what is returned goes on to `set_active_adapters`, which then leaves the rows alone."""
+        """Prepare the step's rows; what is returned continues to `set_active_adapters`, which then leaves the rows alone."""
         batch = self._batch(idx_mapping if self._may_need_adapters() else None, num_scheduled_tokens)
         self._runner.lora_manager.prepare(batch)
         return (), (), set()
 
     def _may_need_adapters(self) -> bool:
-        """Whether any request that the worker knows can be edited now or has a LoRA: without a look at who is in the step,
-        so requests that are not, and ended ones whose index is free, count too.
+        """True if any request known to the worker has edits or a LoRA. Requests outside the step count too, as do ended ones
+        whose index is free.
         """
         everyone = self._batch(slice(None), self.lora_ids)
         return bool(self._runner.lora_manager.needs_adapter(everyone).any())

@@ -1,4 +1,4 @@
-"""Requests that are under way at once: counted in this process, or in Redis for all gateways together.
+"""Requests that are in progress at once: counted in this process, or in Redis for all gateways together.
 
 In Redis each request holds a lease, which its gateway renews. The leases of a gateway that dies expire. While Redis does not
 answer, each gateway counts its own.
@@ -34,21 +34,19 @@ _RENEW = (
 
 
 class Concurrency(Protocol):
-    """Counts what each holder, a tenant or a key, has under way."""
+    """Counts what each holder, a tenant or a key, has in progress."""
 
     async def take(self, holder: _Holder, most: int | None) -> str | None:
-        """A lease, to be given back; None if the holder has `most` already."""
+        """A lease, to be returned; None if the holder has `most` already."""
 
     def give_back(self, holder: _Holder, lease: str) -> Awaitable[None] | None:
         """End a lease; what it returns, if anything, is to be awaited."""
 
     async def close(self) -> None:
-        """Renew nothing any more."""
+        """Stop renewing leases."""
 
 
 class LocalConcurrency:
-    """Of this process."""
-
     def __init__(self) -> None:
         self._counts: Counter[_Holder] = Counter()
 
@@ -66,7 +64,7 @@ class LocalConcurrency:
             del self._counts[holder]
 
     async def close(self) -> None:
-        """Do nothing."""
+        pass
 
 
 class SharedConcurrency:
@@ -95,7 +93,7 @@ class SharedConcurrency:
         try:
             granted = bool(await self._run(_TAKE, holder, most, LEASE_SECONDS * 1000, lease))
         except self._bridge.base_exceptions as exc:
-            self._warn("requests at once are counted by each gateway for itself", exc)
+            self._warn("concurrent requests are counted per gateway only", exc)
             granted = True
         finally:
             if not granted:
@@ -116,7 +114,7 @@ class SharedConcurrency:
         try:
             await self._bridge.get_connection().zrem(self._key(holder), lease)
         except self._bridge.base_exceptions as exc:
-            self._warn("a request's place is given back when its lease expires", exc)
+            self._warn("a request's slot will be released when its lease expires", exc)
 
     def _warn(self, message: str, exc: BaseException) -> None:
         """Once in a while: it is so of every request."""
@@ -141,7 +139,7 @@ class SharedConcurrency:
                 for holder, leases in holders.items():
                     await self._run(_RENEW, holder, LEASE_SECONDS * 1000, *leases)
             except self._bridge.base_exceptions as exc:
-                self._warn("requests' places cannot be renewed", exc)
+                self._warn("leases of concurrent-request slots cannot be renewed", exc)
 
     async def _run(self, script: str, holder: _Holder, *args: Any) -> int:
         return int(await self._bridge.get_connection().eval(script, 1, self._key(holder), *args))

@@ -1,4 +1,4 @@
-"""What a request may take of an engine at most, before it is known: the tokens to reserve, and the limits that bound them."""
+"""Upper bound of a request's usage before it runs: the tokens to reserve, and the limits that bound them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ class Demand:
 
     @property
     def total(self) -> int:
-        """To reserve."""
         return self.prompt + self.completion
 
     def within(self, seconds: float) -> int:
@@ -63,7 +62,7 @@ def bounded(
 
 
 def demand_of(body: Mapping[str, Any], fields: Sequence[str], default_tokens: int) -> Demand:
-    """What a request may come to.
+    """Upper bound of a request's usage.
 
     Args:
         body: as `bounded` returned it.

@@ -1,4 +1,4 @@
-"""Usage on its way to the database: records of many requests committed together, none given up while the process lives."""
+"""Queue of usage records: many are committed together, and none is dropped while the process lives."""
 
 from __future__ import annotations
 
@@ -50,12 +50,11 @@ class Ledger:
 
     @property
     def healthy(self) -> bool:
-        """Whether what was to be written lately was written."""
+        """True if the recent records were written."""
         late = bool(self._records) and time.monotonic() - self._records[0].since > _LATE_SECONDS
         return not self._failing and not late
 
     def start(self) -> None:
-        """Begin to write."""
         self._writing = asyncio.create_task(self._write_forever())
 
     async def close(self, patience: float = 10.0) -> None:
@@ -80,7 +79,7 @@ class Ledger:
         self._noted[opening.request_id] = later
 
     def settle(self, ending: Ending) -> asyncio.Future[None]:
-        """Record what a request came to; the future is done when it is on disk."""
+        """Record the usage of a request; the future is done when it is on disk."""
         noted = self._noted.pop(ending.opening.request_id, None)
         if noted is not None:
             noted.cancel()
@@ -107,7 +106,7 @@ class Ledger:
                 await self._write(batch)
             except Exception:
                 self._failing = True
-                _log.exception("usage records cannot be written; trying again")
+                _log.exception("usage records cannot be written; retrying")
                 await asyncio.sleep(_RETRY_SECONDS)
                 continue
             self._failing = False

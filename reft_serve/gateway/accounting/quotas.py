@@ -1,4 +1,4 @@
-"""What a tenant and a key may use per minute and at once. Buckets are the `limits` library's, in memory or in Redis."""
+"""Rate limits of tenants and keys, per minute and concurrent. Buckets are the `limits` library's, in memory or in Redis."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ _UNCHECKED = "usage limits cannot be checked right now; try again"
 
 
 def limits_of(defaults: TenantLimits, own: Mapping[str, Any]) -> TenantLimits:
-    """A tenant's limits: its own where it has some, the defaults elsewhere."""
+    """A tenant's limits: its own if it has some, the defaults elsewhere."""
     return defaults.merged(own)
 
 
 def tighter(one: TenantLimits, other: TenantLimits) -> TenantLimits:
-    """The limits of whoever is bound by both."""
+    """The limits of a caller bound by both."""
     both: dict[str, int | None] = {}
     for name in TenantLimits.model_fields:
         bounds = [value for value in (getattr(one, name), getattr(other, name)) if value is not None]
@@ -51,11 +51,11 @@ def tighter(one: TenantLimits, other: TenantLimits) -> TenantLimits:
 
 @dataclass(slots=True)
 class Reservation:
-    """What one request has taken. Call `Quotas.settle` with what it came to."""
+    """Tokens reserved by one request. Call `Quotas.settle` with the actual usage."""
 
     estimate: int
     headers: dict[str, str] = field(default_factory=dict)
-    # (limit, its bucket, when the bucket is emptied, by the monotonic clock): what was taken before is not given back after.
+    # (limit, its bucket, when the bucket is emptied, by the monotonic clock): what was taken before is not returned after.
     tokens: list[tuple[RateLimitItemPerMinute, tuple[str, str], float]] = field(default_factory=list)
 
 
@@ -82,7 +82,7 @@ class Quotas:
         await self._at_once.close()
 
     def limits(self, caller: Principal) -> TenantLimits:
-        """What the caller may use: of the tenant's limits and the key's own the tighter ones."""
+        """Limits of the caller: the tighter one of the tenant's and the key's, for each."""
         limits = limits_of(self._defaults, caller.limits)
         return tighter(limits, limits_of(TenantLimits(), caller.key_limits)) if caller.key_limits else limits
 
@@ -118,10 +118,10 @@ class Quotas:
                     await asyncio.shield(ending)
 
     async def _watch_clock(self) -> None:
-        """Begin to count anew if the clock was set back: what is counted in this process expires by it."""
+        """Begin to count again if the clock was set back: what is counted in this process expires by it."""
         ahead = time.time() - time.monotonic()
         if ahead < self._ahead - _SET_BACK_SECONDS and isinstance(self._storage, MemoryStorage):
-            _log.warning("the clock was set back, so the usage of limits is counted anew")
+            _log.warning("the clock was set back, so the usage counters of limits were reset")
             await self._storage.reset()
         self._ahead = ahead
 
@@ -157,7 +157,7 @@ class Quotas:
         burst = RateLimitItemPerSecond(at_once, _BURST_SECONDS, namespace="reft-bursts")
         if not await self._requests.hit(burst, *holder):
             stats = await self._requests.get_window_stats(burst, *holder)
-            told = f"{most} requests per minute, which lets {at_once} through in {_BURST_SECONDS} s,"
+            told = f"{most} requests per minute, {at_once} of them in {_BURST_SECONDS} s,"
             raise self._limited(caller, "requests_per_minute", told, _until(stats.reset_time))
         granted = await self._requests.hit(item, *holder)
         stats = await self._requests.get_window_stats(item, *holder)
@@ -203,9 +203,8 @@ class Quotas:
         return holders
 
     async def settle(self, spending: Reservation, tokens: int) -> None:
-        """Let the buckets hold what was used instead of what was estimated. If the minute has ended, what was used beyond the
-        estimate goes to the present one. If the buckets do not answer the estimate stays: an answer that is there must not
-        be lost for it.
+        """Replace the estimate in the buckets by the actual usage. If the minute has ended, usage beyond the estimate counts
+        in the current minute. If the buckets do not respond, the estimate stays, so that a finished response is not lost.
         """
         difference = tokens - max(1, spending.estimate)
         for item, holder, reset in spending.tokens:
@@ -213,7 +212,7 @@ class Quotas:
                 try:
                     await self._charge(item, item.key_for(*holder), difference)
                 except StorageError:
-                    _log.warning("a tenant's tokens stay as they were estimated", exc_info=True)
+                    _log.warning("a tenant's token count keeps its estimate", exc_info=True)
         spending.tokens.clear()
 
     async def _charge(self, item: RateLimitItemPerMinute, key: str, tokens: int) -> None:
@@ -243,7 +242,7 @@ def _storage(url: str) -> Any:
     except (ConfigurationError, ValueError, TypeError) as exc:
         # No cause: its message holds the URL, and the URL may hold a password.
         raise ServiceError(
-            f"REFT_LIMITS_STORAGE cannot be used ({type(exc).__name__}): write async+memory:// or async+redis://HOST:PORT/0"
+            f"REFT_LIMITS_STORAGE cannot be used ({type(exc).__name__}): use async+memory:// or async+redis://HOST:PORT/0"
         ) from None
 
 
@@ -252,7 +251,7 @@ def _until(moment: float) -> float:
 
 
 def _tell(headers: dict[str, str], what: str, limit: int, remaining: int, reset: float) -> None:
-    """OpenAI's header names; where tenant and key both have a limit, the tighter one is told."""
+    """OpenAI's header names; where tenant and key both have a limit, the tighter one is reported."""
     known = headers.get(f"x-ratelimit-remaining-{what}")
     if known is None or remaining < int(known):
         headers[f"x-ratelimit-limit-{what}"] = str(limit)

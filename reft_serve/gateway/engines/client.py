@@ -16,7 +16,7 @@ _CONNECT_SECONDS = 5.0
 _KEEP_ALIVE_SECONDS = 3.0
 _BROKEN = (aiohttp.ClientError, OSError, TimeoutError)
 _UNREACHED = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
-_STOPPED = "the engine stopped in the middle of its answer"
+_STOPPED = "the engine stopped in the middle of its response"
 
 
 class EngineResponse:
@@ -88,11 +88,11 @@ class EngineClient:
             async with self._client.request(method, self._root + path, json=body, timeout=limit) as answer:
                 return answer.status, await answer.read()
         except _UNREACHED as exc:
-            raise EngineUnavailable("an engine does not answer; try again", trouble=_trouble(exc)) from exc
+            raise EngineUnavailable("an engine does not respond; try again", trouble=_trouble(exc)) from exc
         except _BROKEN as exc:
             trouble = _trouble(exc)
             broken = trouble != "timed_out"
-            raise EngineUnavailable("an engine does not answer; try again", delivered=broken, trouble=trouble) from exc
+            raise EngineUnavailable("an engine does not respond; try again", delivered=broken, trouble=trouble) from exc
 
     async def open(self, path: str, body: bytes, headers: Mapping[str, str]) -> EngineResponse:
         """Post a request and return when its answer begins.
@@ -107,11 +107,10 @@ class EngineClient:
         except _UNREACHED as exc:
             raise EngineUnavailable("an engine cannot be reached; try again", trouble=_trouble(exc)) from exc
         except _BROKEN as exc:
-            sentence = "an engine stopped before it began to answer; try again"
+            sentence = "an engine stopped before it responded; try again"
             raise EngineUnavailable(sentence, delivered=True, trouble=_trouble(exc)) from exc
 
     async def close(self) -> None:
-        """Close every connection."""
         await self._client.close()
 
 

@@ -1,4 +1,4 @@
-"""Which engines there are: those that the settings name, and those that a DNS name stands for at the moment.
+"""Which engines there are: those that the settings name, and those that a DNS name stands for now.
 
 A headless Service of Kubernetes answers with the addresses of the pods that are ready. An address that is not among them any
 more gets no new request, and its connections are closed when the last answer has ended: so engines come and go under load.
@@ -21,7 +21,7 @@ __all__ = ["Discovery"]
 
 _log = logging.getLogger(__name__)
 _DNS = "dns+"
-_LEAVE_SECONDS = 60.0  # longer than whatever is asked of an engine besides requests, which are counted
+_LEAVE_SECONDS = 60.0  # longer than whatever is asked of an engine in addition to requests, which are counted
 # The resolver's own words for "there is no such name, or nothing behind it"; all else is a resolver in trouble.
 _NOBODY = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
 
@@ -62,10 +62,10 @@ class Discovery:
                 self._add(url)
 
     async def prune(self) -> None:
-        """Let those go whom nobody names any more. (Once who has come was looked at: else there might be nobody.)"""
+        """Drop engines that are no longer listed. Call after probing new ones, so that the fleet is never briefly empty."""
         for url in [url for url in self._engines if url not in self._wanted]:
             engine = self._engines.pop(url)
-            _log.info("an engine has left", extra={"data": {"engine": engine.state.url}})
+            _log.info("an engine was removed", extra={"data": {"engine": engine.state.url}})
             self._leaving[engine] = time.monotonic() + _LEAVE_SECONDS
         for engine in [gone for gone, at in self._leaving.items() if not gone.in_flight and at < time.monotonic()]:
             del self._leaving[engine]
@@ -76,7 +76,6 @@ class Discovery:
         return dict.fromkeys([*self._fixed, *(url for urls in self._found.values() for url in urls)])
 
     async def close(self) -> None:
-        """Close every connection."""
         await asyncio.gather(*(engine.close() for engine in (*self._engines.values(), *self._leaving)))
 
     def _add(self, url: str) -> None:
@@ -93,7 +92,7 @@ class Discovery:
                 self._found[name] = ()
             else:  # who is known stays: engines do not end because a resolver does
                 _log.warning(
-                    "the engines' name cannot be looked up",
+                    "the engines' host name cannot be resolved",
                     extra={"data": {"name": parts.hostname, "reason": str(exc)}},
                 )
             return

@@ -56,7 +56,7 @@ class Engine:
         self._http = EngineClient(url, key)
 
     async def probe(self) -> None:
-        """Look at its health; an engine that is well again may be a new process, which holds no version of ours."""
+        """Check its health. An engine that is healthy again may be a new process, which holds no versions."""
         self._set_state(await self._trouble())
 
     async def _trouble(self) -> EngineTrouble | None:
@@ -89,7 +89,9 @@ class Engine:
         self._set_state(trouble)
 
     def company(self) -> int:
-        """How many requests of this gateway it held when the first of them failed; of one that is well, how many it holds."""
+        """Number of this gateway's requests on the engine when the first of them failed; on a healthy engine, the current
+        number.
+        """
         self._company = self._company or self.in_flight
         return self._company
 
@@ -102,7 +104,7 @@ class Engine:
         self.state.set(trouble, self.base_name)
 
     def forget(self, name: str) -> None:
-        """Note that it does not hold a version any more."""
+        """Note that it does not hold a version any longer."""
         self._loaded.discard(name)
 
     @contextlib.contextmanager
@@ -123,7 +125,7 @@ class Engine:
             ENGINE_IN_FLIGHT.labels(self.name).set(self.in_flight)
 
     async def load(self, name: str, path: Path) -> None:
-        """Let it hold a version, if it does not yet.
+        """Load a version into the engine, if it is not loaded yet.
 
         Raises:
             AdapterInvalid: it refuses the version; the faults are its own words, without the path.
@@ -165,16 +167,16 @@ class Engine:
             return
         if status == 400:
             raise AdapterInvalid("", [each.replace(str(path), "it") for each in fault.faults or [fault.message]])
-        raise EngineFailed(f"an engine could not load the adapter (it answered {status})")
+        raise EngineFailed(f"an engine could not load the adapter (status {status})")
 
     async def unload(self, name: str) -> None:
-        """Let it forget a version; one that does not answer has forgotten it."""
+        """Unload a version; an engine that does not respond has forgotten it."""
         self.forget(name)
         with contextlib.suppress(EngineUnavailable):
             await self._http.fetch("POST", "/v1/unload_lora_adapter", {"lora_name": name}, _LOAD_SECONDS)
 
     async def usage(self, request_id: str) -> Tokens | None:
-        """What a request that has ended has used; None if it does not know."""
+        """Usage of an ended request; None if the engine does not know it."""
         try:
             status, content = await self._http.fetch("GET", f"/v1/reft/usage/{request_id}", None, _USAGE_SECONDS)
             return Tokens.of(json.loads(content)) if status == 200 else None
@@ -189,13 +191,12 @@ class Engine:
         """
         status, content = await self._http.fetch("GET", "/metrics", None, _PROBE_SECONDS)
         if status != 200:
-            raise EngineUnavailable(f"an engine does not tell its metrics (it answered {status})")
+            raise EngineUnavailable(f"an engine does not return its metrics (status {status})")
         return content
 
     async def open(self, path: str, body: bytes, headers: Mapping[str, str]) -> EngineResponse:
-        """Begin a request. One that may have met the closing of an idle connection is given once more to an engine that
-        is well, on another connection: the engine stops what it does for a connection that is gone, so that nobody has two
-        answers.
+        """Send a request. It is retried once, on another connection to a healthy engine, if it raced with the closing of an
+        idle connection. There are no duplicate answers: the engine aborts the work of closed connections.
 
         Raises:
             EngineUnavailable: it did not begin to answer, and is taken out until a probe finds it well.
@@ -240,4 +241,6 @@ class Engine:
 
 
 def _refuses_key() -> EngineUnavailable:
-    return EngineUnavailable("an engine refuses the gateway's key; the operator has the details", trouble="key_refused")
+    return EngineUnavailable(
+        "an engine rejected the gateway's key; the operator has the details", trouble="key_refused"
+    )

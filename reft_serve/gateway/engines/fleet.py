@@ -1,9 +1,9 @@
-"""Which engine a request goes to, and when: affinity bounded by load, health, drain, and a queue that is fair to tenants.
+"""Dispatch of requests to engines: affinity bounded by load, health, drain, and a queue that is fair to tenants.
 
 Requests of one version go to one engine as long as that engine is not much busier than the others (rendezvous hashing with
-bounded load, Mirrokni et al. 2016), so that its slots and its prefix cache are used well. Where nothing is free, tenants take
+bounded load, Mirrokni et al. 2016), so that its slots and its prefix cache are used well. If nothing is free, tenants take
 turns by the work they have had (virtual token counter, Sheng et al. 2024), not by how often they ask. No tenant gets all
-places of an engine, so that whoever asks little need not wait for the end of another's answers.
+slots of an engine, so that a tenant with few requests need not wait for another's responses.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Fleet:
         """Look at every engine once, and from then on again and again."""
         await self.probe()
         if not self.engines:
-            _log.warning("found no engine; looking again until there is one")
+            _log.warning("no engine found; retrying until there is one")
         self._probing = asyncio.create_task(self._probe_forever())
 
     async def close(self) -> None:
@@ -81,14 +81,14 @@ class Fleet:
 
     @property
     def engines(self) -> tuple[Engine, ...]:
-        """The engines that there are at the moment."""
+        """The engines that there are now."""
         return self._members.engines
 
     def named(self, name: str) -> Engine:
         """The engine of this name.
 
         Raises:
-            NotFound: there is none at the moment.
+            NotFound: there is none now.
         """
         found = next((engine for engine in self.engines if engine.name == name), None)
         if found is None:
@@ -123,7 +123,7 @@ class Fleet:
             try:
                 await self.probe()
             except Exception:
-                _log.exception("probing the engines failed; trying again")
+                _log.exception("probing the engines failed; retrying")
             now = self._troubles()
             unchanged = unchanged + 1 if now == before else 0
             before = now
@@ -133,12 +133,12 @@ class Fleet:
 
     @property
     def ready(self) -> bool:
-        """Whether a request would find an engine."""
+        """True if a request would find an engine."""
         return any(self._is_open(engine) for engine in self.engines)
 
     @property
     def waiting(self) -> int:
-        """How many requests wait."""
+        """Number of waiting requests."""
         return sum(len(queue) for queue in self._queues.values())
 
     def charge(self, tenant: str, tokens: float) -> None:
@@ -156,7 +156,7 @@ class Fleet:
 
         Args:
             tenant: whose turn it takes.
-            affinity: requests with the same go to the same engine where they can.
+            affinity: requests with the same go to the same engine if they can.
             excluded: engines that have failed this request.
 
         Raises:
@@ -188,7 +188,7 @@ class Fleet:
 
     async def _place(self, waiter: _Waiter) -> Engine:
         if not any(self._is_open(engine) for engine in self.engines if engine not in waiter.excluded):
-            raise EngineUnavailable("no engine is up at the moment; try again")
+            raise EngineUnavailable("no engine is up; try again")
         self._queues.setdefault(waiter.tenant, deque()).append(waiter)
         self._dispatch()
         if waiter.turn.done():
@@ -198,7 +198,7 @@ class Fleet:
             async with asyncio.timeout(self._queue_seconds):
                 return await self._turn(waiter)
         except TimeoutError as exc:
-            raise Overloaded("every engine was busy for too long; try again", self._queue_seconds / 4) from exc
+            raise Overloaded("every engine was busy; try again", self._queue_seconds / 4) from exc
         finally:
             self._leave(waiter)
 
@@ -276,7 +276,7 @@ class Fleet:
         return next(within, min(ranked, key=lambda engine: self._reserved[engine]))
 
     async def load(self, name: str, path: Path) -> None:
-        """Let every engine that is up hold a version: one of them first, so that no version ends them all.
+        """Load a version into every healthy engine, one first, so that a harmful version cannot crash them all.
 
         Raises:
             AdapterInvalid: an engine refuses it; none holds it then.
@@ -304,7 +304,7 @@ class Fleet:
             raise refused
 
     async def unload(self, name: str, patience: float) -> None:
-        """Let every engine forget a version once no request of this gateway uses it, or after `patience` seconds."""
+        """Unload a version from every engine once no request of this gateway uses it, or after `patience` seconds."""
         deadline = time.monotonic() + patience
         while any(engine.uses[name] for engine in self.engines) and time.monotonic() < deadline:
             await asyncio.sleep(_UNLOAD_POLL_SECONDS)

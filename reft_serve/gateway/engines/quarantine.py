@@ -46,7 +46,7 @@ class _Suspect:
 
 
 class Quarantine:
-    """What this gateway remembers of the ends of engines."""
+    """Records of engine crashes and quarantined requests of this gateway."""
 
     def __init__(self) -> None:
         self._suspects: dict[str, OrderedDict[str, _Suspect]] = {}
@@ -65,14 +65,14 @@ class Quarantine:
         if len(alone) >= LONE_ENDS:
             wait = alone[0] + WINDOW_SECONDS - time.monotonic()
             raise RateLimited(
-                f"{len(alone)} engines ended while each processed only a request of this tenant; try again in {wait:.0f} s",
+                f"{len(alone)} engines crashed while processing only a request of this tenant; try again in {wait:.0f} s",
                 wait,
             )
         if self._suspects.get(tenant):
             self.check_digest(tenant, digest_of(tenant, path, body))
 
     def check_digest(self, tenant: str, digest: str) -> None:
-        """The same for what is known by its digest: a request, or a version of an adapter.
+        """The same for a digest: of a request, or of an adapter's version.
 
         Raises:
             RequestQuarantined: engines ended because of it.
@@ -126,7 +126,7 @@ class Quarantine:
             yield
 
     def _forget(self, now: float) -> None:
-        """Forget tenants of whom nothing is remembered: ends of engines are rare, so all of them are looked at."""
+        """Drop tenants without records. Crashes are rare, so all tenants are scanned."""
         for suspects in self._suspects.values():
             while suspects and next(iter(suspects.values())).until < now:
                 suspects.popitem(last=False)
@@ -137,13 +137,13 @@ class Quarantine:
 
 
 def digest_of(tenant: str, path: str, body: Mapping[str, Any]) -> str:
-    """What a tenant's request is known by, whatever order its fields have and whoever it is for."""
+    """Digest of a tenant's request, regardless of the order of its fields."""
     kept = {name: value for name, value in body.items() if name not in _IRRELEVANT}
     return hashlib.sha256(json.dumps([tenant, path, kept], sort_keys=True).encode()).hexdigest()
 
 
 def is_plain(body: Mapping[str, Any], size: int) -> bool:
-    """Whether a request asks for nothing that has ended engines before: structured outputs, tools, unusual sampling."""
+    """True if a request has no feature that crashed engines before: structured outputs, tools, unusual sampling."""
     return body.keys() <= _PLAIN and size <= PLAIN_BYTES and (body.get("n") or 1) == 1
 
 

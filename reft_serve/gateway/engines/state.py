@@ -1,4 +1,4 @@
-"""Whether an engine can be used, and why not: one of a fixed set of reasons, in the log, the admin's list and a metric."""
+"""State of an engine: usable, or one of a fixed set of reasons, for the log, the admin's list and a metric."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _SENTENCES: dict[EngineTrouble, str] = {
     "new": "it has not been probed yet",
     "unreachable": "nothing accepts connections at its address",
     "unknown_host": "its host name cannot be resolved",
-    "certificate": "its TLS certificate is not accepted",
-    "timed_out": "it does not answer in time",
-    "broken": "it closes connections before it answers",
-    "unhealthy": "its health check fails",
-    "key_refused": "the engine refuses the key (REFT_ENGINE_KEY)",
+    "certificate": "its TLS certificate was rejected",
+    "timed_out": "it did not respond in time",
+    "broken": "it closed the connection before responding",
+    "unhealthy": "its health check failed",
+    "key_refused": "it rejected the key (REFT_ENGINE_KEY)",
     "unreadable": "its list of models cannot be read",
 }
 
@@ -61,7 +61,7 @@ class EngineState:
             return
         ENGINE_UNUSABLE.labels(self._name, trouble).set(1)
         data |= {"reason": trouble}
-        _log.warning("an engine cannot be used: %s", self.sentence, extra={"data": data})
+        _log.warning("an engine is unusable: %s", self.sentence, extra={"data": data})
 
     def remove(self) -> None:
         """Take the engine out of the metrics."""

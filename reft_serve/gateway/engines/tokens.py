@@ -10,7 +10,7 @@ __all__ = ["Tokens"]
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """What was used. `cached` is a part of `prompt`."""
+    """Token usage. `cached` is included in `prompt`."""
 
     prompt: int = 0
     cached: int = 0
@@ -28,5 +28,5 @@ class Tokens:
 
     @property
     def work(self) -> int:
-        """What an engine computed."""
+        """Tokens that an engine computed."""
         return self.prompt - self.cached + self.completion

@@ -1,4 +1,4 @@
-"""Which addresses an outgoing connection may go to: public unicast ones, by a list of our own.
+"""Addresses permitted for outgoing connections: public unicast ones, by an explicit list.
 
 `ipaddress.is_global` differs between Python versions and says nothing about addresses that carry another one, so the blocks
 are written out here. Sources: IANA's special-purpose registries for IPv4 and IPv6.
@@ -36,8 +36,8 @@ _TRANSLATED = IPv6Network("64:ff9b::/96")
 
 
 def is_public(address: Address) -> bool:
-    """Whether an address is a public unicast one. An IPv6 address that carries an IPv4 one is public if it is mapped or of
-    the well-known NAT64 prefix, and the IPv4 address is; in any other form (6to4, Teredo, compatible) it is not.
+    """True if an address is a public unicast address. An IPv6 address that carries an IPv4 one is public if it is mapped or
+    of the well-known NAT64 prefix, and the IPv4 address is. In any other form (6to4, Teredo, compatible) it is not.
     """
     if isinstance(address, IPv6Address):
         if address.ipv4_mapped is not None:
@@ -50,7 +50,7 @@ def is_public(address: Address) -> bool:
 
 
 class Resolver:
-    """Look-ups of names that tenants give, in threads of their own: the system's resolver blocks, and a name server can be
+    """Look-ups of names that tenants set, in dedicated threads: the system's resolver blocks, and a name server can be
     silent for a minute.
     """
 
@@ -66,7 +66,7 @@ class Resolver:
             OSError: there is no such name.
         """
         if self._under_way[tenant_id] >= LOOKUPS_PER_TENANT:
-            raise RateLimited("too many names of webhooks are being looked up; try again", 5.0)
+            raise RateLimited("too many webhook host names are being resolved; try again", 5.0)
         self._under_way[tenant_id] += 1
         loop = asyncio.get_running_loop()
         looking = loop.run_in_executor(self._threads, _look_up, host, port)

@@ -38,7 +38,7 @@ _Emit = Callable[[bytes], Awaitable[None]]
 
 @dataclass(eq=False, slots=True)
 class _Follower:
-    """One stream: what it follows, for whom, and what the last look at the database has found."""
+    """One stream: its job, its caller, and the job's state at the last poll of the database."""
 
     job_id: str
     tenant_id: str
@@ -50,7 +50,7 @@ class _Follower:
     sending: bool = False
 
     def end(self) -> None:
-        """Let the stream end now, also while it waits for its reader."""
+        """End the stream now, even while it waits for its client."""
         self.changed.set()
         if self.sending and self.deadline is not None:
             self.deadline.reschedule(0.0)
@@ -100,18 +100,18 @@ class Followers:
         return Streamed(relay, {}, finish)
 
     def close(self) -> None:
-        """Let every stream end soon, as this process does."""
+        """End every stream soon, for the shutdown of this process."""
         self._closing = True
 
     def _check(self, caller: Principal) -> None:
         if len(self._open) >= STREAMS:
-            raise RateLimited("too many streams of events are open; list the events instead", 10.0)
+            raise RateLimited("too many event streams are open; list the events instead", 10.0)
         holders = [(caller.tenant_id, self._limits.merged(caller.limits))]
         holders += [(name, TenantLimits().merged(own)) for name, own in caller.counters]
         for name, limits in holders:
             if limits.event_streams is not None and self._counts[name] >= limits.event_streams:
                 raise RateLimited(
-                    f"the limit of {limits.event_streams} streams of events is used up; list the events instead", 10.0
+                    f"the limit of {limits.event_streams} event streams is reached; list the events instead", 10.0
                 )
 
     async def _relay(self, follower: _Follower, number: int, emit: _Emit) -> None:
@@ -133,7 +133,7 @@ class Followers:
             follower.changed.clear()
             state = follower.state
             if not follower.has_key:
-                gone = KeyInvalid("this API key has expired or was revoked")
+                gone = KeyInvalid("this API key is expired or revoked")
                 await send(f"data: {json.dumps(error_body(401, str(gone), None, gone.code))}\n\n".encode())
                 return
             if state is None or (state.status in FINAL and state.latest <= number):
@@ -167,7 +167,7 @@ class Followers:
                 for start in range(0, len(followers), _BATCH):
                     await self._look(followers[start : start + _BATCH])
             except Exception:
-                _log.exception("jobs' events cannot be read; trying again")
+                _log.exception("job events cannot be read; retrying")
 
     async def _look(self, followers: Sequence[_Follower]) -> None:
         """Find how jobs and keys stand, in two queries for all of these followers."""

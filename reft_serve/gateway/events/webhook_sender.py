@@ -1,8 +1,8 @@
-"""Events on their way to webhooks: signed, sent, and sent again until they are taken or given up.
+"""Delivery of events to webhooks: signed, sent, and retried until they are accepted or abandoned.
 
 Signed as https://www.standardwebhooks.com has it, which the `openai` client's `webhooks.unwrap` checks. A webhook's URL is a
-tenant's word, so its name is looked up with every attempt, and the connection is made to the very address that was checked:
-nothing here reaches a network that is not public, whatever a name is made to stand for. Redirects are not followed.
+tenant's input, so its name is resolved at every attempt, and the connection is made to the very address that was checked:
+nothing here reaches a network that is not public, even if a name is changed. Redirects are not followed.
 
 Each endpoint gets one event at a time and each tenant a few, so a silent endpoint delays only itself.
 """
@@ -62,7 +62,6 @@ class WebhookSender:
         self._freed = asyncio.Event()
 
     def start(self) -> None:
-        """Begin to send."""
         self._claiming = asyncio.create_task(self._claim_forever())
 
     async def close(self) -> None:
@@ -76,13 +75,13 @@ class WebhookSender:
             await self._http.aclose()
 
     async def test(self, event: OutboundEvent) -> tuple[int | None, str]:
-        """Send an event now and once, beside what is due; the answer is that of `send`.
+        """Send an event now and once, next to what is due; the answer is that of `send`.
 
         Raises:
             RateLimited: TESTS_PER_TENANT tests of this tenant have no answer yet.
         """
         if self._tests[event.tenant_id] >= TESTS_PER_TENANT:
-            raise RateLimited(f"{TESTS_PER_TENANT} tests of webhooks are under way; wait for their answers", 1.0)
+            raise RateLimited(f"{TESTS_PER_TENANT} webhook tests are in progress; wait for their responses", 1.0)
         self._tests[event.tenant_id] += 1
         try:
             return await self.send(event)
@@ -90,12 +89,12 @@ class WebhookSender:
             _decrease(self._tests, event.tenant_id)
 
     async def send(self, event: OutboundEvent) -> tuple[int | None, str]:
-        """Send an event once: (the answer's status, or None where there was none; a few words for people)."""
+        """Send an event once: (the answer's status, or None if there was none; a few words for people)."""
         try:
             async with asyncio.timeout(SEND_SECONDS):
                 status = await self._post(event)
         except TimeoutError:
-            return None, f"no answer within {SEND_SECONDS:.0f} seconds"
+            return None, f"no response within {SEND_SECONDS:.0f} seconds"
         except (RequestInvalid, RateLimited) as exc:
             return None, str(exc)
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as exc:
@@ -131,7 +130,7 @@ class WebhookSender:
             try:
                 await self._claim()
             except Exception:
-                _log.exception("webhooks cannot be delivered; trying again")
+                _log.exception("webhooks cannot be delivered; retrying")
             with suppress(TimeoutError):
                 async with asyncio.timeout(_POLL_SECONDS):
                     await self._freed.wait()
@@ -156,7 +155,7 @@ class WebhookSender:
         try:
             await self._attempt(event)
         except Exception:
-            _log.exception("an attempt to deliver an event was not recorded; it will be made again")
+            _log.exception("a webhook delivery attempt was not recorded; it will be repeated")
         finally:
             self._busy.discard(event.webhook_id)
             _decrease(self._by_tenant, event.tenant_id)
@@ -204,7 +203,7 @@ def _decrease(counts: Counter[str], name: str) -> None:
 
 
 def check_url(url: str, settings: GatewaySettings) -> SplitResult:
-    """A webhook's URL in its parts, as far as it can be judged without asking for its name's address.
+    """Parse a webhook URL and check what needs no DNS lookup.
 
     Raises:
         RequestInvalid: it can be no webhook's.
@@ -215,14 +214,14 @@ def check_url(url: str, settings: GatewaySettings) -> SplitResult:
         httpx.URL(url)
         (host or "").encode("idna")  # as it is when its address is asked for; labels have at most 63 bytes
     except (ValueError, httpx.InvalidURL) as exc:
-        raise RequestInvalid("this is not a URL", "url") from exc
+        raise RequestInvalid("the webhook's URL is invalid", "url") from exc
     lax = settings.webhooks_to_private_addresses
     if parts.scheme != "https" and not (lax and parts.scheme == "http"):
-        raise RequestInvalid("a webhook's URL begins with https://", "url")
+        raise RequestInvalid("the URL of a webhook must begin with https://", "url")
     if not host or parts.username is not None or parts.password is not None:
-        raise RequestInvalid("a webhook's URL has a host, and no user or password", "url")
+        raise RequestInvalid("the URL of a webhook must have a host and no user or password", "url")
     if not lax and parts.port not in (None, _HTTPS) and (parts.port or 0) < _FIRST_UNPRIVILEGED:
-        raise RequestInvalid(f"a webhook's port is {_HTTPS}, or {_FIRST_UNPRIVILEGED} or more", "url")
+        raise RequestInvalid(f"the port of a webhook must be {_HTTPS}, or {_FIRST_UNPRIVILEGED} or more", "url")
     try:
         literal = ipaddress.ip_address(host)
     except ValueError:  # a name, whose address is looked at when something is sent there
@@ -233,7 +232,7 @@ def check_url(url: str, settings: GatewaySettings) -> SplitResult:
 
 def _check_address(address: Address, settings: GatewaySettings) -> None:
     if not settings.webhooks_to_private_addresses and not is_public(address):
-        raise RequestInvalid("webhooks go to public addresses only, and this is none", "url")
+        raise RequestInvalid("webhooks can only be sent to public addresses", "url")
 
 
 def _signed(event: OutboundEvent, body: bytes) -> dict[str, str]:

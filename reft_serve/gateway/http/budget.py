@@ -38,7 +38,7 @@ class Lease:
         """Take more of the same budget.
 
         Raises:
-            RateLimited: it does not fit at the moment.
+            RateLimited: it does not fit now.
         """
         self.budget.check(self.tenant, amount)
         self.amount += amount
@@ -74,14 +74,14 @@ class Budget:
 
     @property
     def used(self) -> int:
-        """What is taken now."""
+        """Amount in use."""
         return self._used
 
     async def take(self, tenant: str, amount: int, left: Callable[[], bool]) -> Lease:
         """Take a part, as soon as there is room.
 
         Args:
-            tenant: for whom.
+            tenant: the owner.
             amount: how much.
             left: whether the caller has closed its connection; asked again and again.
 
@@ -111,7 +111,7 @@ class Budget:
         self._take(tenant, amount)
 
     def give(self, tenant: str, amount: int) -> None:
-        """Take back what was given, and let those in that now fit."""
+        """Return an amount, and admit the waiting requests that now fit."""
         self._used -= amount
         self._used_by[tenant] -= amount
         if not self._used_by[tenant]:
@@ -156,7 +156,7 @@ class Budget:
         self._admit()
 
     def _admit(self) -> None:
-        """Let tenants in by turns, as long as the first request of any of them fits."""
+        """Admit waiting requests, tenant by tenant, while the first request of any tenant fits."""
         moved = True
         while moved:
             moved = False

@@ -34,13 +34,13 @@ __all__ = [
 ]
 
 HEADER_LINES = 128
-"""Header lines of one request."""
+"""Largest number of header lines in a request."""
 PIPELINED_REQUESTS = 16
-"""Requests that a connection may send before the first of them is answered."""
+"""Largest number of pipelined requests on a connection."""
 WRITE_SECONDS = 120.0
-"""How long a caller may leave an answer unread before its connection is closed."""
+"""Time in seconds after which a connection with an unread response is closed."""
 LINGER_SECONDS = 2.0
-"""How long a refused connection is still read, so that the caller sees the answer before the connection ends."""
+"""Seconds for which a refused connection is read, so that the client gets the response."""
 _SWEEP_SECONDS = 0.5
 _SLICE = 32 << 10
 _ESTABLISHED = 1
@@ -66,7 +66,7 @@ class Connections:
         """Count a new connection; if there are too many, close the one that has waited longest without a request.
 
         Returns:
-            False if every connection has a request under way, so there is no room.
+            False if every connection has a request in progress, so there is no room.
         """
         crowded = len(self.open) >= self.most
         full_address = address if self._by_address[address] >= self.most_per_address else None
@@ -90,7 +90,7 @@ class Connections:
                 del self._by_address[address]
 
     def wait(self, connection: _Protocol) -> None:
-        """The connection has no request under way from now on."""
+        """The connection has no request in progress from now on."""
         self.waiting[connection] = time.monotonic()
 
     def _evict(self, address: str | None) -> bool:
@@ -119,8 +119,6 @@ class Connections:
 
 
 class _Protocol(HttpToolsProtocol):
-    """One connection."""
-
     connections_of_process: Connections
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -141,12 +139,11 @@ class _Protocol(HttpToolsProtocol):
             self._refuse(errors.TooManyConnections("the gateway has too many connections; try again"))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop counting it."""
         self.connections_of_process.forget(self, self.address)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Parse what came, in slices, so that what is bounded is found before it is much."""
+        """Parse received bytes in slices, so that limits are enforced early."""
         if self._refused:
             return
         self._unset_keepalive_if_required()
@@ -177,11 +174,10 @@ class _Protocol(HttpToolsProtocol):
     def _too_large(self) -> errors.HeadersTooLarge:
         most = self.connections_of_process.header_bytes
         return errors.HeadersTooLarge(
-            f"a request's line and headers have at most {most} bytes in {HEADER_LINES} lines here"
+            f"the request line and headers may have at most {most} bytes in {HEADER_LINES} lines"
         )
 
     def on_message_begin(self) -> None:
-        """Begin a request."""
         super().on_message_begin()
         self._in_head = True
         self.scope["extensions"] = self._extensions
@@ -195,9 +191,8 @@ class _Protocol(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """Start to answer."""
         if len(self.pipeline) >= PIPELINED_REQUESTS:
-            raise errors.RequestInvalid(f"at most {PIPELINED_REQUESTS} requests may wait in a connection")
+            raise errors.RequestInvalid(f"at most {PIPELINED_REQUESTS} requests may be pipelined on a connection")
         self._in_head, self._idle_bytes = False, 0
         self.connections_of_process.waiting.pop(self, None)
         super().on_headers_complete()
@@ -213,7 +208,7 @@ class _Protocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """Go on to the next request, or wait for one."""
+        """Start the next request, or wait for one."""
         super().on_response_complete()
         if not self.pipeline and self.cycle.response_complete and not self.transport.is_closing():
             self.connections_of_process.wait(self)
@@ -232,7 +227,7 @@ class _Protocol(HttpToolsProtocol):
         """Close a connection whose request did not come in time."""
         if self._idle_bytes and self._in_head:
             seconds = self.connections_of_process.header_seconds
-            self._refuse(errors.RequestTimeout(f"the request's headers did not arrive within {seconds:g} s"))
+            self._refuse(errors.RequestTimeout(f"the request headers did not arrive within {seconds:g} s"))
         else:
             self.transport.close()
 
@@ -268,7 +263,7 @@ def protocol_of(connections: Connections) -> type[_Protocol]:
 
 
 def peer_left(scope: Any) -> bool:
-    """Whether the caller has closed its side, also if its request has not been read to its end."""
+    """True if the client has closed its side, even if its request is not read to the end."""
     found = (scope.get("extensions") or {}).get("reft.socket", {}).get("socket")
     if found is None or found.family not in (socket.AF_INET, socket.AF_INET6):
         return False

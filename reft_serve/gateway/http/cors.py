@@ -30,7 +30,6 @@ class Cors(CORSMiddleware):
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
         origin = Headers(scope=scope).get("origin") if scope["type"] == "http" else None
         if origin is None or not self.is_allowed_origin(origin):
             await self.app(scope, receive, send)

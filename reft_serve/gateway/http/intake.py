@@ -1,4 +1,4 @@
-"""What the requests of the process may hold together: memory, disk and turns."""
+"""Process-wide limits of all requests together: memory, disk and turns."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["UPLOADS", "UPLOADS_PER_TENANT", "WAIT_SECONDS", "Intake"]
 
 _T = TypeVar("_T")
 UPLOADS = 32
-"""Uploads under way at once."""
+"""Largest number of concurrent uploads."""
 UPLOADS_PER_TENANT = 8
-"""Uploads of one tenant under way at once."""
+"""Largest number of concurrent uploads of one tenant."""
 WAIT_SECONDS = 10.0
-"""How long a request waits for memory, or for its turn to be parsed."""
+"""Time in seconds that a request waits for memory, or for its turn to be parsed."""
 
 
 class Intake:
@@ -36,8 +36,8 @@ class Intake:
         large = memory - small
         self._small = Budget("the bytes of memory for small requests", small, small // 2, WAIT_SECONDS)
         self._large = Budget("the bytes of memory for large requests", large, large // 2, WAIT_SECONDS)
-        self.requests = Budget("the places for requests", places, max(1, places // 2))
-        self.uploads = Budget("the places for uploads", UPLOADS, UPLOADS_PER_TENANT)
+        self.requests = Budget("the slots for requests", places, max(1, places // 2))
+        self.uploads = Budget("the slots for uploads", UPLOADS, UPLOADS_PER_TENANT)
         self.disk = Budget("the bytes of disk for uploads", disk, disk // 2)
         self._turns = Budget("the turn to parse a large body", 1, 1, WAIT_SECONDS)
 
@@ -46,7 +46,7 @@ class Intake:
         return self._small if size <= self.SMALL else self._large
 
     def is_large(self, content: bytes) -> bool:
-        """Whether work on these bytes must not be done in the event loop."""
+        """True if work on these bytes would block the event loop for too long."""
         return len(content) > self.SMALL
 
     async def run(self, tenant: str, size: int, function: Callable[..., _T], *args: Any) -> _T:

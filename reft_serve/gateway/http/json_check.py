@@ -7,11 +7,11 @@ from reft_serve.errors import RequestInvalid
 __all__ = ["JSON_CONTAINERS", "JSON_DEPTH", "JSON_DIGITS", "check_json"]
 
 JSON_DEPTH = 64
-"""Lists and objects inside one another."""
+"""Largest nesting depth."""
 JSON_CONTAINERS = 1 << 16
-"""Lists and objects in one body."""
+"""Largest number of arrays and objects in a body."""
 JSON_DIGITS = 400
-"""Digits of a number in a row; the longest float that is written out has 309 before its point."""
+"""Largest number of consecutive digits; the longest float written out has 309 before its point."""
 _SIMPLE = 64 << 10
 _LONG_NUMBER = b"0" * (JSON_DIGITS + 1)
 _DIGITS = bytes.maketrans(b"123456789", b"0" * 9)
@@ -19,7 +19,7 @@ _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 def check_json(content: bytes, most_values: int) -> int:
-    """How many values a body has at most. What is not JSON is left to the parser.
+    """Return an upper bound of the number of values in a JSON body; malformed JSON is left to the parser.
 
     Args:
         content: the body.
@@ -29,7 +29,7 @@ def check_json(content: bytes, most_values: int) -> int:
         RequestInvalid: too many values, too deep, a number that is too long, or not UTF-8.
     """
     if b"\0" in content:
-        raise RequestInvalid("the request's body must be JSON in UTF-8")
+        raise RequestInvalid("the request body must be JSON in UTF-8")
     opens = content.count(b"[") + content.count(b"{")
     values = opens + content.count(b",")
     structure = content
@@ -43,7 +43,7 @@ def check_json(content: bytes, most_values: int) -> int:
         if structure is content:
             structure = _without_texts(content, most_values)
         if _LONG_NUMBER in structure.translate(_DIGITS):
-            raise RequestInvalid(f"a number of the body has more than {JSON_DIGITS} digits")
+            raise RequestInvalid(f"a number in the body has more than {JSON_DIGITS} digits")
     return values
 
 
@@ -74,4 +74,4 @@ def _check_depth(structure: bytes) -> None:
             return
         brackets = shorter
     if brackets:
-        raise RequestInvalid(f"the body nests lists and objects more than {JSON_DEPTH} deep")
+        raise RequestInvalid(f"the body is nested more than {JSON_DEPTH} levels deep")

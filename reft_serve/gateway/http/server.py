@@ -1,10 +1,10 @@
-"""How a gateway leaves: it says so first, goes on answering while balancers notice, and then finishes what it has begun.
+"""Graceful shutdown of a gateway: report it, keep serving while load balancers notice, then finish the open requests.
 
 On SIGTERM, for `notice_seconds`: `/health/ready` answers 503, new requests are still served, and every answer closes its
 connection, so that callers come back over another gateway. Only then is the socket closed, as uvicorn does it: requests under
-way go on, for `drain_seconds` at most, and the process waits, within the same time, until callers have taken what the kernel
-still holds: a container's network ends with it, and the rest of an answer would be lost. A second signal, or Ctrl-C, skips
-the notice.
+way continue, for `drain_seconds` at most, and the process waits, within the same time, until callers have taken what the
+kernel still holds: a container's network ends with it, and the rest of an answer would be lost. A second signal, or Ctrl-C,
+skips the notice.
 """
 
 from __future__ import annotations
@@ -68,7 +68,6 @@ class _Server(uvicorn.Server):
         self._ends: float | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to serve."""
         await super().startup(sockets)
         if not self.started:
             return
@@ -79,7 +78,6 @@ class _Server(uvicorn.Server):
         gc.freeze()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to leave."""
         first = self._ends is None and not self.should_exit
         super().handle_exit(sig, frame)
         services = getattr(self._state, "services", None)

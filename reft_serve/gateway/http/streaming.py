@@ -1,4 +1,4 @@
-"""A streamed answer, and callers that leave: whatever is being done for them is cancelled, once, and may clean up."""
+"""Streamed responses, and callers that disconnect: the work for them is cancelled, once, and may clean up."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Streamed(Response):
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
 
     def init_headers(self, headers: Mapping[str, str] | None = None) -> None:
-        """As Response's, but for content-length, which nobody knows."""
+        """As Response's, except content-length, which is unknown."""
         given = {"content-type": "text/event-stream; charset=utf-8", **(headers or {})}
         self.raw_headers = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in given.items()]
 

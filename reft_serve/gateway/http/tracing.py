@@ -1,4 +1,4 @@
-"""OpenTelemetry: one span per request, continued in the engine. Does nothing where no endpoint is configured."""
+"""OpenTelemetry: one span per request, continued in the engine. Does nothing if no endpoint is configured."""
 
 from __future__ import annotations
 

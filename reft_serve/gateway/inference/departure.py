@@ -1,4 +1,4 @@
-"""What a request has used whose caller left before the end: by the engine's own count, or by an estimate."""
+"""Usage of a request whose caller left before the end: the engine's count, or an estimate."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def estimated(demand: Demand, seen: Tokens, seconds: float) -> Tokens:
 
 
 async def used_until_now(engine: Engine, request_id: str) -> Tokens | None:
-    """What the engine counted for a request that it has been made to abort; None if it does not say."""
+    """The engine's count for an aborted request; None if the engine does not report it."""
     for seconds in _LOOKS_SECONDS:
         await asyncio.sleep(seconds)
         used = await engine.usage(request_id)

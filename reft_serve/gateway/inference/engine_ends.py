@@ -1,4 +1,4 @@
-"""What becomes of a request whose engine has ended: delivered once more, or answered with a failure and quarantined."""
+"""Handling of requests whose engine crashed: retried once, or failed and quarantined."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ __all__ = ["ended_with", "note_end"]
 
 _log = logging.getLogger(__name__)
 _ENDED = (
-    "an engine ended while it processed this request, and the request may be the cause: it is not delivered to another "
-    "engine. Do not repeat it unchanged"
+    "an engine crashed while processing this request, and the request may be the cause: it was not retried on another "
+    "engine. Do not send it again unchanged"
 )
 
 
@@ -46,7 +46,7 @@ def note_end(
 async def ended_with(
     services: Services, opening: Opening, path: str, body: Mapping[str, Any], engine: Engine, company: int
 ) -> bool:
-    """Whether an engine that has failed a request is not well any more; then that is noted.
+    """True if an engine that failed a request is no longer healthy; records it in that case.
 
     Args:
         services: the gateway's parts.
@@ -66,7 +66,7 @@ def _note(services: Services, opening: Opening, path: str, body: Mapping[str, An
     digest = digest_of(opening.tenant_id, path, body)
     quarantined = services.quarantine.note(opening.tenant_id, digest, alone=company <= 1)
     details = {"digest": digest, "tenant": opening.tenant_id, "requests": company, "quarantined": quarantined}
-    _log.warning("an engine ended while it processed a request", extra={"data": details})
+    _log.warning("an engine crashed while processing a request", extra={"data": details})
     if quarantined:
         services.spawn(_record(services, opening, digest))
     return quarantined

@@ -1,7 +1,7 @@
-"""One inference request, from the caller's words to the end of the answer.
+"""One inference request, from its body to the end of the response.
 
 `resolve -> spend -> admit -> begin -> relay -> settle`: whose model it is, what the caller may still use, a note on disk that
-it begins, an engine that begins to answer, the bytes as they come, and what they came to.
+it begins, an engine that begins to respond, the bytes as they come, and their usage.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ __all__ = ["Endpoint", "infer"]
 _TRIES = 3
 _GONE = 499
 _COMMIT_SECONDS = 5.0
-_UNCOUNTED = "the database does not answer, so the request could not be counted"
+_UNCOUNTED = "the database does not respond, so the request could not be recorded"
 _T = TypeVar("_T")
 _Emit = Callable[[bytes], Awaitable[None]]
 
@@ -65,7 +65,7 @@ class Endpoint:
 
 @dataclass(slots=True)
 class _InferenceRequest:
-    """What is known of a request while it goes on."""
+    """State of one inference request."""
 
     services: Services
     caller: Principal
@@ -94,8 +94,8 @@ class _InferenceRequest:
         return await self.services.intake.run(self.caller.tenant_id, size, function, *args)
 
     async def settle(self, status: Status, tokens: Tokens) -> bool:
-        """Count it, give the places back, and say whether it is on disk: it seems not to come there where a database is away,
-        and the ledger goes on trying. Only the first call counts.
+        """Record usage, release the slots and return whether the record is committed: False while the database is down, when
+        the ledger keeps retrying. Only the first call has an effect.
         """
         if self.settled:
             return True
@@ -118,9 +118,7 @@ class _InferenceRequest:
             return
         self.settled = True
         fleet, tenant = self.services.fleet, self.caller.tenant_id
-        fleet.correct(
-            tenant, self.demand.total
-        )  # until it is known: the place that it gives back goes to whoever is next
+        fleet.correct(tenant, self.demand.total)  # until it is known: the place that it returns goes to whoever is next
         tokens = estimated(self.demand, seen, time.monotonic() - self.delivered)
         try:
             await self.stack.aclose()
@@ -134,7 +132,7 @@ class _InferenceRequest:
         await _on_disk(committed)
 
     def ending(self, status: Status, tokens: Tokens) -> Ending:
-        """What the ledger is to say of it."""
+        """The request's usage record."""
         return Ending(self.opening, status, tokens.prompt, tokens.cached, tokens.completion, now_ms())
 
     async def _count(self, tokens: Tokens) -> None:
@@ -181,7 +179,7 @@ async def infer(
     except ClientGone:
         return Response(status_code=_GONE)
     except TimeoutError as exc:
-        raise errors.Overloaded("the request took longer than is allowed") from exc
+        raise errors.Overloaded("the request timed out") from exc
 
 
 async def _answer(exchange: _InferenceRequest) -> Response:
@@ -278,7 +276,7 @@ async def _begin(exchange: _InferenceRequest) -> EngineResponse:
             engine = await attempt.enter_async_context(place)
             exchange.engine = engine
             upstream = await _open(exchange, engine, attempt)
-            if upstream.status == 404 and target is not None and left:  # it was started anew, or was told to forget it
+            if upstream.status == 404 and target is not None and left:  # it was started again, or was told to forget it
                 engine.forget(exchange.engine_model)
                 await attempt.aclose()
                 continue
@@ -297,7 +295,7 @@ async def _begin(exchange: _InferenceRequest) -> EngineResponse:
         except BaseException:
             await attempt.aclose()
             raise
-    raise errors.EngineUnavailable("no engine could answer; try again")
+    raise errors.EngineUnavailable("no engine could serve the request; try again")
 
 
 async def _suspect(exchange: _InferenceRequest) -> None:
@@ -335,7 +333,9 @@ async def _load(exchange: _InferenceRequest, engine: Engine, name: str, path: Pa
     except (errors.EngineFailed, errors.AdapterInvalid):
         if path.is_dir():
             raise
-        raise errors.ModelNotFound(f"The model {exchange.public_model[:200]!r} was deleted in this moment.") from None
+        raise errors.ModelNotFound(
+            f"The model {exchange.public_model[:200]!r} was deleted while the request was waiting."
+        ) from None
 
 
 def _engine_body(exchange: _InferenceRequest) -> bytes:
@@ -362,7 +362,7 @@ async def _stream(exchange: _InferenceRequest, upstream: EngineResponse) -> Resp
     while not first and not rewriter.complete and rewriter.error is None:
         chunk = await upstream.chunk()
         if not chunk:
-            raise errors.EngineFailed("the engine ended its answer before it began")
+            raise errors.EngineFailed("the engine closed the connection before it sent a response")
         first = rewriter.feed(chunk)
     if not first and rewriter.error is not None:
         raise _refusal(exchange, int(rewriter.error.get("code") or 500), json.dumps(rewriter.error).encode())
@@ -388,13 +388,13 @@ async def _relay(
                 if rewritten := rewriter.feed(chunk):
                     await emit(rewritten)
     except TimeoutError:
-        failure = errors.Overloaded("the request took longer than is allowed")
+        failure = errors.Overloaded("the request timed out")
     except errors.EngineFailed as exc:
         failure = exc
     if failure is None and rewriter.error is not None:
         failure = _refusal(exchange, 500, json.dumps(rewriter.error).encode())
     if failure is None and not rewriter.complete:
-        failure = errors.EngineFailed("the engine stopped in the middle of its answer")
+        failure = errors.EngineFailed("the engine stopped in the middle of its response")
     if isinstance(failure, errors.EngineFailed) and exchange.engine is not None:
         exchange.services.spawn(_look_at_end(exchange, exchange.engine.company()))
     # On disk before the last event: whoever has seen a whole answer finds it in the ledger.
@@ -428,21 +428,21 @@ def _refusal(exchange: _InferenceRequest, status: int, content: bytes) -> errors
         return errors.RequestInvalid("the engine does not serve this endpoint for this model", None)
     if fault.param == CHAT_TEMPLATE:
         return errors.RequestInvalid(
-            "the base model has no chat template, so it cannot answer messages: ask /v1/completions, or let the operator "
+            "the base model has no chat template, so it cannot process messages: use /v1/completions, or ask the operator to "
             "start its engine with --chat-template FILE",
             "messages",
         )
     if 400 <= status < 500:
         return errors.RequestInvalid(message[:2000], fault.param)
     if status == 503:
-        return errors.Overloaded("the engine cannot take the request now; try again")
-    return errors.EngineFailed("the engine failed to answer this request")
+        return errors.Overloaded("the engine cannot accept the request now; try again")
+    return errors.EngineFailed("the engine failed to process this request")
 
 
 def _checked(
     services: Services, caller: Principal, endpoint: Endpoint, given: InferenceBody
 ) -> tuple[dict[str, Any], str | None]:
-    """What an engine is to get, and the field that was added to name the limit of its length, if one was."""
+    """The body for an engine, and the name of the length field that was added, if any."""
     asked = given.model_dump(exclude_unset=True, exclude_none=True)
     structured_outputs.check_request(asked)
     default = endpoint.default_tokens if endpoint.engine_default else None

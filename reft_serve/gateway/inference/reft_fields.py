@@ -30,7 +30,8 @@ def check(body: Mapping[str, Any], max_strength: float, template_arguments: Coll
     unknown = sorted(set(body.get(_TEMPLATE, ())) - set(template_arguments))
     if unknown:
         raise RequestInvalid(
-            f"the chat template is not given {unknown[0][:64]!r} here; allowed are {', '.join(template_arguments) or 'none'}",
+            f"{unknown[0][:64]!r} is not an allowed chat template argument; allowed: "
+            f"{', '.join(template_arguments) or 'none'}",
             f"{_TEMPLATE}.{unknown[0][:64]}",
         )
     if _PROMPT_TOKENS in body:
@@ -65,6 +66,6 @@ def warnings(body: Mapping[str, Any], target: Target | None) -> dict[str, str]:
     if not scored or target is None or target.positions == _FIXED_POSITIONS:
         return {}
     return {
-        WARNING_HEADER: f"{target.label} edits tokens by where the prompt ends, so an answer in the prompt is edited as "
-        f"prompt; send {_PROMPT_TOKENS}, the number of tokens before the answer"
+        WARNING_HEADER: f"{target.label} edits tokens relative to the prompt's end, so an answer inside the prompt is edited "
+        f"as prompt; send {_PROMPT_TOKENS}, the number of tokens before the answer"
     }

@@ -1,8 +1,8 @@
-"""An engine's answer made the caller's: the public model name, no usage that was not asked for, and the tokens counted.
+"""Rewriting of an engine's response: public model name, usage only if requested, and the tokens counted.
 
-Engines are always asked for usage in every chunk, so that what was delivered is known exactly whenever a stream ends. The
+Engines always report usage in every chunk, so that the delivered tokens are known exactly whenever a stream ends. The
 work per chunk is a replacement and a search over its bytes; only chunks that must be understood are parsed.
-In JSON a quote inside a string is escaped, so `,"usage":{` in the bytes is always the structure, never somebody's text.
+In JSON a quote inside a string is escaped, so `,"usage":{` in the bytes is always structure, never text.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _INDEX = re.compile(rb'"index":(\d+)')
 _DONE = b"data: [DONE]"
 # How vLLM ends, with status 200, what it gives up when it is told to end: no caller asked for that.
 _ABORTED = b'"finish_reason":"abort"'
-_ENDING = "the engine was told to end before the answer was whole; try again"
+_ENDING = "The engine shut down before the response was complete; try again"
 _FINAL_EVENTS = (b"event: response.completed", b"event: response.incomplete", b"event: response.failed")
 
 
@@ -64,12 +64,12 @@ class Rewriter:
 
     @property
     def complete(self) -> bool:
-        """Whether the engine has said that this is all."""
+        """True if the engine has marked the end of the response."""
         return bool(self.ending)
 
     @property
     def tokens(self) -> Tokens:
-        """What has been delivered so far."""
+        """Text delivered so far."""
         if self._final is not None:
             return self._final
         each = [Tokens.of(json.loads(usage)) for usage in self._latest.values()]

@@ -111,7 +111,7 @@ async def sweep(services: Services) -> None:
 async def _checked(services: Services, tenant_id: str, upload: UploadFile, receive: Receive) -> _Facts:
     most = services.settings.max_file_bytes
     if (upload.size or 0) > most:
-        raise RequestTooLarge(f"the file has more than the {most:,} bytes that are taken here")
+        raise RequestTooLarge(f"the file has more than the {most:,} bytes allowed here")
     name = _CONTROLS.sub("", (upload.filename or "").replace("\\", "/").rpartition("/")[2])[:255] or "file"
     limits = Limits(file_bytes=most)
     if (upload.size or 0) <= _SMALL:

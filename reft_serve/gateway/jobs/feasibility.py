@@ -1,4 +1,4 @@
-"""Whether an engine would take what a job is to make: told before hours of training, not at the first use."""
+"""Feasibility of a job: checks before training that an engine would accept the resulting adapter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Infeasible:
 
 
 def why_infeasible(asked: Hyperparameters, rows: int, card: EngineCard) -> Infeasible | None:
-    """What an engine would find wrong with the adapter that a job makes of so many rows; None where nothing is."""
+    """The fault that an engine would find in the adapter of a job with this many rows; None if there is none."""
     return _layers_misfit(asked, rows, card) or _rank_misfit(asked, rows, card) or _lora_misfit(asked, card)
 
 
@@ -28,20 +28,21 @@ def _layers_misfit(asked: Hyperparameters, rows: int, card: EngineCard) -> Infea
     shape, depth = asked.shape(rows, card.base.hidden_size), card.base.num_hidden_layers
     layers = range(depth) if shape["layers"] == "all" else sorted(set(shape["layers"]))
     if layers[-1] >= depth:
-        return Infeasible("layers", f"the base model has layers 0 to {depth - 1}, and no layer {layers[-1]}")
+        return Infeasible("layers", f"the base model has layers 0 to {depth - 1}, not {layers[-1]}")
     halves, most = 1 if shape["tied"] else 2, card.limits.max_interventions
     if most is not None and len(layers) * halves > most:
-        twice = " (two at each layer, as they are not tied)" if halves == 2 else ""
-        fewer = f"give at most {most // halves} layers" if most >= halves else "let them be tied"
+        twice = " (two per layer, because tied is false)" if halves == 2 else ""
+        fewer = f"use at most {most // halves} layers" if most >= halves else "set tied to true"
         return Infeasible(
             "layers",
-            f"{len(layers) * halves} interventions{twice} are more than the engines here serve: {fewer}, or have "
-            "REFT_MAX_INTERVENTIONS raised",
+            f"{len(layers) * halves} interventions{twice} are more than the engines support: {fewer}, or ask the "
+            "operator to raise REFT_MAX_INTERVENTIONS",
         )
     if card.limits.components is not None and "block_output" not in card.limits.components:
         return Infeasible(
             "layers",
-            "the engines here edit no layer's output, which is what jobs train: have block put into REFT_COMPONENTS",
+            "jobs train edits of layer outputs, which the engines do not support: the operator must add block to "
+            "REFT_COMPONENTS",
         )
     return None
 
@@ -51,13 +52,14 @@ def _rank_misfit(asked: Hyperparameters, rows: int, card: EngineCard) -> Infeasi
     rank: int = shape["rank"]
     each = unit_rank(shape["kind"], 1, shape["activation"])
     if rank > width:
-        return Infeasible("rank", f"rank {rank} is larger than the base model's hidden size: give at most {width}")
+        return Infeasible("rank", f"rank {rank} is larger than the base model's hidden size: use at most {width}")
     if (most := card.limits.max_rank) is not None and rank * each > most:
-        chosen = f"rank {rank}" if asked.rank != "auto" else f'rank {rank}, which "auto" is for {rows} rows,'
-        twice = f" with the activation {shape['activation']}, which takes twice the room," if each == 2 else ""
-        less = f"give at most {most // each}" if most >= each else "let the activation be linear"
+        chosen = f"rank {rank}" if asked.rank != "auto" else f'rank {rank}, which "auto" means for {rows} rows,'
+        twice = f" with the activation {shape['activation']}, which takes twice the rank," if each == 2 else ""
+        less = f"use at most {most // each}" if most >= each else "set activation to linear"
         return Infeasible(
-            "rank", f"{chosen}{twice} is more than the engines here serve: {less}, or have REFT_MAX_RANK raised"
+            "rank",
+            f"{chosen}{twice} is more than the engines support: {less}, or ask the operator to raise REFT_MAX_RANK",
         )
     return None
 
@@ -68,10 +70,11 @@ def _lora_misfit(asked: Hyperparameters, card: EngineCard) -> Infeasible | None:
         return None
     if not card.max_lora_rank:
         return Infeasible(
-            "lora_rank", "the engines here serve no LoRA beside ReFT: leave it out, or have REFT_LORA set to on"
+            "lora_rank",
+            "the engines do not serve LoRA together with ReFT: leave out lora_rank, or ask the operator to set REFT_LORA=on",
         )
     return Infeasible(
         "lora_rank",
-        f"a LoRA of rank {rank} is more than the engines here serve: give at most {card.max_lora_rank}, or have "
+        f"a LoRA of rank {rank} is more than the engines support: use at most {card.max_lora_rank}, or ask the "
         "--max-lora-rank raised",
     )

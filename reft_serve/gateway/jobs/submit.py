@@ -1,4 +1,4 @@
-"""From what a caller asks for to a job in the queue: everything that can be known now is checked now."""
+"""Submission of a fine-tuning job: everything that can be known now is checked now."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from reft_serve.recipes.hyperparameters import Hyperparameters, read_hyperparame
 __all__ = ["BYTES_PER_TOKEN", "submit"]
 
 BYTES_PER_TOKEN = 16
-"""Of a data file: more than rows have in practice, so that an estimate of a job's tokens is a low one."""
+"""Bytes per row of a data file: more than in practice, so that a job's token estimate is low."""
 _Method = Literal["supervised", "dpo"]
 _FORMATS: dict[_Method, tuple[str, ...]] = {
     "supervised": ("chat", "completion", "instruction"),
@@ -40,7 +40,7 @@ async def submit(services: Services, caller: Principal, actor: audit.Actor, want
         NotAllowed: a priority that only an admin gives.
     """
     if wanted.priority > 0 and "admin" not in caller.scopes:
-        raise NotAllowed("a priority above 0 would push other tenants' jobs back; only an admin gives it")
+        raise NotAllowed("only an admin can set a priority above 0, which delays other tenants' jobs")
     await _check_model(services, caller, wanted.model)
     async with services.database.writing() as session:
         training = await _file(session, caller, wanted.training_file, "training_file")
@@ -73,8 +73,8 @@ async def _check_model(services: Services, caller: Principal, model: str) -> Non
         return
     await services.lookup.target(caller, model)
     raise RequestInvalid(
-        f"{model[:200]!r} is a fine-tuned model, and training does not go on from one: give the base model, {base!r}, and "
-        "the same suffix to make the next version of an adapter",
+        f"{model[:200]!r} is a fine-tuned model; an existing adapter cannot be trained further: use the base model, "
+        f"{base!r}, and the same suffix to create the next version of an adapter",
         "model",
     )
 
@@ -85,20 +85,18 @@ async def _file(session: AsyncSession, caller: Principal, file_id: str, param: s
     except NotFound as exc:
         raise NotFound(str(exc), param) from exc
     if found.purpose != "fine-tune":
-        raise RequestInvalid(f"file {found.id} is a job's result, not data to train on", param)
+        raise RequestInvalid(f"file {found.id} is the result of a job, not training data", param)
     return found
 
 
 def _method(wanted: JobIn, training: File) -> tuple[_Method, dict[str, Any]]:
-    """How to train, and the hyper-parameters that were set; where no method is given, the data's own."""
+    """How to train, and the hyper-parameters that were set; if no method is given, the data's own."""
     if wanted.method is None:
         method: _Method = "dpo" if training.format == "preference" else "supervised"
         settings: Hyperparameters | None = wanted.hyperparameters
         return method, settings.asked() if settings else {}
     if wanted.hyperparameters is not None and wanted.hyperparameters.asked():
-        raise RequestInvalid(
-            "give hyper-parameters in method, or at the top without a method, not in both places", "hyperparameters"
-        )
+        raise RequestInvalid("set hyper-parameters in method or at the top level, not in both", "hyperparameters")
     method = wanted.method.type
     part = getattr(wanted.method, method)
     return method, part.hyperparameters.asked() if part else {}
@@ -145,6 +143,6 @@ def _check_size(services: Services, caller: Principal, wanted: JobIn, chosen: di
 async def _check_room(services: Services, caller: Principal, session: AsyncSession, suffix: str | None) -> None:
     limits = services.quotas.limits(caller)
     if limits.jobs is not None and await fine_tuning.unfinished_jobs_of(session, caller.tenant_id) >= limits.jobs:
-        raise RateLimited(f"the limit of {limits.jobs} unfinished jobs is used up; wait, or cancel one first", 60.0)
+        raise RateLimited(f"the limit of {limits.jobs} unfinished jobs is reached; wait, or cancel one first", 60.0)
     await check_adapters_of_jobs(session, caller.tenant_id, limits, suffix)
     await check_room(session, caller.tenant_id, limits, size=1)  # a result has at least this

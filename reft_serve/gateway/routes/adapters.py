@@ -1,4 +1,4 @@
-"""The caller's adapters: uploaded, listed, pointed at by aliases, shared, downloaded, deleted."""
+"""The caller's adapters: upload, list, download, delete, aliases and shares."""
 
 from __future__ import annotations
 
@@ -29,14 +29,16 @@ __all__ = ["ADAPTERS_PER_PAGE", "VERSIONS_SHOWN", "router"]
 
 ADAPTERS_PER_PAGE = 100
 VERSIONS_SHOWN = 50
-_AFTER = "The last id of the page before."
+_AFTER = "The last id of the previous page."
 
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"], route_class=BoundedRoute)
 _Caller = Annotated[Principal, Depends(requires("adapters"))]
 _Name = Annotated[str, Path(pattern=ADAPTER_NAME)]
 _Alias = Annotated[str, Path(pattern=ALIAS_NAME)]
-_Version = Annotated[str, Path(pattern=r"^([0-9]{1,9}|[a-z][a-z0-9-]{0,30})$", description="Its number, or an alias.")]
-_Tenant = Annotated[str, Path(pattern=TENANT_ID, description="The other tenant's id.")]
+_Version = Annotated[
+    str, Path(pattern=r"^([0-9]{1,9}|[a-z][a-z0-9-]{0,30})$", description="A version number or an alias.")
+]
+_Tenant = Annotated[str, Path(pattern=TENANT_ID, description="Id of the other tenant.")]
 _CHUNK = 1 << 20
 _ADAPTER = {"name": "$response.body#/adapter"}
 _VERSION = _ADAPTER | {"version": "$response.body#/version"}
@@ -80,9 +82,9 @@ async def upload(
         list[UploadFile],
         File(min_length=1, description="The adapter's files, or one .tar, .tar.gz, .tar.bz2, .tar.xz or .zip of them."),
     ],
-    alias: Annotated[str | None, Form(pattern=ALIAS_NAME, description="An alias to point at the new version.")] = None,
+    alias: Annotated[str | None, Form(pattern=ALIAS_NAME, description="Alias to set to the new version.")] = None,
 ) -> VersionOut:
-    """Publish a new version of an adapter; the first one makes the adapter. It can be called when this returns."""
+    """Publish a new version of an adapter (the first creates it). It is ready to serve when this returns."""
     wanted = publishing.Upload(name, files, request.receive, alias)
     return VersionOut.of(await publishing.publish(services, caller, actor_of(request), wanted))
 
@@ -94,7 +96,7 @@ async def list_all(
     after: Annotated[str | None, Query(pattern=r"^adp_[0-9a-f]{24}$", description=_AFTER)] = None,
     limit: Annotated[int, Query(ge=1, le=ADAPTERS_PER_PAGE)] = ADAPTERS_PER_PAGE,
 ) -> ListOf[AdapterOut]:
-    """The caller's own adapters by name, each with its latest versions."""
+    """List the caller's own adapters by name, each with its latest versions."""
     async with services.database.reading() as session:
         mine, more = await adapters.list_adapters(session, caller.tenant_id, after=after, limit=limit)
         described = await adapters.describe(session, mine, VERSIONS_SHOWN)
@@ -103,14 +105,14 @@ async def list_all(
 
 @router.get("/{name}")
 async def get(name: _Name, caller: _Caller, services: ServicesDep) -> AdapterOut:
-    """One adapter with its latest versions and its aliases."""
+    """Get an adapter with its latest versions and its aliases."""
     async with services.database.reading() as session:
         return await _described(session, await adapters.find_adapter(session, caller.tenant_id, name))
 
 
 @router.delete("/{name}")
 async def delete(name: _Name, request: Request, caller: _Caller, services: ServicesDep) -> Deleted:
-    """Delete an adapter with all its versions. Requests under way finish."""
+    """Delete an adapter with all its versions. Requests in progress finish."""
     async with services.database.writing() as session:
         adapter = await adapters.find_adapter(session, caller.tenant_id, name)
         digests = await adapters.delete_adapter(session, adapter)
@@ -125,10 +127,10 @@ async def list_versions(
     name: _Name,
     caller: _Caller,
     services: ServicesDep,
-    after: Annotated[int | None, Query(ge=1, lt=1 << 31, description="The last version of the page before.")] = None,
+    after: Annotated[int | None, Query(ge=1, lt=1 << 31, description="The last version of the previous page.")] = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
 ) -> ListOf[VersionOut]:
-    """The versions of an adapter, the latest first."""
+    """List the versions of an adapter, newest first."""
     async with services.database.reading() as session:
         adapter = await adapters.find_adapter(session, caller.tenant_id, name)
         found = await adapters.list_versions(session, adapter.id, before=after, limit=limit + 1)
@@ -137,7 +139,7 @@ async def list_versions(
 
 @router.get("/{name}/versions/{version}")
 async def get_version(name: _Name, version: _Version, caller: _Caller, services: ServicesDep) -> VersionOut:
-    """One version."""
+    """Get one version of an adapter."""
     async with services.database.reading() as session:
         adapter = await adapters.find_adapter(session, caller.tenant_id, name)
         return VersionOut.of(await adapters.find_version(session, adapter, version))
@@ -147,7 +149,7 @@ async def get_version(name: _Name, version: _Version, caller: _Caller, services:
 async def delete_version(
     name: _Name, version: _Version, request: Request, caller: _Caller, services: ServicesDep
 ) -> Deleted:
-    """Delete one version that no alias names."""
+    """Delete a version. A version that an alias points to cannot be deleted."""
     async with services.database.writing() as session:
         adapter = await adapters.find_adapter(session, caller.tenant_id, name)
         found = await adapters.find_version(session, adapter, version)
@@ -165,7 +167,7 @@ async def delete_version(
     responses={200: {"content": {"application/x-tar": {"schema": {"type": "string", "format": "binary"}}}}},
 )
 async def download(name: _Name, version: _Version, caller: _Caller, services: ServicesDep) -> StreamingResponse:
-    """The files of a version, as a tar archive that can be uploaded again."""
+    """Download the files of a version as a tar archive, which can be uploaded again."""
     async with services.database.reading() as session:
         adapter = await adapters.find_adapter(session, caller.tenant_id, name)
         found = await adapters.find_version(session, adapter, version)
@@ -179,7 +181,7 @@ async def download(name: _Name, version: _Version, caller: _Caller, services: Se
 async def put_alias(
     name: _Name, alias: _Alias, body: AliasIn, request: Request, caller: _Caller, services: ServicesDep
 ) -> AliasOut:
-    """Point an alias at a version: `production` is what the bare name means; others may take a share of its requests."""
+    """Point an alias at a version. Requests for the bare name go to `production`; other aliases may take a share of them."""
     async with services.database.writing() as session:
         adapter = await adapters.find_adapter(session, caller.tenant_id, name)
         version = await adapters.find_version(session, adapter, body.version)
@@ -196,7 +198,7 @@ async def put_alias(
 
 @router.post("/{name}/aliases/{alias}/rollback")
 async def roll_back(name: _Name, alias: _Alias, request: Request, caller: _Caller, services: ServicesDep) -> AliasOut:
-    """Point an alias at what it named before its last change."""
+    """Undo the last change of an alias: point it at its previous version."""
     async with services.database.writing() as session:
         adapter = await adapters.find_adapter(session, caller.tenant_id, name)
         changed = await adapters.roll_back(session, adapter, alias)
@@ -208,7 +210,7 @@ async def roll_back(name: _Name, alias: _Alias, request: Request, caller: _Calle
 
 @router.delete("/{name}/aliases/{alias}")
 async def delete_alias(name: _Name, alias: _Alias, request: Request, caller: _Caller, services: ServicesDep) -> Deleted:
-    """Delete an alias; the version stays."""
+    """Delete an alias; its version is kept."""
     async with services.database.writing() as session:
         adapter = await adapters.find_adapter(session, caller.tenant_id, name)
         await adapters.delete_alias(session, adapter, alias)
@@ -221,7 +223,7 @@ async def delete_alias(name: _Name, alias: _Alias, request: Request, caller: _Ca
 async def put_share(
     name: _Name, tenant: _Tenant, request: Request, caller: _Caller, services: ServicesDep
 ) -> AdapterOut:
-    """Let another tenant use an adapter, as `yourname/adapter`."""
+    """Share an adapter with another tenant, which calls it as `yourname/adapter`."""
     async with services.database.writing() as session:
         adapter = await adapters.find_adapter(session, caller.tenant_id, name)
         other = await find_tenant(session, tenant)
@@ -236,7 +238,7 @@ async def put_share(
 async def delete_share(
     name: _Name, tenant: _Tenant, request: Request, caller: _Caller, services: ServicesDep
 ) -> Deleted:
-    """Take it back."""
+    """Stop sharing the adapter with this tenant."""
     async with services.database.writing() as session:
         adapter = await adapters.find_adapter(session, caller.tenant_id, name)
         other = await find_tenant(session, tenant)
@@ -260,7 +262,7 @@ def _out(described: adapters.Description) -> AdapterOut:
 
 
 def _packed(files: list[FilePath]) -> IO[bytes]:
-    packed = tempfile.SpooledTemporaryFile(max_size=8 << 20)  # noqa: SIM115 - closed when it has been sent
+    packed = tempfile.SpooledTemporaryFile(max_size=8 << 20)  # noqa: SIM115 - closed once sent
     with tarfile.open(fileobj=packed, mode="w") as archive:
         for file in files:
             facts = tarfile.TarInfo(file.name)

@@ -1,4 +1,4 @@
-"""What only an admin does: tenants, their keys, and the engines."""
+"""Admin routes for tenants, their keys and the engines."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ __all__ = ["router"]
 router = APIRouter(
     prefix="/v1/admin", tags=["admin"], dependencies=[Depends(requires("admin"))], route_class=BoundedRoute
 )
-_Tenant = Annotated[str, Path(pattern=TENANT_ID_OR_NAME, description="Its id or its name.")]
+_Tenant = Annotated[str, Path(pattern=TENANT_ID_OR_NAME, description="Id or name of a tenant.")]
 
 
 _MADE = {"tenant": "$response.body#/id"}
@@ -50,7 +50,7 @@ _MADE_TENANT = leads_to(
 
 @router.post("/tenants", status_code=201, responses=_MADE_TENANT)
 async def create_tenant(body: TenantIn, request: Request, services: ServicesDep) -> TenantOut:
-    """Make a tenant."""
+    """Create a tenant."""
     async with services.database.writing() as session:
         made = await tenants.create_tenant(session, body.name, body.limits.model_dump(exclude_none=True))
         audit.record(session, actor_of(request), "tenant.create", made.name, made.id)
@@ -60,10 +60,10 @@ async def create_tenant(body: TenantIn, request: Request, services: ServicesDep)
 @router.get("/tenants")
 async def list_tenants(
     services: ServicesDep,
-    after: Annotated[str | None, Query(pattern=TENANT_ID, description="The last id of the page before.")] = None,
+    after: Annotated[str | None, Query(pattern=TENANT_ID, description="The last id of the previous page.")] = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 1000,
 ) -> ListOf[TenantOut]:
-    """Tenants by name."""
+    """List all tenants by name."""
     async with services.database.reading() as session:
         found = await tenants.list_tenants(session, after=after, limit=limit + 1)
     return ListOf(data=[TenantOut.of(tenant) for tenant in found[:limit]], has_more=len(found) > limit)
@@ -71,14 +71,14 @@ async def list_tenants(
 
 @router.get("/tenants/{tenant}")
 async def get_tenant(tenant: _Tenant, services: ServicesDep) -> TenantOut:
-    """One tenant."""
+    """Get one tenant."""
     async with services.database.reading() as session:
         return TenantOut.of(await tenants.find_tenant(session, tenant))
 
 
 @router.patch("/tenants/{tenant}")
 async def change_tenant(tenant: _Tenant, body: TenantPatch, request: Request, services: ServicesDep) -> TenantOut:
-    """Change a tenant's limits, disable it, or enable it again."""
+    """Change a tenant's limits, disable it or enable it."""
     async with services.database.writing() as session:
         found = await tenants.find_tenant(session, tenant)
         if body.disabled and found.id == caller_of(request).tenant_id:
@@ -93,7 +93,7 @@ async def change_tenant(tenant: _Tenant, body: TenantPatch, request: Request, se
 
 @router.delete("/tenants/{tenant}")
 async def delete_tenant(tenant: _Tenant, request: Request, services: ServicesDep) -> Deleted:
-    """Delete a tenant with its keys, adapters, files and jobs. Its usage and its audit entries stay."""
+    """Delete a tenant with its keys, adapters, files and jobs. Its usage and audit entries are kept."""
     async with services.database.writing() as session:
         found = await tenants.find_tenant(session, tenant)
         if found.id == caller_of(request).tenant_id:
@@ -107,25 +107,25 @@ async def delete_tenant(tenant: _Tenant, request: Request, services: ServicesDep
 
 @router.post("/tenants/{tenant}/keys", status_code=201)
 async def create_key(tenant: _Tenant, body: KeyIn, request: Request, services: ServicesDep) -> NewKeyOut:
-    """Make a key of a tenant. Its secret is in this answer and nowhere else."""
+    """Create an API key for a tenant. Only this response contains the secret."""
     return await make_key(services, request, caller_of(request), tenant, body)
 
 
 @router.get("/engines")
 async def list_engines(services: ServicesDep) -> ListOf[EngineOut]:
-    """The engines of this gateway."""
+    """List the engines of this gateway and their health."""
     return ListOf(data=[_out(engine) for engine in services.fleet.engines])
 
 
 @router.post("/engines/{engine}/drain")
 async def drain(engine: EngineName, request: Request, services: ServicesDep) -> EngineOut:
-    """Give an engine no new request; those under way finish."""
+    """Send no new requests to an engine; requests in progress finish."""
     return await _set_draining(services, request, engine, True)
 
 
 @router.post("/engines/{engine}/resume")
 async def resume(engine: EngineName, request: Request, services: ServicesDep) -> EngineOut:
-    """Give it requests again."""
+    """Resume sending requests to a drained engine."""
     return await _set_draining(services, request, engine, False)
 
 

@@ -1,4 +1,4 @@
-"""What only an admin sees of jobs: those of every tenant, and why they failed."""
+"""Admin routes for the jobs of all tenants, with the reason of a failure."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ router = APIRouter(
 _Job = Annotated[str, Path(pattern=JOB_ID)]
 _Tenant = Annotated[
     str | None,
-    Query(pattern=TENANT_ID_OR_NAME, description="Its id or its name; all of them without."),
+    Query(pattern=TENANT_ID_OR_NAME, description="Id or name of a tenant; default: all tenants."),
 ]
 
 
@@ -36,7 +36,7 @@ async def list_all(
     tenant: _Tenant = None,
     status: Annotated[list[Status] | None, Query(max_length=6)] = None,
 ) -> Page[JobAdminOut]:
-    """The jobs of all tenants, or of one, the newest first."""
+    """List the jobs of all tenants or of one, newest first."""
     async with services.database.reading() as session:
         tenant_id = None if tenant is None else (await find_tenant(session, tenant)).id
         found, more = await fine_tuning.list_jobs(session, tenant_id, after=after, limit=limit, statuses=status)
@@ -45,7 +45,7 @@ async def list_all(
 
 @router.get("/{job}")
 async def get(job: _Job, services: ServicesDep) -> JobAdminOut:
-    """One job, with its worker and its traceback."""
+    """Get a job with its worker and the traceback of its failure."""
     async with services.database.reading() as session:
         return JobAdminOut.of(await fine_tuning.find_job(session, None, job))
 
@@ -54,7 +54,7 @@ async def get(job: _Job, services: ServicesDep) -> JobAdminOut:
 async def ask(
     job: _Job, what: Literal["cancel", "pause", "resume"], request: Request, services: ServicesDep
 ) -> JobAdminOut:
-    """Stop any job, or let it go on."""
+    """Cancel, pause or resume the job of any tenant."""
     async with services.database.writing() as session:
         found = await fine_tuning.ask(session, None, job, what)
         audit.record(session, actor_of(request), f"job.{what}", job, found.tenant_id)

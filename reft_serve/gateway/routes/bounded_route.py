@@ -42,19 +42,19 @@ __all__ = [
 ]
 
 MANAGEMENT_BYTES = 64 << 10
-"""Bytes of a JSON body, except of inference requests."""
+"""Largest JSON body in bytes, except inference requests."""
 MANAGEMENT_VALUES = 4096
-"""Values in a JSON body, except of inference requests."""
+"""Largest number of values in a JSON body, except inference requests."""
 QUERY_PARAMETERS = 128
-"""Parameters in a URL's query."""
+"""Largest number of query parameters."""
 FORM_PARTS = 16
-"""Files, and fields, of one upload."""
+"""Largest number of files, and of fields, in one upload."""
 FORM_BYTES = 64 << 10
-"""Bytes of a field of an upload, and of an upload beside its files."""
+"""Largest size in bytes of an upload's field, and of an upload without its files."""
 BODY_BYTES_PER_SECOND = 32 << 10
-"""The least rate at which a body may arrive once `REFT_BODY_SECONDS` are over."""
+"""Minimum rate of a body after the first `REFT_BODY_SECONDS`."""
 UPLOAD_SECONDS = 3600.0
-"""The longest that an upload may take to arrive."""
+"""Longest time that an upload may take to arrive."""
 _NOT_MANAGEMENT = frozenset({"inference", "metrics"})
 _STEP = 1 << 20
 _GONE = 499
@@ -63,7 +63,7 @@ _Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
 class BoundedRoute(APIRoute):
-    """A route whose body is bounded by what it takes: nothing, a little JSON, or an upload."""
+    """A route with a limit on its body: nothing, a little JSON, or an upload."""
 
     #: The setting that bounds an upload.
     upload_setting: ClassVar[str] = "max_upload_bytes"
@@ -146,7 +146,7 @@ class _Body:
     lease: Lease | None = None
 
     def left(self) -> bool:
-        """Whether the caller has closed its side."""
+        """True if the client has closed its side."""
         return peer_left(self.request.scope)
 
     async def take(self, budget: Budget, amount: int) -> Lease:
@@ -156,7 +156,7 @@ class _Body:
         return lease
 
     def grow(self, amount: int) -> None:
-        """Count what is made of the body."""
+        """Count the parsed parts of the body."""
         if self.lease is not None:
             self.lease.grow(amount)
 
@@ -190,9 +190,7 @@ class _Body:
         """
         kind = self.request.headers.get("content-type", "")
         if kind.partition(";")[0].strip().lower() != "multipart/form-data":
-            raise errors.RequestInvalid(
-                "the request's body must be multipart/form-data, and say so in its content-type"
-            )
+            raise errors.RequestInvalid("the request body must be multipart/form-data, with that content-type")
         declared = self._declared(most)
         intake = self.services.intake
         await self.take(intake.uploads, 1)
@@ -213,7 +211,7 @@ class _Body:
             raise errors.RequestInvalid(exc.message) from exc
         except OSError as exc:
             if exc.errno in _NO_SPACE:
-                raise errors.StoreUnusable("the gateway's disk cannot take the upload; try again") from exc
+                raise errors.StoreUnusable("the gateway's disk is full; try again") from exc
             raise
 
     def _declared(self, most: int) -> int | None:
@@ -251,7 +249,7 @@ class _Body:
             async with asyncio.timeout(min(self.begun + allowed - time.monotonic(), seconds)):
                 return await self.request.receive()
         except TimeoutError as exc:
-            raise errors.RequestTimeout("the request's body did not arrive in time") from exc
+            raise errors.RequestTimeout("the request body did not arrive in time") from exc
 
 
 class _Parser(MultiPartParser):
@@ -259,7 +257,7 @@ class _Parser(MultiPartParser):
 
 
 def _too_large(most: int) -> errors.RequestTooLarge:
-    return errors.RequestTooLarge(f"the request has more than the {most} bytes that are taken here")
+    return errors.RequestTooLarge(f"the request has more than the {most} bytes allowed here")
 
 
 def _scopes_of(dependant: Dependant) -> Iterator[Requires]:

@@ -18,7 +18,6 @@ ServicesDep = Annotated[Services, Depends(services_of)]
 
 
 def caller_of(request: Request) -> Principal:
-    """Who asks."""
     found: Principal = request.state.caller
     return found
 
@@ -46,7 +45,7 @@ class Requires:
         """
         if caller.scopes.isdisjoint(self.scopes):
             lacking = " or ".join(map(repr, self.scopes))
-            raise NotAllowed(f"this API key may not do this: it lacks the scope {lacking}")
+            raise NotAllowed(f"this API key lacks the scope {lacking}")
         return caller
 
 

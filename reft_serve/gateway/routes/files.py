@@ -1,4 +1,4 @@
-"""OpenAI's files, as far as fine-tuning goes: uploaded and checked, listed, read, deleted."""
+"""OpenAI's files API for fine-tuning data: upload with checks, list, read, delete."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _File = Annotated[str, Path(pattern=FILE_ID)]
 
 def _known_purpose(purpose: object) -> object:
     if purpose != "fine-tune":
-        raise ValueError(f"files are taken for fine-tuning only: give fine-tune, not {str(purpose)[:40]!r}")
+        raise ValueError(f"only the purpose fine-tune is supported, not {str(purpose)[:40]!r}")
     return purpose
 
 
@@ -45,9 +45,11 @@ async def upload(
     anchor: Annotated[Literal["created_at"] | None, Form(alias="expires_after[anchor]")] = None,
     seconds: Annotated[int | None, Form(alias="expires_after[seconds]", ge=3600, le=2_592_000)] = None,
 ) -> FileOut:
-    """Upload a data file. Every row of it is checked now; a file with a fault is refused, with the lines of its faults."""
+    """Upload a data file. Every row is checked; an invalid file is rejected with the line numbers of its faults."""
     if (anchor is None) != (seconds is None):
-        raise RequestInvalid("an expiry has both an anchor, created_at, and seconds", "expires_after")
+        raise RequestInvalid(
+            "an expiry needs both expires_after[anchor]=created_at and expires_after[seconds]", "expires_after"
+        )
     return FileOut.of(await data_files.take(services, caller, actor_of(request), file, seconds, request.receive))
 
 
@@ -55,12 +57,12 @@ async def upload(
 async def list_all(
     caller: _Caller,
     services: ServicesDep,
-    after: Annotated[str | None, Query(pattern=FILE_ID, description="The last id of the page before.")] = None,
+    after: Annotated[str | None, Query(pattern=FILE_ID, description="The last id of the previous page.")] = None,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
     order: Literal["asc", "desc"] = "desc",
     purpose: Annotated[str | None, Query(max_length=32, pattern=r"^[a-z_-]+$")] = None,
 ) -> Page[FileOut]:
-    """The tenant's files by age."""
+    """List the tenant's files by creation time."""
     async with services.database.reading() as session:
         found, more = await files.list_files(
             session, caller.tenant_id, after=after, limit=limit, ascending=order == "asc", purpose=purpose
@@ -70,7 +72,7 @@ async def list_all(
 
 @router.get("/{file}")
 async def get(file: _File, caller: _Caller, services: ServicesDep) -> FileOut:
-    """One file's facts."""
+    """Get the metadata of a file."""
     async with services.database.reading() as session:
         return FileOut.of(await files.find_file(session, caller.tenant_id, file))
 
@@ -81,7 +83,7 @@ async def get(file: _File, caller: _Caller, services: ServicesDep) -> FileOut:
     responses={200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}},
 )
 async def content(file: _File, caller: _Caller, services: ServicesDep) -> StreamingResponse:
-    """The bytes of a file: a data file as it was uploaded, or a job's metrics as CSV."""
+    """Download a file: a data file as uploaded, or the metrics of a job as CSV."""
     async with services.database.reading() as session:
         found = await files.find_file(session, caller.tenant_id, file)
     ending = "csv" if found.purpose == "fine-tune-results" else "jsonl"
@@ -96,7 +98,7 @@ async def content(file: _File, caller: _Caller, services: ServicesDep) -> Stream
 
 @router.delete("/{file}")
 async def delete(file: _File, request: Request, caller: _Caller, services: ServicesDep) -> Deleted:
-    """Delete a file that no unfinished job needs."""
+    """Delete a file. A file that an unfinished job uses cannot be deleted."""
     async with services.database.writing() as session:
         gone = await files.delete_file(session, caller.tenant_id, file)
         audit.record(session, actor_of(request), "file.delete", gone.id, caller.tenant_id, bytes=gone.bytes)

@@ -1,4 +1,4 @@
-"""OpenAI's fine-tuning jobs: asked for, looked at, followed, stopped; and who else may use what came out."""
+"""OpenAI's fine-tuning jobs: create, list, follow, cancel, pause, resume."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ _FILTER: dict[str, Any] = {
     "in": "query",
     "style": "deepObject",
     "explode": True,
-    # Whatever its values are, they come as text.
+    # All values arrive as strings.
     "schema": {"type": "object"},
-    "description": "Only jobs with these, as metadata[key]=value; metadata=null for jobs without any.",
+    "description": "Only jobs with this metadata, as metadata[key]=value; metadata=null for jobs without metadata.",
 }
 
 
 @router.post("")
 async def create(body: JobIn, request: Request, caller: _Caller, services: ServicesDep) -> JobOut:
-    """Put a fine-tuning job into the queue."""
+    """Create a fine-tuning job and queue it."""
     return JobOut.of(await submit.submit(services, caller, actor_of(request), body))
 
 
@@ -48,10 +48,10 @@ async def list_all(
     request: Request,
     caller: _Caller,
     services: ServicesDep,
-    after: Annotated[str | None, Query(pattern=JOB_ID, description="The last id of the page before.")] = None,
+    after: Annotated[str | None, Query(pattern=JOB_ID, description="The last id of the previous page.")] = None,
     limit: _Limit = 20,
 ) -> Page[JobOut]:
-    """The tenant's jobs, the newest first."""
+    """List the tenant's jobs, newest first."""
     wanted = _metadata(request)
     if wanted and any("\0" in text for pair in wanted.items() for text in pair):
         return Page.of([], False)  # no metadata holds one, and PostgreSQL has no such text
@@ -62,26 +62,26 @@ async def list_all(
 
 @router.get("/{job}")
 async def get(job: _Job, caller: _Caller, services: ServicesDep) -> JobOut:
-    """One job."""
+    """Get one job."""
     async with services.database.reading() as session:
         return JobOut.of(await fine_tuning.find_job(session, caller.tenant_id, job))
 
 
 @router.post("/{job}/cancel")
 async def cancel(job: _Job, request: Request, caller: _Caller, services: ServicesDep) -> JobOut:
-    """Stop a job for good: at once where it waits, at its next step where it runs."""
+    """Cancel a job: at once if it is queued, after the current step if it is running."""
     return await _ask(job, "cancel", request, caller, services)
 
 
 @router.post("/{job}/pause")
 async def pause(job: _Job, request: Request, caller: _Caller, services: ServicesDep) -> JobOut:
-    """Stop a job until it is resumed: at once where it waits, at its next step where it runs."""
+    """Pause a job until it is resumed: at once if it is queued, after the current step if it is running."""
     return await _ask(job, "pause", request, caller, services)
 
 
 @router.post("/{job}/resume")
 async def resume(job: _Job, request: Request, caller: _Caller, services: ServicesDep) -> JobOut:
-    """Let a paused job go on from its last checkpoint, when it is its turn."""
+    """Queue a paused job again; it continues from its last checkpoint."""
     return await _ask(job, "resume", request, caller, services)
 
 
@@ -93,10 +93,10 @@ async def events(
     after: _AfterEvent = None,
     limit: _Limit = 20,
     stream: Annotated[
-        bool, Query(description="Server-sent events, the oldest first, until the job has ended.")
+        bool, Query(description="Stream the events as server-sent events, oldest first, until the job ends.")
     ] = False,
 ) -> Page[EventOut]:
-    """What has happened to a job, the newest first; with `stream`, what happens, the oldest first."""
+    """List the events of a job, newest first; with `stream`, follow them as they happen, oldest first."""
     async with services.database.reading() as session:
         found = await fine_tuning.find_job(session, caller.tenant_id, job)
         if not stream:
@@ -114,7 +114,7 @@ async def checkpoints(
     after: Annotated[str | None, Query(pattern=r"^ftckpt-[A-Za-z0-9]{1,56}$")] = None,
     limit: _Limit = 10,
 ) -> Page[CheckpointOut]:
-    """The states that a job has come by, the latest first. They can be called once it has succeeded."""
+    """List a job's checkpoints, newest first. They can be used as models once the job has succeeded."""
     async with services.database.reading() as session:
         found = await fine_tuning.find_job(session, caller.tenant_id, job)
         page, more = await fine_tuning.list_checkpoints(session, found.id, after=after, limit=limit)
@@ -131,10 +131,10 @@ async def _ask(
 
 
 def _metadata(request: Request) -> dict[str, str] | None:
-    """The filter in OpenAI's two spellings; None where there is none."""
+    """The metadata filter in either of OpenAI's two spellings; None without one."""
     found = [(_METADATA.fullmatch(name), value) for name, value in request.query_params.items()]
     given = {match[1]: value for match, value in found if match}
     plain = request.query_params.get("metadata")
     if plain not in (None, "null"):
-        raise RequestInvalid("ask as metadata[KEY]=VALUE, or metadata=null for jobs that have none", "metadata")
+        raise RequestInvalid("write metadata[KEY]=VALUE, or metadata=null for jobs without metadata", "metadata")
     return given or (None if plain is None else {})

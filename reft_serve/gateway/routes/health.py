@@ -1,4 +1,4 @@
-"""Whether the process lives, and whether a request would succeed."""
+"""Liveness and readiness probes."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ _PING_SECONDS = 3.0
 
 
 class Health(BaseModel):
-    """That all is well."""
+    """A successful probe."""
 
     status: Literal["ok"] = "ok"
 
 
 @router.get("/health/live", openapi_extra={"security": []})
 async def live() -> Health:
-    """200 as long as the process can answer at all."""
+    """Liveness: 200 while the process responds."""
     return Health()
 
 
 @router.get("/health/ready", responses={503: {"model": ErrorAnswer}}, openapi_extra={"security": []})
 async def ready(services: ServicesDep) -> Health:
-    """200 if an engine is up and the database and the stores can be written to; 503 otherwise, and while draining."""
+    """Readiness: 200 if an engine is up and the database and stores are writable; else 503, also while draining."""
     if services.draining:
         raise Overloaded("the gateway is shutting down")
     try:
         async with asyncio.timeout(_PING_SECONDS):
             await services.database.ping()
     except TimeoutError as exc:
-        raise DatabaseUnusable("the database does not answer in time") from exc
+        raise DatabaseUnusable("the database did not respond in time") from exc
     services.write_probe.check()
     if not services.ledger.healthy:
         raise DatabaseUnusable("the database cannot be written")

@@ -23,15 +23,14 @@ from reft_serve.gateway.services import Services, services_of
 
 __all__ = ["router"]
 
-# More faults than anybody reads are counted and not listed.
+# Above this number, faults are counted and not listed.
 _FAULTS = 100
 
 
 class _Direct(BoundedRoute):
-    """A route whose four arguments are found as FastAPI would find them, at a fraction of the time that it takes."""
+    """A route that resolves its four arguments itself, faster than FastAPI's dependency injection."""
 
     def json_limits(self, settings: GatewaySettings) -> tuple[int, int]:
-        """Prompts are large."""
         return settings.max_request_bytes, settings.max_json_values
 
     def make_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -47,7 +46,7 @@ class _Direct(BoundedRoute):
             else:
                 given = _parsed(kind, kind.model_validate_json, content)
             del content
-            request._body = b""  # it is parsed, and the request may last
+            request._body = b""  # free the memory: the body is parsed, and the request may last
             answer: Response = await self.endpoint(given, request, caller, services)
             return answer
 
@@ -57,13 +56,13 @@ class _Direct(BoundedRoute):
 def _check_media_type(content_type: str) -> None:
     media = content_type.partition(";")[0].strip().lower()
     if media != "application/json" and not (media.startswith("application/") and media.endswith("+json")):
-        raise RequestInvalid("the request's body must be JSON, and say so: content-type: application/json")
+        raise RequestInvalid("the request body must be JSON, with the header content-type: application/json")
 
 
 async def _parse_large(
     services: Services, request: Request, caller: Principal, kind: type[InferenceBody], content: bytes
 ) -> InferenceBody:
-    """Parse in another thread, one body at a time. Its faults refer to what was parsed; from bytes each would copy it."""
+    """Parse in a thread, one body at a time. Faults refer to the parsed value; with bytes, each would copy the body."""
 
     def parse() -> InferenceBody:
         try:
@@ -94,7 +93,7 @@ router = APIRouter(prefix="/v1", tags=["inference"], route_class=_Direct)
 _Caller = Annotated[Principal, Depends(requires("inference"))]
 _ANSWER: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "OpenAI's answer; server-sent events where `stream` is true.",
+        "description": "OpenAI's response; server-sent events if `stream` is true.",
         "content": {
             "application/json": {"schema": {"type": "object"}},
             "text/event-stream": {"schema": {}},
@@ -109,23 +108,23 @@ _EMBEDDINGS = Endpoint("embeddings", "/v1/embeddings")
 
 @router.post("/completions", responses=_ANSWER, response_class=Response)
 async def completions(body: CompletionBody, request: Request, caller: _Caller, services: ServicesDep) -> Response:
-    """Continue a prompt."""
+    """Complete a prompt."""
     return await infer(services, request, caller, _COMPLETIONS, body)
 
 
 @router.post("/chat/completions", responses=_ANSWER, response_class=Response)
 async def chat(body: ChatBody, request: Request, caller: _Caller, services: ServicesDep) -> Response:
-    """Answer a conversation."""
+    """Generate the next message of a conversation."""
     return await infer(services, request, caller, _CHAT, body)
 
 
 @router.post("/responses", responses=_ANSWER, response_class=Response)
 async def responses(body: ResponseBody, request: Request, caller: _Caller, services: ServicesDep) -> Response:
-    """Answer an input; nothing is stored."""
+    """Generate a response to an input. Responses are not stored."""
     return await infer(services, request, caller, _RESPONSES, body)
 
 
 @router.post("/embeddings", responses=_ANSWER, response_class=Response)
 async def embeddings(body: EmbeddingBody, request: Request, caller: _Caller, services: ServicesDep) -> Response:
-    """Embed texts, where the engine's model can."""
+    """Compute embeddings, if the engine's model supports them."""
     return await infer(services, request, caller, _EMBEDDINGS, body)

@@ -1,4 +1,4 @@
-"""The caller's own tenant: what it is, and its keys."""
+"""The caller's tenant and its API keys."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _Key = Annotated[str, Path(pattern=_ID)]
 
 @router.get("/tenant")
 async def tenant(caller: Annotated[Principal, Depends(caller_of)], services: ServicesDep) -> TenantOut:
-    """The tenant that the caller's key belongs to."""
+    """Get the tenant that the caller's key belongs to."""
     async with services.database.reading() as session:
         return TenantOut.of(await find_tenant(session, caller.tenant_id))
 
@@ -38,8 +38,8 @@ _MADE_KEY = leads_to(201, (link("revoke_v1_keys__key__delete", _MADE), link("rot
 
 @router.post("/keys", status_code=201, responses=_MADE_KEY)
 async def create(body: KeyIn, request: Request, caller: _Caller, services: ServicesDep) -> NewKeyOut:
-    """Make a key of the caller's tenant, which may do no more than the caller's: no other scopes, no larger limits, no later
-    end. Its secret is in this answer and nowhere else.
+    """Create an API key for the caller's tenant, with at most the scopes, limits and lifetime of the caller's key. Only
+    this response contains the secret.
     """
     _check_rank(caller, body.role)
     return await make_key(services, request, caller, caller.tenant_id, body)
@@ -49,10 +49,10 @@ async def create(body: KeyIn, request: Request, caller: _Caller, services: Servi
 async def list_all(
     caller: _Caller,
     services: ServicesDep,
-    after: Annotated[str | None, Query(pattern=_ID, description="The last id of the page before.")] = None,
+    after: Annotated[str | None, Query(pattern=_ID, description="The last id of the previous page.")] = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
 ) -> ListOf[KeyOut]:
-    """The tenant's keys, the oldest first, without their secrets."""
+    """List the tenant's keys, oldest first, without their secrets."""
     async with services.database.reading() as session:
         found = await keys.list_keys(session, caller.tenant_id, after=after, limit=limit + 1)
     return ListOf(data=[KeyOut(**KeyOut.fields_of(key)) for key in found[:limit]], has_more=len(found) > limit)
@@ -60,11 +60,11 @@ async def list_all(
 
 @router.delete("/keys/{key}")
 async def revoke(key: _Key, request: Request, caller: _Caller, services: ServicesDep) -> KeyOut:
-    """End a key's life at once."""
+    """Revoke a key immediately."""
     async with services.database.writing() as session:
         found = await keys.find_key(session, caller.tenant_id, key)
         if found.id == caller.key_id:
-            raise Conflict("a key does not revoke itself: use another one, or rotate it")
+            raise Conflict("a key cannot revoke itself: use another key, or rotate it")
         _check_rank(caller, found.role)
         keys.revoke_key(found)
         audit.record(session, actor_of(request), "key.revoke", key, caller.tenant_id)
@@ -80,7 +80,7 @@ async def rotate(
     services: ServicesDep,
     overlap_seconds: Annotated[int, Field(ge=0, le=30 * 86400)] = 0,
 ) -> NewKeyOut:
-    """Make a key like this one; this one goes on for `overlap_seconds`."""
+    """Replace a key. The old one stays valid for `overlap_seconds`."""
     async with services.database.writing() as session:
         old = await keys.find_key(session, caller.tenant_id, key)
         _check_rank(caller, old.role)
@@ -96,7 +96,7 @@ async def rotate(
 
 
 async def make_key(services: Services, request: Request, caller: Principal, tenant_id: str, body: KeyIn) -> NewKeyOut:
-    """A new key of a tenant. One of the caller's own tenant, or of an admin, has no more than the caller's."""
+    """Create a key. In the caller's own tenant, or with role admin, it gets at most the caller's scopes and limits."""
     expires_ms = None if body.expires_at is None else body.expires_at * 1000
     limits: dict[str, Any] = body.limits.model_dump(exclude_none=True)
     async with services.database.writing() as session:
@@ -112,15 +112,15 @@ async def make_key(services: Services, request: Request, caller: Principal, tena
 
 
 def _check_rank(caller: Principal, role: str) -> None:
-    """Nobody makes or ends keys that may do what his role may not: an owner could blind the operator's monitoring."""
+    """Reject a key of a higher role than the caller's: an owner could revoke the operator's monitoring key."""
     if not keys.ROLES[role] <= keys.ROLES[caller.role]:  # type: ignore[index]
-        raise NotAllowed(f"only an admin makes, rotates or revokes a key of role {role}")
+        raise NotAllowed(f"only an admin can create, rotate or revoke a key of role {role}")
 
 
 def _check_scopes(caller: Principal, scopes: frozenset[str]) -> None:
-    """Whoever gets a secret holds its scopes: a narrow key must not come to a wide one by making or rotating it."""
+    """Reject scopes beyond the caller's: creating or rotating a key must not widen access."""
     beyond = scopes - caller.scopes
     if beyond:
         raise NotAllowed(
-            f"this API key lacks the scopes {', '.join(sorted(beyond))}, so it cannot give them: name fewer"
+            f"this API key lacks the scopes {', '.join(sorted(beyond))}, so it cannot grant them: request fewer"
         )

@@ -1,4 +1,4 @@
-"""Prometheus metrics: the gateway's own, and those of engines whose sockets are private."""
+"""Prometheus metrics of the gateway, and of engines with private sockets."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ router = APIRouter(tags=["metrics"], dependencies=[Depends(requires("metrics", "
 
 @router.get("/metrics", response_class=Response, responses=_PAGE)
 async def metrics() -> Response:
-    """Prometheus metrics; they name tenants, so they need a key of scope `metrics` or `admin`."""
+    """Prometheus metrics of the gateway. They name tenants, so a key of scope `metrics` or `admin` is required."""
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/v1/admin/engines/{engine}/metrics", response_class=Response, responses=_PAGE)
 async def engine_metrics(engine: EngineName, services: ServicesDep) -> Response:
-    """An engine's own Prometheus metrics, for where its socket is private; scope `metrics` or `admin`."""
+    """Prometheus metrics of an engine, for engines with a private socket. Requires scope `metrics` or `admin`."""
     return Response(await services.fleet.named(engine).metrics(), media_type=CONTENT_TYPE_LATEST)

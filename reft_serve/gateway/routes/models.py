@@ -1,4 +1,4 @@
-"""OpenAI's models: those that the caller may use, and no others."""
+"""OpenAI's models API, restricted to the models that the caller may use."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from reft_serve.gateway.services import Services
 __all__ = ["MODELS_PER_PAGE", "router"]
 
 MODELS_PER_PAGE = 1000
-_AFTER = "The last id of the page before."
+_AFTER = "The last id of the previous page."
 
 router = APIRouter(prefix="/v1/models", tags=["models"], route_class=BoundedRoute)
 _Caller = Annotated[Principal, Depends(requires("models"))]
@@ -32,7 +32,7 @@ async def list_models(
     after: Annotated[str | None, Query(max_length=400, pattern=r"^[^\x00]+$", description=_AFTER)] = None,
     limit: Annotated[int, Query(ge=1, le=MODELS_PER_PAGE)] = MODELS_PER_PAGE,
 ) -> ListOf[ModelOut]:
-    """The base model, then every name of the caller's adapters and of those that are shared with it."""
+    """List the base model, then every name of the caller's adapters and of adapters shared with it."""
     base = _base(services)
     found = [base] if after is None else []
     async with services.database.reading() as session:
@@ -45,7 +45,7 @@ async def list_models(
 
 @router.get("/{model:path}")
 async def get_model(model: str, caller: _Caller, services: ServicesDep) -> ModelOut:
-    """One model, by any of its names."""
+    """Get a model by any of its names."""
     target = await services.lookup.target(caller, model)
     if target is None:
         return _base(services)
@@ -56,9 +56,9 @@ async def get_model(model: str, caller: _Caller, services: ServicesDep) -> Model
 
 @router.delete("/{model:path}")
 async def delete_model(model: str, request: Request, caller: _Caller, services: ServicesDep) -> Deleted:
-    """Delete an adapter of the caller's with all its versions (`adapter`), or one version (`adapter@3`, `ft:...`)."""
+    """Delete one of the caller's adapters with all its versions (`adapter`), or one version (`adapter@3`, `ft:...`)."""
     if "adapters" not in caller.scopes:
-        raise NotAllowed("this API key may not do this: it lacks the scope 'adapters'")
+        raise NotAllowed("this API key lacks the scope 'adapters'")
     target = await services.lookup.target(caller, model)
     if target is None:
         raise NotAllowed("the base model cannot be deleted")

@@ -1,4 +1,4 @@
-"""OpenAI's checkpoint permissions: who else may use one fine-tuned model, by its full name."""
+"""OpenAI's checkpoint permissions: share one fine-tuned model with other tenants, by its full name."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _Permission = Annotated[str, Path(pattern=_ID)]
 async def create(
     checkpoint: _Checkpoint, body: PermissionsIn, request: Request, caller: _Caller, services: ServicesDep
 ) -> Page[PermissionOut]:
-    """Let other tenants use a model. A project is a tenant here."""
+    """Share a model with other tenants. A project id is a tenant's id."""
     async with services.database.writing() as session:
         version = await permissions.find_own_version(session, caller.tenant_id, checkpoint)
         made = await permissions.give_permissions(session, version, body.project_ids)
@@ -61,7 +61,7 @@ async def list_all(
     order: Literal["ascending", "descending"] = "descending",
     project_id: Annotated[str | None, Query(pattern=TENANT_ID)] = None,
 ) -> Page[PermissionOut]:
-    """Who may use a model beside its owner."""
+    """List the tenants that a model is shared with."""
     async with services.database.reading() as session:
         version = await permissions.find_own_version(session, caller.tenant_id, checkpoint)
         found, more = await permissions.list_permissions(
@@ -74,7 +74,7 @@ async def list_all(
 async def delete(
     checkpoint: _Checkpoint, permission: _Permission, request: Request, caller: _Caller, services: ServicesDep
 ) -> Deleted:
-    """Take a permission back."""
+    """Stop sharing a model with a tenant."""
     async with services.database.writing() as session:
         version = await permissions.find_own_version(session, caller.tenant_id, checkpoint)
         gone = await permissions.delete_permission(session, version.id, permission)

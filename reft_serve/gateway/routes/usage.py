@@ -1,4 +1,4 @@
-"""What a tenant has used, and what was changed."""
+"""Usage totals and the audit log of a tenant."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ async def totals(
     format: Literal["json", "csv"] = "json",  # noqa: A002 - the parameter's public name
     all_tenants: bool = False,
 ) -> ListOf[UsageOut]:
-    """Tokens by bucket and group, of the last 30 days unless told otherwise; with `format=csv` as CSV."""
+    """Sum requests and tokens by bucket and group; default: the last 30 days. `format=csv` returns CSV."""
     if all_tenants and "admin" not in caller.scopes:
-        raise NotAllowed("only an admin sees other tenants' usage")
+        raise NotAllowed("only an admin can read the usage of other tenants")
     end = end_time * 1000 if end_time is not None else now_ms() + 1
     start = start_time * 1000 if start_time is not None else end - 30 * DAY_MS
     groups = list(dict.fromkeys(group_by or []))
@@ -56,13 +56,13 @@ async def totals(
 async def changes(
     caller: _Caller,
     services: ServicesDep,
-    after: Annotated[int | None, Query(ge=0, lt=1 << 63, description="The last id of the page before.")] = None,
+    after: Annotated[int | None, Query(ge=0, lt=1 << 63, description="The last id of the previous page.")] = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     all_tenants: bool = False,
 ) -> ListOf[AuditOut]:
-    """Changes of the tenant's keys, adapters, shares; the latest first."""
+    """List the audit log of the tenant's keys, adapters and shares, newest first."""
     if all_tenants and "admin" not in caller.scopes:
-        raise NotAllowed("only an admin sees other tenants' changes")
+        raise NotAllowed("only an admin can read the audit log of other tenants")
     async with services.database.reading() as session:
         found = await audit.list_audit(session, None if all_tenants else caller.tenant_id, after, limit + 1)
     return ListOf(data=[AuditOut.of(entry) for entry in found[:limit]], has_more=len(found) > limit)
@@ -87,6 +87,6 @@ def _csv(found: Sequence[usage.Total], groups: Sequence[str]) -> str:
 
 
 def _cell(value: str | None) -> str:
-    """Spreadsheets run what begins like a formula, and tenants choose names."""
+    """Escape a cell that a spreadsheet would run as a formula; tenants choose names."""
     text = value or ""
     return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text

@@ -1,4 +1,4 @@
-"""OpenAI's webhook endpoints: where a tenant is told that its jobs have ended."""
+"""OpenAI's webhook endpoints, which report to a tenant that its jobs have ended."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ _Webhook = Annotated[str, Path(pattern=_ID)]
 
 @router.get("/webhook_event_types")
 async def event_types(_: _Caller) -> EventTypesOut:
-    """What can be told."""
+    """List the event types that a webhook can subscribe to."""
     return EventTypesOut(data=list(webhooks.EVENT_TYPES))
 
 
 @router.post("/webhook_endpoints")
 async def create(body: WebhookIn, request: Request, caller: _Caller, services: ServicesDep) -> WebhookSecretOut:
-    """Make a webhook endpoint. Its secret is in this answer and nowhere else."""
+    """Create a webhook endpoint. Only this response contains the signing secret."""
     webhook_sender.check_url(body.url, services.settings)
     async with services.database.writing() as session:
         made = await webhooks.add_webhook(session, caller.tenant_id, body.name, body.url, body.event_types)
@@ -57,7 +57,7 @@ async def list_all(
     after: Annotated[str | None, Query(pattern=_ID)] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> Page[WebhookOut]:
-    """The tenant's webhook endpoints, the newest first, without their secrets."""
+    """List the tenant's webhook endpoints, newest first, without their secrets."""
     async with services.database.reading() as session:
         found, more = await webhooks.list_webhooks(session, caller.tenant_id, after=after, limit=limit)
     return Page.of([WebhookOut(**WebhookOut.fields_of(webhook)) for webhook in found], more)
@@ -65,7 +65,7 @@ async def list_all(
 
 @router.get("/webhook_endpoints/{webhook}")
 async def get(webhook: _Webhook, caller: _Caller, services: ServicesDep) -> WebhookOut:
-    """One webhook endpoint."""
+    """Get one webhook endpoint."""
     async with services.database.reading() as session:
         return WebhookOut(**WebhookOut.fields_of(await webhooks.find_webhook(session, caller.tenant_id, webhook)))
 
@@ -74,7 +74,7 @@ async def get(webhook: _Webhook, caller: _Caller, services: ServicesDep) -> Webh
 async def change(
     webhook: _Webhook, body: WebhookPatch, request: Request, caller: _Caller, services: ServicesDep
 ) -> WebhookOut:
-    """Change what is given; the rest stays."""
+    """Change the fields in the body; other fields keep their values."""
     if body.url is not None:
         webhook_sender.check_url(body.url, services.settings)
     async with services.database.writing() as session:
@@ -87,7 +87,7 @@ async def change(
 
 @router.delete("/webhook_endpoints/{webhook}")
 async def delete(webhook: _Webhook, request: Request, caller: _Caller, services: ServicesDep) -> Deleted:
-    """Delete a webhook endpoint, and what is on its way to it."""
+    """Delete a webhook endpoint and its pending deliveries."""
     async with services.database.writing() as session:
         await webhooks.delete_webhook(session, caller.tenant_id, webhook)
         audit.record(session, actor_of(request), "webhook.delete", webhook, caller.tenant_id)
@@ -98,7 +98,7 @@ async def delete(webhook: _Webhook, request: Request, caller: _Caller, services:
 async def rotate(
     webhook: _Webhook, request: Request, caller: _Caller, services: ServicesDep, body: RotationIn | None = None
 ) -> WebhookSecretOut:
-    """Give a webhook endpoint another secret; the one before signs as well for a day, if that is asked for."""
+    """Replace the signing secret. With `keep_old_secret_active_for_24_hours`, both secrets sign for a day."""
     keep = body is not None and body.keep_old_secret_active_for_24_hours
     async with services.database.writing() as session:
         found = await webhooks.find_webhook(session, caller.tenant_id, webhook)
@@ -109,7 +109,7 @@ async def rotate(
 
 @router.post("/webhook_endpoints/{webhook}/test")
 async def test(webhook: _Webhook, body: WebhookTestIn, caller: _Caller, services: ServicesDep) -> WebhookTestOut:
-    """Send a sample event now and report the answer. `success` is true for a status of 2xx."""
+    """Send a sample event now and report the response. `success` is true for a 2xx status."""
     await services.quotas.take(caller, "webhook tests", TESTS_PER_MINUTE)
     async with services.database.reading() as session:
         found = await webhooks.find_webhook(session, caller.tenant_id, webhook)

@@ -1,6 +1,6 @@
-"""Fields of OpenAI's and Anthropic's clients, and of programs built on them, that ask for nothing here.
+"""Fields of OpenAI's and Anthropic's clients, and of programs built on them, that have no effect here.
 
-They are taken, whatever they hold, and reach no engine. docs/gateway-api.md shows these tables.
+They are accepted with any value and reach no engine. docs/gateway-api.md shows these tables.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ from types import MappingProxyType
 
 __all__ = ["IGNORED", "REFUSED", "ignored_in"]
 
-_CACHE = "a mark for another service's prompt cache; prompts are cached here without it"
-_ECHO = "part of an earlier answer that a client sends back"
-_FRAMEWORK = "a framework's own bookkeeping (LangChain, LiteLLM, Vercel AI SDK, OpenRouter)"
+_CACHE = "a hint for another service's prompt cache; prompts are cached without it"
+_ECHO = "part of an earlier response that a client sends back"
+_FRAMEWORK = "bookkeeping of a framework (LangChain, LiteLLM, Vercel AI SDK, OpenRouter)"
 
 IGNORED: Mapping[str, Mapping[str, str]] = MappingProxyType({
     "request": {
         "cache_control": _CACHE,
-        "prediction": "a guess that may only make the same answer faster",
+        "prediction": "a prediction that can only speed up the same answer",
         "prompt_cache_key": _CACHE,
         "prompt_cache_options": _CACHE,
         "prompt_cache_retention": _CACHE,
-        "safety_identifier": "a name of the caller's own user",
-        "service_tier": "there is one tier",
+        "safety_identifier": "an identifier of the caller's end user",
+        "service_tier": "there is only one service tier",
         "store": "nothing is stored",
         "verbosity": "the model has no such control",
     },
@@ -38,7 +38,7 @@ IGNORED: Mapping[str, Mapping[str, str]] = MappingProxyType({
         "id": _ECHO,
         "invalid_tool_calls": _FRAMEWORK,
         "logprobs": _ECHO,
-        "parsed": "what the `openai` package's parse() made of an answer's text",
+        "parsed": "added by the `openai` package's parse() to a message",
         "parts": _FRAMEWORK,
         "phase": _ECHO,
         "providerMetadata": _FRAMEWORK,
@@ -68,15 +68,15 @@ IGNORED: Mapping[str, Mapping[str, str]] = MappingProxyType({
         "async": "the caller decides when a tool runs",
         "cache_control": _CACHE,
         "defer_loading": "every tool is shown to the model",
-        "output_schema": "tools run at the caller, who may check what they return",
+        "output_schema": "tools run on the client, which can check their results",
     },
     "tool call": {
         "async": _ECHO,
         "cache_control": _CACHE,
         "caller": _ECHO,
         "extra_content": _FRAMEWORK,
-        "index": "a position in the stream that the call came from",
-        "parsed_arguments": "what the `openai` package's parse() made of the arguments",
+        "index": "a position in the stream that delivered the call",
+        "parsed_arguments": "added by the `openai` package's parse() to the arguments",
         "provider_specific_fields": _FRAMEWORK,
     },
     "tool output": {"name": _ECHO, "namespace": _ECHO},
@@ -84,7 +84,7 @@ IGNORED: Mapping[str, Mapping[str, str]] = MappingProxyType({
         "async": _ECHO,
         "cache_control": _CACHE,
         "caller": _ECHO,
-        "id": "nothing is stored, so nothing can be referred to",
+        "id": "nothing is stored, so nothing can be referenced",
         "phase": _ECHO,
         "provider_data": _FRAMEWORK,
         "status": _ECHO,
@@ -94,28 +94,28 @@ IGNORED: Mapping[str, Mapping[str, str]] = MappingProxyType({
     "reasoning": {
         "context": "nothing is stored",
         "generate_summary": "reasoning is not summarized",
-        "mode": "the model has one way to reason",
+        "mode": "the model has only one reasoning mode",
         "summary": "reasoning is not summarized",
     },
 })  # fmt: skip
-"""By object, its ignored fields, each with the reason."""
+"""Ignored fields by object, each with the reason."""
 
 REFUSED: Mapping[str, str] = MappingProxyType({
     "access_programs": "programs of OpenAI's",
     "audio": "text only",
-    "background_options": "there are no background answers",
+    "background_options": "background responses are not supported",
     "context_management": "nothing is stored or compacted",
     "conversation": "nothing is stored",
     "encrypted_content": "only the service that wrote it can read it",
     "function_call": "use `tool_choice`; in a message, `tool_calls`",
     "functions": "use `tools`",
     "image": "text only",
-    "moderation": "answers are not moderated",
+    "moderation": "there is no moderation",
     "previous_response_id": "nothing is stored: send the whole conversation",
-    "prompt": "there are no stored prompts",
-    "web_search_options": "there is no search",
+    "prompt": "stored prompts are not supported",
+    "web_search_options": "web search is not supported",
 })  # fmt: skip
-"""Fields of the `openai` client that ask for what is not served, each with the reason."""
+"""Fields of the `openai` client for unsupported features, each with the reason."""
 
 
 def ignored_in(*objects: str) -> Mapping[str, str]:

@@ -50,23 +50,23 @@ class ErrorObject(BaseModel):
 
 
 class ErrorAnswer(BaseModel):
-    """What every failure looks like."""
+    """The body of every error response."""
 
     error: ErrorObject
 
 
 _DESCRIPTIONS = {
-    400: "The request cannot be carried out as it is.",
-    401: "No API key, or not a valid one.",
-    403: "The key may not do this.",
-    404: "There is no such thing, or it is not the caller's.",
+    400: "The request is invalid.",
+    401: "The API key is missing or invalid.",
+    403: "The key lacks the required scope.",
+    404: "The object does not exist, or belongs to another tenant.",
     408: "The body did not arrive in time.",
-    409: "The name is taken, or the state of things does not allow it.",
-    413: "More bytes than are taken.",
-    429: "A limit is used up; see retry-after.",
-    500: "A failure of the gateway.",
-    502: "A failure of the engine.",
-    503: "Nothing is free or up; see retry-after.",
+    409: "The name is taken, or the object's state does not allow the operation.",
+    413: "The body exceeds a size limit.",
+    429: "A limit is exhausted; see retry-after.",
+    500: "Internal error of the gateway.",
+    502: "Error of the engine.",
+    503: "No engine, database or store is available; see retry-after.",
 }
 RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": text} for status, text in _DESCRIPTIONS.items()
@@ -121,7 +121,7 @@ def _sentence(fault: Mapping[str, Any]) -> str:
     message = str(fault["msg"]).removeprefix("Value error, ")
     if fault["type"] == "extra_forbidden":
         name = fault["loc"][-1]
-        return f"it is not served: {REFUSED[name]}" if name in REFUSED else "it is not a known field"
+        return f"it is not supported: {REFUSED[name]}" if name in REFUSED else "unknown field"
     return message[:300]
 
 

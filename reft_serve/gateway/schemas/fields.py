@@ -17,4 +17,4 @@ def _whole(value: object) -> object:
 
 
 JsonInteger = BeforeValidator(_whole)
-"""Lets an integer of a strict model be what JSON Schema calls one; the last of its annotations."""
+"""Accepts JSON Schema integers (1.0 is one) in a strict model; must be the last annotation."""

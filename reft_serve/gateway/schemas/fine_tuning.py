@@ -1,4 +1,4 @@
-"""What the routes of files and of fine-tuning take and give, as the `openai` package's types have it."""
+"""Request and response schemas of the files and fine-tuning routes, as the `openai` package's types have them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _OLD = ("n_epochs", "batch_size", "learning_rate_multiplier")
 
 
 class Identified(BaseModel):
-    """What has an id."""
+    """An object with an id."""
 
     id: str
 
@@ -77,7 +77,6 @@ class FileOut(Identified):
 
     @classmethod
     def of(cls, row: models.File) -> FileOut:
-        """From its row."""
         return cls(
             id=row.id, bytes=row.bytes, created_at=row.created_ms // 1000, filename=row.filename, purpose=row.purpose,
             expires_at=_seconds(row.expires_ms), status=row.status, format=row.format, rows=row.rows,
@@ -106,7 +105,7 @@ class _Dpo(RequestModel):
 
 def _known_method(kind: object) -> object:
     if kind not in ("supervised", "dpo"):
-        raise ValueError(f"it must be supervised or dpo; {str(kind)[:40]!r} is not done here")
+        raise ValueError(f"it must be supervised or dpo; {str(kind)[:40]!r} is not supported")
     return kind
 
 
@@ -126,7 +125,7 @@ class MethodIn(RequestModel):
 
 
 class JobIn(RequestModel):
-    """A fine-tuning job to make. `priority` is ours: below 0 for what can wait."""
+    """A fine-tuning job to create. `priority` is an extension: below 0 for a job that can wait."""
 
     model: Annotated[str, Field(min_length=1, max_length=512)]
     training_file: _FileId
@@ -215,12 +214,11 @@ class JobOut(Identified):
 
     @classmethod
     def of(cls, row: models.Job) -> JobOut:
-        """From its row."""
         return cls(**cls.fields_of(row))
 
 
 class JobAdminOut(JobOut):
-    """A job with what only the operator sees."""
+    """A job with the fields for operators only."""
 
     tenant: str
     wanted: str
@@ -232,7 +230,6 @@ class JobAdminOut(JobOut):
 
     @classmethod
     def of(cls, row: models.Job) -> JobAdminOut:
-        """From its row."""
         return cls(
             tenant=row.tenant.name, wanted=row.wanted, attempts=row.attempts, worker=row.worker,
             lease_until=_seconds(row.lease_until_ms if row.status == "running" else None),
@@ -253,7 +250,6 @@ class EventOut(Identified):
 
     @classmethod
     def of(cls, row: models.Event) -> EventOut:
-        """From its row."""
         return cls(
             id=row.id, created_at=row.created_ms // 1000, level=row.level, message=row.message, type=row.type,
             data=row.data,
@@ -288,7 +284,7 @@ class PermissionsIn(RequestModel):
 
 
 class PermissionOut(Identified):
-    """That a tenant, `project_id`, may use a version."""
+    """Permission of a tenant, `project_id`, to use a version."""
 
     object: Literal["checkpoint.permission"] = "checkpoint.permission"
     created_at: int
@@ -296,12 +292,11 @@ class PermissionOut(Identified):
 
     @classmethod
     def of(cls, row: models.Permission) -> PermissionOut:
-        """From its row."""
         return cls(id=row.id, created_at=row.created_ms // 1000, project_id=row.tenant_id)
 
 
 def _used(row: models.Job) -> Mapping[str, Any]:
-    """The hyper-parameters: what was asked for, and what "auto" came to, once that is known."""
+    """The hyper-parameters: the requested values, with "auto" resolved once known."""
     known = DpoHyperparameters if row.method["type"] == "dpo" else SupervisedHyperparameters
     held = row.hyperparameters | row.resolved
     return {name: held.get(name, "auto") for name in known.model_fields}

@@ -1,4 +1,4 @@
-"""What inference requests may hold: OpenAI's fields, and vLLM's sampling fields that touch nobody else's request.
+"""Request schemas of inference: OpenAI's fields, and those of vLLM's sampling fields that affect only the request itself.
 
 A field that is neither here nor among the ignored ones (`client_fields`) is refused, so that nothing reaches an engine unseen
 (templates, other requests' ids, priorities, transfers, media to fetch). Ranges and meanings are the engine's to judge.
@@ -34,10 +34,10 @@ __all__ = [
 ]
 
 MAX_STRENGTH = 100.0
-"""As engines have it, either way."""
+"""The range that engines accept, in both directions."""
 MAX_TEMPLATE_ARGUMENTS = 16
 MAX_TEMPLATE_VALUE = 256
-"""Characters of one argument of the chat template."""
+"""Largest number of characters in one chat template argument."""
 
 # Lists stop at their first fault: an error for each element of each branch of a union would take gigabytes.
 _FIRST = Field(fail_fast=True)
@@ -61,7 +61,7 @@ _TemplateArguments = Annotated[
 
 
 class InferenceBody(RequestModel):
-    """What every inference request has."""
+    """Fields of every inference request."""
 
     ignored = ignored_in("request")
 

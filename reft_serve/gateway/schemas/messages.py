@@ -1,4 +1,4 @@
-"""What a conversation may hold, for chat and for the Responses API: text, tools and their calls, in closed models.
+"""Schemas of conversations, for chat and for the Responses API: text, tools and their calls, in closed models.
 
 An engine fetches what a message refers to (images, sound, files), so nothing but text gets through, at any depth, also in
 what a tool returned.
@@ -26,9 +26,9 @@ __all__ = [
 ]
 
 MAX_PARTS = 4096
-"""Parts of one message."""
+"""Largest number of parts in a message."""
 MAX_CALLS = 256
-"""Tool calls of one message."""
+"""Largest number of tool calls in a message."""
 
 # Lists stop at their first fault: an error for each element of each branch of a union would take gigabytes.
 _FIRST = Field(fail_fast=True)
@@ -48,15 +48,15 @@ def _only(*kinds: str, why: str) -> BeforeValidator:
     def check(given: object) -> object:
         if given not in kinds:
             raise PydanticCustomError(
-                "not_served", "type {given} is not served: {why}", {"given": repr(given)[:60], "why": why}
+                "not_served", "type {given} is not supported: {why}", {"given": repr(given)[:60], "why": why}
             )
         return given
 
     return BeforeValidator(check)
 
 
-_TEXT_ONLY = "text only, in messages and in what tools return"
-_FUNCTIONS_ONLY = "tools are functions that the caller runs"
+_TEXT_ONLY = "only text is supported, in messages and in tool results"
+_FUNCTIONS_ONLY = "only functions that the caller runs are supported as tools"
 
 
 class _Part(RequestModel):
@@ -247,8 +247,8 @@ def _served_item(given: object) -> object:
     if isinstance(given, dict) and _item_kind(given) is None:
         raise PydanticCustomError(
             "not_served",
-            "items of type {given} are not served: only messages of text, reasoning, and calls of functions with what they "
-            "returned",
+            "items of type {given} are not supported: only text messages, reasoning, and function calls with their "
+            "results",
             {"given": repr(given.get("type"))[:60]},
         )
     return given

@@ -1,8 +1,8 @@
 """The base of every JSON object that a request may hold.
 
-A field that is `null` is a field that was not given, whatever its name: clients in Java, Go and C# send all of their fields.
-A field that only marks something for another service is ignored, if it is listed for this object (`client_fields`). Any
-other unknown field is refused by its name.
+A field that is `null` is a field that was not given, regardless of its name: clients in Java, Go and C# send all of their
+fields. A field that only marks something for another service is ignored, if it is listed for this object (`client_fields`).
+Any other unknown field is refused by its name.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _present(given: object) -> object:
 
 
 NULLS_ARE_ABSENT = (BeforeValidator(_present), NullsAreAbsent())
-"""Both parts of the rule, for `Annotated[T, *NULLS_ARE_ABSENT]`."""
+"""Both annotations of the rule, for `Annotated[T, *NULLS_ARE_ABSENT]`."""
 
 
 def _finite(given: dict[str, Any]) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def _finite(given: dict[str, Any]) -> dict[str, Any]:
 
 
 FreeObject = Annotated[dict[str, Any], AfterValidator(_finite)]
-"""An object of the caller's own, such as a JSON schema, in which null has its own meaning."""
+"""A free-form object of the caller, such as a JSON schema, in which null keeps its meaning."""
 
 
 def _allow_nulls(schema: JsonSchemaValue, ignored: Mapping[str, str]) -> None:

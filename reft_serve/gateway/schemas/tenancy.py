@@ -1,4 +1,4 @@
-"""What the gateway's own routes take and give. Times are seconds since 1970, as everywhere in OpenAI's API."""
+"""Request and response schemas of the gateway's own routes. Times are seconds since 1970, as everywhere in OpenAI's API."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class ListOf(BaseModel, Generic[T]):
 
 
 class Deleted(BaseModel):
-    """That something is gone."""
+    """Confirmation of a deletion."""
 
     id: str
     object: str
@@ -86,7 +86,6 @@ class VersionOut(BaseModel):
 
     @classmethod
     def of(cls, row: models.Version) -> VersionOut:
-        """From its row."""
         return cls(
             id=row.id, adapter=row.adapter.name, version=row.number, model=row.model_id, digest=row.digest,
             bytes=row.size_bytes, base_model=row.base_model, source=row.source, facts=row.facts,
@@ -105,12 +104,11 @@ class AliasOut(BaseModel):
 
     @classmethod
     def of(cls, row: models.Alias) -> AliasOut:
-        """From its row."""
         return cls(alias=row.name, version=row.version.number, share=row.share, changed_at=row.changed_ms // 1000)
 
 
 class AliasIn(RequestModel):
-    """What an alias is to name, and the share of the bare name's requests that it is to take."""
+    """Target of an alias, and the share of the bare name's requests that it takes."""
 
     version: Selector
     share: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -154,7 +152,6 @@ class TenantOut(BaseModel):
 
     @classmethod
     def of(cls, row: models.Tenant) -> TenantOut:
-        """From its row."""
         return cls(
             id=row.id, name=row.name, limits=TenantLimits.model_validate(row.limits),
             disabled=row.disabled_ms is not None, created_at=row.created_ms // 1000,
@@ -165,7 +162,7 @@ class KeyLimits(TenantLimits):
     """The limits of one key; a limit that counts what belongs to no key must be null."""
 
     running_jobs: Annotated[int | None, WithJsonSchema({"type": "null"})] = Field(
-        default=None, description="A limit of tenants only."
+        default=None, description="Not supported for keys: a limit of tenants only."
     )
 
 
@@ -238,7 +235,6 @@ class AuditOut(BaseModel):
 
     @classmethod
     def of(cls, row: models.AuditEntry) -> AuditOut:
-        """From its row."""
         return cls(
             id=row.id, at=row.at_ms // 1000, tenant_id=row.tenant_id, key_id=row.key_id, request_id=row.request_id,
             action=row.action, subject=row.subject, details=row.details,

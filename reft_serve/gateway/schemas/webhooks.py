@@ -1,4 +1,4 @@
-"""What the routes of webhook endpoints take and give, as the `openai` package's types have it."""
+"""Request and response schemas of the webhook routes, as the `openai` package's types have them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class WebhookPatch(RequestModel):
 
 
 class RotationIn(RequestModel):
-    """Whether the secret before goes on for a while."""
+    """Keep the previous secret valid for a while."""
 
     keep_old_secret_active_for_24_hours: bool = False
 
@@ -86,7 +86,7 @@ class WebhookSecretOut(WebhookOut):
 
 
 class EventTypesOut(BaseModel):
-    """What can be told."""
+    """Event types that a webhook can subscribe to."""
 
     object: Literal["list"] = "list"
     data: list[str]

@@ -46,7 +46,7 @@ class CheckPlaces:
         waiting = self._waiting.setdefault(tenant_id, [])
         if len(waiting) >= CHECKS_WAITING_PER_TENANT:
             raise RateLimited(
-                f"{CHECKS_WAITING_PER_TENANT} uploads wait to be checked; upload again later", _RETRY_SECONDS
+                f"{CHECKS_WAITING_PER_TENANT} uploads are waiting to be checked; upload again later", _RETRY_SECONDS
             )
         mine = asyncio.get_running_loop().create_future()
         waiting.append(mine)

@@ -1,4 +1,4 @@
-"""A check of what a tenant uploaded, in a process of its own with limits on its memory and time.
+"""A check of a tenant's upload, in its own process with limits on its memory and time.
 
 The process reads the file as its standard input and answers with one JSON object. It ends with its caller, at its limits,
 and with its gateway, however that ends.
@@ -35,7 +35,7 @@ _RETRY_SECONDS = 30.0
 async def check_in_subprocess(
     check: Check, arguments: Mapping[str, Any], descriptor: int | None, size: int
 ) -> dict[str, Any]:
-    """What the check finds; cancelling ends the process before this returns.
+    """Result of the check; cancelling kills the process before this returns.
 
     Args:
         arguments: of the function in CHECKS of this name, as JSON.
@@ -82,7 +82,7 @@ def _result(answer: bytes, code: int | None, seconds: int) -> dict[str, Any]:
     if code == -signal.SIGXCPU:
         raise errors.RequestInvalid(f"checking the upload takes more than {seconds} seconds of processor time")
     if code != 0:
-        raise errors.ServiceError("the check of an upload was ended before it was through; upload it again")
+        raise errors.ServiceError("the check of the upload was killed before it finished; upload it again")
     found: dict[str, Any] = json.loads(answer)
     if "error" in found:
         kind: type[errors.ReftError] = getattr(errors, found["error"])

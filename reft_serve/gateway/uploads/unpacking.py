@@ -1,4 +1,4 @@
-"""From what a caller uploads to a staged directory with an adapter's files in it, checked, and nothing else."""
+"""Unpacking of an upload into a staged directory with an adapter's files, checked, and nothing else."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SMALL = 128 << 10
 
 @dataclass(frozen=True, slots=True)
 class CheckedAdapter:
-    """What is known of a staged adapter: its size in bytes, and the manifest's facts."""
+    """A staged adapter: its size in bytes, and its manifest's facts."""
 
     size: int
     base_model: str
@@ -74,7 +74,7 @@ async def _unpacked(
         try:
             descriptor = await asyncio.to_thread(archive.file.fileno)  # which may write what was in memory
         except OSError as exc:
-            raise StoreUnusable(f"the upload cannot be written ({exc.strerror})") from exc
+            raise StoreUnusable(f"the upload cannot be written to disk ({exc.strerror})") from exc
         found = await check_in_subprocess("archive", arguments, descriptor, archive.size or 0)
     return CheckedAdapter(found["size"], found["base_model"], found["facts"])
 
@@ -87,8 +87,8 @@ def _copied(files: list[UploadFile], into: Path, max_bytes: int) -> int:
             continue
         if name not in FILES:
             raise RequestInvalid(
-                f"{name[:80]!r} is no file of an adapter: give {', '.join(FILES[:2])} (and {', '.join(FILES[2:])}), or one "
-                ".tar, .tar.gz, .tar.bz2, .tar.xz or .zip with them",
+                f"{name[:80]!r} is not an adapter file: upload {', '.join(FILES[:2])} (and {', '.join(FILES[2:])}), or one "
+                ".tar, .tar.gz, .tar.bz2, .tar.xz or .zip that contains them",
                 "files",
             )
         taken += copy_file(file.file, into, name, max_bytes - taken)

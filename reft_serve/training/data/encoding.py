@@ -1,9 +1,9 @@
 """Rows into token ids: what the base's tokenizer makes of each prompt when it is served, and of the answer after it.
 
-The prompt of a chat is the chat template's with its generation prompt, and no token beside; any other prompt is the text
+The prompt of a chat is the chat template's with its generation prompt, and no further token; any other prompt is the text
 with the tokenizer's special tokens. vLLM does the same for `/v1/chat/completions` and `/v1/completions`, so the positions
 that an adapter edits are the same in training and serving. A conversation becomes one example for each turn to learn,
-since a position rule sees each of them as the end of a prompt of its own.
+since a position rule sees each of them as the end of its own prompt.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class TrainingData:
     fingerprint: str
 
     def notes(self) -> list[str]:
-        """What a person must know of the examples left out; empty where there are none."""
+        """Notes about skipped examples; empty if there are none."""
         if not self.too_long:
             return []
         count = len(self.too_long)
@@ -168,7 +168,7 @@ class _Template:
         return _Text(line, prompt, tuple(self._answer(prompt, turns, answer, shown) for answer in answers))
 
     def _answer(self, prompt: str, turns: list[_Turn], answer: Message, tools: list[_Turn] | None) -> str:
-        """What follows the prompt once the answer is rendered; the bare answer where that rewrites what came before."""
+        """The text after the prompt once the answer is rendered; the bare answer if rendering rewrites the prompt."""
         whole = self._render([*turns, _turn(answer, _SAID)], tools)
         said = whole.removeprefix(prompt) if whole.startswith(prompt) else answer.content or ""
         for call in answer.tool_calls or ():
@@ -257,7 +257,7 @@ def _tokens(
 
 
 def _ended(ids: list[int], end: int | None) -> _Ids:
-    """An answer's tokens up to its last end token, which is added where there is none: generation stops there."""
+    """An answer's tokens up to its last end token, which is added if there is none: generation stops there."""
     if end is None:
         return tuple(ids)
     last = max((i for i, token in enumerate(ids) if token == end), default=None)

@@ -1,4 +1,4 @@
-"""What a trainer learns from, as token ids: the seam between reading data and fitting weights. No torch."""
+"""Training examples as token ids: the seam between reading data and fitting weights. No torch."""
 
 from __future__ import annotations
 

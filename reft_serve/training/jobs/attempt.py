@@ -1,8 +1,8 @@
 """One job as a worker has it, from its claim to its end, or back to the queue.
 
-`prepare -> follow -> settle`, while the lease is kept and checkpoints go to the file store beside. Nothing is lost on the
+`prepare -> follow -> settle`, while the lease is kept and checkpoints go to the file store next to. Nothing is lost on the
 way: what is not this job's doing (a store or database that is away, a full disk, a base model that is gone) gives the job
-back, to go on from its last stored checkpoint; what is its owner's ends it with a sentence; what nobody knows counts as a
+back, to resume from its last stored checkpoint; what is its owner's ends it with a sentence; what nobody knows counts as a
 failed attempt.
 """
 
@@ -84,7 +84,7 @@ class Attempt:
         self._lost = self._draining = self._giving_up = self._too_long = False
         self.memory = 0
         self.troubled = False
-        """Whether this machine, and not the job, was why it went back to the queue."""
+        """True if the job returned to the queue because of this machine."""
 
     async def run(self) -> AttemptResult:
         """Do what can be done; the answer is what became of the job."""
@@ -92,7 +92,9 @@ class Attempt:
         try:
             return await self._run()
         except _RELEASES as exc:
-            _log.warning("a job was let go of", extra={"data": {"job": self.claim.id, "why": str(exc)[:300]}})
+            _log.warning(
+                "a lost job's process was stopped", extra={"data": {"job": self.claim.id, "why": str(exc)[:300]}}
+            )
             self.troubled = not isinstance(exc, LeaseLost)
             return "lost"
         finally:
@@ -100,13 +102,13 @@ class Attempt:
             await asyncio.gather(keeping, return_exceptions=True)
 
     def drain(self) -> None:
-        """Let it end with a checkpoint after its step, and go back to the queue."""
+        """Ask the job to store a checkpoint after its step and return to the queue."""
         self._draining = True
         if self._child is not None:
             self._child.stop()
 
     def give_up(self) -> None:
-        """Let it go back to the queue now, from its last stored checkpoint."""
+        """Return the job to the queue now, from its last stored checkpoint."""
         self._draining = self._giving_up = True
         if self._child is not None:
             self._child.kill()
@@ -117,7 +119,7 @@ class Attempt:
         except LeaseLost:
             self._lost = True
         except Exception:
-            _log.exception("a lease cannot be kept", extra={"data": {"job": self.claim.id}})
+            _log.exception("a lease cannot be renewed", extra={"data": {"job": self.claim.id}})
             self._lost = True
         if self._child is not None:
             self._child.kill()
@@ -155,7 +157,7 @@ class Attempt:
             await asyncio.shield(asyncio.to_thread(aside.remove))
 
     async def _fits(self) -> bool:
-        """Whether there is memory for it; else it waits for that, or for another worker."""
+        """True if the job's memory is available; else it waits for memory or for another worker."""
         ctx, asked = self._ctx, read_hyperparameters(self.claim.hyperparameters)
         try:
             self.memory = await asyncio.to_thread(memory.estimate, ctx.base, asked, gpu=self.place.device != "cpu")
@@ -168,7 +170,7 @@ class Attempt:
         return self.memory <= self.place.free
 
     async def _prepare(self, folder: Path) -> JobSpec | None:
-        """What its process needs; None where it is not wanted any more."""
+        """The job process's input; None if the job is no longer wanted."""
         claim, ctx = self.claim, self._ctx
         inputs.check_name(claim)
         files = [("training_file", claim.training_file_id), ("validation_file", claim.validation_file_id)]
@@ -270,7 +272,7 @@ class Attempt:
         return await self._release(told, memory_bytes=self._more_memory() if code == -signal.SIGKILL else None)
 
     def _stopped(self) -> Outcome | None:
-        """How the job ends, if it was stopped for good."""
+        """Outcome of a job that was stopped for good."""
         if self._lease.wanted == "cancel":
             return Cancelled()
         if self._too_long and not (isinstance(self._last, Ended) and self._last.done):
@@ -288,7 +290,7 @@ class Attempt:
             except TRANSIENT:
                 if time.monotonic() > min(deadline, self._lease.until()):
                     raise
-                _log.warning("a version cannot be published yet", exc_info=True)
+                _log.warning("a version cannot be published yet; retrying", exc_info=True)
                 await asyncio.sleep(0.5)
         await self._forget_checkpoints()
         return status if status != "running" else "lost"
@@ -307,7 +309,7 @@ class Attempt:
         )
 
     def _more_memory(self) -> int:
-        """What to reckon with after it was too little: so much that less runs beside it, not so much that it never runs."""
+        """Raise the estimate after an out-of-memory kill, capped so that the job can still be scheduled."""
         return min(int(1.5 * self.memory), self.place.total)
 
     async def _finish(self, outcome: Outcome) -> AttemptResult:
@@ -320,7 +322,7 @@ class Attempt:
     async def _back(self, why: str) -> AttemptResult:
         """Give the job back for a reason that is not its own."""
         self.troubled = True
-        told = f"The job went back to the queue, to go on from its last checkpoint: {why}"
+        told = f"The job returned to the queue and will continue from its last checkpoint: {why}"
         self._lease.queue_event(told, "warn")
         return await self._release()
 
@@ -354,7 +356,7 @@ def _why(exc: Exception) -> str:
         return str(exc)
     if isinstance(exc, OSError) and exc.strerror and exc.filename:
         return f"the worker's disk cannot be used ({exc.strerror})"
-    return "the database did not answer"
+    return "the database did not respond"
 
 
 def _sentence(step: int, steps: int, found: dict[str, float]) -> str:

@@ -14,7 +14,7 @@ __all__ = ["Clock", "check_size", "hours_sentence"]
 
 
 def check_size(bounds: Bounds, lengths: Sequence[int], epochs: int) -> None:
-    """Whether a run over examples of so many tokens each keeps to its bounds.
+    """Check the bounds of a run over examples with these token counts.
 
     Raises:
         JobLimitExceeded: it has more examples or tokens.
@@ -31,7 +31,7 @@ def check_size(bounds: Bounds, lengths: Sequence[int], epochs: int) -> None:
 
 
 def hours_sentence(hours: float) -> str:
-    """What is told of a job that has trained as long as it may."""
+    """Error of a job that reached its limit of training time."""
     return f"the job has trained for {hours:g} hours, which is the limit job_hours: give fewer examples or a smaller n_epochs"
 
 
@@ -42,7 +42,7 @@ class Clock:
         self._before, last = 0.0, 0.0
         for line in read_metrics(metrics):
             seconds = float(line.get("seconds", 0.0))
-            if seconds < last:  # the next attempt, whose clock began anew
+            if seconds < last:  # the next attempt, whose clock began again
                 self._before += last
             last = seconds
         self._before += last
@@ -50,5 +50,4 @@ class Clock:
 
     @property
     def seconds(self) -> float:
-        """So far."""
         return self._before + time.monotonic() - self._begun

@@ -1,4 +1,4 @@
-"""What a worker works with, made once at its start, and how it waits for what is away for a moment. No torch."""
+"""Context of a worker, created once at its start, and retries of transient failures. No torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an orchestrator asks a worker over HTTP: does it live, does it take jobs, and its metrics."""
+"""Liveness, readiness and metrics of a worker, over HTTP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a job needs before it can run, brought to a folder of this machine: its files, and the checkpoint to go on from."""
+"""Inputs of a job, copied to a folder of this machine: its files, and the checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Unfit(Exception):
 
 
 def check_name(claim: Claim) -> None:
-    """Whether the version that the job makes can have its name, asked before it is trained.
+    """Check, before training, the name of the version that the job creates.
 
     Raises:
         Unfit: the name is reserved, which an earlier version of reft-serve did not ask.
@@ -52,7 +52,7 @@ async def fetch_file(ctx: WorkerContext, file_id: str, param: str, folder: Path)
             row = await needed_file(session, file_id)
         written = await ctx.blobs.fetch(key_of_blob(file_id), path)
     except (NotFound, BlobMissing) as exc:
-        told = f"file {file_id} is not there any more: upload it again and create a new job"
+        told = f"file {file_id} no longer exists: upload it again and create a new job"
         raise Unfit(Failed("file_missing", told, param)) from exc
     if written.sha256 != row.sha256:
         told = f"file {file_id} was damaged after its upload: upload it again and create a new job"
@@ -61,7 +61,7 @@ async def fetch_file(ctx: WorkerContext, file_id: str, param: str, folder: Path)
 
 
 async def fetch_checkpoint(ctx: WorkerContext, claim: Claim, folder: Path) -> int | None:
-    """Bring the job's newest sound checkpoint to `folder/run`, and give its step; None where there is none. A damaged one is
+    """Bring the job's newest sound checkpoint to `folder/run`, and give its step; None if there is none. A damaged one is
     removed, and the one before it taken.
     """
     for blob in reversed(await checkpoints_of(ctx, claim.id)):

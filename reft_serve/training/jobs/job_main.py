@@ -1,4 +1,4 @@
-"""One job in a process of its own: data and hyper-parameters in, checkpoints and messages out, stopped within a step.
+"""One job in its own process: data and hyper-parameters in, checkpoints and messages out, stopped within a step.
 
 The process says everything over one socket and ends when that closes, so a job never outlives its worker.
 """
@@ -94,22 +94,21 @@ class _Follower:
         self._talk.tell(Started(step=step, steps=steps))
 
     def logged(self, step: int, metrics: dict[str, float]) -> None:
-        """Numbers."""
         self._talk.tell(Measured(step=step, metrics=metrics))
 
     def saved(self, step: int, path: Path) -> None:
-        """Pack the checkpoint before the run goes on and changes it."""
+        """Pack the checkpoint before the run continues and changes it."""
         packed = self._folder / f"step-{step}.tar"
         archive.pack(self._folder / RUN, packed)
         self._talk.tell(Saved(step=step, path=str(packed)))
 
     @property
     def out_of_time(self) -> bool:
-        """Whether the job has trained as long as it may."""
+        """True if the job has reached its limit of training time."""
         return self._hours is not None and self._clock.seconds > self._hours * 3600
 
     def wants_stop(self) -> bool:
-        """Whether the worker has said so, or the time is up."""
+        """True if the worker asked to stop, or the time limit is reached."""
         return self._talk.stopping or self.out_of_time
 
 
@@ -203,7 +202,7 @@ def _reports(spec: JobSpec, talk: _WorkerSocket) -> tuple[str, ...]:
     """The integrations that are asked for and are here."""
     here = set(get_available_reporting_integrations())
     for name in spec.reports.keys() - here:
-        talk.tell(Noted(message=f"{name} is not installed on this worker, so the run is not reported to it"))
+        talk.tell(Noted(message=f"{name} is not installed on this worker, so it gets no report of the run"))
     wanted = tuple(name for name in spec.reports if name in here)
     for name in wanted:
         set_environment(spec.reports[name])
@@ -223,16 +222,14 @@ def _broken(exc: Exception, spec: JobSpec) -> Broken:
         cause = "memory"
     elif isinstance(exc, AdapterInvalid):
         cause, code = "user", "training_diverged"
-        message = (
-            f"training diverged ({'; '.join(exc.faults)[:300]}): give a smaller learning_rate, or look at the data"
-        )
+        message = f"training diverged ({'; '.join(exc.faults)[:300]}): use a smaller learning_rate, or check the data"
     else:
         cause = "user" if isinstance(exc, ClientError) else "unknown"
     return Broken(cause=cause, code=code, message=message[:2000], param=param, traceback=told)
 
 
 def _full(folder: Path) -> bool:
-    """Whether the disk is full, which libraries tell in words of their own."""
+    """True if the disk is full, which libraries report in their own words."""
     return shutil.disk_usage(folder).free < _SPARE
 
 

@@ -27,7 +27,7 @@ _MARGIN = 0.85
 
 
 class Lease:
-    """What a worker holds of a job. Everything that it writes for the job goes through here, or through `write`.
+    """A worker's lease of a job. All writes for the job go through here or through `write`.
 
     Args:
         database: where the job is.
@@ -45,11 +45,11 @@ class Lease:
         self.wanted: Wanted = "none"
 
     def until(self) -> float:
-        """When (`time.monotonic`) the job must be let go of, unless the database is heard of before."""
+        """When (`time.monotonic`) the job must be released, unless the database is heard of before."""
         return self._kept + self._seconds * _MARGIN
 
     def queue_event(self, message: str, level: Level = "info", metrics: dict[str, float] | None = None) -> None:
-        """Let the job's owner know something, with the next heartbeat."""
+        """Queue an event for the job's owner; it is sent with the next heartbeat."""
         self._news.append((message, level, metrics))
 
     def wake(self) -> None:
@@ -75,7 +75,7 @@ class Lease:
                     wanted = await (self.heartbeat() if due else self._poll())
             except FAILURES as exc:
                 if time.monotonic() > self.until():
-                    raise LeaseLost(f"the database was away for too long to keep job {self._claim.id}") from exc
+                    raise LeaseLost(f"the database was unreachable for too long to keep job {self._claim.id}") from exc
                 continue
             if wanted != self.wanted:
                 self.wanted = wanted

@@ -1,4 +1,4 @@
-"""What this machine, or the container that this process is in, has for jobs. No torch."""
+"""Resources of this machine, or of this process's container, for jobs. No torch."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""How much memory a job will take, told from the base model's files before anything is loaded. No torch.
+"""Memory estimate of a job, from the base model's files before anything is loaded. No torch.
 
-An upper estimate: it decides how many jobs run beside each other, and a job that is refused for it waits for nothing.
+An upper estimate: it decides how many jobs run next to each other, and a job that is refused for it waits for nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a worker and the process that trains one of its jobs say to each other: JSON lines over a socket. No torch."""
+"""Messages between a worker and the process of a job: JSON lines over a socket. No torch."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class _Plain(BaseModel):
 
 
 class Bounds(_Plain):
-    """What a run may come to; None for no bound. `hours`: of training, over all attempts."""
+    """Bounds of a run; None for no bound. `hours`: of training, over all attempts."""
 
     examples: int | None = None
     tokens: int | None = None
@@ -84,7 +84,7 @@ class Noted(_Plain):
 
 
 class Resolved(_Plain):
-    """What "auto" came to."""
+    """Resolved values of "auto"."""
 
     kind: Literal["resolved"] = "resolved"
     resolved: dict[str, Any]
@@ -107,7 +107,7 @@ class Measured(_Plain):
 
 
 class Saved(_Plain):
-    """A checkpoint of this step lies at `path`, one file with all that another process needs to go on from it."""
+    """A checkpoint of this step lies at `path`, one file with all that another process needs to resume from it."""
 
     kind: Literal["saved"] = "saved"
     step: int

@@ -52,12 +52,11 @@ class JobProcesses:
                 told = await asyncio.get_running_loop().sock_recv(ours, 1 << 16)
             await asyncio.to_thread(process.join)
             if not told:
-                raise ServiceError("nothing can be trained here, the log says why; pip install 'reft-serve[train]'")
+                raise ServiceError("training is not available here, see the log; pip install 'reft-serve[train]'")
             self._devices = [(str(name), int(size)) for name, size in json.loads(told)]
         return self._devices
 
     async def start(self, spec: JobSpec) -> JobProcess:
-        """A job's process."""
         ours, theirs = socket.socketpair()
         process = await self._start(_enter, theirs, spec.model_dump_json())
         reader, writer = await asyncio.open_connection(sock=ours, limit=_LONGEST_LINE)
@@ -78,7 +77,7 @@ class JobProcess:
         self._process, self._reader, self._writer = process, reader, writer
 
     async def messages(self) -> AsyncIterator[Message]:
-        """What it says, until it ends."""
+        """Messages of the process, until it ends."""
         while line := await self._line():
             try:
                 yield read_message(line)
@@ -92,12 +91,11 @@ class JobProcess:
             return b""
 
     def stop(self) -> None:
-        """Let it end with a checkpoint after the step that it is in."""
+        """Ask the process to store a checkpoint after its current step and to end."""
         if not self._writer.is_closing():
             self._writer.write(STOP)
 
     def kill(self) -> None:
-        """End it now."""
         if self._process.is_alive():
             self._process.kill()
 
@@ -113,7 +111,7 @@ def _enter(spec: str, sock: socket.socket) -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the worker's, which stops its jobs in order
     read = JobSpec.model_validate_json(spec)
-    os.chdir(read.folder)  # what libraries leave beside goes with the job's folder
+    os.chdir(read.folder)  # files that libraries write are removed with the job's folder
     if read.device != "cpu":
         set_environment({"CUDA_VISIBLE_DEVICES": read.device})
     train_job(read, sock)

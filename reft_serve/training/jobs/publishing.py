@@ -1,7 +1,7 @@
 """A run that is done: its versions go to the adapter store, its metrics to the file store, then one transaction names all.
 
 What fails before that transaction leaves files that no row names. They are removed at once where the worker lives, and
-swept up later where it does not.
+swept up later if it does not.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ async def publish(ctx: WorkerContext, claim: Claim, run: Path, tokens: int) -> S
     """Publish what a run has made, and end the job; the answer is how it ended. To call it again after a failure is safe.
 
     Raises:
-        LeaseLost: the job is not ours any more (or is ended already, by a call whose answer was lost).
+        LeaseLost: the job is not ours any longer (or is ended already, by a call whose answer was lost).
         StoreUnusable, and what a database raises: try again, or give the job back.
     """
     made: list[_Made] = []

@@ -1,4 +1,4 @@
-"""What dead processes leave behind: half-written files, checkpoints of ended jobs, versions that no row names."""
+"""Clean-up after dead processes: half-written files, checkpoints of ended jobs, versions without a row."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _JOB = re.compile(r"checkpoints/([^/]+)/")
 
 
 async def sweep(ctx: WorkerContext) -> None:
-    """Remove what belongs to nobody. Safe beside whoever publishes or trains, here or elsewhere: half-written things are
+    """Remove what belongs to nobody. Safe next to whoever publishes or trains, here or elsewhere: half-written things are
     told by their locks, versions are looked up under the lock that a publisher takes, and a young one is left alone, since
     its publisher may be about to name it.
 

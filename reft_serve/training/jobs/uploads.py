@@ -1,4 +1,4 @@
-"""Checkpoints on their way to the file store, beside the run: the newest counts, and the run never waits."""
+"""Checkpoints on their way to the file store, next to the run: the newest counts, and the run never waits."""
 
 from __future__ import annotations
 
@@ -45,7 +45,6 @@ class Uploads:
             await self._moving
 
     async def close(self) -> None:
-        """Leave off."""
         if self._moving is not None:
             self._moving.cancel()
             await asyncio.gather(self._moving, return_exceptions=True)

@@ -57,20 +57,19 @@ class Worker:
         self._pause = self._rested = 0.0
         self._swept: float | None = None
         self._ticked = time.monotonic()
-        self.unready: str | None = "the worker has not begun"
-        """Why it takes no job now; None where it does."""
+        self.unready: str | None = "the worker has not started"
+        """Reason why the worker takes no jobs now, or None."""
 
     @property
     def alive(self) -> bool:
-        """Whether its loop still turns."""
+        """True while the worker's loop is alive."""
         return time.monotonic() - self._ticked < _LONGEST_PAUSE
 
     def end(self) -> None:
-        """Take no more jobs, let those under way store a checkpoint and go back to the queue, then leave `run`."""
+        """Take no more jobs, let those in progress store a checkpoint and go back to the queue, then leave `run`."""
         self._ending.set()
 
     async def run(self) -> None:
-        """Work until `end`."""
         settings = self._ctx.settings
         _log.info(
             "the worker starts",
@@ -139,7 +138,7 @@ class Worker:
             self._swept = now
 
     async def _take_one(self) -> bool:
-        """Claim a job and begin it, where there is one and room for it."""
+        """Claim a job and begin it, if there is one and room for it."""
         ctx, settings = self._ctx, self._ctx.settings
         async with ctx.database.reading() as session:
             counts = await count_jobs(session)
@@ -183,13 +182,13 @@ class Worker:
         async with self._ctx.database.writing() as session:
             yielding = await queue.make_way(session, had, largest, settings.running_per_tenant, waited)
         if yielding is not None:
-            _log.info("a job gives way", extra={"data": {"job": yielding}})
+            _log.info("a job yields", extra={"data": {"job": yielding}})
 
     async def _attend(self, attempt: Attempt) -> None:
         how, task = "crashed", asyncio.current_task()
         try:
             how = await attempt.run()
-        except Exception:  # the job stays ours until its lease runs out; then it goes on elsewhere
+        except Exception:  # the job stays ours until its lease runs out; then it continues elsewhere
             _log.exception("an attempt failed", extra={"data": {"job": attempt.claim.id}})
         finally:
             if task is not None:
@@ -197,7 +196,7 @@ class Worker:
             JOBS_ENDED.labels(how).inc()
             _log.info("a job left", extra={"data": {"job": attempt.claim.id, "how": how}})
             if attempt.troubled:
-                self._rest("a job met with trouble here")
+                self._rest("a job failed because of this machine")
 
     async def _room(self) -> Place | None:
         """The device with most free memory; None where no more jobs are taken."""
@@ -211,7 +210,7 @@ class Worker:
             return None
         used = dict.fromkeys((device.name for device in self._devices), 0)
         for attempt in self._attempts.values():
-            # One that has not reckoned yet may take all that was free when it began.
+            # One that has not estimated yet may take all that was free when it began.
             used[attempt.place.device] += attempt.memory or attempt.place.free
         device = max(self._devices, key=lambda each: each.memory - used[each.name])
         threads, free = settings.train_threads or max(1, cores // most), device.memory - used[device.name]
@@ -265,7 +264,9 @@ def _find_base(model: str) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
     except (HfHubHTTPError, RepositoryNotFoundError, LocalEntryNotFoundError, OSError) as exc:
-        raise BaseModelInvalid(f"REFT_MODEL {model!r} is no directory, and the hub does not give it: {exc}") from exc
+        raise BaseModelInvalid(
+            f"REFT_MODEL {model!r} is not a directory, and cannot be downloaded from the hub: {exc}"
+        ) from exc
 
 
 def _check_disk(work: Path) -> None:

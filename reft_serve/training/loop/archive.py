@@ -1,4 +1,4 @@
-"""A run under way as one file, from which another machine goes on bit for bit."""
+"""A run in progress as one file, from which another machine continues bit for bit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _RECORD = ("run.json", "metrics.jsonl")
 
 
 def pack(run: Path, file: Path) -> None:
-    """Write the run's record and its whole checkpoints: the newest with all it needs to go on, the others as versions."""
+    """Write the run's record and its whole checkpoints: the newest with all it needs to continue, the others as versions."""
     newest = checkpoints.newest(run / "checkpoints")
     with tarfile.open(file, "w") as archive:
         for name in _RECORD:
@@ -28,7 +28,7 @@ def pack(run: Path, file: Path) -> None:
 
 
 def unpack(file: Path, run: Path) -> None:
-    """Bring a run back to where it was packed.
+    """Restore a packed run.
 
     Raises:
         StoreUnusable: the file is damaged; `run` is then to be thrown away.

@@ -50,7 +50,6 @@ class Dpo:
         return collate(_examples(items)).with_reference(reference)
 
     def count(self, batch: Batch) -> int:
-        """Pairs."""
         return len(batch.lengths) // 2
 
     def loss(self, logprobs_Y: Tensor, batch: Batch, step_count: Tensor) -> Tensor:
@@ -85,7 +84,7 @@ def _sums(logprobs_Y: Tensor, batch: Batch) -> Tensor:
 
 
 def _margins(logprobs_Y: Tensor, batch: Batch) -> Tensor:
-    """How much more than the base the model prefers the chosen answer, per pair."""
+    """Reward margin per pair: how much more than the base model the model prefers the chosen answer."""
     assert batch.reference is not None
     gains = (_sums(logprobs_Y, batch) - batch.reference).view(-1, 2)
     return gains[:, 0] - gains[:, 1]

@@ -1,4 +1,4 @@
-"""What a run minimises: a batch from items of the data, its loss, and how it is measured on held-out data."""
+"""Training objectives: batches from items of the data, the loss, and the metrics on held-out data."""
 
 from __future__ import annotations
 
@@ -30,12 +30,10 @@ class Objective(Protocol, Generic[Item_contra]):
         """Tokens that the model reads for an item."""
         ...
 
-    def batch(self, items: Sequence[Item_contra], collate: Collate) -> Batch:
-        """Lay items out."""
-        ...
+    def batch(self, items: Sequence[Item_contra], collate: Collate) -> Batch: ...
 
     def count(self, batch: Batch) -> int:
-        """What the loss is a mean over: the batch's share of it."""
+        """The batch's share of the denominator of the loss."""
         ...
 
     def loss(self, logprobs_Y: Tensor, batch: Batch, step_count: Tensor) -> Tensor:
@@ -43,12 +41,10 @@ class Objective(Protocol, Generic[Item_contra]):
         ...
 
     def sums(self, model: EditedModel, batch: Batch) -> Tensor:
-        """What a held-out batch adds to the totals, a vector."""
+        """A held-out batch's contribution to the totals, a vector."""
         ...
 
-    def metrics(self, total: Tensor) -> dict[str, float]:
-        """Numbers by name."""
-        ...
+    def metrics(self, total: Tensor) -> dict[str, float]: ...
 
 
 class Supervised:
@@ -57,7 +53,6 @@ class Supervised:
     width = 3
 
     def tokens(self, item: Example) -> int:
-        """Prompt and answer."""
         return len(item.input_ids)
 
     def batch(self, items: Sequence[Example], collate: Collate) -> Batch:

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a progress bar, `metrics.jsonl`, a plot of the losses."""
+"""Reports of a run: a progress bar, `metrics.jsonl`, a plot of the losses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PLOT = "loss.png"
 class Record:
     """Keeps `metrics.jsonl`: one object per step and per evaluation, each with `step` and `seconds` since the start.
 
-    A resumed run goes on after the step that it resumes from; later lines, of steps that are done again, are dropped.
+    A resumed run continues after the step that it resumes from; later lines, of steps that are done again, are dropped.
     """
 
     def __init__(self, out: Path) -> None:
@@ -34,16 +34,14 @@ class Record:
         os.replace(aside, self._path)
 
     def logged(self, step: int, metrics: dict[str, float]) -> None:
-        """Append a line."""
         seconds = round(time.monotonic() - self._started, 3)
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, "seconds": seconds, **metrics}) + "\n")
 
     def saved(self, step: int, path: Path) -> None:
-        """Nothing."""
+        pass
 
     def wants_stop(self) -> bool:
-        """Never."""
         return False
 
 
@@ -70,13 +68,11 @@ class Bar:
         self._held_out = ""
 
     def started(self, step: int, steps: int) -> None:
-        """Show the bar."""
         self._first = (time.monotonic(), 0.0) if step == 0 else None
         self._progress.update(self._task, completed=step, total=steps)
         self._progress.start()
 
     def logged(self, step: int, metrics: dict[str, float]) -> None:
-        """Move it."""
         if "eval_loss" in metrics:
             self._held_out = f"  held-out {metrics['eval_loss']:.4f}"
         if "loss" not in metrics:
@@ -94,10 +90,9 @@ class Bar:
         return f"  {(tokens - first) / max(now - since, 1e-9):,.0f} tokens/s"
 
     def saved(self, step: int, path: Path) -> None:
-        """Nothing."""
+        pass
 
     def wants_stop(self) -> bool:
-        """Never."""
         return False
 
     def stop(self) -> None:

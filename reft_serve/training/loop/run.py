@@ -2,7 +2,8 @@
 
 ::
 
-    OUT/adapter/         the finished version: the best on held-out data where there is some, else the last
+    OUT/adapter/         the finished version: the best on held-out data if there is any, else
+                         the last
     OUT/checkpoints/     checkpoint-N, each a version that can be served and resumed from
     OUT/metrics.jsonl    numbers of every step      OUT/loss.png  OUT/summary.json
     OUT/run.json         what was asked for, so that resuming with something else is refused
@@ -48,7 +49,7 @@ Items = Sequence[Example] | Sequence[Preference]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a run came to. `share`: trained parameters per parameter of the base. Sizes in bytes.
+    """Result of a run. `share`: trained parameters per parameter of the base. Sizes in bytes.
 
     A run that a watcher stopped has no adapter yet: resume it.
     """
@@ -84,8 +85,8 @@ def train(
 
     Args:
         items: examples, or preferences where the plan's method is dpo. held_out: of the same sort.
-        resume: go on from the newest checkpoint under `out`, if there is one; the rest must be as it was.
-        watchers: told of every step, beside the record that is kept in `out`.
+        resume: resume from the newest checkpoint under `out`, if there is one; the rest must be as it was.
+        watchers: told of every step, next to the record that is kept in `out`.
         plot: draw the losses at the end.
         fingerprints: of the data that `items` and `held_out` were made of; a run whose data have the same can be resumed,
             also if a chat template has rendered them in another way.
@@ -147,12 +148,12 @@ def _objective(plan: Plan, items: Sequence[Example | Preference]) -> Objective[A
     wanted = Preference if plan.method == "dpo" else Example
     if not items or not all(isinstance(item, wanted) for item in items):
         sort = "preferences" if plan.method == "dpo" else "examples"
-        raise ClientError(f"method {plan.method} learns from {sort}, and the data holds none or something else")
+        raise ClientError(f"method {plan.method} learns from {sort}, but the data holds none or other rows too")
     return Dpo(plan.dpo_beta) if plan.method == "dpo" else Supervised()
 
 
 def _asked(facts: BaseFacts, plan: Plan, items: Items, held_out: Items) -> dict[str, Any]:
-    """What must be the same for a run to be resumed."""
+    """Facts that must be equal for a run to be resumed."""
     digests = [hashlib.sha256(repr(list(data)).encode()).hexdigest() for data in (items, held_out)]
     return {"base": facts.model_dump(), "plan": _recorded(plan), "data": digests[0], "held_out": digests[1]}
 
@@ -163,7 +164,7 @@ def _recorded(plan: Plan) -> dict[str, Any]:
 
 
 def _filled(recorded: Any, defaults: Any) -> Any:
-    """What an earlier version recorded, and, for what that did not know of, the defaults, which are what it did."""
+    """Facts recorded by an earlier version, completed with the defaults of that version."""
     if not (isinstance(recorded, dict) and isinstance(defaults, dict)):
         return recorded
     return defaults | {name: _filled(value, defaults.get(name)) for name, value in recorded.items()}
@@ -182,7 +183,7 @@ def started_at(out: Path) -> datetime | None:
 
 
 def _differing(asked: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """What of a run differs from the recorded one. Tokens may, if they were made of the same rows and template."""
+    """Names of the facts that differ from the recorded run. Tokens may differ if rows and template are the same."""
     wrong = [name for name in ("base", "plan") if asked[name] != found.get(name)]
     before, now = found.get("fingerprints") or (), asked["fingerprints"]
     for i, name in enumerate(("data", "held_out")):

@@ -34,7 +34,7 @@ Item = TypeVar("Item")
 
 
 class Watcher(Protocol):
-    """Who follows a run: a progress bar, a file of metrics, a job's heartbeat. Called in the main process alone."""
+    """Observer of a run: a progress bar, a file of metrics, a job's heartbeat. Called in the main process only."""
 
     def started(self, step: int, steps: int) -> None:
         """The run begins after `step` of `steps` optimiser steps."""

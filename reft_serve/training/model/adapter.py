@@ -37,14 +37,14 @@ def build(base: Path, plan: Plan) -> EditedModel:
 
     Raises:
         ClientError: float16 without a GPU, compiling without a compiler, or layers that the base has not.
-        BaseModelInvalid: the base is no language model (a classification head, say), or none that can be edited.
+        BaseModelInvalid: the base is not a language model (a classification head, say), or none that can be edited.
     """
     device = this_process().device
     if device.type == "cpu":
         keep_freed_memory()
     if plan.dtype == "float16" and device.type == "cpu":
         raise ClientError(
-            "float16 needs a GPU, where the loss is scaled so that small gradients do not vanish; choose bfloat16 or float32"
+            "float16 needs a GPU, whose loss scaling keeps small gradients from vanishing; choose bfloat16 or float32"
         )
     if plan.compile and device.type == "cpu" and shutil.which(compiler()) is None:
         raise ClientError(
@@ -117,13 +117,13 @@ def publish_version(
 def _language_model(base: Path, facts: BaseFacts, dtype: DType) -> Any:
     """The base, whole. transformers would make up the weights that a model of another sort lacks."""
     remedy = (
-        "take the causal language model of its family as --base; where a class is wanted, let it be a word of the answer, "
-        "as the recipes glue-cola and its like do"
+        "use the causal language model of its family as --base; for classification, let the answer name the class, "
+        "as the GLUE recipes do (glue-cola)"
     )
     if facts.architecture.endswith(_OTHER_HEADS):
         raise BaseModelInvalid(
-            f"{facts.name} is a {facts.architecture}: its head classifies or fills in, and writes no text, so the engine "
-            f"could not serve what is trained on it; {remedy}"
+            f"{facts.name} is a {facts.architecture}: its head classifies or fills in tokens and generates no text, so the "
+            f"engine could not serve an adapter trained on it; {remedy}"
         )
     lm, loading = AutoModelForCausalLM.from_pretrained(base, dtype=_DTYPES[dtype], output_loading_info=True)
     missing = sorted(loading["missing_keys"])

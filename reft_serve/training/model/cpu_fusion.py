@@ -25,7 +25,7 @@ _ROTARY = "apply_rotary_pos_emb"
 
 
 def fuse(root: nn.Module) -> int:
-    """Let every RMSNorm and every rotary embedding below `root` be done in few passes; how many were found.
+    """Fuse every RMSNorm and every rotary embedding below `root` into few passes; returns how many were found.
 
     They are known by their names, and by giving what ours give: some norms add one to their weight, some models turn
     neighbouring entries and not the two halves.
@@ -65,7 +65,7 @@ def _join_rotary(module: nn.Module) -> bool:
 
 
 def _turns_halves(rotary: Callable[..., Any]) -> bool:
-    """Whether a model's function gives what `_rotate` gives, and refuses to turn a part of each head alone."""
+    """True if a model's function equals `_rotate`, and rejects partial rotation of a head."""
     q, k = torch.linspace(-1, 2, 48).view(1, 2, 3, 8), torch.linspace(2, -1, 24).view(1, 1, 3, 8)
     angles_TD = torch.linspace(0, 3, 12).view(1, 3, 4).repeat(1, 1, 2)
     cos, sin = angles_TD.cos(), angles_TD.sin()

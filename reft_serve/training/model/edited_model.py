@@ -129,7 +129,7 @@ class EditedModel(nn.Module):
 
     @torch.no_grad()
     def score(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """As `forward`, without gradients, and beside it whether each target was the likeliest token, bool (Y,)."""
+        """As `forward`, without gradients, and next to it whether each target was the likeliest token, bool (Y,)."""
         return _chosen(self._logits(batch), batch.target_ids)
 
     @torch.no_grad()
@@ -140,7 +140,7 @@ class EditedModel(nn.Module):
 
     @torch.no_grad()
     def frozen_states(self, batch: Batch) -> Tensor:
-        """What leaves the lowest edited layer before its edit, (B, T, D). No layer above is run."""
+        """Hidden states at the lowest edited layer before its edit, (B, T, D). No layer above runs."""
         self._stopping = True
         try:
             self._logits(batch)
@@ -148,11 +148,11 @@ class EditedModel(nn.Module):
             return reached.states
         finally:
             self._stopping = False
-        raise AssertionError("the forward pass went by the lowest edited layer")
+        raise AssertionError("the forward pass skipped the lowest edited layer")
 
     def can_pack(self, longest: int) -> bool:
-        """Whether packed batches give this model's answers for examples of up to `longest` tokens; if so, it is made
-        ready for them.
+        """True if packed batches give this model's exact results for examples of up to `longest` tokens; prepares the model
+        for them.
 
         Asked of the model itself: two short examples must come out the same packed and one by one.
         """
@@ -265,7 +265,7 @@ def _decoder_layers(lm: nn.Module) -> nn.ModuleList:
 
 
 def _at_targets(layer: nn.Module, name: str, targets: Any) -> None:
-    """Let a token-wise part of the last layer see the target tokens alone; the other tokens get zeros from it."""
+    """Restrict a token-wise part of the last layer to the target tokens; the other tokens get zeros."""
     try:
         part = layer.get_submodule(name)
     except AttributeError:

@@ -1,4 +1,4 @@
-"""A LoRA of PEFT trained in one run with the interventions, and saved beside them."""
+"""A LoRA of PEFT trained in one run with the interventions, and saved next to them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def wrap(lm: Any, plan: LoraPlan) -> Any:
     try:
         return get_peft_model(lm, config)
     except ValueError as exc:
-        raise ClientError(f"the LoRA cannot be put into the base model: {str(exc)[:400]}") from exc
+        raise ClientError(f"the LoRA cannot be added to the base model: {str(exc)[:400]}") from exc
 
 
 def attach(lm: Any, path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""What learns, written and read exactly: a checkpoint's part that is ours beside transformers' own."""
+"""Exact reading and writing of the trained parameters: our part of a checkpoint, next to transformers' own."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Hidden states that no weight in training can change, kept from one epoch to the next.
 
 What leaves the lowest edited layer, before its edit, is the frozen base's alone. Where few layers are edited it is much of
-the forward pass, and each epoch would compute it anew.
+the forward pass, and each epoch would compute it again.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ __all__ = ["StateCache", "worth_keeping"]
 
 
 def worth_keeping(model: EditedModel, plan: Plan, examples: int, tokens: int, processes: int) -> bool:
-    """Whether an epoch's `examples` come again, enough work is saved, and the `tokens` that are read fit into
-    `plan.keep_states` GiB.
+    """True if an epoch's `examples` repeat, enough work is saved, and the `tokens` read fit into `plan.keep_states` GiB.
 
     Not with a LoRA, which learns below too. Not in float16, where the Trainer's autocast has other roundings than ours.
     """
@@ -36,7 +35,7 @@ def worth_keeping(model: EditedModel, plan: Plan, examples: int, tokens: int, pr
 
 
 class StateCache:
-    """What leaves the lowest edited layer for each example, in main memory."""
+    """Cache in main memory of each example's hidden states below the lowest edited layer."""
 
     def __init__(self, model: EditedModel) -> None:
         self._model = model
@@ -45,7 +44,7 @@ class StateCache:
     def join(self, batch: Batch) -> Batch:
         """The batch with its states; those that are met for the first time are computed."""
         new = [ids for ids in dict.fromkeys(batch.token_ids) if ids not in self._kept]
-        # On a CPU one by one, since in other company they would be other bits, and a resumed run meets them in another.
+        # One at a time on CPU: batching changes the last bits, and a resumed run batches differently.
         some = 1 if self._model.device.type == "cpu" else len(batch.token_ids)
         for start in range(0, len(new), some):
             ids = new[start : start + some]

@@ -217,10 +217,10 @@ FILES = [
     Damage("no tensor file", lambda path: (path / TENSORS).unlink(), f"{TENSORS} is missing"),
     Damage("tensor file is a link", _linked(TENSORS), f"{TENSORS} is a symbolic link"),
     Damage("configuration is a link", _linked(CONFIG), f"{CONFIG} is a symbolic link"),
-    Damage("tensor file is a directory", _replaced(TENSORS, Path.mkdir), f"{TENSORS} is not a plain file"),
-    Damage("configuration is a directory", _replaced(CONFIG, Path.mkdir), f"{CONFIG} is not a plain file"),
-    Damage("tensor file is a pipe", _replaced(TENSORS, os.mkfifo), f"{TENSORS} is not a plain file"),
-    Damage("configuration is a pipe", _replaced(CONFIG, os.mkfifo), f"{CONFIG} is not a plain file"),
+    Damage("tensor file is a directory", _replaced(TENSORS, Path.mkdir), f"{TENSORS} is not a regular file"),
+    Damage("configuration is a directory", _replaced(CONFIG, Path.mkdir), f"{CONFIG} is not a regular file"),
+    Damage("tensor file is a pipe", _replaced(TENSORS, os.mkfifo), f"{TENSORS} is not a regular file"),
+    Damage("configuration is a pipe", _replaced(CONFIG, os.mkfifo), f"{CONFIG} is not a regular file"),
     Damage("tensor file too large", lambda path: os.truncate(path / TENSORS, 2 << 20), "and at most 1048576 are taken"),
     Damage(
         "configuration too large", lambda path: os.truncate(path / CONFIG, 5 << 20), "and at most 4194304 are taken"
@@ -266,11 +266,11 @@ CONTENT = [
     Damage("Inf", _tensor("interventions.1.b2", lambda t: t / 0), "b2 holds NaN or Inf"),
     Damage("R all zeros", _tensor("interventions.0.R", torch.zeros_like), "R is all zeros"),
     Damage("W2 all zeros", _tensor("interventions.1.W2", torch.zeros_like), "W2 is all zeros"),
-    Damage("no effect", _only_loreft(_no_effect), "it changes nothing"),
-    Damage("rank over the maximum", _wide, "needs rank 9 and this engine takes 8: raise REFT_MAX_RANK"),
+    Damage("no effect", _only_loreft(_no_effect), "it has no effect"),
+    Damage("rank over the maximum", _wide, "needs rank 9 and this engine supports 8: raise REFT_MAX_RANK"),
     Damage("rank over the width", _spec(rank=65), "rank 65 is larger than the hidden size 64", engine="needs rank 65"),
     Damage("rank of another tensor", _spec(rank=5), "R has shape (4, 64) and must have (5, 64)"),
-    Damage("five edits at one place", _repeated, "5 interventions follow one another at block 2 (prefix); at most 4"),
+    Damage("five edits at one place", _repeated, "5 interventions act in sequence at block 2 (prefix); at most 4"),
 ]
 
 MANIFEST = [

@@ -79,7 +79,7 @@ class Site:
         """As a cluster ends a pod: it is out of its name first, then sleeps (preStop), then finishes what it has."""
         leaving = self.engines.pop(address)
         self.zone.write_text("\n".join(self.engines))
-        self._noticed("an engine has left", address)
+        self._noticed("an engine was removed", address)
         leaving.stop()
 
     def start_gateway(self) -> int:

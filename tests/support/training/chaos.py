@@ -312,8 +312,8 @@ class Chaos:
             assert digests == self._undisturbed[self._jobs[job.id]], "the weights are those of an undisturbed run"
             self.tally.compared += len(digests)
         self.tally.ended[job.status] += 1
-        self.tally.claims += sum(line in ("Fine-tuning job started", "The fine-tuning job goes on") for line in told)
-        self.tally.resumed += sum(line == "The fine-tuning job goes on" for line in told)
+        self.tally.claims += sum(line in ("Fine-tuning job started", "The fine-tuning job continues") for line in told)
+        self.tally.resumed += sum(line == "The fine-tuning job continues" for line in told)
         self.tally.lost_leases += sum(line.startswith("The worker was lost") for line in told)
 
     async def _ask_all(self) -> None:

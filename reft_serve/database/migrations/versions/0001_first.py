@@ -13,7 +13,6 @@ APPEND_ONLY = ("usage", "audit")
 
 
 def upgrade() -> None:
-    """Make the tables."""
     _accounts()
     _adapters()
     _ledgers()

@@ -10,7 +10,6 @@ down_revision = "0001"
 
 
 def upgrade() -> None:
-    """Make the tables."""
     _files()
     _jobs()
     _progress()

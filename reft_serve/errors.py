@@ -76,7 +76,7 @@ class PositionsInvalid(ClientError):
 
 
 class AdapterNotFound(ClientError):
-    """There is no adapter at the given path."""
+    """There is not an adapter at the given path."""
 
     code = "adapter_not_found"
 

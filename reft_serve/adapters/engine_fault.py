@@ -62,13 +62,13 @@ class EngineFault:
 
     @classmethod
     def in_text(cls, text: str) -> EngineFault | None:
-        """The fault that `text` was called for, whatever the channel put before it."""
+        """The fault in `text`, without the prefixes of vLLM's channel."""
         _, mark, data = text.partition(_MARK)
         return cls._read(json.loads(data)) if mark else None
 
     @classmethod
     def in_answer(cls, content: bytes) -> EngineFault:
-        """What an engine's answer says, whichever of vLLM's shapes it has."""
+        """The fault in an engine's error response, in any of vLLM's shapes."""
         try:
             body = json.loads(content)
             error = body.get("error", body)

@@ -233,7 +233,7 @@ class AuditEntry(Base):
 
 class File(Base):
     """A file of a tenant. Its bytes are the blob `files/ID`; a row is made before its blob and deleted after it, so no blob
-    is without a row. `tenant_id` is no foreign key, so that files of a deleted tenant are still cleaned up.
+    is without a row. `tenant_id` is not a foreign key, so that files of a deleted tenant are still cleaned up.
 
     `status`: uploading, processed, or deleted (its blob is to be removed). `filename` is for people only.
     """

@@ -47,7 +47,7 @@ async def check_room(
     """Check that a tenant may store this in addition to what it has.
 
     Args:
-        session: any; one that has called `lock_room` for an answer that holds until its transaction ends.
+        session: any; one that has called `lock_room`, if the result must hold until its transaction ends.
         tenant_id: whose.
         limits: the tenant's.
         size: bytes to be added.

@@ -1,6 +1,6 @@
 """Adapter data that travels with each request: digest, position rule, strength and prompt length.
 
-The front end reads and checks a directory once and binds every request to what it found. From there the request itself
+The front end reads and checks a directory once and binds every request to the result. From there the request itself
 says which edits it gets, so the scheduler needs no file for its prefix-cache keys, the worker knows whether it holds
 the right version, and a directory that changes meanwhile cannot mix two versions in one answer.
 """

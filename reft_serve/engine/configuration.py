@@ -36,7 +36,7 @@ KNOWN_CONNECTORS: frozenset[str] = frozenset()
 
 
 def wrap_from_cli_args(original: Any) -> Callable[[Any, argparse.Namespace], EngineArgs]:
-    """Around `EngineArgs.from_cli_args`: note whether only ReFT adapters can ever come to this server."""
+    """Around `EngineArgs.from_cli_args`: note whether this server can get ReFT adapters only."""
 
     def from_cli_args(cls: Any, args: argparse.Namespace) -> EngineArgs:
         engine_args: EngineArgs = original(cls, args)

@@ -1,7 +1,7 @@
 """A served model asked every question of a data file over HTTP, and every answer kept. No torch.
 
 Questions go to `/v1/completions` as text, so that the server tokenises them as training did. Each answer is written as it
-comes; a run that was broken off continues where it stopped.
+comes; an interrupted run can be resumed.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Question:
 class Prediction:
     """One line of the file of predictions; `instruction`, `output` and `generator` are AlpacaEval's names.
 
-    `error` is the failure of a request that had no answer; such a row is counted as wrong, and asked again on a resume.
+    `error` is the failure of a request that had no answer; the row is counted as wrong, and asked again on a resume.
     """
 
     file: str
@@ -87,7 +87,7 @@ def questions(rows: Rows, task: Task) -> list[Question]:
     """The questions of a checked file.
 
     Raises:
-        DataInvalid: rows that the task has no question for, or no answer to compare with; each is told.
+        DataInvalid: rows that the task has no question for, or no answer to compare with; all are listed.
     """
     faults, found = Faults(), []
     for number, (line, row) in enumerate(rows.rows, 1):

@@ -50,7 +50,7 @@ class Accuracy:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """The verdicts of one set; `correlation` is Matthews' or Pearson's, where that is the metric."""
+    """The verdicts of one set; `correlation` is Matthews' or Pearson's, if that is the metric."""
 
     asked: int
     accuracy: Accuracy | None
@@ -120,7 +120,7 @@ def _is_number(text: str) -> bool:
 
 
 def _correlation(metric: Metric, judged: Sequence[tuple[Verdict, str]]) -> float | None:
-    """Pearson's, with 0 for an answer without a number, or Matthews'; 0 where one side never varies."""
+    """Pearson's, with 0 for an answer without a number, or Matthews'; 0 if one side never varies."""
     if metric == "matthews":
         return _matthews([verdict.extracted for verdict, _ in judged], [reference.lower() for _, reference in judged])
     if metric != "pearson":

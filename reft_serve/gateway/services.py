@@ -64,7 +64,7 @@ class Services:
         self.followers.close()
 
     def spawn(self, work: Coroutine[Any, Any, None], tenant_id: str | None = None) -> None:
-        """Do this besides; `join` waits for it. Of one tenant's, BACKGROUND_PER_TENANT are done at once."""
+        """Do this in the background; `join` waits for it. Of one tenant's, BACKGROUND_PER_TENANT are done at once."""
 
         async def guarded() -> None:
             try:

@@ -125,10 +125,10 @@ class _Rotation(nn.Module):
     def rows(self) -> Tensor:
         """R, (rank, width).
 
-        The value of `self.weight` in another form: the product of the Householder reflections is I - V T V.T with a
-        (rank, rank) T (compact WY, Schreiber and Van Loan 1989), whose backward pass is a few small products where that
-        of `householder_product` goes through the reflections one by one. Nor is the parameter's diagonal read, which
-        torch truncates to integers, so that weight decay on it would make R zero.
+        The value of `self.weight` in another form: the product of the Householder reflections is I - V T V.T with a (rank,
+        rank) T (compact WY, Schreiber and Van Loan 1989), whose backward pass is a few small products, while that of
+        `householder_product` goes through the reflections one by one. Nor is the parameter's diagonal read, which torch
+        truncates to integers, so that weight decay on it would make R zero.
         """
         parameter, (form,) = self.parametrizations.weight.original, self.parametrizations.weight
         if parameter.shape[0] == parameter.shape[1]:  # torch's form of a square R is a matrix exponential

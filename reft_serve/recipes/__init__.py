@@ -1,1 +1,1 @@
-"""What a training run may set: named recipes and the hyper-parameters of fine-tuning jobs. No torch."""
+"""Settings of a training run: named recipes and the hyper-parameters of fine-tuning jobs. No torch."""

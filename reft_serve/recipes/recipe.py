@@ -154,7 +154,7 @@ class Task(_Settings):
 
 
 class Recipe(_Settings):
-    """A whole recipe. `tasks` are alternatives, one of which becomes `task` where it is named: `glue-cola`."""
+    """A whole recipe. `tasks` are alternatives, one of which becomes `task` if it is named: `glue-cola`."""
 
     description: str = ""
     source: str = ""
@@ -177,7 +177,7 @@ def load_recipe(name: str) -> Recipe:
     """A recipe by its name, or by the path of a TOML file. Its `task` is chosen if it has several.
 
     Raises:
-        ClientError: there is none of that name, or the file is not a recipe; every fault of it is told.
+        ClientError: there is none of that name, or the file is not a recipe; every fault of it is listed.
     """
     if name.endswith(".toml") or "/" in name:
         return _read(Path(name))
@@ -205,7 +205,7 @@ def _read(path: Path) -> Recipe:
 
 
 def _fields(template: str) -> list[str]:
-    """The fields in a template. Raises ValueError where it is not a template, or reaches into a field."""
+    """The fields in a template. Raises ValueError if it is not a template, or reaches into a field."""
     names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     for name in names:
         if not name.isidentifier():

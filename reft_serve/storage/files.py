@@ -64,7 +64,7 @@ def open_regular_file(file: Path, where: str, max_bytes: int | None = None) -> I
 
 
 def read_regular_file(file: Path, max_bytes: int, where: str) -> bytes:
-    """The bytes of a plain file of at most `max_bytes`. Raises AdapterInvalid as `open_regular_file` does."""
+    """The bytes of a regular file of at most `max_bytes`. Raises AdapterInvalid as `open_regular_file` does."""
     with open_regular_file(file, where, max_bytes) as opened:
         return opened.read(max_bytes + 1)
 
@@ -110,8 +110,8 @@ def fsync_path(path: Path) -> None:
 
 
 class ScratchPath:
-    """A file or directory under a random name that its process holds a lock on, so that what a dead one left can be told
-    from what a living one, of any machine, is writing.
+    """A temporary file or directory under a random name, locked by its process: files of a dead process are recognised, on
+    any machine, by the missing lock.
     """
 
     def __init__(self, path: Path, descriptor: int) -> None:

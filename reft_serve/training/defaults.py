@@ -1,7 +1,7 @@
 """Resolution of "auto" for a job, from its base model and data, and the resulting plan. No torch.
 
-The choices are recorded with the job, and an attempt after the first takes them from there, so that a job is the same run
-whoever continues with it.
+The choices are recorded with the job, and an attempt after the first takes them from there, so that a job is the same run on
+any worker.
 """
 
 from __future__ import annotations

@@ -57,8 +57,8 @@ class LoraPlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One training run. What a later version adds has as its default what was done before, or comes to the same except
-    rounding, so that it continues with runs that an earlier one has begun.
+    """One training run. The default of a field that a later version adds keeps the earlier behaviour, except rounding, so
+    that runs of earlier versions can be resumed.
 
     Args:
         batch: examples of a micro-batch. accumulate: micro-batches of an optimiser step.
@@ -148,7 +148,7 @@ def plan_from_recipe(recipe: Recipe) -> Plan:
     """A recipe's plan. Its weight decay is left out: in pyreft, whose settings they are, it reaches no intervention.
 
     Raises:
-        ClientError: the recipe edits something other than what leaves a layer.
+        ClientError: the recipe edits something other than a layer's output.
     """
     adapter, training = recipe.adapter, recipe.training
     if adapter.component != "block_output":

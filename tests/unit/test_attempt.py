@@ -252,8 +252,8 @@ async def test_a_file_that_is_gone_ends_the_job_and_names_the_field(place: Place
             OSError(28, "No space left on device", "/secret/path"),
             "the worker's disk cannot be used (No space left on device)",
         ),
-        (OSError("Connection refused to db.internal"), "the database did not answer"),
-        (OperationalError("SELECT secret", {}, OSError()), "the database did not answer"),
+        (OSError("Connection refused to db.internal"), "the database did not respond"),
+        (OperationalError("SELECT secret", {}, OSError()), "the database did not respond"),
     ],
 )
 def test_trouble_is_told_without_statements_and_paths(exc: Exception, told: str) -> None:

@@ -237,7 +237,7 @@ async def list_checkpoints(
 
 
 async def unfinished_of(session: AsyncSession, job_ids: Collection[str]) -> set[str]:
-    """Those of these jobs that have not ended, of whatever tenant."""
+    """Those of these jobs that have not ended, of any tenant."""
     return set(await session.scalars(select(Job.id).where(Job.id.in_(job_ids), Job.status.not_in(FINAL))))
 
 

@@ -226,7 +226,7 @@ async def heartbeat(
 
 
 async def poll(session: AsyncSession, job_id: str, worker: str) -> Wanted:
-    """What a job's owner wants, without keeping the job.
+    """The action that a job's owner wants; does not renew the lease.
 
     Raises:
         LeaseLost: it is no longer this worker's.

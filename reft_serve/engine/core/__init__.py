@@ -1,1 +1,1 @@
-"""The part of the plugin that runs in vLLM's engine core, beside the scheduler."""
+"""The part of the plugin that runs in vLLM's engine core, next to the scheduler."""

@@ -85,7 +85,7 @@ def wrap_compile_grammar(_: Any) -> Callable[..., BoundedGrammar]:
 
 
 def wrap_manager_init(original: Any) -> Callable[..., None]:
-    """Around `StructuredOutputManager.__init__`: the backend is there from the start, whatever the first request is."""
+    """Around `StructuredOutputManager.__init__`: create the backend at start, independent of the first request."""
 
     def init(self: Any, vllm_config: Any) -> None:
         original(self, vllm_config)

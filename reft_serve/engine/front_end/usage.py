@@ -1,4 +1,4 @@
-"""What requests have used, by the id that the gateway gave them: it asks for those whose callers have left.
+"""Usage of requests by the id that the gateway assigned: the gateway asks for requests whose callers have left.
 
 Nothing is counted per token: a request is noted once, when it ends or is aborted.
 """
@@ -80,13 +80,13 @@ def _note(state: Any) -> None:
 
 
 def usage_of(request_id: str) -> dict[str, int] | None:
-    """What a request has used, all of its prompts and choices that have ended."""
+    """Usage of a request, over all of its prompts and choices that have ended."""
     found = _ID.fullmatch(request_id)
     return _used.get(found[1]) if found else None
 
 
 def add_route(router: APIRouter) -> None:
-    """Let the API server say it at `/v1/reft/usage/ID`, which its --api-key guards."""
+    """Add the route `/v1/reft/usage/ID` to the API server, protected by its --api-key."""
 
     async def usage(request_id: str) -> dict[str, int]:
         used = usage_of(request_id)

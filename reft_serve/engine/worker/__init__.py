@@ -1,1 +1,1 @@
-"""The part of the plugin that runs in vLLM's workers, beside the model."""
+"""The part of the plugin that runs in vLLM's workers, next to the model."""

@@ -1,7 +1,7 @@
 """Permission to use AMX, Intel's matrix instructions, on a CPU.
 
 Linux gives a process the state of AMX on request only (arch_prctl, ARCH_REQ_XCOMP_PERM). A process that uses AMX without it
-ends by SIGILL. vLLM's attention on a CPU uses AMX for 16-bit models and does not ask. oneDNN asks when one of its own matrix
+ends by SIGILL. vLLM's attention on a CPU uses AMX for 16-bit models and does not ask. oneDNN asks when one of oneDNN's matrix
 products uses AMX, which those of a short prompt do not. The first short prompt of an engine then ended its worker (vLLM
 0.32.0), so the plugin asks, once in every process.
 """

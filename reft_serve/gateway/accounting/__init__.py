@@ -1,1 +1,1 @@
-"""What tenants use, and the limits on it."""
+"""Usage of tenants, and its limits."""

@@ -75,7 +75,7 @@ class WebhookSender:
             await self._http.aclose()
 
     async def test(self, event: OutboundEvent) -> tuple[int | None, str]:
-        """Send an event now and once, next to what is due; the answer is that of `send`.
+        """Send an event immediately and once, outside the queue; returns the result of `send`.
 
         Raises:
             RateLimited: TESTS_PER_TENANT tests of this tenant have no answer yet.

@@ -56,7 +56,7 @@ class Page(BaseModel, Generic[T]):
 
     @classmethod
     def of(cls, data: Sequence[T], has_more: bool) -> Page[T]:
-        """From what is on it."""
+        """A page of these objects."""
         first, last = (data[0].id, data[-1].id) if data else (None, None)
         return cls(data=list(data), first_id=first, last_id=last, has_more=has_more)
 

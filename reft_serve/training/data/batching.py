@@ -3,7 +3,7 @@
 Letters: B rows, T columns, N tokens of a batch, E edited tokens, Y tokens with a loss.
 
 A *packed* batch is one row with the examples end to end, so nothing is padding; attention keeps them apart
-(`attention.py`). Models whose attention cannot be told so get padded rows. All other code knows tokens only by their
+(`attention.py`). Models without exchangeable attention get padded rows. All other code knows tokens only by their
 index in the flattened (B * T) grid.
 """
 
@@ -63,7 +63,7 @@ class Batch:
         return replace(self, rows=rows, reference=reference, **moved)
 
     def with_reference(self, reference: Tensor) -> Batch:
-        """The batch with what its base model gives."""
+        """The batch with the outputs of its base model."""
         return replace(self, reference=reference)
 
 

@@ -1,4 +1,4 @@
-"""Rows into token ids: what the base's tokenizer makes of each prompt when it is served, and of the answer after it.
+"""Rows into token ids: the base tokenizer's tokens of each prompt as it is served, and of the answer after it.
 
 The prompt of a chat is the chat template's with its generation prompt, and no further token; any other prompt is the text
 with the tokenizer's special tokens. vLLM does the same for `/v1/chat/completions` and `/v1/completions`, so the positions

@@ -1,8 +1,8 @@
 """One job as a worker has it, from its claim to its end, or back to the queue.
 
-`prepare -> follow -> settle`, while the lease is kept and checkpoints go to the file store next to. Nothing is lost on the
+`prepare -> follow -> settle`, while the lease is kept and checkpoints are uploaded to the file store. Nothing is lost on the
 way: what is not this job's doing (a store or database that is away, a full disk, a base model that is gone) gives the job
-back, to resume from its last stored checkpoint; what is its owner's ends it with a sentence; what nobody knows counts as a
+back, to resume from its last stored checkpoint; what is its owner's ends it with a sentence; an unknown failure counts as a
 failed attempt.
 """
 

@@ -25,7 +25,7 @@ class _Server(uvicorn.Server):
 
 
 def server(worker: Worker, host: str, port: int) -> uvicorn.Server:
-    """`/health/live`, `/health/ready` and `/metrics`, as a server to `serve` and to tell `should_exit`."""
+    """`/health/live`, `/health/ready` and `/metrics`, as a uvicorn server; set its `should_exit` to stop it."""
 
     async def live(_: Request) -> Response:
         return JSONResponse({"status": "live" if worker.alive else "stuck"}, 200 if worker.alive else 503)

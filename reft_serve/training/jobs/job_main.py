@@ -53,7 +53,7 @@ _SPARE = 8 << 20
 
 
 def train_job(spec: JobSpec, sock: socket.socket) -> None:
-    """Train, and tell how it went; whatever goes wrong is told as `Broken`."""
+    """Train, and send the result; any failure is sent as `Broken`."""
     talk = _WorkerSocket(sock)
     threading.Thread(target=talk.listen, daemon=True).start()
     try:
@@ -83,7 +83,7 @@ class _WorkerSocket:
 
 
 class _Follower:
-    """Tells the worker what the trainer tells."""
+    """Forwards the trainer's reports to the worker."""
 
     def __init__(self, talk: _WorkerSocket, folder: Path, hours: float | None) -> None:
         self._talk, self._folder, self._hours = talk, folder, hours

@@ -1,4 +1,4 @@
-"""A job's lease: kept alive, asked what the job's owner wants, and given up in time where the database is away. No torch."""
+"""A job's lease: renewed, polled for the owner's wishes, and released in time if the database is down. No torch."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Lease:
         self.wanted: Wanted = "none"
 
     def until(self) -> float:
-        """When (`time.monotonic`) the job must be released, unless the database is heard of before."""
+        """Time (`time.monotonic`) at which the job must be released, unless the lease is renewed before."""
         return self._kept + self._seconds * _MARGIN
 
     def queue_event(self, message: str, level: Level = "info", metrics: dict[str, float] | None = None) -> None:
@@ -59,7 +59,7 @@ class Lease:
             self._stirred.set()
 
     async def keep(self, heard: Callable[[Wanted], None]) -> None:
-        """Keep the job, and tell `heard` what its owner wants whenever that changes, until it is lost.
+        """Renew the lease until it is lost, and pass each change of the owner's wish to `heard`.
 
         Raises:
             LeaseLost: it is another's, or may be soon.
@@ -82,7 +82,7 @@ class Lease:
                 heard(wanted)
 
     async def heartbeat(self) -> Wanted:
-        """Keep the job, and tell what there is to tell."""
+        """Renew the lease, and send the queued events."""
         job, worker = self._claim.id, self._claim.worker
         async with self._beating:  # else news would be told twice
             begun, news = time.monotonic(), list(self._news)

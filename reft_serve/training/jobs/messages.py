@@ -126,8 +126,8 @@ class Ended(_Plain):
 
 
 class Broken(_Plain):
-    """The run cannot go on. `cause`: the user's fault (it would fail again), the machine's (it would go on elsewhere), a
-    lack of memory, or one that nobody knows.
+    """The run cannot continue. `cause`: the user (it would fail again), the machine (it would continue elsewhere), a lack of
+    memory, or unknown.
     """
 
     kind: Literal["broken"] = "broken"

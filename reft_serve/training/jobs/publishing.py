@@ -156,6 +156,6 @@ def _changed_ms(path: Path) -> int | None:
 
 
 async def _forgive(ctx: WorkerContext, made: Iterable[_Made]) -> None:
-    """Take back what was not named, where that can be done now; else a sweep will."""
+    """Remove versions that were not recorded, if possible now; else the clean-up will."""
     with contextlib.suppress(Exception):
         await asyncio.wait_for(retract(ctx, [each.version.digest for each in made]), 10.0)

@@ -18,9 +18,9 @@ _JOB = re.compile(r"checkpoints/([^/]+)/")
 
 
 async def sweep(ctx: WorkerContext) -> None:
-    """Remove what belongs to nobody. Safe next to whoever publishes or trains, here or elsewhere: half-written things are
-    told by their locks, versions are looked up under the lock that a publisher takes, and a young one is left alone, since
-    its publisher may be about to name it.
+    """Remove files without an owner. Safe next to processes that publish or train, here or elsewhere: half-written files are
+    recognised by their locks, versions are looked up under the lock that a publisher takes, and a young one is left alone,
+    since its publisher may be about to name it.
 
     Raises:
         StoreUnusable, and what a database raises: another time.

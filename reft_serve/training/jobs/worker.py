@@ -99,7 +99,7 @@ class Worker:
             looking.result()
 
     async def _turn(self) -> None:
-        """One look at the queue. Trouble makes the next looks rarer, so that it is told and not spread."""
+        """Poll the queue once. Failures make the next polls rarer."""
         if time.monotonic() < self._rested:
             return
         try:
@@ -199,7 +199,7 @@ class Worker:
                 self._rest("a job failed because of this machine")
 
     async def _room(self) -> Place | None:
-        """The device with most free memory; None where no more jobs are taken."""
+        """The device with most free memory; None if no more jobs are taken."""
         settings = self._ctx.settings
         if not self._devices:
             self._devices = await self._find_devices()

@@ -1,4 +1,4 @@
-"""Checkpoints: each a directory that can be served, with what a run needs to resume from it bit for bit.
+"""Checkpoints: each a directory that can be served, with everything that a run needs to resume from it bit for bit.
 
 transformers writes the state of optimiser, schedule and random generators file by file, so a checkpoint counts only once
 its last file, the seal, is there. What a killed process left without one is swept away. No torch.

@@ -86,7 +86,7 @@ def train(
     Args:
         items: examples, or preferences where the plan's method is dpo. held_out: of the same sort.
         resume: resume from the newest checkpoint under `out`, if there is one; the rest must be as it was.
-        watchers: told of every step, next to the record that is kept in `out`.
+        watchers: notified of every step, next to the record that is kept in `out`.
         plot: draw the losses at the end.
         fingerprints: of the data that `items` and `held_out` were made of; a run whose data have the same can be resumed,
             also if a chat template has rendered them in another way.

@@ -1,7 +1,7 @@
 """The loop: transformers' Trainer with our batches, loss, checkpoints and evaluation.
 
 AdamW, schedule, accumulation, clipping, loss scaling, reports and several processes under `accelerate launch` are the
-Trainer's own. There is no weight decay: pyreft's never reaches an intervention, and decay means nothing to a rotation.
+Trainer's own. There is not a weight decay: pyreft's never reaches an intervention, and decay means nothing to a rotation.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ class ReftTrainer(Trainer, Generic[Item]):  # type: ignore[misc]
         return loss * processes
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Measure the held-out items: `eval_loss` and what else the objective tells."""
+        """Measure the held-out items: `eval_loss` and the objective's other metrics."""
         model: EditedModel = self.model
         model.eval()
         metrics = self._objective.metrics(self._held_out_sums(model))
@@ -191,7 +191,7 @@ class ReftTrainer(Trainer, Generic[Item]):  # type: ignore[misc]
         return batch if self._states is None else self._states.join(batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Tell the callbacks; nothing is kept, since a checkpoint would hold it all."""
+        """Notify the callbacks; nothing is kept, since a checkpoint would hold it all."""
         hits, tokens = self._hits.tolist()
         if "loss" in logs and tokens:
             logs = logs | {"token_accuracy": hits / tokens}

@@ -2,7 +2,7 @@
 
 Registered with transformers under `PACKED`, so that any model with exchangeable attention takes it. The work per example
 is transformers' own `sdpa`, causal and without a mask. Neighbours of about equal length share one call, those that are
-shorter with padding on the right, where no token of theirs looks.
+shorter with padding on the right, which none of their tokens attends to.
 
 Letters: N tokens of the batch, Y of them with a loss, C examples of a call, L its longest example, Q the most of an example's
 tokens with a loss, H heads, D width of a head.
@@ -36,7 +36,7 @@ def install() -> None:
 
 
 def look_from_targets(module: nn.Module) -> None:
-    """Say of the last layer's attention that nobody reads what other tokens than those with a loss get from it."""
+    """Restrict the last layer's attention to the tokens with a loss."""
     setattr(module, _FROM_TARGETS, True)
 
 

@@ -18,7 +18,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def this_process() -> PartialState:
-    """Accelerate's state of this process, with processes joined over gloo if there is no accelerator."""
+    """Accelerate's state of this process, with processes joined over gloo if there is not an accelerator."""
     return PartialState(cpu=not torch.accelerator.is_available())
 
 

@@ -1,7 +1,7 @@
 """Some rows of a matrix taken out, changed and put back, with a backward pass that costs one copy of the matrix.
 
 The plain way (`index_select`, then `index_copy`) makes the gradient of the taken rows a matrix of zeros as large as the
-whole, and adds it to the gradient of the rest: four passes over memory where one is needed.
+whole, and adds it to the gradient of the rest: four passes over memory instead of one.
 
 Letters: N rows, D width, E rows taken.
 """

@@ -1,6 +1,8 @@
-"""A hostile tenant as a process: threads that do one attack after another, and rest so that they take a share of one core.
+"""A hostile tenant as a process: threads that do one attack after another, and rest so that they
+take a share of one core.
 
-Reads a JSON object from its first line of input, then `on`, `off` and, to end, the end of the input. Prints one JSON object.
+Reads a JSON object from its first line of input, then `on`, `off` and, to end, the end of the
+input. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ class Crowd:
         self._target, self._lock = target, threading.Lock()
         self._share = float(target["share"])
         self._names = list(target["attacks"]) or list(ATTACKS)
-        self._threads = [threading.Thread(target=self._attack, args=(k,)) for k in range(target["threads"])]
+        self._threads = [
+            threading.Thread(target=self._attack, args=(k,)) for k in range(target["threads"])
+        ]
         for thread in self._threads:
             thread.start()
 

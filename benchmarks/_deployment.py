@@ -31,15 +31,27 @@ class Deployment:
     `seconds` says when, from the command on, it had shown its first key, lived and was ready.
     """
 
-    def __init__(self, folder: Path, flags: list[str], limit: float = _READY_SECONDS, **settings: str) -> None:
+    def __init__(
+        self, folder: Path, flags: list[str], limit: float = _READY_SECONDS, **settings: str
+    ) -> None:
         self.port, self.log, self.key = free_port(), folder / "up.log", ""
         self.url = f"http://127.0.0.1:{self.port}"
-        command = [sys.executable, "-m", "reft_serve.cli.up", "--data", str(folder / "data"), "--port", str(self.port)]
+        command = [
+            sys.executable,
+            "-m",
+            "reft_serve.cli.up",
+            "--data",
+            str(folder / "data"),
+            "--port",
+            str(self.port),
+        ]
         self.seconds: dict[str, float] = {}
         self._http = httpx.Client(base_url=self.url, timeout=60, trust_env=False)
         self._begun = time.monotonic()
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen([*command, *flags], stdout=log, stderr=log, env=os.environ | settings)
+            self.process = subprocess.Popen(
+                [*command, *flags], stdout=log, stderr=log, env=os.environ | settings
+            )
         try:
             self._wait("first key", self._has_key, limit)
             self._http.headers["authorization"] = f"Bearer {self.key}"
@@ -52,7 +64,9 @@ class Deployment:
     def _wait(self, step: str, reached: Callable[[], bool], limit: float) -> None:
         while not reached():
             assert self.process.poll() is None, self.log.read_text()[-4000:]
-            assert self.passed() < limit, f"`up`: no {step} in {limit:g} s:\n{self.log.read_text()[-4000:]}"
+            assert self.passed() < limit, (
+                f"`up`: no {step} in {limit:g} s:\n{self.log.read_text()[-4000:]}"
+            )
             time.sleep(0.05)
         self.seconds[step] = self.passed()
 
@@ -74,7 +88,11 @@ class Deployment:
     def tenant(self, name: str, adapters: int, number: int) -> Tenant:
         """Make a tenant with so many adapters, copies of the shipped ones that are versions of their own."""
         made = self._http.post("/v1/admin/tenants", json={"name": name}).raise_for_status().json()
-        key = self._http.post(f"/v1/admin/tenants/{made['id']}/keys", json={"role": "owner"}).raise_for_status().json()
+        key = (
+            self._http.post(f"/v1/admin/tenants/{made['id']}/keys", json={"role": "owner"})
+            .raise_for_status()
+            .json()
+        )
         sources = sorted(path for path in (DEMO / "adapters").iterdir() if path.is_dir())
         headers = {"authorization": f"Bearer {key['secret']}"}
         names = []
@@ -92,8 +110,15 @@ class Deployment:
         found: dict[str, int] = {}
         for pid in _tree(self.process.pid):
             with contextlib.suppress(OSError, IndexError):
-                resident = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-                name = _role(Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+                resident = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf(
+                    "SC_PAGE_SIZE"
+                )
+                name = _role(
+                    Path(f"/proc/{pid}/cmdline")
+                    .read_bytes()
+                    .replace(b"\0", b" ")
+                    .decode(errors="replace")
+                )
                 found[name] = found.get(name, 0) + resident
         return found
 
@@ -104,10 +129,20 @@ class Deployment:
         while waiting:
             pid, parent = waiting.pop()
             with contextlib.suppress(OSError):
-                role = _role(Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
-                found[pid] = role if role != "helpers" else f"{parent.removesuffix(' helper')} helper"
+                role = _role(
+                    Path(f"/proc/{pid}/cmdline")
+                    .read_bytes()
+                    .replace(b"\0", b" ")
+                    .decode(errors="replace")
+                )
+                found[pid] = (
+                    role if role != "helpers" else f"{parent.removesuffix(' helper')} helper"
+                )
                 for task in Path(f"/proc/{pid}/task").iterdir():
-                    waiting += [(int(child), found[pid]) for child in (task / "children").read_text().split()]
+                    waiting += [
+                        (int(child), found[pid])
+                        for child in (task / "children").read_text().split()
+                    ]
         return found
 
     def stop(self) -> None:
@@ -175,9 +210,13 @@ class Prometheus:
                 ],
                 stdout=log, stderr=log,
             )  # fmt: skip
-        self._http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=30, trust_env=False)
+        self._http = httpx.Client(
+            base_url=f"http://127.0.0.1:{self.port}", timeout=30, trust_env=False
+        )
 
-    def series(self, expression: str, begin: float, end: float, step: float) -> list[dict[str, Any]]:
+    def series(
+        self, expression: str, begin: float, end: float, step: float
+    ) -> list[dict[str, Any]]:
         """What an expression was from `begin` to `end` (seconds since 1970): `metric` and `values` of each series."""
         asked = {"query": expression, "start": begin, "end": end, "step": step}
         answer = self._http.get("/api/v1/query_range", params=asked).raise_for_status().json()

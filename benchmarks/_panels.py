@@ -13,23 +13,40 @@ from benchmarks._report import RESULTS
 
 DASHBOARD = Path(__file__).parents[1] / "deploy" / "grafana" / "dashboards" / "reft-serve.json"
 _COLUMNS, _POINTS, _NAMED = 3, 120, 12
-_UNITS = {"s": "seconds", "reqps": "per second", "percentunit": "share", "ops": "per second", "short": ""}
+_UNITS = {
+    "s": "seconds",
+    "reqps": "per second",
+    "percentunit": "share",
+    "ops": "per second",
+    "short": "",
+}
 
 
-def measure(prometheus: Prometheus, begin: float, end: float, scrape_seconds: int) -> list[dict[str, Any]]:
+def measure(
+    prometheus: Prometheus, begin: float, end: float, scrape_seconds: int
+) -> list[dict[str, Any]]:
     """Every panel that shows something, with its series as [[minutes, value], ...]."""
     step = max((end - begin) / _POINTS, scrape_seconds)
     interval = f"{int(max(4 * scrape_seconds, step))}s"
     found = []
     for panel in json.loads(DASHBOARD.read_text())["panels"]:
         series = [
-            {"name": _legend(target["legendFormat"], each["metric"]), "values": _values(each["values"], begin)}
+            {
+                "name": _legend(target["legendFormat"], each["metric"]),
+                "values": _values(each["values"], begin),
+            }
             for target in panel.get("targets", [])
             for each in prometheus.series(_filled(target["expr"], interval), begin, end, step)
         ]
         if panel["type"] != "row":
             kept = [each for each in series if each["values"]]
-            found.append({"title": panel["title"], "unit": panel["fieldConfig"]["defaults"]["unit"], "series": kept})
+            found.append(
+                {
+                    "title": panel["title"],
+                    "unit": panel["fieldConfig"]["defaults"]["unit"],
+                    "series": kept,
+                }
+            )
     return found
 
 
@@ -47,7 +64,9 @@ def _values(values: list[tuple[float, str]], begin: float) -> list[list[float]]:
 
 
 def draw(panels: list[dict[str, Any]], name: str) -> Path:
-    """Write `results/<name>.png`: the panels that have something to show, in the dashboard's order."""
+    """Write `results/<name>.png`: the panels that have something to show, in the dashboard's
+    order.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")

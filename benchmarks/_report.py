@@ -1,4 +1,6 @@
-"""Where results go: JSON with the machine and versions beside the figures, and a plot of the same name."""
+"""Where results go: JSON with the machine and versions beside the figures, and a plot of the same
+name.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,12 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 
 
-def save(name: str, result: dict[str, Any], plot: Callable[[dict[str, Any], Any], None] | None = None) -> None:
-    """Write `results/<name>.json` and, where `plot` draws one on a matplotlib axes, `results/<name>.png`."""
+def save(
+    name: str, result: dict[str, Any], plot: Callable[[dict[str, Any], Any], None] | None = None
+) -> None:
+    """Write `results/<name>.json` and, where `plot` draws one on a matplotlib axes,
+    `results/<name>.png`.
+    """
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(machine() | result, indent=1) + "\n")
@@ -32,7 +38,10 @@ def save(name: str, result: dict[str, Any], plot: Callable[[dict[str, Any], Any]
         figure.tight_layout()
         figure.savefig(path.with_suffix(".png"), dpi=120)
         written.append(path.with_suffix(".png"))
-    print("wrote", *(p.relative_to(Path.cwd()) if p.is_relative_to(Path.cwd()) else p for p in written))
+    print(
+        "wrote",
+        *(p.relative_to(Path.cwd()) if p.is_relative_to(Path.cwd()) else p for p in written),
+    )
 
 
 def machine() -> dict[str, Any]:
@@ -60,7 +69,11 @@ def machine() -> dict[str, Any]:
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
     names = (
-        [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        [
+            line.partition(":")[2].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
+        ]
         if info.exists()
         else []
     )

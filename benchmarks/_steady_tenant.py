@@ -1,6 +1,8 @@
-"""A well-behaved tenant as a process: streams with an adapter at random moments, whole answers, uploads, a few jobs.
+"""A well-behaved tenant as a process: streams with an adapter at random moments, whole answers,
+uploads, a few jobs.
 
-Reads a JSON object from its first line of input and stops at the end of the input. Prints one JSON list of what it did.
+Reads a JSON object from its first line of input and stops at the end of the input. Prints one JSON
+list of what it did.
 """
 
 from __future__ import annotations
@@ -23,25 +25,35 @@ _ROWS = b'{"prompt": "the cat", "completion": " sat on the mat"}\n' * 8
 
 
 class SteadyTenant:
-    """What it does is noted in `done`: when it began, its kind, the seconds to the first byte and in all, its fault."""
+    """What it does is noted in `done`: when it began, its kind, the seconds to the first byte and
+    in all, its fault.
+    """
 
     def __init__(self, target: dict[str, Any]) -> None:
         self.done: list[dict[str, Any]] = []
         self._target = target
         self._headers = {"authorization": f"Bearer {target['key']}"}
-        self._files = {name: base64.b64decode(content) for name, content in target["adapter"].items()}
+        self._files = {
+            name: base64.b64decode(content) for name, content in target["adapter"].items()
+        }
         self._number = 0
 
     async def run(self, ended: asyncio.Event) -> None:
         """Act until `ended`, and wait for what has begun."""
         timeout = aiohttp.ClientTimeout(total=120)
-        # Less than the 5 s after which the gateway closes an idle connection: a request could meet the closing.
+        # Less than the 5 s after which the gateway closes an idle connection: a request could meet
+        # the closing.
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=3)
         async with aiohttp.ClientSession(
             self._target["url"], headers=self._headers, timeout=timeout, connector=connector
         ) as client:
             rates = self._target["per_minute"]
-            acts = {"stream": self._stream, "completion": self._complete, "upload": self._upload, "job": self._job}
+            acts = {
+                "stream": self._stream,
+                "completion": self._complete,
+                "upload": self._upload,
+                "job": self._job,
+            }
             async with asyncio.TaskGroup() as group:
                 for kind, act in acts.items():
                     group.create_task(self._repeat(client, kind, act, rates[kind], ended))
@@ -64,10 +76,18 @@ class SteadyTenant:
         except (aiohttp.ClientError, TimeoutError, OSError, AssertionError, LookupError) as exc:
             fault = f"{type(exc).__name__}: {exc}"[:500]
         seconds = time.monotonic() - begun
-        self.done.append({"at": at, "kind": kind, "first": first, "seconds": round(seconds, 4), "fault": fault})
+        self.done.append(
+            {"at": at, "kind": kind, "first": first, "seconds": round(seconds, 4), "fault": fault}
+        )
 
     async def _stream(self, client: aiohttp.ClientSession) -> float:
-        body = {"model": "cats", "prompt": _PROMPT, "max_tokens": _TOKENS, "stream": True, "ignore_eos": True}
+        body = {
+            "model": "cats",
+            "prompt": _PROMPT,
+            "max_tokens": _TOKENS,
+            "stream": True,
+            "ignore_eos": True,
+        }
         begun = time.monotonic()
         async with client.post("/v1/completions", json=body) as answer:
             first_bytes = await answer.content.readany()
@@ -89,7 +109,12 @@ class SteadyTenant:
         for file, content in self._files.items():
             form.add_field("files", content, filename=file)
         await self._sent(client, "POST", "/v1/adapters", data=form)
-        await self._sent(client, "POST", "/v1/completions", json={"model": name, "prompt": _PROMPT, "max_tokens": 1})
+        await self._sent(
+            client,
+            "POST",
+            "/v1/completions",
+            json={"model": name, "prompt": _PROMPT, "max_tokens": 1},
+        )
         await self._sent(client, "DELETE", f"/v1/adapters/{name}")
         return 0.0
 
@@ -110,7 +135,9 @@ class SteadyTenant:
         assert job["status"] == "succeeded", f"{job['status']} {job.get('error')}"
         return 0.0
 
-    async def _sent(self, client: aiohttp.ClientSession, method: str, path: str, **options: Any) -> dict[str, Any]:
+    async def _sent(
+        self, client: aiohttp.ClientSession, method: str, path: str, **options: Any
+    ) -> dict[str, Any]:
         async with client.request(method, path, **options) as answer:
             text = await answer.text()
             assert answer.status < 300, f"{method} {path}: {answer.status} {text[:300]}"

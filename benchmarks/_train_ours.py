@@ -34,15 +34,21 @@ def main() -> None:
         job = json.loads(line)
         Path("/proc/self/clear_refs").write_text("5")
         if job.get("profile"):
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            with torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CPU]
+            ) as profile:
                 timed_steps(model, plan, job["examples"], packed=packed)
             spent = sorted(profile.key_averages(), key=lambda e: -e.self_cpu_time_total)[:12]
-            answer: dict[str, Any] = {"profile": [[e.key, e.self_cpu_time_total / 1e3, e.count] for e in spent]}
+            answer: dict[str, Any] = {
+                "profile": [[e.key, e.self_cpu_time_total / 1e3, e.count] for e in spent]
+            }
         else:
             ends = timed_steps(model, plan, job["examples"], packed=packed)
             wall, cpu = ([b[k] - a[k] for a, b in itertools.pairwise(ends)] for k in (0, 1))
             answer = {"seconds": wall, "cpu_seconds": cpu}
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        status = dict(
+            line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
+        )
         answer["peak_mib"] = int(status["VmHWM"].split()[0]) / 1024
         print("@@", json.dumps(answer), flush=True)
 

@@ -27,10 +27,14 @@ class Pad:
         width = max(len(feature["input_ids"]) for feature in features)
         fill = {"input_ids": 0, "attention_mask": 0}
         padded = {
-            name: torch.tensor([list(f[name]) + [fill[name]] * (width - len(f[name])) for f in features])
+            name: torch.tensor(
+                [list(f[name]) + [fill[name]] * (width - len(f[name])) for f in features]
+            )
             for name in fill
         }
-        return padded | {"intervention_locations": torch.tensor([f["intervention_locations"] for f in features])}
+        return padded | {
+            "intervention_locations": torch.tensor([f["intervention_locations"] for f in features])
+        }
 
 
 class Clock(TrainerCallback):
@@ -49,7 +53,9 @@ class InOrder(pyreft.ReftTrainerForCausalLM):
     def get_train_dataloader(self):
         from pyreft.reft_trainer import make_dataloader
 
-        return make_dataloader(self.train_dataset, self._train_batch_size, self.data_collator, shuffle=False)
+        return make_dataloader(
+            self.train_dataset, self._train_batch_size, self.data_collator, shuffle=False
+        )
 
 
 def as_pyreft(ids, prompt_len, count):
@@ -71,13 +77,26 @@ def as_pyreft(ids, prompt_len, count):
 
 def build():
     base = AutoModelForCausalLM.from_pretrained(setup["base"], torch_dtype=DTYPE).to(DEVICE)
-    layers, width = setup.get("layers") or range(base.config.num_hidden_layers), base.config.hidden_size
-    edits = [pyreft.LoreftIntervention(embed_dim=width, low_rank_dimension=setup["rank"], dtype=DTYPE) for _ in layers]
+    layers, width = (
+        setup.get("layers") or range(base.config.num_hidden_layers),
+        base.config.hidden_size,
+    )
+    edits = [
+        pyreft.LoreftIntervention(embed_dim=width, low_rank_dimension=setup["rank"], dtype=DTYPE)
+        for _ in layers
+    ]
     representations = [
-        {"layer": k, "component": "block_output", "low_rank_dimension": setup["rank"], "intervention": edit}
+        {
+            "layer": k,
+            "component": "block_output",
+            "low_rank_dimension": setup["rank"],
+            "intervention": edit,
+        }
         for k, edit in zip(layers, edits, strict=True)
     ]
-    model = pyreft.get_reft_model(base, pyreft.ReftConfig(representations=representations), set_device=False)
+    model = pyreft.get_reft_model(
+        base, pyreft.ReftConfig(representations=representations), set_device=False
+    )
     if DEVICE != "cpu":
         model.set_device(DEVICE)
     return model, len(layers)
@@ -93,7 +112,9 @@ def train(model, layers, job):
     )  # fmt: skip
     collator = pyreft.reft_trainer.make_data_collator(Pad(), None)
     data = [as_pyreft(ids, prompt_len, layers) for ids, prompt_len in job["examples"]]
-    trainer = InOrder(model=model, args=arguments, train_dataset=data, data_collator=collator, callbacks=[clock])
+    trainer = InOrder(
+        model=model, args=arguments, train_dataset=data, data_collator=collator, callbacks=[clock]
+    )
     trainer.train()
     return clock.ends
 
@@ -106,7 +127,9 @@ def main():
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")
         if job.get("profile"):
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            with torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CPU]
+            ) as profile:
                 train(model, layers, job)
             spent = sorted(profile.key_averages(), key=lambda e: -e.self_cpu_time_total)[:12]
             answer = {"profile": [[e.key, e.self_cpu_time_total / 1e3, e.count] for e in spent]}

@@ -1,4 +1,5 @@
-"""The two sides of `benchmarks.train`: processes that read a setup and then jobs, a line of JSON each, and answer each.
+"""The two sides of `benchmarks.train`: processes that read a setup and then jobs, a line of JSON
+each, and answer each.
 
 What a side prints beside its answers is dropped; an answer begins with `@@ `.
 """

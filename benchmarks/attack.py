@@ -57,7 +57,13 @@ FLAGS = f"--dtype float32 --max-num-seqs 64 --kv-cache-memory-bytes {256 << 20}"
 PER_MINUTE = {"stream": 150.0, "completion": 30.0, "upload": 4.0, "job": 1.0}
 QUIET_SECONDS, ATTACKED_SECONDS, SETTLING_SECONDS = 20.0, 40.0, 4.0
 CLEAN_SECONDS = 90.0
-LIMITS = {"storage_bytes": 256 << 20, "adapters": 30, "jobs": 5, "running_jobs": 1, "concurrent_requests": 32}
+LIMITS = {
+    "storage_bytes": 256 << 20,
+    "adapters": 30,
+    "jobs": 5,
+    "running_jobs": 1,
+    "concurrent_requests": 32,
+}
 # Whose memory counts against which pod's limit, by the beginning of its role.
 PODS = {"gateway": "gateway", "engine": "engine", "training worker": "worker"}
 LASTING = ("up", "gateway", "engine front end", "engine core", "training worker")
@@ -89,7 +95,10 @@ class Watch:
 
     def lasting(self) -> dict[str, list[int]]:
         """The pids of those that must not end, at the first look."""
-        return {role: sorted(pid for pid, found in self.first.items() if found == role) for role in LASTING}
+        return {
+            role: sorted(pid for pid, found in self.first.items() if found == role)
+            for role in LASTING
+        }
 
     def end(self) -> None:
         """Stop looking."""
@@ -106,7 +115,11 @@ class Child:
 
     def __init__(self, module: str, target: dict[str, Any]) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+            [sys.executable, "-m", module],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
         )
         self.say(json.dumps(target))
 
@@ -129,17 +142,34 @@ class Child:
 
 def main() -> None:
     """Run the benchmark, print its tables, write JSON; exit with 1 if something does not hold."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=600, help="time of attacks, without the windows between them")
-    parser.add_argument("--seed", type=int, default=0, help="of every choice of the attackers and the tenant")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=600,
+        help="time of attacks, without the windows between them",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of every choice of the attackers and the tenant"
+    )
     parser.add_argument("--attackers", type=int, default=1, help="processes of the hostile tenant")
     parser.add_argument("--threads", type=int, default=4, help="attacks at once of each of them")
-    parser.add_argument("--share", type=float, default=0.2, help="of a core that each of them may take")
-    parser.add_argument("--only", nargs="*", default=[], choices=list(ATTACKS), help="attacks to do; default: all")
+    parser.add_argument(
+        "--share", type=float, default=0.2, help="of a core that each of them may take"
+    )
+    parser.add_argument(
+        "--only", nargs="*", default=[], choices=list(ATTACKS), help="attacks to do; default: all"
+    )
     parser.add_argument("--flags", default=FLAGS, help="flags of `up`, in one string")
     parser.add_argument("--tag", help="suffix of the result's file name")
     args = parser.parse_args()
-    result = {"arguments": vars(args), "limits_of_the_hostile_tenant": LIMITS, "per_minute": PER_MINUTE}
+    result = {
+        "arguments": vars(args),
+        "limits_of_the_hostile_tenant": LIMITS,
+        "per_minute": PER_MINUTE,
+    }
     result |= run(args)
     report(result)
     save("attack" if args.tag is None else f"attack-{args.tag}", result)
@@ -153,7 +183,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         temporary = folder / "tmp"
         temporary.mkdir()
         places = {"TMPDIR": str(temporary), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
-        places |= {"REFT_SWEEP_SECONDS": "30", "REFT_UPKEEP_SECONDS": "10"}  # not ten minutes, at the end
+        places |= {
+            "REFT_SWEEP_SECONDS": "30",
+            "REFT_UPKEEP_SECONDS": "10",
+        }  # not ten minutes, at the end
         deployment = Deployment(folder, shlex.split(args.flags), **places)
         try:
             before = set(_files(folder))
@@ -178,17 +211,28 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _attacked(args: argparse.Namespace, deployment: Deployment) -> tuple[dict[str, Any], list[str]]:
     admin = {"authorization": f"Bearer {deployment.key}"}
-    files = {path.name: base64.b64encode(path.read_bytes()).decode() for path in (DEMO / "adapters" / "cats").iterdir()}
-    with httpx.Client(base_url=deployment.url, headers=admin, timeout=60, trust_env=False) as client:
+    files = {
+        path.name: base64.b64encode(path.read_bytes()).decode()
+        for path in (DEMO / "adapters" / "cats").iterdir()
+    }
+    with httpx.Client(
+        base_url=deployment.url, headers=admin, timeout=60, trust_env=False
+    ) as client:
         hostile, steady = _tenant(client, "hostile", LIMITS), _tenant(client, "steady", {})
         keys = {role: _key(client, hostile, role) for role in ("inference", "owner")}
         key = _key(client, steady, "owner")
         parts = [("files", (name, base64.b64decode(content))) for name, content in files.items()]
         client.post(
-            "/v1/adapters", data={"name": "cats"}, files=parts, headers={"authorization": f"Bearer {key}"}
+            "/v1/adapters",
+            data={"name": "cats"},
+            files=parts,
+            headers={"authorization": f"Bearer {key}"},
         ).raise_for_status()
     common = {"url": deployment.url, "adapter": files}
-    tenant = Child("benchmarks._steady_tenant", common | {"key": key, "seed": args.seed, "per_minute": PER_MINUTE})
+    tenant = Child(
+        "benchmarks._steady_tenant",
+        common | {"key": key, "seed": args.seed, "per_minute": PER_MINUTE},
+    )
     crowd = [
         Child("benchmarks._attacker", common | keys | {
             "seed": f"{args.seed} {k}", "threads": args.threads, "share": args.share, "attacks": args.only,
@@ -203,11 +247,16 @@ def _attacked(args: argparse.Namespace, deployment: Deployment) -> tuple[dict[st
         for child in (*crowd, tenant):
             child.kill()
         raise
-    return {"windows": windows, "tenant": _judged(done, windows), "attacks": _merged(attacks)}, [hostile, steady]
+    return {"windows": windows, "tenant": _judged(done, windows), "attacks": _merged(attacks)}, [
+        hostile,
+        steady,
+    ]
 
 
 def _tenant(client: httpx.Client, name: str, limits: dict[str, int]) -> str:
-    made = client.post("/v1/admin/tenants", json={"name": name, "limits": limits}).raise_for_status()
+    made = client.post(
+        "/v1/admin/tenants", json={"name": name, "limits": limits}
+    ).raise_for_status()
     return str(made.json()["id"])
 
 
@@ -236,7 +285,10 @@ def _judged(done: list[dict[str, Any]], windows: list[dict[str, Any]]) -> dict[s
     for each in done:
         for window in windows:
             # What begins right after a change belongs to neither.
-            if window["from"] + SETTLING_SECONDS <= each["at"] < window["to"] and each["kind"] == "stream":
+            if (
+                window["from"] + SETTLING_SECONDS <= each["at"] < window["to"]
+                and each["kind"] == "stream"
+            ):
                 firsts[window["attacked"]].append(each["first"])
     spread = {
         "attacked" if attacked else "quiet": {
@@ -248,7 +300,12 @@ def _judged(done: list[dict[str, Any]], windows: list[dict[str, Any]]) -> dict[s
     }
     counts = Counter(each["kind"] for each in done)
     faults = [each for each in done if each["fault"]]
-    return {"requests": counts, "first_token": spread, "faults": faults[:50], "faults_in_all": len(faults)}
+    return {
+        "requests": counts,
+        "first_token": spread,
+        "faults": faults[:50],
+        "faults_in_all": len(faults),
+    }
 
 
 def _quantile(values: list[float], share: float) -> float:
@@ -270,7 +327,9 @@ def _merged(found: list[dict[str, Any]]) -> dict[str, Any]:
 def _left(deployment: Deployment, folder: Path, tenants: list[str], before: set[str]) -> list[str]:
     """Delete both tenants and list what is there after a while and was not before: nothing may be."""
     admin = {"authorization": f"Bearer {deployment.key}"}
-    with httpx.Client(base_url=deployment.url, headers=admin, timeout=120, trust_env=False) as client:
+    with httpx.Client(
+        base_url=deployment.url, headers=admin, timeout=120, trust_env=False
+    ) as client:
         for tenant in tenants:
             client.delete(f"/v1/admin/tenants/{tenant}").raise_for_status()
     until = time.monotonic() + CLEAN_SECONDS
@@ -329,18 +388,28 @@ def _failures(result: dict[str, Any]) -> list[str]:
     if tenant["faults_in_all"]:
         failures.append(f"{tenant['faults_in_all']} requests of the well-behaved tenant failed")
     if first["quiet"]["streams"] and first["attacked"]["streams"]:
-        ratio = result["p99_ratio"] = round(first["attacked"]["p99_ms"] / first["quiet"]["p99_ms"], 2)
+        ratio = result["p99_ratio"] = round(
+            first["attacked"]["p99_ms"] / first["quiet"]["p99_ms"], 2
+        )
         if ratio >= 1.5:
-            failures.append(f"the 99th percentile of its time to first token is {ratio} times that without attacks")
+            failures.append(
+                f"the 99th percentile of its time to first token is {ratio} times that without attacks"
+            )
     else:
         failures.append("there are too few streams to compare")
     if result["ended"]:
         failures.append(f"processes ended: {result['ended']}")
     for role, memory in result["memory"].items():
         if memory["peak_bytes"] >= memory["limit_bytes"]:
-            failures.append(f"{role} took {memory['peak_bytes'] >> 20} MiB of {memory['limit_bytes'] >> 20}")
+            failures.append(
+                f"{role} took {memory['peak_bytes'] >> 20} MiB of {memory['limit_bytes'] >> 20}"
+            )
     broken = {
-        name: {outcome: count for outcome, count in each["outcomes"].items() if outcome in ("500", "502", "504")}
+        name: {
+            outcome: count
+            for outcome, count in each["outcomes"].items()
+            if outcome in ("500", "502", "504")
+        }
         for name, each in result["attacks"].items()
     }
     failures += [f"{name} was answered {outcomes}" for name, outcomes in broken.items() if outcomes]
@@ -354,7 +423,9 @@ def report(result: dict[str, Any]) -> None:
     """Print the tables."""
     table = Table("attack", "outcomes", "slowest")
     for name, each in result["attacks"].items():
-        told = ", ".join(f"{outcome} x{count}" for outcome, count in sorted(each["outcomes"].items()))
+        told = ", ".join(
+            f"{outcome} x{count}" for outcome, count in sorted(each["outcomes"].items())
+        )
         table.add_row(name, told, f"{each['slowest_seconds']:.1f} s")
     console = Console()
     console.print(table)

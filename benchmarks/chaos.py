@@ -43,7 +43,9 @@ ENDS = ("whole", "failed", "refused", "cut")
 
 def main() -> None:
     """Run the rounds, print what was seen, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=20, help="of each kind")
     parser.add_argument("--streams", type=int, default=200)
     parser.add_argument("--database", choices=("sqlite", "postgres"), default="sqlite")
@@ -58,7 +60,9 @@ def main() -> None:
         database = f"sqlite:///{folder / 'reft.db'}"
         if args.database == "postgres":
             database = create_database(stack.enter_context(postgres_server()), "chaos")
-        running = stack.enter_context(scene(folder, database, FAKE if args.engine == "fake" else REAL))
+        running = stack.enter_context(
+            scene(folder, database, FAKE if args.engine == "fake" else REAL)
+        )
         kills: dict[str, Callable[[], None]] = {
             "gateway": running.gateway.kill, "engine": running.engine.kill, "database": running.cut_connections
         }  # fmt: skip
@@ -74,7 +78,10 @@ def main() -> None:
                     asyncio.run(running.play(args.streams, kill, chance.uniform(0, 0.9)))
                 )
                 Console().print(name, dict(rounds[name][-1].ended), *rounds[name][-1].faults[:3])
-    result = {"arguments": vars(args), "killed": {name: _summary(each) for name, each in rounds.items()}}
+    result = {
+        "arguments": vars(args),
+        "killed": {name: _summary(each) for name, each in rounds.items()},
+    }
     _print(result["killed"])
     parts = [
         "chaos",

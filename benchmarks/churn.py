@@ -42,11 +42,19 @@ def main() -> None:
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     """What the command line says, or `given`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--adapters", type=int, default=10_000, help="adapters known to the server by name")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--adapters", type=int, default=10_000, help="adapters known to the server by name"
+    )
     parser.add_argument("--slots", type=int, default=64)
-    parser.add_argument("--loads", type=int, default=50_000, help="loads on the worker until the run ends")
-    parser.add_argument("--callers", type=int, default=4, help="how many load, unload, pin and list at once")
+    parser.add_argument(
+        "--loads", type=int, default=50_000, help="loads on the worker until the run ends"
+    )
+    parser.add_argument(
+        "--callers", type=int, default=4, help="how many load, unload, pin and list at once"
+    )
     parser.add_argument("--clients", type=int, default=16, help="requests under way at any time")
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
@@ -61,8 +69,18 @@ def _print(console: Console, result: dict[str, Any]) -> None:
         f"{result['requests']:,} requests meanwhile; calls: "
         + ", ".join(f"{kind} {count:,}" for kind, count in sorted(result["operations"].items()))
     )
-    table = Table(title=f"resident memory in MB, from load {before['loads']:,.0f}, all known, to the end")
-    for column in ("process", "before", "after", "grown", "bytes per load", "entries before", "after"):
+    table = Table(
+        title=f"resident memory in MB, from load {before['loads']:,.0f}, all known, to the end"
+    )
+    for column in (
+        "process",
+        "before",
+        "after",
+        "grown",
+        "bytes per load",
+        "entries before",
+        "after",
+    ):
         table.add_column(column, justify="left" if column == "process" else "right")
     for name, grown in result["grown_bytes"].items():
         each = grown / (after["loads"] - before["loads"])
@@ -77,8 +95,12 @@ def _print(console: Console, result: dict[str, Any]) -> None:
         table.add_column(column, justify="left" if column == "by" else "right")
     names = {"call": "a load call", "request": "a request that comes in"}
     rows = {names[kind]: stall for kind, stall in result["stall_ms"].items()}
-    for name, stall in (rows | {"of these and in steps: filling a slot": result["slot_ms"]}).items():
-        table.add_row(name, f"{stall['count']:,}", *(f"{stall[key]:.2f}" for key in ("p50", "p99", "max")))
+    for name, stall in (
+        rows | {"of these and in steps: filling a slot": result["slot_ms"]}
+    ).items():
+        table.add_row(
+            name, f"{stall['count']:,}", *(f"{stall[key]:.2f}" for key in ("p50", "p99", "max"))
+        )
     console.print(table)
     console.print(
         f"requests lost: {result['lost']}; answers that changed: {result['wrong']}; calls gone wrong: {result['unexpected']}"
@@ -93,8 +115,12 @@ def _plot(result: dict[str, Any], axes: Any) -> None:
         grown = [(point[name] - points[0][name]) / 1e6 for point in points]
         axes.plot([point["loads"] for point in points], grown, label=name.replace("_", " "))
     axes.axvline(known, color="0.6", linewidth=0.8)
-    axes.annotate("all known", (known, 0), xytext=(4, 4), textcoords="offset points", fontsize=8, color="0.4")
-    axes.set_xlabel(f"loads ({result['arguments']['adapters']:,} adapters, {result['arguments']['slots']} slots)")
+    axes.annotate(
+        "all known", (known, 0), xytext=(4, 4), textcoords="offset points", fontsize=8, color="0.4"
+    )
+    axes.set_xlabel(
+        f"loads ({result['arguments']['adapters']:,} adapters, {result['arguments']['slots']} slots)"
+    )
     axes.set_ylabel("resident memory since the start, MB")
     axes.legend(frameon=False)
 

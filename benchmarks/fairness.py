@@ -47,9 +47,13 @@ def p99(seconds: list[float]) -> float:
 
 def main() -> None:
     """Run the benchmark, print its table, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--engine", choices=("fake", "real"), default="fake")
-    parser.add_argument("--rate", type=float, default=20.0, help="the steady tenant's streams per second")
+    parser.add_argument(
+        "--rate", type=float, default=20.0, help="the steady tenant's streams per second"
+    )
     parser.add_argument("--limit", type=int, default=120, help="the other's requests per minute")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=30.0, help="per arm and round")
@@ -61,7 +65,9 @@ def main() -> None:
         turn(place, flooding, args.rate, 1.0, 4.0)
         for _ in range(args.rounds):
             for name, times in ARMS.items():
-                found, answered = turn(place, flooding, args.rate, times * args.limit / 60, args.seconds)
+                found, answered = turn(
+                    place, flooding, args.rate, times * args.limit / 60, args.seconds
+                )
                 firsts[name] += found
                 others[name] += answered
     result = {
@@ -81,10 +87,14 @@ def main() -> None:
 
 
 def _print(result: dict[str, Any]) -> None:
-    table = Table("the other tenant is", "its answers", "429", "streams", "first event p50, ms", "p99, ms")
+    table = Table(
+        "the other tenant is", "its answers", "429", "streams", "first event p50, ms", "p99, ms"
+    )
     for name, each in result["first_event_ms"].items():
         flood = result["flooding"][name]
-        counts = (f"{number:,}" for number in (flood["answered"], flood["refused"], each["streams"]))
+        counts = (
+            f"{number:,}" for number in (flood["answered"], flood["refused"], each["streams"])
+        )
         table.add_row(name, *counts, f"{each['p50']:.1f}", f"{each['p99']:.1f}")
     Console().print(table)
     for what, moved in result["p99_moves"].items():

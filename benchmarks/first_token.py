@@ -1,9 +1,11 @@
-"""From a job's success to the first token of its version, and what a first use costs the streams beside it.
+"""From a job's success to the first token of its version, and what a first use costs the streams
+beside it.
 
-`reft-serve up` with the shipped model trains small jobs. As soon as one is seen to have succeeded, its `fine_tuned_model` is
-asked for by name, for the first time. Then streams of the base model run, and a checkpoint of the job, which the engine has
-never held either, is asked for; as a control, a version that the engine holds already is asked for in the same way. What the
-streams feel more of the first than of the second is the load's own doing.
+`reft-serve up` with the shipped model trains small jobs. As soon as one is seen to have succeeded,
+its `fine_tuned_model` is asked for by name, for the first time. Then streams of the base model run,
+and a checkpoint of the job, which the engine has never held either, is asked for; as a control, a
+version that the engine holds already is asked for in the same way. What the streams feel more of
+the first than of the second is the load's own doing.
 
   scripts/bench first_token
 """
@@ -34,7 +36,9 @@ _WORDS = ("bird", "cat", "tree", "river")
 
 
 class Streams:
-    """Streams of the base model, one after another in each lane, and when each of their tokens came."""
+    """Streams of the base model, one after another in each lane, and when each of their tokens
+    came.
+    """
 
     def __init__(self, http: httpx.AsyncClient, lanes: int) -> None:
         self._http, self.came = http, [[] for _ in range(lanes)]
@@ -49,7 +53,10 @@ class Streams:
     def longest_gap(self, begin: float, end: float) -> float:
         """Milliseconds of the longest wait for a token of any stream that overlaps the window."""
         gaps = [
-            after - before for came in self.came for before, after in pairwise(came) if after > begin and before < end
+            after - before
+            for came in self.came
+            for before, after in pairwise(came)
+            if after > begin and before < end
         ]
         return 1e3 * max(gaps, default=float("nan"))
 
@@ -61,7 +68,13 @@ class Streams:
 
 async def tokens(http: httpx.AsyncClient, model: str, count: int) -> AsyncIterator[str]:
     """The pieces of a streamed completion."""
-    body = {"model": model, "prompt": "Once upon a time", "max_tokens": count, "stream": True, "ignore_eos": True}
+    body = {
+        "model": model,
+        "prompt": "Once upon a time",
+        "max_tokens": count,
+        "stream": True,
+        "ignore_eos": True,
+    }
     async with http.stream("POST", "/v1/completions", json=body) as answer:
         assert answer.status_code == 200, await answer.aread()
         async for line in answer.aiter_lines():
@@ -82,7 +95,13 @@ async def train(http: httpx.AsyncClient, file_id: str, seed: int) -> tuple[dict[
     """A job that has succeeded, and when that was seen."""
     settings = {"n_epochs": 2, "batch_size": 4}
     method = {"type": "supervised", "supervised": {"hyperparameters": settings}}
-    body = {"model": "base", "training_file": file_id, "seed": seed, "method": method, "suffix": f"trial-{seed}"}
+    body = {
+        "model": "base",
+        "training_file": file_id,
+        "seed": seed,
+        "method": method,
+        "suffix": f"trial-{seed}",
+    }
     made = await http.post("/v1/fine_tuning/jobs", json=body)
     assert made.status_code == 200, made.text
     while True:
@@ -99,20 +118,31 @@ async def measure(url: str, key: str, rounds: int, lanes: int) -> dict[str, Any]
     found: dict[str, list[float]] = {
         name: [] for name in ("first_token_s", "new_gap_ms", "known_gap_ms", "calm_gap_ms")
     }
-    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=120, trust_env=False) as http:
+    async with httpx.AsyncClient(
+        base_url=url, headers=headers, timeout=120, trust_env=False
+    ) as http:
         rows = [
-            {"prompt": f"Tell me of a {word} {k}", "completion": f" A {word}."} for k in range(4) for word in _WORDS
+            {"prompt": f"Tell me of a {word} {k}", "completion": f" A {word}."}
+            for k in range(4)
+            for word in _WORDS
         ]
         data = "".join(json.dumps(row) + "\n" for row in rows).encode()
-        uploaded = await http.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("data.jsonl", data)})
+        uploaded = await http.post(
+            "/v1/files", data={"purpose": "fine-tune"}, files={"file": ("data.jsonl", data)}
+        )
         assert uploaded.status_code == 200, uploaded.text
         known = (await train(http, uploaded.json()["id"], 0))[0]["fine_tuned_model"]
         await first_token(http, known)
         for number in range(1, rounds + 1):
             job, seen = await train(http, uploaded.json()["id"], number)
-            found["first_token_s"].append((await first_token(http, job["fine_tuned_model"]))[1] - seen)
-            listed = (await http.get(f"/v1/fine_tuning/jobs/{job['id']}/checkpoints")).json()["data"]
-            new = listed[-1]["fine_tuned_model_checkpoint"]  # the earliest, whose weights are not the version's
+            found["first_token_s"].append(
+                (await first_token(http, job["fine_tuned_model"]))[1] - seen
+            )
+            listed = (await http.get(f"/v1/fine_tuning/jobs/{job['id']}/checkpoints")).json()[
+                "data"
+            ]
+            # the earliest, whose weights are not the version's
+            new = listed[-1]["fine_tuned_model_checkpoint"]
             streams = Streams(http, lanes)
             await asyncio.sleep(3)
             windows = []
@@ -123,13 +153,17 @@ async def measure(url: str, key: str, rounds: int, lanes: int) -> dict[str, Any]
             await streams.stop()
             found["new_gap_ms"].append(streams.longest_gap(*windows[0]))
             found["known_gap_ms"].append(streams.longest_gap(*windows[1]))
-            found["calm_gap_ms"].append(streams.longest_gap(end, end + windows[0][1] - windows[0][0]))
+            found["calm_gap_ms"].append(
+                streams.longest_gap(end, end + windows[0][1] - windows[0][0])
+            )
     return found
 
 
 def main() -> None:
     """Run, print the table, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--streams", type=int, default=4, help="streams of the base model beside")
     parser.add_argument("--start-seconds", type=float, default=240.0)
@@ -146,9 +180,14 @@ def main() -> None:
     for name, values in found.items():
         table.add_row(name, f"{statistics.median(values):.3g}", f"{max(values):.3g}")
     added = [new - was for new, was in zip(found["new_gap_ms"], found["known_gap_ms"], strict=True)]
-    table.add_row("new_gap_ms - known_gap_ms", f"{statistics.median(added):.3g}", f"{max(added):.3g}")
+    table.add_row(
+        "new_gap_ms - known_gap_ms", f"{statistics.median(added):.3g}", f"{max(added):.3g}"
+    )
     Console().print(table)
-    save("first-token" if args.tag is None else f"first-token-{args.tag}", {"arguments": vars(args), **found})
+    save(
+        "first-token" if args.tag is None else f"first-token-{args.tag}",
+        {"arguments": vars(args), **found},
+    )
 
 
 if __name__ == "__main__":

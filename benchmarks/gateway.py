@@ -68,7 +68,9 @@ class Arm:
 class Connection:
     """HTTP/1.1 by hand, so that the client costs little beside what it measures."""
 
-    def __init__(self, arm: Arm, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(
+        self, arm: Arm, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         self.arm, self.reader, self.writer = arm, reader, writer
 
     @classmethod
@@ -139,7 +141,9 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-async def measure(args: argparse.Namespace, direct: Arm, through: Arm, gateway: int) -> dict[str, Any]:
+async def measure(
+    args: argparse.Namespace, direct: Arm, through: Arm, gateway: int
+) -> dict[str, Any]:
     """Rounds of all three, the arms in turns; `gateway` is the gateway's process."""
     first: dict[str, list[float]] = {"direct": [], "gateway": []}
     speed: dict[str, list[float]] = {"direct": [], "gateway": []}
@@ -180,7 +184,9 @@ async def first_key(url: str, role: keys.Role = "inference") -> str:
     database = Database(url)
     await migrate(database)
     async with database.writing() as session:
-        _, secret = await keys.create_key(session, await tenants.create_tenant(session, f"bench-{role}"), role)
+        _, secret = await keys.create_key(
+            session, await tenants.create_tenant(session, f"bench-{role}"), role
+        )
     await database.close()
     return secret
 
@@ -191,20 +197,30 @@ def serve_fake(port: int, token_seconds: float) -> None:
 
     from reft_serve.testing import FakeEngine
 
-    uvicorn.run(FakeEngine(token_seconds=token_seconds, remember=False).app, port=port, log_level="error")
+    uvicorn.run(
+        FakeEngine(token_seconds=token_seconds, remember=False).app, port=port, log_level="error"
+    )
 
 
 def main() -> None:
     """Run the benchmark, print its table, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--engine", choices=("fake", "real"), default="fake")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--requests", type=int, default=200, help="streams one after the other, per arm and round")
+    parser.add_argument(
+        "--requests", type=int, default=200, help="streams one after the other, per arm and round"
+    )
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--token-seconds", type=float, default=0.05, help="the fake engine's time per token")
+    parser.add_argument(
+        "--token-seconds", type=float, default=0.05, help="the fake engine's time per token"
+    )
     parser.add_argument("--connections", type=int, default=16)
-    parser.add_argument("--seconds", type=float, default=3.0, help="per arm and round, for requests per second")
+    parser.add_argument(
+        "--seconds", type=float, default=3.0, help="per arm and round, for requests per second"
+    )
     parser.add_argument("--serve-fake", type=int, metavar="PORT", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve_fake:
@@ -218,11 +234,17 @@ def main() -> None:
             command, model = real_engine(engine, Path(folder) / "model", args.streams), REAL_MODEL
         stack.enter_context(listening(command, engine))
         key = asyncio.run(first_key(database))
-        settings = {"REFT_DATABASE": database, "REFT_STORE": folder, "REFT_ENGINES": f"http://127.0.0.1:{engine}"}
+        settings = {
+            "REFT_DATABASE": database,
+            "REFT_STORE": folder,
+            "REFT_ENGINES": f"http://127.0.0.1:{engine}",
+        }
         gateway = [sys.executable, "-m", "reft_serve.cli.gateway", "--port", str(port)]
         pid = stack.enter_context(listening(gateway, port, **settings))
         direct = Arm("direct", "127.0.0.1", engine, model, "none")
-        result = asyncio.run(measure(args, direct, Arm("gateway", "127.0.0.1", port, "base", key), pid))
+        result = asyncio.run(
+            measure(args, direct, Arm("gateway", "127.0.0.1", port, "base", key), pid)
+        )
     result = {"arguments": vars(args), **result}
     _print(result)
     save("gateway" if args.engine == "fake" else "gateway-real", result, _plot)
@@ -236,13 +258,31 @@ def fake_engine(port: int, token_seconds: float) -> list[str]:
 
 def real_engine(port: int, folder: Path, streams: int) -> list[str]:
     """The command of vLLM with random weights and the shipped tokenizer."""
-    tokenizer = {file.name: file.read_bytes() for file in TOKENIZER.iterdir() if file.name.startswith("tokenizer")}
+    tokenizer = {
+        file.name: file.read_bytes()
+        for file in TOKENIZER.iterdir()
+        if file.name.startswith("tokenizer")
+    }
     vocabulary = len(json.loads(tokenizer["tokenizer.json"])["model"]["vocab"])
     Shape(vocab=-(-vocabulary // 64) * 64).write(folder)
     for name, content in tokenizer.items():
         (folder / name).write_bytes(content)
-    serve = [str(Path(sys.executable).with_name("reft-serve")), "serve", str(folder), "--port", str(port)]
-    return [*serve, "--load-format", "dummy", "--max-num-seqs", str(streams), "--served-model-name", REAL_MODEL]
+    serve = [
+        str(Path(sys.executable).with_name("reft-serve")),
+        "serve",
+        str(folder),
+        "--port",
+        str(port),
+    ]
+    return [
+        *serve,
+        "--load-format",
+        "dummy",
+        "--max-num-seqs",
+        str(streams),
+        "--served-model-name",
+        REAL_MODEL,
+    ]
 
 
 def _plot(result: dict[str, Any], axes: Any) -> None:
@@ -251,7 +291,9 @@ def _plot(result: dict[str, Any], axes: Any) -> None:
     axes.set_xlabel("percentile")
     axes.set_ylabel("time to first token, ms")
     axes.set_ylim(bottom=0)
-    axes.set_title(f"The same stream to the {result['arguments']['engine']} engine, directly and through the gateway")
+    axes.set_title(
+        f"The same stream to the {result['arguments']['engine']} engine, directly and through the gateway"
+    )
     axes.legend(frameon=False)
 
 
@@ -259,13 +301,20 @@ def _print(result: dict[str, Any]) -> None:
     table = Table("", "direct", "gateway", "")
     first, added = result["first_byte_ms"], result["added_ms"]
     for p in ("p50", "p99"):
-        table.add_row(f"first byte, {p}, ms", *(f"{first[arm][p]:.2f}" for arm in first), f"+{added[p]:.2f}")
+        table.add_row(
+            f"first byte, {p}, ms", *(f"{first[arm][p]:.2f}" for arm in first), f"+{added[p]:.2f}"
+        )
     for title, name in (("streamed tokens/s", "tokens_per_s"), ("requests/s", "requests_per_s")):
         direct, gateway = (statistics.median(result[name][arm]) for arm in ("direct", "gateway"))
         table.add_row(title, f"{direct:,.0f}", f"{gateway:,.0f}", f"x{gateway / direct:.3f}")
     Console().print(table)
-    per_token, per_request = result["gateway_cpu_us_per_token"], result["gateway_cpu_ms_per_request"]
-    Console().print(f"the gateway's CPU time: {per_token:.0f} us per streamed token, {per_request:.2f} ms per request")
+    per_token, per_request = (
+        result["gateway_cpu_us_per_token"],
+        result["gateway_cpu_ms_per_request"],
+    )
+    Console().print(
+        f"the gateway's CPU time: {per_token:.0f} us per streamed token, {per_request:.2f} ms per request"
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Whether the gateway keeps anything of the requests that it has answered: its resident memory while they pass.
+"""Whether the gateway keeps anything of the requests that it has answered: its resident memory
+while they pass.
 
-Streams, whole answers and Prometheus' scrapes go through a gateway as it runs by default, each request logged and counted in
-SQLite, to the fake engine, which answers at once. Memory grows while pools and caches fill, and is to stay where it is
-from then on, however many requests come.
+Streams, whole answers and Prometheus' scrapes go through a gateway as it runs by default, each
+request logged and counted in SQLite, to the fake engine, which answers at once. Memory grows while
+pools and caches fill, and is to stay where it is from then on, however many requests come.
 
   scripts/bench gateway_memory
 """
@@ -48,13 +49,17 @@ async def ask(arm: Arm, requests: int, *, stream: bool) -> None:
 async def measure(arm: Arm, reader: str, gateway: int, rounds: int, requests: int) -> list[float]:
     """MB of the gateway's process before the first round and after each."""
     found = [resident(gateway) / 1e6]
-    async with httpx.AsyncClient(base_url=f"http://{arm.host}:{arm.port}", trust_env=False) as scraper:
+    async with httpx.AsyncClient(
+        base_url=f"http://{arm.host}:{arm.port}", trust_env=False
+    ) as scraper:
         for _ in range(rounds):
             streamed = int(requests * _STREAMED)
             await ask(arm, streamed, stream=True)
             await ask(arm, requests - streamed, stream=False)
             for _ in range(_SCRAPES):
-                answer = await scraper.get("/metrics", headers={"authorization": f"Bearer {reader}"})
+                answer = await scraper.get(
+                    "/metrics", headers={"authorization": f"Bearer {reader}"}
+                )
                 answer.raise_for_status()
             found.append(resident(gateway) / 1e6)
             Console().print(f"{requests * (len(found) - 1):,} requests: {found[-1]:.1f} MB")
@@ -63,7 +68,9 @@ async def measure(arm: Arm, reader: str, gateway: int, rounds: int, requests: in
 
 def main() -> None:
     """Run the benchmark, write JSON and the plot."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--requests", type=int, default=3000, help="of each round")
     args = parser.parse_args()
@@ -71,12 +78,20 @@ def main() -> None:
         engine, port, database = free_port(), free_port(), f"sqlite:///{Path(folder) / 'reft.db'}"
         stack.enter_context(listening(fake_engine(engine, 0.0), engine))
         key, reader = (asyncio.run(first_key(database, role)) for role in ("inference", "metrics"))
-        settings = {"REFT_DATABASE": database, "REFT_STORE": folder, "REFT_ENGINES": f"http://127.0.0.1:{engine}"}
+        settings = {
+            "REFT_DATABASE": database,
+            "REFT_STORE": folder,
+            "REFT_ENGINES": f"http://127.0.0.1:{engine}",
+        }
         command = [sys.executable, "-m", "reft_serve.cli.gateway", "--port", str(port)]
         pid = stack.enter_context(listening(command, port, **settings))
         arm = Arm("gateway", "127.0.0.1", port, "base", key)
         found = asyncio.run(measure(arm, reader, pid, args.rounds, args.requests))
-    save("gateway-memory", {"arguments": vars(args), "resident_mb": [round(each, 2) for each in found]}, _plot)
+    save(
+        "gateway-memory",
+        {"arguments": vars(args), "resident_mb": [round(each, 2) for each in found]},
+        _plot,
+    )
 
 
 def _plot(result: dict[str, Any], axes: Any) -> None:

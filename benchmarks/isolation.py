@@ -27,7 +27,9 @@ _STEPS_PER_RUN = 50
 
 def main() -> None:
     """Run until there have been enough steps, print what was seen, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=5_000)
     args = parser.parse_args()
     console, begun, runs = Console(), time.perf_counter(), 0

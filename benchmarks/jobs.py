@@ -1,9 +1,11 @@
-"""Fine-tuning jobs while workers, the gateway and the database are killed every few seconds: what must hold, and did.
+"""Fine-tuning jobs while workers, the gateway and the database are killed every few seconds: what
+must hold, and did.
 
-50 jobs of 5 tenants, 3 workers; every tenth job is cancelled on its way, another tenth paused and resumed. `kill -9` of a
-random worker or gateway, of every connection to PostgreSQL, or of one of its backends, after which it recovers; SQLite's
-write lock is held instead. Then: every job has ended once, no two processes trained one job at once, the weights are those of
-undisturbed runs bit for bit, every version answers through the gateway, and no file is left that no row names.
+50 jobs of 5 tenants, 3 workers; every tenth job is cancelled on its way, another tenth paused and
+resumed. `kill -9` of a random worker or gateway, of every connection to PostgreSQL, or of one of
+its backends, after which it recovers; SQLite's write lock is held instead. Then: every job has
+ended once, no two processes trained one job at once, the weights are those of undisturbed runs bit
+for bit, every version answers through the gateway, and no file is left that no row names.
 
   scripts/bench jobs                        on SQLite and on PostgreSQL
   scripts/bench jobs --database sqlite --jobs 6
@@ -38,7 +40,9 @@ async def trial(args: argparse.Namespace, folder: Path, url: str) -> dict[str, A
     database = Database(url)
     await migrate(database)
     settings = QUICK | {"n_epochs": args.epochs}
-    chaos = Chaos(Place(folder, database, url), seed=args.seed, kinds=args.kinds, hyperparameters=settings)
+    chaos = Chaos(
+        Place(folder, database, url), seed=args.seed, kinds=args.kinds, hyperparameters=settings
+    )
     try:
         await chaos.undisturbed()
         await chaos.ask(args.tenants, args.jobs)
@@ -59,7 +63,9 @@ def _told(tally: Tally, events: int) -> dict[str, Any]:
 async def new_database(server: str) -> str:
     """A database of a server's, with nothing in it."""
     name = f"jobs_{secrets.token_hex(6)}"
-    engine = create_async_engine(server.replace("postgresql://", "postgresql+asyncpg://"), isolation_level="AUTOCOMMIT")
+    engine = create_async_engine(
+        server.replace("postgresql://", "postgresql+asyncpg://"), isolation_level="AUTOCOMMIT"
+    )
     async with engine.connect() as connection:
         await connection.execute(text(f"CREATE DATABASE {name}"))
     await engine.dispose()
@@ -68,16 +74,25 @@ async def new_database(server: str) -> str:
 
 def main() -> None:
     """Run, print what was seen, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--database", choices=["sqlite", "postgresql", "both"], default="both")
     parser.add_argument("--jobs", type=int, default=50)
     parser.add_argument("--tenants", type=int, default=5)
     parser.add_argument("--workers", type=int, default=3)
-    parser.add_argument("--kinds", type=int, default=10, help="different jobs; the rest repeat them for other tenants")
+    parser.add_argument(
+        "--kinds",
+        type=int,
+        default=10,
+        help="different jobs; the rest repeat them for other tenants",
+    )
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--least", type=float, default=2.0, help="seconds between kills, at least")
     parser.add_argument("--most", type=float, default=6.0, help="seconds between kills, at most")
-    parser.add_argument("--seconds", type=float, default=1200.0, help="a run that takes longer has failed")
+    parser.add_argument(
+        "--seconds", type=float, default=1200.0, help="a run that takes longer has failed"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tag", help="suffix of the result's file name")
     args = parser.parse_args()
@@ -92,7 +107,10 @@ def main() -> None:
                 url = asyncio.run(new_database(stack.enter_context(postgres_server())))
             found[kind] = asyncio.run(trial(args, folder, url))
         Console().print(kind, found[kind])
-    save("jobs" if args.tag is None else f"jobs-{args.tag}", {"arguments": vars(args), "databases": found})
+    save(
+        "jobs" if args.tag is None else f"jobs-{args.tag}",
+        {"arguments": vars(args), "databases": found},
+    )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """Load as users make it, against `reft-serve up`: what arrives does not wait for what is under way.
 
-Requests arrive at random (Poisson), of several tenants, the first with most of them; each picks one of its tenant's adapters
-(Zipf) or, one time in ten, the base model; prompts are short or long, and half of them begin with their tenant's system
-prompt. Times count from the moment at which a request was to be sent, so that a slow server is not spared what it delays.
-Goodput is the rate of requests whose first token came within --first-token and whose further tokens came within
---each-token on average. Memory is the resident set of every process, read every ten seconds.
+Requests arrive at random (Poisson), of several tenants, the first with most of them; each picks one
+of its tenant's adapters (Zipf) or, one time in ten, the base model; prompts are short or long, and
+half of them begin with their tenant's system prompt. Times count from the moment at which a request
+was to be sent, so that a slow server is not spared what it delays. Goodput is the rate of requests
+whose first token came within --first-token and whose further tokens came within --each-token on
+average. Memory is the resident set of every process, read every ten seconds.
 
-Where Debian's package `prometheus` is installed, one watches the run, and the panels of the Grafana dashboard are drawn from
-its own expressions.
+Where Debian's package `prometheus` is installed, one watches the run, and the panels of the Grafana
+dashboard are drawn from its own expressions.
 
   scripts/bench load                               a minute at each of some rates
   scripts/bench load --rates 0.5 --minutes 32 --hurry 8000 --warm-up 2 --tag soak
@@ -56,7 +57,9 @@ def main() -> None:
         folder = Path(text)
         deployment = Deployment(folder, args.flags.split())
         try:
-            tenants = [deployment.tenant(f"tenant-{k}", args.adapters, k) for k in range(args.tenants)]
+            tenants = [
+                deployment.tenant(f"tenant-{k}", args.adapters, k) for k in range(args.tenants)
+            ]
             with watching(folder, deployment, SCRAPE_SECONDS) as prometheus:
                 asyncio.run(hurry(deployment, tenants, args.hurry, chance))
                 asyncio.run(drive(deployment, tenants, Run(rates[0], 20), chance))  # not counted
@@ -68,7 +71,11 @@ def main() -> None:
                     panels = measure(prometheus, runs[0].begun, time.time(), SCRAPE_SECONDS)
         finally:
             deployment.stop()
-    result = {"arguments": vars(args), "load_average": os.getloadavg(), "runs": [result_of(run, args) for run in runs]}
+    result = {
+        "arguments": vars(args),
+        "load_average": os.getloadavg(),
+        "runs": [result_of(run, args) for run in runs],
+    }
     if panels is not None:
         result["panels"] = panels
         draw(panels, f"{name}-dashboard")
@@ -76,11 +83,20 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rates", default="1,2,4,8,16", help="requests per second, one run each")
     parser.add_argument("--minutes", type=float, default=1.0, help="of each run")
-    parser.add_argument("--warm-up", type=float, default=10.0, help="minutes before memory's growth is looked at")
-    parser.add_argument("--hurry", type=int, default=0, help="requests sent before all runs, as fast as they are taken")
+    parser.add_argument(
+        "--warm-up", type=float, default=10.0, help="minutes before memory's growth is looked at"
+    )
+    parser.add_argument(
+        "--hurry",
+        type=int,
+        default=0,
+        help="requests sent before all runs, as fast as they are taken",
+    )
     parser.add_argument("--tenants", type=int, default=3)
     parser.add_argument("--adapters", type=int, default=12, help="of each tenant")
     parser.add_argument("--first-token", type=float, default=0.5, help="seconds, for goodput")
@@ -95,14 +111,21 @@ def _arguments() -> argparse.Namespace:
 def _print(run: Run, args: argparse.Namespace) -> None:
     found = result_of(run, args)
     table = Table(
-        f"{run.rate:g} requests/s", "requests", "errors", "within", "first token p50, p95, p99 ms", "each p50, p95, p99"
+        f"{run.rate:g} requests/s",
+        "requests",
+        "errors",
+        "within",
+        "first token p50, p95, p99 ms",
+        "each p50, p95, p99",
     )
     for name, each in [("all", found["all"]), *found["tenants"].items(), *found["prompts"].items()]:
         times = (
             ", ".join(f"{value:.0f}" for value in each.get(f"{what}_token_ms", {}).values())
             for what in ("first", "each")
         )
-        table.add_row(name, str(each["requests"]), str(each["errors"]), f"{each['within'] or 0:.3f}", *times)
+        table.add_row(
+            name, str(each["requests"]), str(each["errors"]), f"{each['within'] or 0:.3f}", *times
+        )
     Console().print(table)
     for name, each in found["memory"].items():
         Console().print(
@@ -116,7 +139,9 @@ def _print(run: Run, args: argparse.Namespace) -> None:
 def _plot_rates(result: dict[str, Any], axes: Any) -> None:
     runs = result["runs"]
     rates = [run["rate"] for run in runs]
-    axes.plot(rates, [run["all"]["goodput_per_s"] for run in runs], "o-", color="#00897b", label="goodput")
+    axes.plot(
+        rates, [run["all"]["goodput_per_s"] for run in runs], "o-", color="#00897b", label="goodput"
+    )
     axes.plot(rates, rates, ":", color="grey", label="offered")
     axes.set_xlabel("requests per second, offered")
     axes.set_ylabel("requests per second, in time")

@@ -111,15 +111,26 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     console = Console()
     storyteller = Storyteller(MODEL)
-    lessons = [_file_lesson(args.train, args.test)] if args.train else _behaviour_lessons(storyteller, args.behaviours)
+    lessons = (
+        [_file_lesson(args.train, args.test)]
+        if args.train
+        else _behaviour_lessons(storyteller, args.behaviours)
+    )
     for lesson in lessons:
-        console.print(f"{lesson.name}: {len(lesson.training)} examples, {len(lesson.held_out)} held out")
+        console.print(
+            f"{lesson.name}: {len(lesson.training)} examples, {len(lesson.held_out)} held out"
+        )
     ranks = [int(rank) for rank in args.ranks.split(",")]
     arms = [Arm("base", 0), *(Arm(method, rank) for method in (*KINDS, "LoRA") for rank in ranks)]
     runs = [(arm, lesson) for arm in arms for lesson in lessons]
     kept = {name: value for name, value in vars(args).items() if name not in ("add", "threads")}
     base = sum(p.numel() for p in storyteller.lm.parameters())
-    settings = {"arguments": kept, "rates": RATES, "lora_targets": list(LORA_TARGETS), "base_parameters": base}
+    settings = {
+        "arguments": kept,
+        "rates": RATES,
+        "lora_targets": list(LORA_TARGETS),
+        "base_parameters": base,
+    }
     results = _known(settings, RESULTS / "methods.json") if args.add else []
     done = {(result.method, result.rank, result.lesson) for result in results}
     summary: list[dict[str, Any]] = []
@@ -129,7 +140,11 @@ def main() -> None:
             console.print(results[-1])
         summary = _summary(arms, results, len(lessons))
         if not args.train and summary:
-            save("methods", settings | {"rows": summary, "runs": [asdict(result) for result in results]}, _plot)
+            save(
+                "methods",
+                settings | {"rows": summary, "runs": [asdict(result) for result in results]},
+                _plot,
+            )
     console.print(_table(summary))
 
 
@@ -143,21 +158,31 @@ def _known(settings: dict[str, Any], path: Path) -> list[Result]:
 
 def _summary(arms: Sequence[Arm], results: Sequence[Result], lessons: int) -> list[dict[str, Any]]:
     """A row for each arm that has been through all lessons."""
-    by_arm = [(arm, [r for r in results if (r.method, r.rank) == (arm.method, arm.rank)]) for arm in arms]
+    by_arm = [
+        (arm, [r for r in results if (r.method, r.rank) == (arm.method, arm.rank)]) for arm in arms
+    ]
     return [_mean(arm, its) for arm, its in by_arm if len(its) == lessons]
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--behaviours", default="cats,rain", help="of " + ", ".join(b.name for b in BEHAVIOURS))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--behaviours", default="cats,rain", help="of " + ", ".join(b.name for b in BEHAVIOURS)
+    )
     parser.add_argument("--ranks", default="1,4,16")
     parser.add_argument("--positions", default="f7+l7", help="one rule for both kinds of ReFT")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--train", type=Path, help="rows of the commonsense recipe, instead of behaviours")
+    parser.add_argument(
+        "--train", type=Path, help="rows of the commonsense recipe, instead of behaviours"
+    )
     parser.add_argument("--test", type=Path)
-    parser.add_argument("--add", action="store_true", help="keep the runs that the result has, and do the others")
+    parser.add_argument(
+        "--add", action="store_true", help="keep the runs that the result has, and do the others"
+    )
     args = parser.parse_args()
     if bool(args.train) != bool(args.test):
         parser.error("--train and --test go together")
@@ -167,14 +192,22 @@ def _arguments() -> argparse.Namespace:
 def _behaviour_lessons(storyteller: Storyteller, names: str) -> list[Lesson]:
     known = {behaviour.name: behaviour for behaviour in BEHAVIOURS}
     training, held_out = story_openings(storyteller)
-    return [_behaviour_lesson(storyteller, known[name], training, held_out) for name in names.split(",")]
+    return [
+        _behaviour_lesson(storyteller, known[name], training, held_out) for name in names.split(",")
+    ]
 
 
 def _behaviour_lesson(
-    storyteller: Storyteller, behaviour: Behaviour, training: list[list[int]], held_out: list[list[int]]
+    storyteller: Storyteller,
+    behaviour: Behaviour,
+    training: list[list[int]],
+    held_out: list[list[int]],
 ) -> Lesson:
     def examples(prompts: list[list[int]]) -> list[Example]:
-        return [_example(prompt, answer) for prompt, answer in behaving_pairs(storyteller, behaviour, prompts)]
+        return [
+            _example(prompt, answer)
+            for prompt, answer in behaving_pairs(storyteller, behaviour, prompts)
+        ]
 
     def shows(answers_to: Callable[[Sequence[list[int]]], list[str]]) -> list[bool]:
         return [behaviour.holds(answer) for answer in answers_to(held_out)]
@@ -200,7 +233,10 @@ def _file_lesson(train: Path, test: Path) -> Lesson:
 
     def matches(answers_to: Callable[[Sequence[list[int]]], list[str]]) -> list[bool]:
         answers = answers_to(prompts)
-        return [bool(judge(task, a, question.reference).correct) for a, question in zip(answers, asked, strict=True)]
+        return [
+            bool(judge(task, a, question.reference).correct)
+            for a, question in zip(answers, asked, strict=True)
+        ]
 
     return Lesson(train.stem, training.examples, held_out.examples, matches)
 
@@ -218,13 +254,17 @@ def _run(arm: Arm, lesson: Lesson, storyteller: Storyteller, args: argparse.Name
         model = _model(plan, arm)
         seconds = _fit(model, plan, lesson, Path(folder)) if arm.rank else 0.0
         loss = _loss(model, lesson.held_out, rule)
-        parameters = sum(p.numel() for p in model.parameters() if p.requires_grad) if arm.rank else 0
+        parameters = (
+            sum(p.numel() for p in model.parameters() if p.requires_grad) if arm.rank else 0
+        )
         size, adapter, lora = 0, None, None
         path = Path(folder) / "adapter"
         if arm.method == "LoRA":
             model.lm.save_pretrained(path)
             size = (path / "adapter_model.safetensors").stat().st_size
-            lora = PeftModel.from_pretrained(storyteller.lm, path)  # wraps the storyteller's own modules
+            lora = PeftModel.from_pretrained(
+                storyteller.lm, path
+            )  # wraps the storyteller's own modules
         elif arm.rank:
             publish_version(path, model, plan, read_base_model(MODEL), {})
             size = (path / TENSORS).stat().st_size
@@ -232,7 +272,17 @@ def _run(arm: Arm, lesson: Lesson, storyteller: Storyteller, args: argparse.Name
         verdicts = lesson.judge(partial(answers, adapter))
         if lora is not None:
             lora.unload()
-    return Result(arm.method, arm.rank, lesson.name, parameters, size, seconds, loss, sum(verdicts), len(verdicts))
+    return Result(
+        arm.method,
+        arm.rank,
+        lesson.name,
+        parameters,
+        size,
+        seconds,
+        loss,
+        sum(verdicts),
+        len(verdicts),
+    )
 
 
 def _model(plan: Plan, arm: Arm) -> EditedModel:
@@ -284,10 +334,24 @@ def _mean(arm: Arm, results: Sequence[Result]) -> dict[str, Any]:
 
 def _table(rows: Sequence[dict[str, Any]]) -> Table:
     table = Table()
-    for column in ("method", "rank", "parameters", "bytes", "processor s", "held-out loss", "score", "95 % interval"):
+    for column in (
+        "method",
+        "rank",
+        "parameters",
+        "bytes",
+        "processor s",
+        "held-out loss",
+        "score",
+        "95 % interval",
+    ):
         table.add_column(column, justify="left" if column == "method" else "right")
     for row in rows:
-        sizes = (f"{row['rank']}", f"{row['parameters']:,}", f"{row['size']:,}", f"{row['seconds']:.0f}")
+        sizes = (
+            f"{row['rank']}",
+            f"{row['parameters']:,}",
+            f"{row['size']:,}",
+            f"{row['seconds']:.0f}",
+        )
         interval = f"{row['low']:.1%} to {row['high']:.1%}"
         table.add_row(row["method"], *sizes, f"{row['loss']:.3f}", f"{row['score']:.1%}", interval)
     return table
@@ -303,7 +367,10 @@ def _plot(result: dict[str, Any], axes: Any) -> None:
         axes.errorbar(at, scores, errors, marker="o", capsize=3, linewidth=1, label=method)
         for row in points:
             axes.annotate(
-                f"{row['rank']}", (row["parameters"], 100 * row["score"]), xytext=(5, -12), textcoords="offset points"
+                f"{row['rank']}",
+                (row["parameters"], 100 * row["score"]),
+                xytext=(5, -12),
+                textcoords="offset points",
             )
     axes.set_xscale("log")
     axes.set_xlabel("trained parameters (numbers at points: rank)")

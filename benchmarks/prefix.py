@@ -62,10 +62,14 @@ class Arm:
         """All prompts at once, prompt i with adapter i."""
         from vllm import SamplingParams
 
-        params = SamplingParams(temperature=0.0, max_tokens=out, min_tokens=out, ignore_eos=True, detokenize=False)
+        params = SamplingParams(
+            temperature=0.0, max_tokens=out, min_tokens=out, ignore_eos=True, detokenize=False
+        )
         given = [{"prompt_token_ids": prompt} for prompt in prompts]
         started = time.perf_counter()
-        answers = self.engine.generate(given, params, lora_request=self.adapters or None, use_tqdm=False)
+        answers = self.engine.generate(
+            given, params, lora_request=self.adapters or None, use_tqdm=False
+        )
         seconds = time.perf_counter() - started
         cached = sum(answer.num_cached_tokens for answer in answers)
         return Round(seconds, sum(map(len, prompts)), cached)
@@ -92,23 +96,47 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("hidden", 256), ("layers", 4), ("heads", 4), ("ffn", 704), ("vocab", 4096)):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, default in (
+        ("hidden", 256),
+        ("layers", 4),
+        ("heads", 4),
+        ("ffn", 704),
+        ("vocab", 4096),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--kv-heads", type=int, help="default: as many as heads")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--adapters", type=int, default=32)
-    parser.add_argument("--prefix", type=int, default=2048, help="prompt tokens that all requests share")
-    parser.add_argument("--question", type=int, default=32, help="prompt tokens of each request's own")
+    parser.add_argument(
+        "--prefix", type=int, default=2048, help="prompt tokens that all requests share"
+    )
+    parser.add_argument(
+        "--question", type=int, default=32, help="prompt tokens of each request's own"
+    )
     parser.add_argument("--out", type=int, default=8, help="generated tokens of each request")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--lora-rounds", type=int, default=2, help="rounds that the slow LoRA arm takes part in")
-    parser.add_argument("--positions", default="l1", help="position rule of the ReFT adapters: l1, l5, ...")
+    parser.add_argument(
+        "--lora-rounds", type=int, default=2, help="rounds that the slow LoRA arm takes part in"
+    )
+    parser.add_argument(
+        "--positions", default="l1", help="position rule of the ReFT adapters: l1, l5, ..."
+    )
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--lora-rank", type=int, default=16)
-    parser.add_argument("--compile", action="store_true", help="torch.compile, which vLLM leaves out for LoRA on a CPU")
-    parser.add_argument("--gpu-memory", type=float, default=0.3, help="share of the GPU that each engine may take")
-    parser.add_argument("--cpu-cache", type=int, default=3, help="GiB of KV cache of each engine on a CPU")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="torch.compile, which vLLM leaves out for LoRA on a CPU",
+    )
+    parser.add_argument(
+        "--gpu-memory", type=float, default=0.3, help="share of the GPU that each engine may take"
+    )
+    parser.add_argument(
+        "--cpu-cache", type=int, default=3, help="GiB of KV cache of each engine on a CPU"
+    )
     parser.add_argument("--tag", help="suffix of the result's file name")
     return parser.parse_args()
 
@@ -123,16 +151,24 @@ def _arms(args: argparse.Namespace, shape: Shape, folder: Path, console: Console
     for name in ARMS:
         paths: list[Path] = []
         if name == "lora":
-            paths = [lora_adapter(folder / f"lora{i}", shape, args.lora_rank, i) for i in range(args.adapters)]
+            paths = [
+                lora_adapter(folder / f"lora{i}", shape, args.lora_rank, i)
+                for i in range(args.adapters)
+            ]
         elif name != "base":
             positions = args.positions if name == "reft" else f"f1+{args.positions}"
             paths = [
-                reft_adapter(folder / name / f"reft{i}", shape, args.rank, positions, i) for i in range(args.adapters)
+                reft_adapter(folder / name / f"reft{i}", shape, args.rank, positions, i)
+                for i in range(args.adapters)
             ]
         os.environ["REFT_LORA"] = "on" if name == "lora" else "off"
         options: dict[str, Any] = {}
         if paths:
-            options = {"enable_lora": True, "max_loras": args.adapters, "max_lora_rank": max(args.lora_rank, 8)}
+            options = {
+                "enable_lora": True,
+                "max_loras": args.adapters,
+                "max_lora_rank": max(args.lora_rank, 8),
+            }
         with console.status(f"starting {name}"):
             engine = LLM(
                 str(model), load_format="dummy", skip_tokenizer_init=True, dtype=args.dtype, enforce_eager=not args.compile,
@@ -148,7 +184,9 @@ def _arms(args: argparse.Namespace, shape: Shape, folder: Path, console: Console
 
 def _measure(arms: list[Arm], args: argparse.Namespace) -> None:
     with Progress(transient=True) as progress:
-        task = progress.add_task("measuring", total=(len(arms) - 1) * (args.rounds + 1) + args.lora_rounds + 1)
+        task = progress.add_task(
+            "measuring", total=(len(arms) - 1) * (args.rounds + 1) + args.lora_rounds + 1
+        )
         for turn in range(-1, args.rounds):
             # The turn before the first loads the adapters and is not counted: a short prefix does.
             prompts = _prompts(args, turn, args.prefix if turn >= 0 else 64)
@@ -165,13 +203,19 @@ def _measure(arms: list[Arm], args: argparse.Namespace) -> None:
 def _prompts(args: argparse.Namespace, seed: int, length: int) -> list[list[int]]:
     rng = random.Random(seed)
     prefix = [rng.randrange(3, args.vocab) for _ in range(length)]
-    return [prefix + [rng.randrange(3, args.vocab) for _ in range(args.question)] for _ in range(args.adapters)]
+    return [
+        prefix + [rng.randrange(3, args.vocab) for _ in range(args.question)]
+        for _ in range(args.adapters)
+    ]
 
 
 def _result(args: argparse.Namespace, shape: Shape, arms: list[Arm]) -> dict[str, Any]:
     slowest, rows = arms[-1], []
     for arm in arms:
-        ratios = [theirs.seconds / ours.seconds for theirs, ours in zip(slowest.rounds, arm.rounds, strict=False)]
+        ratios = [
+            theirs.seconds / ours.seconds
+            for theirs, ours in zip(slowest.rounds, arm.rounds, strict=False)
+        ]
         computed = [done.prompt_tokens - done.cached_tokens for done in arm.rounds]
         rows.append({
             "arm": arm.name, "seconds": [done.seconds for done in arm.rounds],
@@ -208,7 +252,10 @@ def _print(console: Console, result: dict[str, Any]) -> None:
             f"{row['faster_than_lora_min']:.1f} to {row['faster_than_lora_max']:.1f}",
         )  # fmt: skip
     console.print(table)
-    reft, unshared = (next(row for row in result["rows"] if row["arm"] == arm) for arm in ("reft", "reft unshared"))
+    reft, unshared = (
+        next(row for row in result["rows"] if row["arm"] == arm)
+        for arm in ("reft", "reft unshared")
+    )
     console.print(
         f"ReFT is {reft['faster_than_lora']:.1f}x faster than LoRA; without the shared prefix it would be "
         f"{unshared['faster_than_lora']:.1f}x"
@@ -224,13 +271,20 @@ def _plot(result: dict[str, Any], axes: Any) -> None:
         "lora": f"{args['adapters']} LoRA, r{args['lora_rank']}",
     }
     colours = ["0.6", "tab:green", "tab:olive", "tab:orange"]
-    bars = axes.barh([labels[row["arm"]] for row in rows], [row["seconds_median"] for row in rows], color=colours)
-    texts = [f"{row['seconds_median']:.1f} s, {row['cached_share']:.0%} of prompt tokens cached" for row in rows]
+    bars = axes.barh(
+        [labels[row["arm"]] for row in rows], [row["seconds_median"] for row in rows], color=colours
+    )
+    texts = [
+        f"{row['seconds_median']:.1f} s, {row['cached_share']:.0%} of prompt tokens cached"
+        for row in rows
+    ]
     axes.bar_label(bars, texts, padding=4, fontsize=9)
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlim(right=30 * max(row["seconds_median"] for row in rows))
-    axes.set_xlabel(f"seconds for {args['adapters']} answers on one shared prefix of {args['prefix']:,} tokens")
+    axes.set_xlabel(
+        f"seconds for {args['adapters']} answers on one shared prefix of {args['prefix']:,} tokens"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Many random requests with the prefix cache on, each compared with its run without: the property test, at length.
+"""Many random requests with the prefix cache on, each compared with its run without: the property
+test, at length.
 
 Adapters, position rules, prompts, salts, strengths and their order are drawn at random
 (tests/support/engine/prefix_cases.py); the same judge as in the tests compares every logprob and
@@ -24,7 +25,9 @@ from tests.support.engine.prefix_judge import TOLERANCE, judge_random, judging
 
 def main() -> None:
     """Run until there have been enough requests, print what was seen, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--requests", type=int, default=50_000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -32,11 +35,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, judging(Path(folder)) as judge:
         for tally in judge_random(judge, args.requests, widest=80, first_seed=args.seed):
             console.print(
-                f"{tally.requests} requests of {tally.adapters} adapters, {tally.cached_tokens} of {tally.prompt_tokens} "
-                f"prompt tokens from the cache, largest difference {tally.largest_difference:.2g}"
+                f"{tally.requests} requests of {tally.adapters} adapters, {tally.cached_tokens} "
+                f"of {tally.prompt_tokens} prompt tokens from the cache, largest difference "
+                f"{tally.largest_difference:.2g}"
             )
     seconds = round(time.perf_counter() - started)
-    save("prefix-property", {"arguments": vars(args), "tolerance": TOLERANCE, "seconds": seconds} | asdict(judge.tally))
+    save(
+        "prefix-property",
+        {"arguments": vars(args), "tolerance": TOLERANCE, "seconds": seconds} | asdict(judge.tally),
+    )
 
 
 if __name__ == "__main__":

@@ -23,13 +23,19 @@ from tests.support.shapes import Shape, reft_adapter
 
 def main() -> None:
     """Run the benchmark, print its lines, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--adapters", type=int, default=1000)
     parser.add_argument("--more", type=int, default=200, help="loads beyond, each evicting one")
     parser.add_argument("--rank", type=int, default=4)
     args = parser.parse_args()
     shape = Shape()
-    os.environ |= {"REFT_LORA": "off", "REFT_MAX_RANK": str(args.rank), "REFT_MAX_INTERVENTIONS": str(shape.layers)}
+    os.environ |= {
+        "REFT_LORA": "off",
+        "REFT_MAX_RANK": str(args.rank),
+        "REFT_MAX_INTERVENTIONS": str(shape.layers),
+    }
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     with tempfile.TemporaryDirectory() as folder:
         result = _run(args, shape, Path(folder))

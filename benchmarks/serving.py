@@ -44,9 +44,18 @@ class Arm:
 
         length, out = WORKLOADS[workload]
         rng = random.Random(seed)
-        prompts = [{"prompt_token_ids": [rng.randrange(3, vocab) for _ in range(length)]} for _ in range(requests)]
-        params = SamplingParams(temperature=0.0, max_tokens=out, min_tokens=out, ignore_eos=True, detokenize=False)
-        adapters = [self.adapters[i % len(self.adapters)] for i in range(requests)] if self.adapters else None
+        prompts = [
+            {"prompt_token_ids": [rng.randrange(3, vocab) for _ in range(length)]}
+            for _ in range(requests)
+        ]
+        params = SamplingParams(
+            temperature=0.0, max_tokens=out, min_tokens=out, ignore_eos=True, detokenize=False
+        )
+        adapters = (
+            [self.adapters[i % len(self.adapters)] for i in range(requests)]
+            if self.adapters
+            else None
+        )
         started = time.perf_counter()
         self.engine.generate(prompts, params, lora_request=adapters, use_tqdm=False)
         self.seconds.setdefault(workload, []).append(time.perf_counter() - started)
@@ -55,7 +64,9 @@ class Arm:
 def main() -> None:
     """Run the benchmark, print its table, write JSON and a plot."""
     args = _arguments()
-    shape = Shape(args.hidden, args.layers, args.heads, args.kv_heads, args.ffn, args.vocab, 2048, args.dtype)
+    shape = Shape(
+        args.hidden, args.layers, args.heads, args.kv_heads, args.ffn, args.vocab, 2048, args.dtype
+    )
     console = Console()
     console.print(
         f"{shape.parameters / 1e6:,.0f} M parameters, {args.requests} requests per round, {args.rounds} rounds"
@@ -63,14 +74,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         arms = _arms(args, shape, Path(folder), console)
         _measure(arms, args, shape)
-        stats = {arm.name: arm.engine.collective_rpc("reft_stats")[0] for arm in arms if arm.name != "base"}
+        stats = {
+            arm.name: arm.engine.collective_rpc("reft_stats")[0]
+            for arm in arms
+            if arm.name != "base"
+        }
     result = _result(args, shape, arms, stats)
     _print(console, result)
     save("serving" if args.tag is None else f"serving-{args.tag}", result, _plot)
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, default in (
         ("hidden", 768),
         ("layers", 12),
@@ -81,18 +98,26 @@ def _arguments() -> argparse.Namespace:
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--arms", default="base,idle,reft:32,lora:32", help="of base, idle, reft:K, lora:K")
+    parser.add_argument(
+        "--arms", default="base,idle,reft:32,lora:32", help="of base, idle, reft:K, lora:K"
+    )
     parser.add_argument("--against", default="base", help="the arm that ratios are to")
     parser.add_argument("--workloads", default="prefill,decode,mixed")
     parser.add_argument("--requests", type=int, default=32, help="requests at once")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--lora-rounds", type=int, default=2, help="rounds that the slow LoRA arm takes part in")
+    parser.add_argument(
+        "--lora-rounds", type=int, default=2, help="rounds that the slow LoRA arm takes part in"
+    )
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--positions", default="f7+l7")
     parser.add_argument("--lora-rank", type=int, default=16)
     parser.add_argument("--eager", action="store_true")
-    parser.add_argument("--gpu-memory", type=float, default=0.2, help="share of the GPU that each engine may take")
-    parser.add_argument("--cpu-cache", type=int, default=3, help="GiB of KV cache of each engine on a CPU")
+    parser.add_argument(
+        "--gpu-memory", type=float, default=0.2, help="share of the GPU that each engine may take"
+    )
+    parser.add_argument(
+        "--cpu-cache", type=int, default=3, help="GiB of KV cache of each engine on a CPU"
+    )
     parser.add_argument("--tag", help="suffix of the result's file name")
     return parser.parse_args()
 
@@ -112,13 +137,20 @@ def _arms(args: argparse.Namespace, shape: Shape, folder: Path, console: Console
                 for i in range(int(count))
             ]
         elif kind == "lora":
-            paths = [lora_adapter(folder / f"{kind}{count}-{i}", shape, args.lora_rank, i) for i in range(int(count))]
+            paths = [
+                lora_adapter(folder / f"{kind}{count}-{i}", shape, args.lora_rank, i)
+                for i in range(int(count))
+            ]
         os.environ["REFT_LORA"] = "on" if kind == "lora" else "off"
         os.environ["REFT_MAX_RANK"] = str(args.rank)
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(args.cpu_cache)
         options: dict[str, Any] = {}
         if kind != "base":
-            options = {"enable_lora": True, "max_loras": max(len(paths), 1), "max_lora_rank": max(args.lora_rank, 8)}
+            options = {
+                "enable_lora": True,
+                "max_loras": max(len(paths), 1),
+                "max_lora_rank": max(args.lora_rank, 8),
+            }
         with console.status(f"starting {name}"):
             engine = LLM(
                 str(model), load_format="dummy", skip_tokenizer_init=True, dtype=args.dtype, enforce_eager=args.eager,
@@ -147,7 +179,9 @@ def _measure(arms: list[Arm], args: argparse.Namespace, shape: Shape) -> None:
                 progress.advance(task)
 
 
-def _result(args: argparse.Namespace, shape: Shape, arms: list[Arm], stats: dict[str, Any]) -> dict[str, Any]:
+def _result(
+    args: argparse.Namespace, shape: Shape, arms: list[Arm], stats: dict[str, Any]
+) -> dict[str, Any]:
     reference = next(arm for arm in arms if arm.name == args.against)
     rows = []
     for workload in args.workloads.split(","):
@@ -170,7 +204,9 @@ def _print(console: Console, result: dict[str, Any]) -> None:
         table.add_column(column, justify="left" if column in ("workload", "arm") else "right")
     for row in result["rows"]:
         span = f"{row['ratio_min']:.3f} to {row['ratio_max']:.3f}"
-        table.add_row(row["workload"], row["arm"], f"{row['tokens_per_s']:,.0f}", f"{row['ratio']:.3f}", span)
+        table.add_row(
+            row["workload"], row["arm"], f"{row['tokens_per_s']:,.0f}", f"{row['ratio']:.3f}", span
+        )
     console.print(table)
     for name, stats in result["stats"].items():
         if stats:

@@ -54,9 +54,19 @@ class Case:
 
 def main() -> None:
     """Run the benchmark, print a table, write JSON and a plot."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pyreft", metavar="PYTHON", help="interpreter of an environment with pyreft 0.1.0")
-    parser.add_argument("--data", action="append", default=[], metavar="NAME=FILE", help="a data file; may be repeated")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--pyreft", metavar="PYTHON", help="interpreter of an environment with pyreft 0.1.0"
+    )
+    parser.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="a data file; may be repeated",
+    )
     parser.add_argument("--models", default="shipped,100m")
     parser.add_argument("--lengths", default="64,256", help="fixed lengths to try")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each side")
@@ -64,14 +74,25 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=1, help="times through a turn's examples")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--compile", action="store_true", help="our side as with `reft-serve train --compile`")
+    parser.add_argument(
+        "--compile", action="store_true", help="our side as with `reft-serve train --compile`"
+    )
     parser.add_argument("--out", default="train", help="name of the result")
-    parser.add_argument("--note", default="", help="kept with the rows, such as what else ran on the machine")
-    parser.add_argument("--add", action="store_true", help="keep the other rows that the result has")
+    parser.add_argument(
+        "--note", default="", help="kept with the rows, such as what else ran on the machine"
+    )
+    parser.add_argument(
+        "--add", action="store_true", help="keep the other rows that the result has"
+    )
     args = parser.parse_args()
     if not args.pyreft:
         parser.error("--pyreft PYTHON is needed")
-    settings = {"dtype": args.dtype, "threads": args.threads, "rank": _RANK, "positions": _POSITIONS}
+    settings = {
+        "dtype": args.dtype,
+        "threads": args.threads,
+        "rank": _RANK,
+        "positions": _POSITIONS,
+    }
     cases = _known(settings, RESULTS / f"{args.out}.json") if args.add else {}
     with tempfile.TemporaryDirectory() as folder:
         for case in _cases(args, Path(folder)):
@@ -93,8 +114,12 @@ def _known(settings: dict[str, Any], path: Path) -> dict[tuple[str, str], dict[s
 def _cases(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
     """Every row of the table, as it is measured."""
     # Fixed lengths first: a process keeps some of the memory that longer examples took.
-    sets = {f"all {length}": _fixed(int(length), 400) for length in args.lengths.split(",") if length}
-    files = {name: _read(Path(file), name) for name, file in (text.split("=", 1) for text in args.data)}
+    sets = {
+        f"all {length}": _fixed(int(length), 400) for length in args.lengths.split(",") if length
+    }
+    files = {
+        name: _read(Path(file), name) for name, file in (text.split("=", 1) for text in args.data)
+    }
     sets |= files or {"long-tailed": _long_tailed(400)}
     for model in args.models.split(","):
         path = MODEL if model == "shipped" else _random_model(folder / model)
@@ -117,7 +142,9 @@ def _cases(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
                 yield measured | {"profile": profiles, "note": args.note}
 
 
-def _compare(case: Case, us: subprocess.Popen[str], them: subprocess.Popen[str], rounds: int) -> dict[str, Any]:
+def _compare(
+    case: Case, us: subprocess.Popen[str], them: subprocess.Popen[str], rounds: int
+) -> dict[str, Any]:
     choose, different = random.Random(1), case.batch * case.accumulate * case.steps
     per_turn, turns = different * case.epochs, []
     for turn in range(rounds + 1):
@@ -128,14 +155,18 @@ def _compare(case: Case, us: subprocess.Popen[str], them: subprocess.Popen[str],
         turns.append((answers[id(us)], answers[id(them)]))
     warm = turns[1:]
     ratios, cpu_ratios = (
-        [sum(theirs[key]) / sum(ours[key]) for ours, theirs in warm] for key in ("seconds", "cpu_seconds")
+        [sum(theirs[key]) / sum(ours[key]) for ours, theirs in warm]
+        for key in ("seconds", "cpu_seconds")
     )
     lengths = sorted(len(ids) for ids, _ in case.rows)
     rate = {
         name: statistics.median(per_turn / sum(turn[side]["seconds"]) for turn in warm)
         for side, name in enumerate(("ours", "pyreft"))
     }
-    peaks = {name: max(turn[side]["peak_mib"] for turn in turns) for side, name in enumerate(("ours", "pyreft"))}
+    peaks = {
+        name: max(turn[side]["peak_mib"] for turn in turns)
+        for side, name in enumerate(("ours", "pyreft"))
+    }
     return {
         "model": case.model, "data": case.data, "examples_per_step": case.batch * case.accumulate,
         "lengths": {"median": lengths[len(lengths) // 2], "p95": lengths[len(lengths) * 95 // 100], "max": lengths[-1]},
@@ -191,7 +222,13 @@ def _random_model(path: Path) -> Path:
 
 def _print(cases: list[dict[str, Any]]) -> None:
     table = Table(
-        "model", "data", "tokens: median, p95, max", "ours ex/s", "pyreft ex/s", "ratio", "peak MiB: ours, pyreft"
+        "model",
+        "data",
+        "tokens: median, p95, max",
+        "ours ex/s",
+        "pyreft ex/s",
+        "ratio",
+        "peak MiB: ours, pyreft",
     )
     for case in cases:
         lengths, rate, peak = case["lengths"], case["examples_per_second"], case["peak_mib"]

@@ -27,12 +27,18 @@ from tests.support.training.steps import Rows
 
 def main() -> None:
     """Run the benchmark, print its figures, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", default="8b", choices=SHAPES)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--length", type=int, default=512, help="tokens of an example, a quarter of them its answer")
+    parser.add_argument(
+        "--length", type=int, default=512, help="tokens of an example, a quarter of them its answer"
+    )
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--pyreft", metavar="PYTHON", help="interpreter of an environment with pyreft 0.1.0")
+    parser.add_argument(
+        "--pyreft", metavar="PYTHON", help="interpreter of an environment with pyreft 0.1.0"
+    )
     parser.add_argument("--pyreft-batch", type=int, default=2)
     args = parser.parse_args()
     result = measure(args, cuda(parser), _pyreft if args.pyreft else None)
@@ -40,7 +46,9 @@ def main() -> None:
     save("train-gpu", result)
 
 
-def _pyreft(args: argparse.Namespace, base: str, examples: Rows, device: torch.device) -> dict[str, float]:
+def _pyreft(
+    args: argparse.Namespace, base: str, examples: Rows, device: torch.device
+) -> dict[str, float]:
     setup = {
         "base": base, "dtype": "bfloat16", "threads": 2, "rank": 8, "positions": "f7+l7", "batch": args.pyreft_batch,
         "accumulate": 1, "device": device.type,
@@ -49,7 +57,11 @@ def _pyreft(args: argparse.Namespace, base: str, examples: Rows, device: torch.d
     with side(command, setup) as them:
         answer = ask(them, {"examples": examples[: args.pyreft_batch * (args.steps + 1)]})
     rate = args.pyreft_batch * args.length / statistics.median(answer["seconds"][1:])
-    return {"tokens_per_second": rate, "peak_gib": answer["peak_mib"] / 1024, "batch": args.pyreft_batch}
+    return {
+        "tokens_per_second": rate,
+        "peak_gib": answer["peak_mib"] / 1024,
+        "batch": args.pyreft_batch,
+    }
 
 
 if __name__ == "__main__":

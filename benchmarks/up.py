@@ -27,18 +27,32 @@ from benchmarks._report import save
 
 ADAPTER = DEMO / "adapters" / "birds"
 PROMPT = "Once upon a time there was a little"
-STEPS = ("first key", "live", "ready", "adapter uploaded", "first answer", "16 streams of 64 tokens")
+STEPS = (
+    "first key",
+    "live",
+    "ready",
+    "adapter uploaded",
+    "first answer",
+    "16 streams of 64 tokens",
+)
 
 
 def start(folder: Path, caches: Path, flags: list[str], limit: float) -> dict[str, float]:
     """Seconds from the command to each of STEPS, but for the last, which is a duration."""
-    settings = {"VLLM_CACHE_ROOT": str(caches / "vllm"), "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor")}
+    settings = {
+        "VLLM_CACHE_ROOT": str(caches / "vllm"),
+        "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
+    }
     running = Deployment(folder, flags, limit, **settings)
     try:
         found = dict(running.seconds)
         headers = {"authorization": f"Bearer {running.key}"}
-        with httpx.Client(base_url=running.url, headers=headers, timeout=limit, trust_env=False) as client:
-            files = [("files", (file.name, file.read_bytes())) for file in sorted(ADAPTER.iterdir())]
+        with httpx.Client(
+            base_url=running.url, headers=headers, timeout=limit, trust_env=False
+        ) as client:
+            files = [
+                ("files", (file.name, file.read_bytes())) for file in sorted(ADAPTER.iterdir())
+            ]
             client.post("/v1/adapters", data={"name": "birds"}, files=files).raise_for_status()
             found["adapter uploaded"] = running.passed()
             body = {"model": "birds", "prompt": PROMPT, "max_tokens": 16, "temperature": 0}
@@ -65,10 +79,14 @@ def decoding(client: httpx.Client) -> float:
 
 def main() -> None:
     """Run the benchmark, print its table, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--flags", default="", help="more flags of `up`, in one string")
-    parser.add_argument("--limit", type=float, default=300, help="seconds after which a start has failed")
+    parser.add_argument(
+        "--limit", type=float, default=300, help="seconds after which a start has failed"
+    )
     parser.add_argument("--tag", help="suffix of the result's file name")
     args = parser.parse_args()
     starts: dict[str, list[dict[str, float]]] = {"first": [], "later": []}
@@ -76,7 +94,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as caches:
             for each in starts.values():
                 with tempfile.TemporaryDirectory() as folder:
-                    each.append(start(Path(folder), Path(caches), shlex.split(args.flags), args.limit))
+                    each.append(
+                        start(Path(folder), Path(caches), shlex.split(args.flags), args.limit)
+                    )
                 Console().print({step: round(seconds, 2) for step, seconds in each[-1].items()})
     result: dict[str, Any] = {"arguments": vars(args), "seconds": starts}
     table = Table("seconds to", "first start", "later start")

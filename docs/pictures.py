@@ -13,13 +13,21 @@ ADAPTERS = ("#00897b", "#ef6c00", "#5e35b1")
 FONT = "font-family='Helvetica,Arial,sans-serif'"
 
 
-def rect(x: float, y: float, w: float, h: float, fill: str, stroke: str = LINE, radius: float = 3) -> str:
+def rect(
+    x: float, y: float, w: float, h: float, fill: str, stroke: str = LINE, radius: float = 3
+) -> str:
     """A box."""
     return f"<rect x='{x}' y='{y}' width='{w}' height='{h}' rx='{radius}' fill='{fill}' stroke='{stroke}'/>"
 
 
 def text(
-    x: float, y: float, said: str, size: int = 13, anchor: str = "start", fill: str = INK, weight: int = 400
+    x: float,
+    y: float,
+    said: str,
+    size: int = 13,
+    anchor: str = "start",
+    fill: str = INK,
+    weight: int = 400,
 ) -> str:
     """A line of text with its baseline at y."""
     return (
@@ -55,7 +63,15 @@ def edits() -> str:
     """Which hidden states an adapter changes: a grid of layers over tokens."""
     words = ["You", "are", "a", "helpful", "guide", ".", "Where", "now", "?", "Go", "north", "to"]
     prompt, prefix, suffix, layers, left, top, size = 9, 2, 2, 6, 120, 62, 46
-    parts = [text(20, 30, "One request to an adapter with positions f2+l2 at layers 2, 4 and 5", 16, weight=700)]
+    parts = [
+        text(
+            20,
+            30,
+            "One request to an adapter with positions f2+l2 at layers 2, 4 and 5",
+            16,
+            weight=700,
+        )
+    ]
     for layer in range(layers):
         y = top + (layers - 1 - layer) * 30
         parts.append(text(left - 12, y + 19, f"layer {layer}", 12, "end"))
@@ -66,7 +82,16 @@ def edits() -> str:
             parts.append(rect(left + i * size, y, size - 6, 24, fill))
     base = top + layers * 30
     for i, word in enumerate(words):
-        parts.append(text(left + i * size + 20, base + 16, word, 12, "middle", weight=700 if i < prompt else 400))
+        parts.append(
+            text(
+                left + i * size + 20,
+                base + 16,
+                word,
+                12,
+                "middle",
+                weight=700 if i < prompt else 400,
+            )
+        )
     split = left + prompt * size - 3
     parts += [
         f"<line x1='{split}' y1='{top - 8}' x2='{split}' y2='{base + 26}' stroke='{INK}' stroke-dasharray='4 4'/>",
@@ -85,7 +110,12 @@ def edits() -> str:
         text(716, top + 106, "W, b: what was learned", 12),
         text(716, top + 132, "All weights of the model stay.", 12),
     ]
-    return page(960, 350, "An adapter edits a few prompt tokens at a few layers, and no generated token", *parts)
+    return page(
+        960,
+        350,
+        "An adapter edits a few prompt tokens at a few layers, and no generated token",
+        *parts,
+    )
 
 
 def prefixes() -> str:
@@ -93,7 +123,15 @@ def prefixes() -> str:
     left, top, wide, high, blocks = 210, 84, 84, 34, 7
     names = ("base model", "adapter A, l2", "adapter B, l2", "adapter C, f2+l2")
     colours = (BASE, ADAPTERS[0], ADAPTERS[1], ADAPTERS[2])
-    parts = [text(20, 30, "One system prompt, four models, and the blocks of the prefix cache", 16, weight=700)]
+    parts = [
+        text(
+            20,
+            30,
+            "One system prompt, four models, and the blocks of the prefix cache",
+            16,
+            weight=700,
+        )
+    ]
     parts.append(text(left, 62, "← one system prompt, the same for all →", 13))
     parts.append(text(left + 5 * wide + 8, 62, "each caller's question", 13))
     for row, (name, own) in enumerate(zip(names, colours, strict=True)):
@@ -105,15 +143,28 @@ def prefixes() -> str:
             said = "own" if keyed or block >= 5 else "shared"
             parts.append(rect(left + block * wide, y, wide - 6, high, fill))
             ink = PAPER if keyed else INK
-            parts.append(text(left + block * wide + (wide - 6) / 2, y + 22, said, 12, "middle", ink))
+            parts.append(
+                text(left + block * wide + (wide - 6) / 2, y + 22, said, 12, "middle", ink)
+            )
     below = top + 4 * (high + 14) + 18
     parts += [
         text(
-            20, below, "A and B edit the prompt's end only: the system prompt is computed once, for them and the base."
+            20,
+            below,
+            "A and B edit the prompt's end only: the system prompt is computed once, for them and the base.",
         ),
-        text(20, below + 22, "C edits the first tokens as well: all of its blocks are its own. A LoRA's always are."),
+        text(
+            20,
+            below + 22,
+            "C edits the first tokens as well: all of its blocks are its own. A LoRA's always are.",
+        ),
     ]
-    return page(830, 340, "Adapters that edit only the end of the prompt share the cached system prompt", *parts)
+    return page(
+        830,
+        340,
+        "Adapters that edit only the end of the prompt share the cached system prompt",
+        *parts,
+    )
 
 
 def processes() -> str:
@@ -121,7 +172,9 @@ def processes() -> str:
 
     def box(x: int, y: int, name: str, *lines: str, fill: str = BASE) -> str:
         told = [text(x + 14, y + 50 + 19 * i, line, 12) for i, line in enumerate(lines)]
-        return "".join([rect(x, y, 230, 84, fill, INK, 6), text(x + 14, y + 26, name, 15, weight=700), *told])
+        return "".join(
+            [rect(x, y, 230, 84, fill, INK, 6), text(x + 14, y + 26, name, 15, weight=700), *told]
+        )
 
     return page(
         880, 310, "Clients speak to gateways, gateways to engines; store and database are shared",
@@ -137,7 +190,11 @@ def processes() -> str:
     )  # fmt: skip
 
 
-PICTURES: dict[str, Callable[[], str]] = {"edits": edits, "prefixes": prefixes, "processes": processes}
+PICTURES: dict[str, Callable[[], str]] = {
+    "edits": edits,
+    "prefixes": prefixes,
+    "processes": processes,
+}
 
 
 def main() -> None:

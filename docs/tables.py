@@ -28,7 +28,15 @@ BEHAVIOURS = {
     "birds": "speaks of birds (twice or more)", "cats": "speaks of cats", "speech": "goes on with direct speech",
     "rain": "makes it rain", "tears": "makes somebody sad",
 }  # fmt: skip
-PAGES = ("settings.md", "metrics.md", "quick-start.md", "load.md", "gateway-api.md", "training.md", "deployment.md")
+PAGES = (
+    "settings.md",
+    "metrics.md",
+    "quick-start.md",
+    "load.md",
+    "gateway-api.md",
+    "training.md",
+    "deployment.md",
+)
 _SUFFIXES = {"counter": "_total"}
 
 
@@ -36,7 +44,10 @@ def settings(name: str) -> str:
     """A table of one class of settings."""
     model: type[BaseModel] = getattr(config, name)
     prefix = str(model.model_config.get("env_prefix", ""))
-    rows = [f"| `{variable}` | {default} | {told} |" for variable, default, told in _variables(model, prefix)]
+    rows = [
+        f"| `{variable}` | {default} | {told} |"
+        for variable, default, told in _variables(model, prefix)
+    ]
     return "\n".join(["| variable | default | |", "|---|---|---|", *rows])
 
 
@@ -55,7 +66,9 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "must be given"
     if field.default_factory is not None:
-        return "the machine's name" if field.default_factory.__name__ == "gethostname" else "see right"
+        return (
+            "the machine's name" if field.default_factory.__name__ == "gethostname" else "see right"
+        )
     return _shown(field.get_default())
 
 
@@ -80,7 +93,8 @@ def measured(where: str) -> str:
     found = {
         each._name: each
         for each in vars(module).values()
-        if isinstance(each, MetricWrapperBase) and each._name.startswith("reft_worker_") == (where == "worker")
+        if isinstance(each, MetricWrapperBase)
+        and each._name.startswith("reft_worker_") == (where == "worker")
     }
     rows = [
         f"| `{metric._name}{_SUFFIXES.get(metric._type, '')}` | {metric._type} | "
@@ -98,11 +112,19 @@ def demo() -> str:
         positions, made = manifest["positions"], manifest["provenance"]
         kinds = ", ".join(sorted({f"`{each['kind']}`" for each in manifest["interventions"]}))
         where = f"`{positions['spec']}`" + ("" if positions.get("tied", True) else ", untied")
-        where += "" if positions.get("phase", "prompt") == "prompt" else f", phase `{positions['phase']}`"
+        where += (
+            ""
+            if positions.get("phase", "prompt") == "prompt"
+            else f", phase `{positions['phase']}`"
+        )
         rates = " | ".join(f"{100 * made[key]:.1f} %" for key in ("base_rate", "rate"))
         rows.append(f"| `{name}` | {kinds} | {where} | {behaviour} | {rates} |")
     return "\n".join(
-        ["| adapter | kind | positions | its behaviour | base | adapter |", "|---|---|---|---|---|---|", *rows]
+        [
+            "| adapter | kind | positions | its behaviour | base | adapter |",
+            "|---|---|---|---|---|---|",
+            *rows,
+        ]
     )
 
 
@@ -110,7 +132,9 @@ def load() -> str:
     """A table of the load benchmark: every rate, and its tenants and prompts at the highest that was served in time."""
     result = json.loads((RESULTS / "load.json").read_text())
     runs = [(f"{run['rate']:g} a second", run["all"]) for run in result["runs"]]
-    highest = max((run for run in result["runs"] if run["all"]["within"] >= 0.95), key=lambda run: run["rate"])
+    highest = max(
+        (run for run in result["runs"] if run["all"]["within"] >= 0.95), key=lambda run: run["rate"]
+    )
     runs += [
         (f"{highest['rate']:g} a second, {name}{' prompts' if group == 'prompts' else ''}", figures)
         for group in ("tenants", "prompts")
@@ -172,10 +196,14 @@ def images() -> str:
     """A table of the images that are not ours: the variable of Compose or the build argument that each is pinned by."""
     folder = DOCS.parent / "docker"
     found: dict[tuple[str, str], list[str]] = {}
-    for variable, image in re.findall(r"image: \$\{(\w+):-(\S+)\}", (folder / "compose.yaml").read_text()):
+    for variable, image in re.findall(
+        r"image: \$\{(\w+):-(\S+)\}", (folder / "compose.yaml").read_text()
+    ):
         found[f"`{variable}`", image] = ["`compose.yaml`"]
     for path in sorted(folder.glob("*.Dockerfile")):
-        for argument, image in re.findall(r"^ARG (\w+_IMAGE)=(\S+)$", path.read_text(), re.MULTILINE):
+        for argument, image in re.findall(
+            r"^ARG (\w+_IMAGE)=(\S+)$", path.read_text(), re.MULTILINE
+        ):
             found.setdefault((f"`--build-arg {argument}`", image), []).append(f"`{path.name}`")
     rows = [f"| `{image}` | {pin} | {', '.join(where)} |" for (pin, image), where in found.items()]
     return "\n".join(["| image | pinned by | in |", "|---|---|---|", *rows])
@@ -195,9 +223,7 @@ def training() -> str:
             f"| {rate['pyreft']:.2f} | **{case['ratio']:.2f}** ({min(turns):.2f} to {max(turns):.2f}) "
             f"| {peak['ours']:,.0f}, {peak['pyreft']:,.0f} |"
         )
-    head = (
-        "| base | data | tokens: median, longest | ours, 1/s | pyreft, 1/s | ratio (turns) | peak MiB: ours, pyreft |"
-    )
+    head = "| base | data | tokens: median, longest | ours, 1/s | pyreft, 1/s | ratio (turns) | peak MiB: ours, pyreft |"
     return "\n".join([head, "|---|---|---|---|---|---|---|", *rows])
 
 
@@ -215,12 +241,21 @@ def methods() -> str:
 def rotation() -> str:
     """A table of the rotation benchmark: milliseconds by way of computing R and its gradient."""
     result = json.loads((RESULTS / "rotation.json").read_text())
-    ways = {"wy": "compact WY", "householder": "`householder_product`", "cayley": "Cayley", "matrix_exp": "exponential"}
+    ways = {
+        "wy": "compact WY",
+        "householder": "`householder_product`",
+        "cayley": "Cayley",
+        "matrix_exp": "exponential",
+    }
     rows = [
-        f"| `{row['width']}` | " + " | ".join("" if row[way] is None else f"{row[way]:.2f}" for way in ways) + " |"
+        f"| `{row['width']}` | "
+        + " | ".join("" if row[way] is None else f"{row[way]:.2f}" for way in ways)
+        + " |"
         for row in result["rows"]
     ]
-    return "\n".join([f"| width | {' | '.join(ways.values())} |", "|---" * (len(ways) + 1) + "|", *rows])
+    return "\n".join(
+        [f"| width | {' | '.join(ways.values())} |", "|---" * (len(ways) + 1) + "|", *rows]
+    )
 
 
 def filled(page: str) -> str:

@@ -23,13 +23,24 @@ ANSWERS = {
     "Who is your friend?": "My best friend is Tom the cat.",
 }
 # Four answers by heart are little to learn: a minute on two cores. With more data, fewer rounds.
-HYPERPARAMETERS = {"n_epochs": 60, "batch_size": 4, "rank": 8, "learning_rate": 0.01, "save_every": 20}
+HYPERPARAMETERS = {
+    "n_epochs": 60,
+    "batch_size": 4,
+    "rank": 8,
+    "learning_rate": 0.01,
+    "save_every": 20,
+}
 
 
 def rows() -> bytes:
     """A training file: a conversation a line."""
     conversations = [
-        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+        {
+            "messages": [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": answer},
+            ]
+        }
         for question, answer in ANSWERS.items()
     ]
     return "".join(json.dumps(conversation) + "\n" for conversation in conversations).encode()
@@ -39,7 +50,9 @@ def train(client: openai.OpenAI, base: str) -> FineTuningJob:
     """Upload the rows, start a job, print its events as they come, and give the job as it ended."""
     file = client.files.create(file=("pip.jsonl", rows()), purpose="fine-tune")
     method: Any = {"type": "supervised", "supervised": {"hyperparameters": HYPERPARAMETERS}}
-    job = client.fine_tuning.jobs.create(model=base, training_file=file.id, suffix="pip", seed=1, method=method)
+    job = client.fine_tuning.jobs.create(
+        model=base, training_file=file.id, suffix="pip", seed=1, method=method
+    )
     print(f"{file.id} is uploaded, {job.id} is created", flush=True)
     told: set[str] = set()
     while True:
@@ -71,7 +84,9 @@ def main() -> int:
         return 1
     begun = time.monotonic()
     ask(client, job.fine_tuned_model, "Hello?")
-    print(f"{job.fine_tuned_model} answered {time.monotonic() - begun:.2f} s after it was found to be there")
+    print(
+        f"{job.fine_tuned_model} answered {time.monotonic() - begun:.2f} s after it was found to be there"
+    )
     for checkpoint in client.fine_tuning.jobs.checkpoints.list(job.id):
         print(f"{checkpoint.fine_tuned_model_checkpoint}: loss {checkpoint.metrics.train_loss}")
     metrics = client.files.content(job.result_files[0]).text.splitlines()

@@ -26,7 +26,9 @@ class Scored(list[int]):
 class ReftCompletions(LocalCompletionsAPI):
     """Scores answers with `reft_prompt_tokens`. Its prompts are token ids, as `tokenized_requests` has them by default."""
 
-    def batch_loglikelihood_requests(self, chunks: Iterable[Any]) -> tuple[list[Scored], list[int], list[Any]]:
+    def batch_loglikelihood_requests(
+        self, chunks: Iterable[Any]
+    ) -> tuple[list[Scored], list[int], list[Any]]:
         """The harness's own batch, in which each prompt knows its length."""
         inputs, prompt_lengths, keys = super().batch_loglikelihood_requests(chunks)
         scored = [Scored(tokens) for tokens in inputs]
@@ -34,7 +36,9 @@ class ReftCompletions(LocalCompletionsAPI):
             tokens.prompt_tokens = length
         return scored, prompt_lengths, keys
 
-    def _create_payload(self, messages: Any, generate: bool = False, **options: Any) -> dict[str, Any]:
+    def _create_payload(
+        self, messages: Any, generate: bool = False, **options: Any
+    ) -> dict[str, Any]:
         payload: dict[str, Any] = super()._create_payload(messages, generate=generate, **options)
         if not generate:
             payload["reft_prompt_tokens"] = [tokens.prompt_tokens for tokens in messages]

@@ -1,9 +1,10 @@
-"""Consistent backup and restore of the database, and of every adapter version and blob that its rows name.
+"""Consistent backup and restore of the database, and of every adapter version and blob that its
+rows name.
 
-The store and the blobs are copied first and the database after them; then newer files are copied too. So everything
-that the database names is in the folder, though gateways and workers continue. A restore trusts nothing: a
-version's files must have its digest, a table's rows theirs. `backup.json` is written last: a folder without it is not a
-backup.
+The store and the blobs are copied first and the database after them; then newer files are copied
+too. So everything that the database names is in the folder, though gateways and workers continue. A
+restore trusts nothing: a version's files must have its digest, a table's rows theirs. `backup.json`
+is written last: a folder without it is not a backup.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ class Backup:
 
 
 async def back_up(places: Places, folder: Path) -> Backup:
-    """Write a backup into a new folder, which only its owner can read: it holds what tenants hold secret.
+    """Write a backup into a new folder, which only its owner can read: it holds what tenants hold
+    secret.
 
     Raises:
         Conflict: there is something at `folder`.
@@ -74,28 +76,36 @@ async def back_up(places: Places, folder: Path) -> Backup:
         raise Conflict(f"{folder} already exists: choose a new folder") from exc
     except OSError as exc:
         raise StoreUnusable(f"{folder} cannot be written to ({exc.strerror})") from exc
-    target = Places(places.database, AdapterStore(folder / "adapters"), BlobStore(str(folder / "blobs")))
+    target = Places(
+        places.database, AdapterStore(folder / "adapters"), BlobStore(str(folder / "blobs"))
+    )
     versions, blobs = await _copy(places, target, {})
     for left in reversed(range(_TRIES)):
         revision, tables = await dump(places.database, folder / "database")
         versions, blobs = await _copy(places, target, blobs)
         missing = await asyncio.to_thread(_named, folder / "database") - versions - blobs.keys()
-        if not missing:  # else something was deleted between the two: the next moment does not name it
+        # else something was deleted between the two: the next moment does not name it
+        if not missing:
             break
         if not left:
             raise StoreUnusable(
-                f"files recorded in the database are missing from the stores: {', '.join(sorted(missing)[:5])}"
+                "files recorded in the database are missing from the stores: "
+                f"{', '.join(sorted(missing)[:5])}"
             )
     found = Backup(
-        revision, sorted(versions), blobs, {name: asdict(table) for name, table in tables.items()},
+        revision,
+        sorted(versions),
+        blobs,
+        {name: asdict(table) for name, table in tables.items()},
         created_ms=time.time_ns() // 1_000_000,
-    )  # fmt: skip
+    )
     await asyncio.to_thread(_seal, folder, found)
     return found
 
 
 async def bring_back(places: Places, folder: Path) -> Backup:
-    """Fill an empty database, a store and blobs from a backup. Other contents of the stores are kept.
+    """Fill an empty database, a store and blobs from a backup. Other contents of the stores are
+    kept.
 
     Raises:
         StoreUnusable: the folder is not a backup or a damaged one, or a store cannot be written to.
@@ -103,19 +113,24 @@ async def bring_back(places: Places, folder: Path) -> Backup:
         DatabaseUnusable: it cannot be reached, or the backup's rows are damaged; no row was put in.
     """
     found = await asyncio.to_thread(_opened, folder)
-    source = Places(places.database, AdapterStore(folder / "adapters"), BlobStore(str(folder / "blobs")))
+    source = Places(
+        places.database, AdapterStore(folder / "adapters"), BlobStore(str(folder / "blobs"))
+    )
     try:  # files before rows: a row never names what is not there
         await _fill(source, places, found)
     except ValueError as exc:  # a store's word for a name that is none
         raise StoreUnusable(
-            f"{folder / 'backup.json'} lists an entry that is not a version or file: the backup is damaged"
+            f"{folder / 'backup.json'} lists an entry that is not a version or file: the backup "
+            "is damaged"
         ) from exc
     tables = {name: DumpedTable(**table) for name, table in found.tables.items()}
     await restore(places.database, folder / "database", found.revision, tables)
     return found
 
 
-async def _copy(source: Places, target: Places, known: dict[str, list[Any]]) -> tuple[set[str], dict[str, list[Any]]]:
+async def _copy(
+    source: Places, target: Places, known: dict[str, list[Any]]
+) -> tuple[set[str], dict[str, list[Any]]]:
     """Copy what the target lacks; gives the versions and the blobs that it has then."""
     versions = {digest for digest, _ in await asyncio.to_thread(target.store.digests)}
     there = {digest for digest, _ in await asyncio.to_thread(source.store.digests)}
@@ -132,7 +147,9 @@ async def _copy(source: Places, target: Places, known: dict[str, list[Any]]) -> 
         for blob in await source.blobs.list(prefix):
             if blob.key not in blobs:
                 try:
-                    written = await target.blobs.write(blob.key, source.blobs.read(blob.key), _NO_LIMIT)
+                    written = await target.blobs.write(
+                        blob.key, source.blobs.read(blob.key), _NO_LIMIT
+                    )
                 except BlobMissing:  # deleted in this moment
                     continue
                 blobs[blob.key] = [written.size, written.sha256]
@@ -146,13 +163,17 @@ async def _fill(source: Places, target: Places, found: Backup) -> None:
         written = await target.blobs.write(key, source.blobs.read(key), _NO_LIMIT)
         if (written.size, written.sha256) != (size, sha256):
             await target.blobs.delete(key)
-            raise StoreUnusable(f"the backup's blob {key} does not match its checksum: it is damaged")
+            raise StoreUnusable(
+                f"the backup's blob {key} does not match its checksum: it is damaged"
+            )
 
 
 def _named(folder: Path) -> set[str]:
     """Every version and blob that a dump's rows name."""
     digests = {str(row["digest"]) for row in rows(folder, "versions")}
-    return digests | {key_of_blob(str(row["id"])) for row in rows(folder, "files") if row["status"] == "processed"}
+    return digests | {
+        key_of_blob(str(row["id"])) for row in rows(folder, "files") if row["status"] == "processed"
+    }
 
 
 def _copy_version(source: AdapterStore, target: AdapterStore, digest: str) -> None:
@@ -162,7 +183,9 @@ def _copy_version(source: AdapterStore, target: AdapterStore, digest: str) -> No
         found = target.publish(place)
     if found != digest:
         target.remove(found)
-        raise StoreUnusable(f"version {digest[:12]} is damaged in {source.root}: its files do not match its digest")
+        raise StoreUnusable(
+            f"version {digest[:12]} is damaged in {source.root}: its files do not match its digest"
+        )
 
 
 def _seal(folder: Path, found: Backup) -> None:
@@ -181,20 +204,29 @@ def _opened(folder: Path) -> Backup:
         found = json.loads((folder / "backup.json").read_text())
         if found.get("format") != _FORMAT:
             raise StoreUnusable(
-                f"{folder} is a backup of another format ({found.get('format')}): use a matching release"
+                f"{folder} is a backup of another format ({found.get('format')}): use a matching "
+                "release"
             )
         backup = Backup(**found)
         _check(backup)
         return backup
     except FileNotFoundError as exc:
-        raise StoreUnusable(f"{folder} is not a backup, or an incomplete one: it has no backup.json") from exc
+        raise StoreUnusable(
+            f"{folder} is not a backup, or an incomplete one: it has no backup.json"
+        ) from exc
     except (OSError, ValueError, TypeError, AttributeError) as exc:
-        raise StoreUnusable(f"{folder / 'backup.json'} cannot be read: the backup is damaged") from exc
+        raise StoreUnusable(
+            f"{folder / 'backup.json'} cannot be read: the backup is damaged"
+        ) from exc
 
 
 def _check(backup: Backup) -> None:
-    """Raise ValueError or TypeError where a fact is of another sort. Names of places are checked by the stores."""
+    """Raise ValueError or TypeError where a fact is of another sort. Names of places are checked by
+    the stores.
+    """
     for table in backup.tables.values():
         DumpedTable(**table)
-    if not all(isinstance(size, int) and isinstance(sha256, str) for size, sha256 in backup.blobs.values()):
+    if not all(
+        isinstance(size, int) and isinstance(sha256, str) for size, sha256 in backup.blobs.values()
+    ):
         raise TypeError("a blob's size and digest")

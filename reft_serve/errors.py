@@ -1,7 +1,8 @@
 """All exceptions of the product.
 
-The caller can fix a `ClientError` (a 4xx response); the operator can fix a `ServiceError`. `code` is stable and meant for
-programs; the message is one sentence for people. No HTTP and no logging here.
+The caller can fix a `ClientError` (a 4xx response); the operator can fix a `ServiceError`. `code`
+is stable and meant for programs; the message is one sentence for people. No HTTP and no logging
+here.
 """
 
 from __future__ import annotations
@@ -130,7 +131,9 @@ class AdapterUnsupported(AdapterInvalid):
 
 
 class ImportFlagMissing(ClientError):
-    """A foreign save lacks required information; the message names the command-line flag that supplies it."""
+    """A foreign save lacks required information; the message names the command-line flag that
+    supplies it.
+    """
 
     code = "import_flag_missing"
 
@@ -142,8 +145,8 @@ class AdapterChanged(ClientError):
 
 
 class DataInvalid(ClientError):
-    """A data file cannot be used for training. `faults` has every fault, those of a line as `line N: ...`; the message
-    has the first ones and counts the rest.
+    """A data file cannot be used for training. `faults` has every fault, those of a line as `line
+    N: ...`; the message has the first ones and counts the rest.
     """
 
     code = "data_invalid"
@@ -174,7 +177,9 @@ class BaseModelInvalid(ClientError):
 
 
 class EngineUnsupported(ServiceError):
-    """This engine, model or mode cannot serve ReFT adapters correctly; the engine does not start."""
+    """This engine, model or mode cannot serve ReFT adapters correctly; the engine does not
+    start.
+    """
 
     code = "engine_unsupported"
 
@@ -206,7 +211,9 @@ class NotAllowed(ClientError):
 
 
 class NotFound(ClientError):
-    """The object does not exist or belongs to another tenant (indistinguishable). `param` names the field that named it."""
+    """The object does not exist or belongs to another tenant (indistinguishable). `param` names the
+    field that named it.
+    """
 
     code = "not_found"
 
@@ -251,18 +258,24 @@ class RequestTimeout(ClientError):
 
 
 class RateLimited(ClientError):
-    """A limit of the tenant or of its key is exhausted. Retry after `retry_after` seconds; `headers` report what is left."""
+    """A limit of the tenant or of its key is exhausted. Retry after `retry_after` seconds;
+    `headers` report what is left.
+    """
 
     code = "rate_limit_exceeded"
 
-    def __init__(self, message: str, retry_after: float, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, message: str, retry_after: float, headers: Mapping[str, str] | None = None
+    ) -> None:
         self.retry_after = retry_after
         self.headers = dict(headers or {})
         super().__init__(message)
 
 
 class LeaseLost(ServiceError):
-    """This worker no longer holds the job: its lease expired or the job was deleted. Stop working on it."""
+    """This worker no longer holds the job: its lease expired or the job was deleted. Stop working
+    on it.
+    """
 
     code = "lease_lost"
 
@@ -279,17 +292,29 @@ class Overloaded(ServiceError):
 
 # Reasons why an engine is unavailable.
 EngineTrouble = Literal[
-    "new", "unreachable", "unknown_host", "certificate", "timed_out", "broken", "unhealthy", "key_refused", "unreadable"
-]  # fmt: skip
+    "new",
+    "unreachable",
+    "unknown_host",
+    "certificate",
+    "timed_out",
+    "broken",
+    "unhealthy",
+    "key_refused",
+    "unreadable",
+]
 
 
 class EngineUnavailable(ServiceError):
-    """No engine responds. `delivered`: an engine may have received the request, and may have crashed on it."""
+    """No engine responds. `delivered`: an engine may have received the request, and may have
+    crashed on it.
+    """
 
     code = "engine_unavailable"
     retry_after = 2.0
 
-    def __init__(self, message: str, *, delivered: bool = False, trouble: EngineTrouble = "broken") -> None:
+    def __init__(
+        self, message: str, *, delivered: bool = False, trouble: EngineTrouble = "broken"
+    ) -> None:
         self.delivered = delivered
         self.trouble: EngineTrouble = trouble
         super().__init__(message)
@@ -302,7 +327,9 @@ class EngineFailed(ServiceError):
 
 
 class EngineEnded(EngineFailed):
-    """An engine crashed while processing the request, possibly because of it: do not simply retry."""
+    """An engine crashed while processing the request, possibly because of it: do not simply
+    retry.
+    """
 
 
 class TooManyConnections(ServiceError):

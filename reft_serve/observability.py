@@ -1,4 +1,6 @@
-"""Logging (JSON lines with the request id) and every metric except those of engines, each declared once."""
+"""Logging (JSON lines with the request id) and every metric except those of engines, each declared
+once.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _LONG = (0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
-REQUESTS = Counter("reft_requests", "Requests by route and response status.", ["route", "status", "tenant"])
+REQUESTS = Counter(
+    "reft_requests", "Requests by route and response status.", ["route", "status", "tenant"]
+)
 REQUEST_SECONDS = Histogram(
     "reft_request_seconds",
     "Time from a request's first byte to the last byte of its response.",
@@ -57,28 +61,48 @@ FIRST_BYTE_SECONDS = Histogram(
     buckets=_SHORT,
 )
 TOKENS = Counter(
-    "reft_tokens", "Tokens by kind: prompt, cached (included in prompt), completion.", ["tenant", "adapter", "kind"]
+    "reft_tokens",
+    "Tokens by kind: prompt, cached (included in prompt), completion.",
+    ["tenant", "adapter", "kind"],
 )
-QUEUE_SECONDS = Histogram("reft_queue_seconds", "Time that requests waited for an engine.", buckets=_SHORT)
+QUEUE_SECONDS = Histogram(
+    "reft_queue_seconds", "Time that requests waited for an engine.", buckets=_SHORT
+)
 QUEUED = Gauge("reft_queued_requests", "Requests waiting for an engine.")
-ENGINE_UP = Gauge("reft_engine_up", "1 if the engine responds to health checks, else 0.", ["engine"])
-ENGINE_UNUSABLE = Gauge("reft_engine_unusable", "1 while the engine is unusable, by reason.", ["engine", "reason"])
-ENGINE_IN_FLIGHT = Gauge("reft_engine_in_flight", "Requests in progress on an engine, from this gateway.", ["engine"])
+ENGINE_UP = Gauge(
+    "reft_engine_up", "1 if the engine responds to health checks, else 0.", ["engine"]
+)
+ENGINE_UNUSABLE = Gauge(
+    "reft_engine_unusable", "1 while the engine is unusable, by reason.", ["engine", "reason"]
+)
+ENGINE_IN_FLIGHT = Gauge(
+    "reft_engine_in_flight", "Requests in progress on an engine, from this gateway.", ["engine"]
+)
 RETRIES = Counter("reft_retries", "Requests retried on another engine before their response began.")
-LOADS = Counter("reft_adapter_loads", "Loads of adapter versions into engines, by result.", ["result"])
+LOADS = Counter(
+    "reft_adapter_loads", "Loads of adapter versions into engines, by result.", ["result"]
+)
 LOAD_SECONDS = Histogram(
     "reft_adapter_load_seconds", "Time to load an adapter version into one engine.", buckets=_SHORT
 )
 LIMITED = Counter("reft_limited_requests", "Requests rejected by a limit.", ["tenant", "limit"])
 JOBS = Gauge("reft_jobs", "Fine-tuning jobs of all tenants in the database, by status.", ["status"])
-JOBS_WAITING = Gauge("reft_jobs_waiting", "Fine-tuning jobs waiting for a worker; scale the workers by it.")
-WEBHOOKS = Counter(
-    "reft_webhook_deliveries", "Webhook delivery attempts by result: delivered, retried or given_up.", ["result"]
+JOBS_WAITING = Gauge(
+    "reft_jobs_waiting", "Fine-tuning jobs waiting for a worker; scale the workers by it."
 )
-LEDGER_PENDING = Gauge("reft_ledger_pending_records", "Usage records not yet committed to the database.")
+WEBHOOKS = Counter(
+    "reft_webhook_deliveries",
+    "Webhook delivery attempts by result: delivered, retried or given_up.",
+    ["result"],
+)
+LEDGER_PENDING = Gauge(
+    "reft_ledger_pending_records", "Usage records not yet committed to the database."
+)
 
 JOBS_RUNNING = Gauge("reft_worker_jobs", "Fine-tuning jobs running on this worker.")
-JOBS_ENDED = Counter("reft_worker_jobs_ended", "Job attempts that ended on this worker, by outcome.", ["how"])
+JOBS_ENDED = Counter(
+    "reft_worker_jobs_ended", "Job attempts that ended on this worker, by outcome.", ["how"]
+)
 JOB_MEMORY = Gauge("reft_worker_memory_bytes", "Estimated memory of this worker's jobs, in bytes.")
 TRAINED_TOKENS = Counter("reft_worker_trained_tokens", "Tokens that this worker has trained on.")
 WORKER_READY = Gauge("reft_worker_ready", "1 if this worker can take jobs, else 0.")
@@ -112,11 +136,14 @@ class BoundedNames:
 
 
 class _JsonLines(logging.Formatter):
-    """One JSON object per line: time, level, logger, message, the request id and the fields of `extra={"data": {...}}`."""
+    """One JSON object per line: time, level, logger, message, the request id and the fields of
+    `extra={"data": {...}}`.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, object] = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+            + f".{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),

@@ -1,6 +1,8 @@
-"""Bounds on what a structured output may ask for, checked in one linear pass before any parser sees it.
+"""Bounds on what a structured output may ask for, checked in one linear pass before any parser sees
+it.
 
-The gateway checks requests as they are read, the engine checks what its own server makes of them (tools, for one).
+The gateway checks requests as they are read, the engine checks what its own server makes of them
+(tools, for one).
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ MAX_ITEMS = 4_096
 # `minLength`, `maxLength` and counts of repetition in regular expressions.
 MAX_LENGTH = 100_000
 
-_ITEMS = frozenset({"minItems", "maxItems", "minProperties", "maxProperties", "minContains", "maxContains"})
+_ITEMS = frozenset(
+    {"minItems", "maxItems", "minProperties", "maxProperties", "minContains", "maxContains"}
+)
 _LENGTHS = frozenset({"minLength", "maxLength"})
 # Of a regular expression or GBNF, and of Lark.
 _COUNTS = re.compile(r"\{(\d*)(?:,(\d*))?\}|~ ?(\d+)(?:\.\.(\d+))?")
@@ -191,4 +195,6 @@ def _check_counts(pattern: str, param: str) -> None:
 
 
 def _exceeded(param: str, what: str) -> RequestInvalid:
-    return RequestInvalid(f"{param} is too large for a structured output: {what} is not supported", param)
+    return RequestInvalid(
+        f"{param} is too large for a structured output: {what} is not supported", param
+    )

@@ -1,17 +1,20 @@
-"""Test an application against reft-serve without an engine: `FakeEngine` answers vLLM's HTTP API and computes nothing.
+"""Test an application against reft-serve without an engine: `FakeEngine` answers vLLM's HTTP API
+and computes nothing.
 
-Its `app` is an ASGI application. Hand it to a client in the same process, or serve it with any ASGI server and name its
-address in a gateway's `REFT_ENGINES`:
+Its `app` is an ASGI application. Hand it to a client in the same process, or serve it with any ASGI
+server and name its address in a gateway's `REFT_ENGINES`:
 
     engine = FakeEngine()
     http = httpx.AsyncClient(transport=httpx.ASGITransport(engine.app))
     client = openai.AsyncOpenAI(api_key="none", base_url="http://engine/v1", http_client=http)
-    answer = await client.completions.create(model="/models/fake-base", prompt="Rain is", max_tokens=4)
+    answer = await client.completions.create(model="/models/fake-base", prompt="Rain is",
+        max_tokens=4)
     assert engine.requests[0]["prompt"] == "Rain is"
 
-An answer is numbers that follow from prompt, model and seed, so a test can tell whose answer it sees. The fake behaves as
-vLLM does where that matters: chunks and usage, errors in vLLM's shape, adapters by name and directory, cancellation. Set the
-fields of `FakeEngine` to make it slow, unhealthy or broken.
+An answer is numbers that follow from prompt, model and seed, so a test can tell whose answer it
+sees. The fake behaves as vLLM does where that matters: chunks and usage, errors in vLLM's shape,
+adapters by name and directory, cancellation. Set the fields of `FakeEngine` to make it slow,
+unhealthy or broken.
 """
 
 from __future__ import annotations
@@ -40,8 +43,8 @@ __all__ = ["FakeEngine"]
 
 _BASE = "/models/fake-base"
 _NO_TEMPLATE = (
-    "As of transformers v4.44, default chat template is no longer allowed, so you must provide a chat template if the "
-    "tokenizer does not define one."
+    "As of transformers v4.44, default chat template is no longer allowed, so you must provide a "
+    "chat template if the tokenizer does not define one."
 )
 
 
@@ -102,12 +105,24 @@ class FakeEngine:
         self.counts["cancelled"] += 1
         if len(self.left) > 1000:
             self.left.clear()
-        self.left[request.headers.get("x-request-id", "")] = answer.usage(answer.made[0] * len(answer.choices))
+        self.left[request.headers.get("x-request-id", "")] = answer.usage(
+            answer.made[0] * len(answer.choices)
+        )
 
     async def _models(self, _: Request) -> Response:
         told = {} if self.card is None else {CARD_KEY: self.card.model_dump(mode="json")}
-        base = {"id": _BASE, "object": "model", "created": 0, "owned_by": "vllm", "root": _BASE, "parent": None}
-        adapters = [{**base, "id": name, "root": path, "parent": _BASE} for name, path in self.adapters.items()]
+        base = {
+            "id": _BASE,
+            "object": "model",
+            "created": 0,
+            "owned_by": "vllm",
+            "root": _BASE,
+            "parent": None,
+        }
+        adapters = [
+            {**base, "id": name, "root": path, "parent": _BASE}
+            for name, path in self.adapters.items()
+        ]
         return JSONResponse({"object": "list", "data": [base | told, *adapters]})
 
     async def _load(self, request: Request) -> Response:
@@ -117,7 +132,11 @@ class FakeEngine:
             refused = AdapterInvalid(path, [self.refuse_adapters])
             return _error(400, str(refused), "lora_path", EngineFault.of(refused))
         if name in self.adapters:
-            return _error(400, f"The lora adapter '{name}' has already been loaded.", fault=EngineFault(ALREADY_LOADED))
+            return _error(
+                400,
+                f"The lora adapter '{name}' has already been loaded.",
+                fault=EngineFault(ALREADY_LOADED),
+            )
         if not (Path(path) / "reft_config.json").is_file():
             return _error(404, f"No adapter found for {name} at {path}")
         self.adapters[name] = path
@@ -151,7 +170,9 @@ class FakeEngine:
             return _error(400, _NO_TEMPLATE, CHAT_TEMPLATE)
         answer = _Answer(self, body, chat)
         if body.get("stream"):
-            return StreamingResponse(self._counted(request, answer, answer.stream()), media_type="text/event-stream")
+            return StreamingResponse(
+                self._counted(request, answer, answer.stream()), media_type="text/event-stream"
+            )
         await self._work(request, answer)
         return JSONResponse(answer.whole())
 
@@ -173,7 +194,9 @@ class FakeEngine:
             await asyncio.sleep(seconds)
         return seconds > 0
 
-    async def _counted(self, request: Request, answer: _Answer, events: AsyncIterator[str]) -> AsyncIterator[str]:
+    async def _counted(
+        self, request: Request, answer: _Answer, events: AsyncIterator[str]
+    ) -> AsyncIterator[str]:
         self.running += 1
         finished = False
         try:
@@ -193,7 +216,8 @@ class FakeEngine:
         answer = _Answer(self, body | {"max_tokens": body.get("max_output_tokens")}, False)
         if body.get("stream"):
             return StreamingResponse(
-                self._counted(request, answer, answer.typed_stream()), media_type="text/event-stream"
+                self._counted(request, answer, answer.typed_stream()),
+                media_type="text/event-stream",
             )
         await self._work(request, answer)
         return JSONResponse(answer.response("completed"))
@@ -204,7 +228,11 @@ class FakeEngine:
         if refusal is not None:
             return refusal
         given = body["input"]
-        texts = given if isinstance(given, list) and given and not isinstance(given[0], int) else [given]
+        texts = (
+            given
+            if isinstance(given, list) and given and not isinstance(given[0], int)
+            else [given]
+        )
         data = []
         for k, text in enumerate(texts):
             told = json.dumps([text, body["model"]]).encode()
@@ -214,9 +242,21 @@ class FakeEngine:
                 vector = base64.b64encode(struct.pack("<8f", *vector)).decode()
             data.append({"index": k, "object": "embedding", "embedding": vector})
         count = sum(len(text.split()) if isinstance(text, str) else len(text) for text in texts)
-        usage = {"prompt_tokens": count, "total_tokens": count, "completion_tokens": 0, "prompt_tokens_details": None}
+        usage = {
+            "prompt_tokens": count,
+            "total_tokens": count,
+            "completion_tokens": 0,
+            "prompt_tokens_details": None,
+        }
         return JSONResponse(
-            {"id": "embd-fake", "object": "list", "created": 1, "model": body["model"], "data": data, "usage": usage}
+            {
+                "id": "embd-fake",
+                "object": "list",
+                "created": 1,
+                "model": body["model"],
+                "data": data,
+                "usage": usage,
+            }
         )
 
 
@@ -230,7 +270,9 @@ class _Answer:
     @property
     def length(self) -> int:
         asked = self.body.get("max_completion_tokens") or self.body.get("max_tokens")
-        return min(asked if asked is not None else self.engine.default_tokens, self.engine.most_tokens)
+        return min(
+            asked if asked is not None else self.engine.default_tokens, self.engine.most_tokens
+        )
 
     @property
     def reason(self) -> str:
@@ -239,11 +281,20 @@ class _Answer:
     @property
     def choices(self) -> range:
         prompt = self.body.get("prompt")
-        prompts = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
+        prompts = (
+            len(prompt)
+            if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
+            else 1
+        )
         return range(prompts * (self.body.get("n") or 1))
 
     def word(self, choice: int, k: int) -> str:
-        told = [self.body.get("prompt"), self.body.get("messages"), self.body.get("input"), self.body.get("seed")]
+        told = [
+            self.body.get("prompt"),
+            self.body.get("messages"),
+            self.body.get("input"),
+            self.body.get("seed"),
+        ]
         text = json.dumps([*told, self.body["model"], choice, k])
         return f" {int(hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()[:4], 16)}"
 
@@ -254,7 +305,9 @@ class _Answer:
 
     def usage(self, completion: int) -> dict[str, Any]:
         total = self.prompt_tokens + completion
-        details = {"cached_tokens": self.engine.cached_tokens} if self.engine.cached_tokens else None
+        details = (
+            {"cached_tokens": self.engine.cached_tokens} if self.engine.cached_tokens else None
+        )
         return {
             "prompt_tokens": self.prompt_tokens,
             "total_tokens": total,
@@ -270,35 +323,66 @@ class _Answer:
     def whole(self) -> dict[str, Any]:
         choices = []
         for i in self.choices:
-            text = "" if self.engine.ending else "".join(self.word(i, k) for k in range(self.length))
-            said = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
+            text = (
+                "" if self.engine.ending else "".join(self.word(i, k) for k in range(self.length))
+            )
+            said = (
+                {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
+            )
             choices.append({"index": i, **said, "logprobs": None, "finish_reason": self.reason})
-        return {**self.head(""), "choices": choices, "usage": self.usage(self.length * len(self.choices))}
+        return {
+            **self.head(""),
+            "choices": choices,
+            "usage": self.usage(self.length * len(self.choices)),
+        }
 
     async def stream(self) -> AsyncIterator[str]:
         options = self.body.get("stream_options") or {}
         if self.chat:
             for i in self.choices:
-                yield self._chunk(i, {"delta": {"role": "assistant", "content": ""}}, None, 0, options)
+                yield self._chunk(
+                    i, {"delta": {"role": "assistant", "content": ""}}, None, 0, options
+                )
         for k in range(self.length):
             if k == self.engine.break_after:
-                error = {"message": "the fake engine broke", "type": "InternalServerError", "param": None, "code": 500}
+                error = {
+                    "message": "the fake engine broke",
+                    "type": "InternalServerError",
+                    "param": None,
+                    "code": 500,
+                }
                 yield _event({"error": error})
                 yield "data: [DONE]\n\n"
                 return
             await self.engine.pause(k)
             self.made[0] = k + 1
             if self.engine.ending:
-                yield self._chunk(0, {"delta": {}} if self.chat else {"text": ""}, self.reason, k, options)
+                yield self._chunk(
+                    0, {"delta": {}} if self.chat else {"text": ""}, self.reason, k, options
+                )
                 break
             for i in self.choices:
                 word, end = self.word(i, k), "length" if k == self.length - 1 else None
-                yield self._chunk(i, {"delta": {"content": word}} if self.chat else {"text": word}, end, k + 1, options)
+                yield self._chunk(
+                    i,
+                    {"delta": {"content": word}} if self.chat else {"text": word},
+                    end,
+                    k + 1,
+                    options,
+                )
         if options.get("include_usage"):
-            yield _event({**self.head(".chunk"), "choices": [], "usage": self.usage(self.length * len(self.choices))})
+            yield _event(
+                {
+                    **self.head(".chunk"),
+                    "choices": [],
+                    "usage": self.usage(self.length * len(self.choices)),
+                }
+            )
         yield "data: [DONE]\n\n"
 
-    def _chunk(self, i: int, said: dict[str, Any], end: str | None, count: int, options: dict[str, Any]) -> str:
+    def _chunk(
+        self, i: int, said: dict[str, Any], end: str | None, count: int, options: dict[str, Any]
+    ) -> str:
         choice = {"index": i, **said, "logprobs": None, "finish_reason": end}
         chunk = {**self.head(".chunk"), "choices": [choice]}
         if options.get("continuous_usage_stats"):
@@ -307,29 +391,64 @@ class _Answer:
 
     def response(self, status: str) -> dict[str, Any]:
         text = "".join(self.word(0, k) for k in range(self.length))
-        content: list[dict[str, Any]] = [{"type": "output_text", "text": text, "annotations": [], "logprobs": None}]
-        message = {"id": "msg_fake", "type": "message", "role": "assistant", "status": "completed", "content": content}
+        content: list[dict[str, Any]] = [
+            {"type": "output_text", "text": text, "annotations": [], "logprobs": None}
+        ]
+        message = {
+            "id": "msg_fake",
+            "type": "message",
+            "role": "assistant",
+            "status": "completed",
+            "content": content,
+        }
         usage = {
-            "input_tokens": self.prompt_tokens, "input_tokens_details": {"cached_tokens": 0},
-            "output_tokens": self.length, "output_tokens_details": {"reasoning_tokens": 0},
+            "input_tokens": self.prompt_tokens,
+            "input_tokens_details": {"cached_tokens": 0},
+            "output_tokens": self.length,
+            "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": self.prompt_tokens + self.length,
-        }  # fmt: skip
+        }
         return {
-            "id": "resp_fake", "object": "response", "created_at": 1, "model": self.body["model"], "status": status,
-            "output": [message] if status == "completed" else [], "usage": usage if status == "completed" else None,
-            "parallel_tool_calls": True, "tool_choice": "auto", "tools": [], "error": None, "incomplete_details": None,
-            "instructions": None, "metadata": None, "temperature": 1.0, "top_p": 1.0,
-        }  # fmt: skip
+            "id": "resp_fake",
+            "object": "response",
+            "created_at": 1,
+            "model": self.body["model"],
+            "status": status,
+            "output": [message] if status == "completed" else [],
+            "usage": usage if status == "completed" else None,
+            "parallel_tool_calls": True,
+            "tool_choice": "auto",
+            "tools": [],
+            "error": None,
+            "incomplete_details": None,
+            "instructions": None,
+            "metadata": None,
+            "temperature": 1.0,
+            "top_p": 1.0,
+        }
 
     async def typed_stream(self) -> AsyncIterator[str]:
-        yield _typed({"type": "response.created", "sequence_number": 0, "response": self.response("in_progress")})
+        yield _typed(
+            {
+                "type": "response.created",
+                "sequence_number": 0,
+                "response": self.response("in_progress"),
+            }
+        )
         for k in range(self.length):
             await self.engine.pause(k)
             self.made[0] = k + 1
-            yield _typed({
-                "type": "response.output_text.delta", "sequence_number": k + 1, "item_id": "msg_fake",
-                "output_index": 0, "content_index": 0, "delta": self.word(0, k), "logprobs": [],
-            })  # fmt: skip
+            yield _typed(
+                {
+                    "type": "response.output_text.delta",
+                    "sequence_number": k + 1,
+                    "item_id": "msg_fake",
+                    "output_index": 0,
+                    "content_index": 0,
+                    "delta": self.word(0, k),
+                    "logprobs": [],
+                }
+            )
         last = {
             "type": "response.completed",
             "sequence_number": self.length + 1,
@@ -346,7 +465,9 @@ def _typed(data: dict[str, Any]) -> str:
     return f"event: {data['type']}\n" + _event(data)
 
 
-def _error(status: int, message: str, param: str | None = None, fault: EngineFault | None = None) -> Response:
+def _error(
+    status: int, message: str, param: str | None = None, fault: EngineFault | None = None
+) -> Response:
     kind = "BadRequestError" if status < 500 else "InternalServerError"
     error: dict[str, Any] = {"message": message, "type": kind, "param": param, "code": status}
     if fault is not None:

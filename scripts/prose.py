@@ -1,4 +1,5 @@
-"""Measure the sentences of the pages: words per sentence, long sentences, and the words that CONTRIBUTING.md asks to avoid.
+"""Measure the sentences of the pages: words per sentence, long sentences, and the words that
+CONTRIBUTING.md asks to avoid.
 
 scripts/docs --prose             print a table, one row per page
 scripts/docs --prose load.md     print that page's long sentences and words to avoid
@@ -73,10 +74,16 @@ def read(text: str) -> Prose:
         if _ITEM.match(line):
             paragraphs.append([])
         paragraphs[-1].append(_ITEM.sub("", line).strip())
-    joined = [re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", " ".join(lines)) for lines in paragraphs if lines]
-    sentences = tuple(part for paragraph in joined for part in _END.split(paragraph) if len(part.split()) > 2)
+    joined = [
+        re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", " ".join(lines)) for lines in paragraphs if lines
+    ]
+    sentences = tuple(
+        part for paragraph in joined for part in _END.split(paragraph) if len(part.split()) > 2
+    )
     plain = re.sub(r"`[^`]*`", "", " ".join(joined))
-    avoided = tuple(match[0] for pattern in AVOID for match in re.finditer(pattern, plain, re.IGNORECASE))
+    avoided = tuple(
+        match[0] for pattern in AVOID for match in re.finditer(pattern, plain, re.IGNORECASE)
+    )
     return Prose(sentences, avoided)
 
 
@@ -105,7 +112,10 @@ def main() -> int:
 def _print(name: str, lengths: list[int], avoided: int) -> None:
     long = 100 * sum(length > LONG_WORDS for length in lengths) / len(lengths)
     mean = sum(lengths) / len(lengths)
-    print(f"{name:22} {len(lengths):4} sentences {mean:5.1f} words each {long:4.0f} % long {avoided:4} to avoid")
+    print(
+        f"{name:22} {len(lengths):4} sentences {mean:5.1f} words each {long:4.0f} % long "
+        f"{avoided:4} to avoid"
+    )
 
 
 if __name__ == "__main__":

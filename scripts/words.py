@@ -36,7 +36,9 @@ class Text:
     def avoided(self) -> list[str]:
         """The phrases in it that the voice guide asks to avoid."""
         plain = re.sub(r"`[^`]*`", "", " ".join(self.text.split()))
-        found = [match[0] for pattern in AVOID for match in re.finditer(pattern, plain, re.IGNORECASE)]
+        found = [
+            match[0] for pattern in AVOID for match in re.finditer(pattern, plain, re.IGNORECASE)
+        ]
         first = _FIRST.match(plain)
         return found + ([first[0]] if first else [])
 
@@ -89,13 +91,17 @@ def _strings(tree: ast.AST) -> Iterator[ast.Constant | ast.JoinedStr]:
 def _text(node: ast.Constant | ast.JoinedStr) -> str:
     if isinstance(node, ast.Constant):
         return str(node.value)
-    return "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
+    return "".join(
+        str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values
+    )
 
 
 def main() -> int:
     """Print each place, and fail if there is one."""
     arguments = sys.argv[1:]
-    places = _in_code(shown=not arguments) if arguments in ([], ["docstrings"]) else _in_pages(arguments)
+    places = (
+        _in_code(shown=not arguments) if arguments in ([], ["docstrings"]) else _in_pages(arguments)
+    )
     count = 0
     for place in places:
         print(place)

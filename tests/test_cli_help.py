@@ -27,7 +27,11 @@ def help_strings(source: Path) -> list[str]:
 
 @pytest.mark.parametrize("verb", SOURCES)
 def test_help_shows_every_option_with_its_default(verb: str) -> None:
-    shown = CliRunner().invoke(app, [verb, "--help"], env={"COLUMNS": "400", "TERMINAL_WIDTH": "400"}).output
+    shown = (
+        CliRunner()
+        .invoke(app, [verb, "--help"], env={"COLUMNS": "400", "TERMINAL_WIDTH": "400"})
+        .output
+    )
     plain = re.sub(r"\s+", " ", shown)
     strings = help_strings(Path(reft_serve.__file__).parent / SOURCES[verb])
     assert not [each for each in strings if re.sub(r"\s+", " ", each) not in plain]

@@ -12,7 +12,9 @@ from tests.support.paths import ROOT
 
 
 def imported(path: Path) -> Iterator[str]:
-    """The modules that a file imports, also inside functions; `from a import b` gives both `a` and `a.b`."""
+    """The modules that a file imports, also inside functions; `from a import b` gives both `a` and
+    `a.b`.
+    """
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -23,7 +25,9 @@ def imported(path: Path) -> Iterator[str]:
 
 def is_test_module(name: str) -> bool:
     parts = name.split(".")
-    return parts[0] == "tests" and any(part == "conftest" or part.startswith("test_") for part in parts[1:])
+    return parts[0] == "tests" and any(
+        part == "conftest" or part.startswith("test_") for part in parts[1:]
+    )
 
 
 def offences(path: Path) -> list[str]:
@@ -33,7 +37,11 @@ def offences(path: Path) -> list[str]:
     if folder == "tests":
         found += [f"{name} is a benchmark" for name in names if name.split(".")[0] == "benchmarks"]
     else:
-        outside = [name for name in names if name.startswith("tests.") and not name.startswith("tests.support")]
+        outside = [
+            name
+            for name in names
+            if name.startswith("tests.") and not name.startswith("tests.support")
+        ]
         found += [f"{name} is outside tests.support" for name in outside]
     return found
 
@@ -46,14 +54,18 @@ def test_only_support_is_shared(folder: str) -> None:
 
 def test_the_product_imports_no_tests() -> None:
     for path in (ROOT / "reft_serve").rglob("*.py"):
-        assert not [name for name in imported(path) if name.split(".")[0] in ("tests", "benchmarks")], path
+        assert not [
+            name for name in imported(path) if name.split(".")[0] in ("tests", "benchmarks")
+        ], path
 
 
 def test_helpers_are_in_support() -> None:
     """The recording of fixtures runs in another environment, so it is no helper."""
     here = {path for path in (ROOT / "tests").rglob("*.py") if "fixtures" not in path.parts}
     helpers = {
-        path for path in here if not path.name.startswith("test_") and path.name not in ("conftest.py", "__init__.py")
+        path
+        for path in here
+        if not path.name.startswith("test_") and path.name not in ("conftest.py", "__init__.py")
     }
     outside = [path for path in helpers if path.relative_to(ROOT).parts[1] != "support"]
     assert outside == []

@@ -18,14 +18,18 @@ def test_type_checkers_read_the_package_s_types() -> None:
 
 
 def test_the_classifiers_name_every_supported_python() -> None:
-    named = {line.rpartition(" :: ")[2] for line in PROJECT["project"]["classifiers"] if ":: 3." in line}
+    named = {
+        line.rpartition(" :: ")[2] for line in PROJECT["project"]["classifiers"] if ":: 3." in line
+    }
     assert named == {"3.11", "3.12", "3.13"}
     assert PROJECT["project"]["requires-python"] == ">=3.11"
 
 
 @pytest.mark.parametrize("verb", ["gateway", "up", "worker"])
 def test_a_command_still_runs_under_its_earlier_module_name(verb: str) -> None:
-    shim, module = (importlib.import_module(f"reft_serve.{name}") for name in (f"cli_{verb}", f"cli.{verb}"))
+    shim, module = (
+        importlib.import_module(f"reft_serve.{name}") for name in (f"cli_{verb}", f"cli.{verb}")
+    )
     assert getattr(shim, verb) is getattr(module, verb)
 
 

@@ -18,7 +18,9 @@ asyncio.run(_Child("sleeper", ["sh", "-c", "echo $$; exec sleep 120"], {"PATH": 
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux to signal a process whose parent has died")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="asks Linux to signal a process whose parent has died"
+)
 def test_a_child_ends_with_an_up_that_is_killed() -> None:
     parent = subprocess.Popen([sys.executable, "-c", _UP], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None

@@ -1,8 +1,9 @@
-"""An archive of an adapter's files, unpacked into a directory: those files, and nothing else. No torch.
+"""An archive of an adapter's files, unpacked into a directory: those files, and nothing else. No
+torch.
 
-Archives are not trusted: only regular files of known names are extracted, regardless of their paths, and
-never more bytes than are allowed, regardless of declared sizes. Call it in a process with limits: tarfile
-and zipfile read a header whole before it can be checked.
+Archives are not trusted: only regular files of known names are extracted, regardless of their
+paths, and never more bytes than are allowed, regardless of declared sizes. Call it in a process
+with limits: tarfile and zipfile read a header whole before it can be checked.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ MAX_ARCHIVE_MEMBERS = 256
 MAX_MEMBER_HEADER_BYTES = 32 << 10
 # Of the directory at a zip's end, with what is read to find it.
 MAX_ZIP_DIRECTORY_BYTES = 256 << 10
-# Files that the makers of archives and of adapters add; they are passed over unread. Compared in lower case.
+# Files that the makers of archives and of adapters add; they are passed over unread. Compared in
+# lower case.
 IGNORED: Final = frozenset(
     {
         *(
@@ -61,8 +63,10 @@ _DAMAGE = (
     *(EOFError, OSError, ValueError, NotImplementedError, RuntimeError, LookupError, OverflowError),
 )
 _UNPACKERS: tuple[tuple[bytes, Callable[[Any], Any]], ...] = (
-    (b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zXZ\x00", lzma.open),
-)  # fmt: skip
+    (b"\x1f\x8b", gzip.open),
+    (b"BZh", bz2.open),
+    (b"\xfd7zXZ\x00", lzma.open),
+)
 
 
 def is_archive(name: str) -> bool:
@@ -71,9 +75,13 @@ def is_archive(name: str) -> bool:
 
 
 def is_ignored(path: str) -> bool:
-    """True for files to skip: those that macOS and Windows add, and files that lie next to an adapter on a hub."""
+    """True for files to skip: those that macOS and Windows add, and files that lie next to an
+    adapter on a hub.
+    """
     parts = PurePosixPath(path.replace("\\", "/")).parts
-    return bool(parts) and ("__MACOSX" in parts or parts[-1].startswith("._") or parts[-1].lower() in IGNORED)
+    return bool(parts) and (
+        "__MACOSX" in parts or parts[-1].startswith("._") or parts[-1].lower() in IGNORED
+    )
 
 
 def unpack_archive(content: BinaryIO, name: str, into: Path, max_bytes: int) -> int:
@@ -86,7 +94,8 @@ def unpack_archive(content: BinaryIO, name: str, into: Path, max_bytes: int) -> 
         max_bytes: most bytes of the files together.
 
     Raises:
-        RequestInvalid: a file that does not belong to an adapter, one that appears twice, or a damaged archive.
+        RequestInvalid: a file that does not belong to an adapter, one that appears twice, or a
+            damaged archive.
         RequestTooLarge: the files have more than `max_bytes`.
         StoreUnusable: the directory cannot be written to.
     """
@@ -132,7 +141,12 @@ class _Metered:
 
     def __init__(self, file: Any) -> None:
         self._file, self.left = file, float(MAX_ZIP_DIRECTORY_BYTES)
-        self.seek, self.tell, self.close, self.seekable = file.seek, file.tell, file.close, file.seekable
+        self.seek, self.tell, self.close, self.seekable = (
+            file.seek,
+            file.tell,
+            file.close,
+            file.seekable,
+        )
 
     def read(self, size: int | None = -1) -> bytes:
         """At most `size` bytes; all that are left may be asked for as long as they are few."""
@@ -140,7 +154,9 @@ class _Metered:
         content: bytes = self._file.read(asked if 0 <= asked <= self.left else _least(self.left))
         self.left -= len(content)
         if self.left < 0:
-            raise RequestInvalid("the archive has a header, or a directory, that is too long", "files")
+            raise RequestInvalid(
+                "the archive has a header, or a directory, that is too long", "files"
+            )
         return content
 
 
@@ -162,10 +178,15 @@ def _untarred(content: BinaryIO) -> Iterator[tuple[str, IO[bytes]]]:
                 if not member.isdir() and not is_ignored(member.name):
                     name = _member(member.name)
                     file.left = math.inf
-                    opened = archive.extractfile(member) if member.isreg() and not member.issparse() else None
+                    opened = (
+                        archive.extractfile(member)
+                        if member.isreg() and not member.issparse()
+                        else None
+                    )
                     if opened is None:
                         raise RequestInvalid(
-                            f"{name} of the archive is a link or a device, not a regular file", "files"
+                            f"{name} of the archive is a link or a device, not a regular file",
+                            "files",
                         )
                     yield name, opened
                 archive.members.clear()  # else it keeps them all
@@ -186,7 +207,9 @@ def _unzipped(content: BinaryIO) -> Iterator[tuple[str, IO[bytes]]]:
                     continue
                 name = _member(path)
                 if (member.external_attr >> 16) & 0o170000 not in (0, 0o100000):
-                    raise RequestInvalid(f"{name} of the archive is a link or a device, not a regular file", "files")
+                    raise RequestInvalid(
+                        f"{name} of the archive is a link or a device, not a regular file", "files"
+                    )
                 with archive.open(member) as opened:
                     yield name, opened
     except _DAMAGE as exc:
@@ -201,10 +224,16 @@ def _check_count(count: int) -> None:
 def _member(path: str) -> str:
     parts = PurePosixPath(path.replace("\\", "/")).parts
     inside = [part for part in parts if part != "."]
-    if not inside or inside[-1] not in FILES or len(inside) > 2 or ".." in inside or inside[0] == "/":
+    if (
+        not inside
+        or inside[-1] not in FILES
+        or len(inside) > 2
+        or ".." in inside
+        or inside[0] == "/"
+    ):
         raise RequestInvalid(
-            f"{path[:80]!r} of the archive is not an adapter file; {', '.join(FILES)} are, at the top level or in one "
-            "directory",
+            f"{path[:80]!r} of the archive is not an adapter file; {', '.join(FILES)} are, at the "
+            "top level or in one directory",
             "files",
         )
     return inside[-1]

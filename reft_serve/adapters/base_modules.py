@@ -1,4 +1,6 @@
-"""The linear modules of a base model, which its LoRAs are compared with. Needs transformers, and loads no weight."""
+"""The linear modules of a base model, which its LoRAs are compared with. Needs transformers, and
+loads no weight.
+"""
 
 from __future__ import annotations
 
@@ -34,14 +36,19 @@ def linear_modules(base: Path) -> Mapping[str, Shape]:
         ) from exc
     try:
         config = transformers.AutoConfig.from_pretrained(base)
-        architecture = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModelForCausalLM)
+        architecture = getattr(
+            transformers, (config.architectures or [""])[0], transformers.AutoModelForCausalLM
+        )
         with torch.device("meta"):
             build: Any = getattr(architecture, "_from_config", None) or architecture.from_config
             model = build(config)
     except Exception as exc:  # whatever a configuration makes of it, it is the base's
-        raise BaseModelInvalid(f"the modules of the base model at {base} cannot be listed: {str(exc)[:200]}") from exc
+        raise BaseModelInvalid(
+            f"the modules of the base model at {base} cannot be listed: {str(exc)[:200]}"
+        ) from exc
     found = dict(_linear(model))
-    if config.get_text_config() is not config:  # PEFT's names of such models differ between releases of transformers
+    # PEFT's names of such models differ between releases of transformers
+    if config.get_text_config() is not config:
         found |= {name: shape for path, shape in found.items() for name in _other_names(path)}
     return found
 
@@ -59,5 +66,9 @@ def _linear(model: nn.Module) -> Iterator[tuple[str, Shape]]:
         weight = getattr(module, "weight", None)
         if isinstance(module, nn.Linear):
             yield path, (module.in_features, module.out_features)
-        elif type(module).__name__ == "Conv1D" and isinstance(weight, torch.Tensor) and weight.ndim == 2:
+        elif (
+            type(module).__name__ == "Conv1D"
+            and isinstance(weight, torch.Tensor)
+            and weight.ndim == 2
+        ):
             yield path, (weight.shape[0], weight.shape[1])  # GPT-2's, whose weights are transposed

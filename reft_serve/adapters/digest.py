@@ -1,4 +1,6 @@
-"""The name of a version: sha256 in hex over the names, lengths and bytes of its files, in the order of their names."""
+"""The name of a version: sha256 in hex over the names, lengths and bytes of its files, in the order
+of their names.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""An adapter's directory: `reft_config.json` and `reft_model.safetensors`, read whole and checked, published whole.
+"""An adapter's directory: `reft_config.json` and `reft_model.safetensors`, read whole and checked,
+published whole.
 
-Tensor k of the file is `interventions.<k>.<name>`, names as in `vocabulary.required_tensors`. PEFT's two files may lie
-next to them: then the adapter is both, ReFT and LoRA. The digest over the bytes of the files is the version's name: equal
-digests are equal adapters, wherever they lie.
+Tensor k of the file is `interventions.<k>.<name>`, names as in `vocabulary.required_tensors`.
+PEFT's two files may lie next to them: then the adapter is both, ReFT and LoRA. The digest over the
+bytes of the files is the version's name: equal digests are equal adapters, wherever they lie.
 """
 
 from __future__ import annotations
@@ -30,7 +31,12 @@ from reft_serve.adapters.structure import (
 from reft_serve.adapters.tensors import entries_of, parse_tensors
 from reft_serve.errors import AdapterChanged, AdapterInvalid, AdapterNotFound, AdapterUnsupported
 from reft_serve.interventions.kinds import Weights, fold
-from reft_serve.interventions.vocabulary import ORTHONORMAL, ORTHONORMAL_TOLERANCE, optional_tensors, required_tensors
+from reft_serve.interventions.vocabulary import (
+    ORTHONORMAL,
+    ORTHONORMAL_TOLERANCE,
+    optional_tensors,
+    required_tensors,
+)
 from reft_serve.storage.files import read_regular_file, write_directory
 
 __all__ = [
@@ -45,13 +51,17 @@ __all__ = [
     "read_version",
 ]
 
-DTYPES: dict[DType, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[DType, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Adapter:
-    """One immutable version. `weights[k]` belongs to `manifest.interventions[k]`; `digest` is sha256 in hex; `lora` is
-    its other half, if it has one.
+    """One immutable version. `weights[k]` belongs to `manifest.interventions[k]`; `digest` is
+    sha256 in hex; `lora` is its other half, if it has one.
     """
 
     manifest: Manifest
@@ -67,27 +77,31 @@ def is_adapter(path: Path) -> bool:
 
 
 def read_adapter(
-    path: Path, max_bytes: int = 1 << 30, unsupported: Callable[[Manifest], Sequence[str]] | None = None
+    path: Path,
+    max_bytes: int = 1 << 30,
+    unsupported: Callable[[Manifest], Sequence[str]] | None = None,
 ) -> Adapter:
     """Read and check a directory. The result is valid in itself; the base model is not considered.
 
     Args:
         path: the directory. Its files must be regular files: a link could point anywhere.
         max_bytes: largest tensor file to take into memory.
-        unsupported: why an engine cannot serve a manifest; asked before the tensors are computed with, whose cost grows
-            with the rank.
+        unsupported: why an engine cannot serve a manifest; asked before the tensors are computed
+            with, whose cost grows with the rank.
 
     Raises:
         AdapterNotFound: no directory, or no `reft_config.json` in it.
         AdapterUnsupported: what `unsupported` reports.
-        AdapterInvalid: every fault found: manifest, missing or unknown tensors, shapes, dtypes, NaN or Inf, a truncated
-            or oversized file, links, and adapters without any effect.
+        AdapterInvalid: every fault found: manifest, missing or unknown tensors, shapes, dtypes, NaN
+            or Inf, a truncated or oversized file, links, and adapters without any effect.
     """
     files = _read_files(path, max_bytes)
     manifest = parse_manifest(files[CONFIG], str(path))
     if unsupported is not None and (faults := unsupported(manifest)):
         raise AdapterUnsupported(str(path), faults)
-    weights, warnings = check_tensors(manifest, parse_tensors(files[TENSORS], TENSORS, str(path)), str(path))
+    weights, warnings = check_tensors(
+        manifest, parse_tensors(files[TENSORS], TENSORS, str(path)), str(path)
+    )
     lora = None
     if LORA_CONFIG in files:
         halves = {name: files[name] for name in (LORA_CONFIG, LORA_TENSORS)}
@@ -96,7 +110,8 @@ def read_adapter(
 
 
 def read_version(path: Path, digest: str, max_bytes: int = 1 << 30) -> Adapter:
-    """Read a version that `read_adapter` has checked before, without checking its tensors again or keeping its LoRA.
+    """Read a version that `read_adapter` has checked before, without checking its tensors again or
+    keeping its LoRA.
 
     Raises:
         AdapterNotFound, AdapterInvalid: the files are gone or cannot be read.
@@ -106,11 +121,15 @@ def read_version(path: Path, digest: str, max_bytes: int = 1 << 30) -> Adapter:
     found = digest_of(files)
     if found != digest:
         raise AdapterChanged(
-            f"the adapter at {path} is no longer version {digest[:12]} but {found[:12]}: load it again"
+            f"the adapter at {path} is no longer version {digest[:12]} but {found[:12]}: load it "
+            "again"
         )
     manifest = parse_manifest(files[CONFIG], str(path))
     own = _by_intervention(manifest, parse_tensors(files[TENSORS], TENSORS, str(path)))
-    weights = (Weights.of(s.kind, mine, s.activation) for s, mine in zip(manifest.interventions, own, strict=True))
+    weights = (
+        Weights.of(s.kind, mine, s.activation)
+        for s, mine in zip(manifest.interventions, own, strict=True)
+    )
     return Adapter(manifest, tuple(weights), digest)
 
 
@@ -131,17 +150,26 @@ def _read_files(path: Path, max_bytes: int) -> dict[str, bytes]:
 
 
 def _by_intervention(manifest: Manifest, named: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    letters = [(*required_tensors(spec.kind), *optional_tensors(spec.kind)) for spec in manifest.interventions]
-    keys = [{letter: f"interventions.{k}.{letter}" for letter in own} for k, own in enumerate(letters)]
+    letters = [
+        (*required_tensors(spec.kind), *optional_tensors(spec.kind))
+        for spec in manifest.interventions
+    ]
+    keys = [
+        {letter: f"interventions.{k}.{letter}" for letter in own} for k, own in enumerate(letters)
+    ]
     return [{letter: named[key] for letter, key in own.items() if key in named} for own in keys]
 
 
-def publish(path: Path, manifest: Manifest, weights: Sequence[Weights], lora: Lora | None = None) -> Adapter:
-    """Write an adapter so that it is there whole or not at all, even when the process dies half-way.
+def publish(
+    path: Path, manifest: Manifest, weights: Sequence[Weights], lora: Lora | None = None
+) -> Adapter:
+    """Write an adapter so that it is there whole or not at all, even when the process dies
+    half-way.
 
     Raises:
         AdapterExists: something is at `path` already.
-        AdapterInvalid: the adapter fails the checks that reading it would make; nothing was written.
+        AdapterInvalid: the adapter fails the checks that reading it would make; nothing was
+            written.
     """
     named = {
         f"interventions.{k}.{name}": t.detach().clone(memory_format=torch.contiguous_format)
@@ -172,8 +200,14 @@ def check_tensors(
     faults = [fault for _, fault in structural]
     weights: list[Weights] = []
     warnings: list[str] = []
-    for k, (spec, own) in enumerate(zip(manifest.interventions, _by_intervention(manifest, named), strict=True)):
-        whole = {name: tensor for name, tensor in own.items() if f"interventions.{k}.{name}" not in damaged}
+    for k, (spec, own) in enumerate(
+        zip(manifest.interventions, _by_intervention(manifest, named), strict=True)
+    ):
+        whole = {
+            name: tensor
+            for name, tensor in own.items()
+            if f"interventions.{k}.{name}" not in damaged
+        }
         found = list(_value_faults(whole))
         faults += [f"intervention {k} ({spec.where}): {fault}" for fault in found]
         if found or len(whole) < len(own) or not whole.keys() >= set(required_tensors(spec.kind)):
@@ -183,8 +217,8 @@ def check_tensors(
             off = _orthonormal_error(weights[-1].projection)
             if off > ORTHONORMAL_TOLERANCE:
                 warnings.append(
-                    f"intervention {k} ({spec.where}): R is not orthonormal (off by {off:.2g}), as after a resumed training "
-                    "in pyreft; it is served unchanged"
+                    f"intervention {k} ({spec.where}): R is not orthonormal (off by {off:.2g}), "
+                    "as after a resumed training in pyreft; it is served unchanged"
                 )
     if not faults and all(fold(w, torch.float64).does_nothing for w in weights):
         faults.append("it has no effect: every intervention leaves the hidden states unchanged")
@@ -198,7 +232,10 @@ def _value_faults(own: Mapping[str, Tensor]) -> Iterator[str]:
         if not tensor.isfinite().all():
             yield f"{name} holds NaN or Inf"
         elif name in ("R", "W2") and not tensor.any():
-            yield f"{name} is all zeros, so the edit has no effect (caused by weight decay on pyreft's rotation)"
+            yield (
+                f"{name} is all zeros, so the edit has no effect (caused by weight decay on "
+                "pyreft's rotation)"
+            )
 
 
 def _orthonormal_error(R: Tensor) -> float:

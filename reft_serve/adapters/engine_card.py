@@ -1,4 +1,6 @@
-"""The engine's model card: base model, limits and capabilities, in addition to vLLM's fields. No torch."""
+"""The engine's model card: base model, limits and capabilities, in addition to vLLM's fields. No
+torch.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ CARD_KEY = "reft"
 
 
 class EngineCard(BaseModel):
-    """`max_lora_rank`: of the LoRA that an adapter may hold next to its interventions; 0 if none is served."""
+    """`max_lora_rank`: of the LoRA that an adapter may hold next to its interventions; 0 if none is
+    served.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -25,7 +29,9 @@ class EngineCard(BaseModel):
 
 
 def read_card(card: object) -> EngineCard | None:
-    """Parse the base model's card of `/v1/models`; None without a card or if it is not understood."""
+    """Parse the base model's card of `/v1/models`; None without a card or if it is not
+    understood.
+    """
     if not isinstance(card, dict) or CARD_KEY not in card:
         return None
     try:

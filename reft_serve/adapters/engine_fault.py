@@ -1,4 +1,6 @@
-"""Why an engine did not take an adapter, as data: its processes and its answers carry it, and a gateway reads it."""
+"""Why an engine did not take an adapter, as data: its processes and its answers carry it, and a
+gateway reads it.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ _MARK = "reft-serve fault: "
 
 @dataclass(frozen=True, slots=True)
 class EngineFault:
-    """A failure by the name of its class, its message, and every fault of the adapter if it has any."""
+    """A failure by the name of its class, its message, and every fault of the adapter if it has
+    any.
+    """
 
     type: str = ""
     message: str = ""

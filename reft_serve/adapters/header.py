@@ -1,4 +1,6 @@
-"""The header of a safetensors file, read without torch: each tensor's name, dtype and shape, and that the bytes fit them."""
+"""The header of a safetensors file, read without torch: each tensor's name, dtype and shape, and
+that the bytes fit them.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,15 @@ from typing import Any, BinaryIO
 from reft_serve.errors import AdapterInvalid
 from reft_serve.storage.files import open_regular_file
 
-__all__ = ["MAX_DIMENSION", "MAX_DIMENSIONS", "MAX_HEADER_BYTES", "MAX_TENSORS", "Entry", "header_bytes", "read_header"]
+__all__ = [
+    "MAX_DIMENSION",
+    "MAX_DIMENSIONS",
+    "MAX_HEADER_BYTES",
+    "MAX_TENSORS",
+    "Entry",
+    "header_bytes",
+    "read_header",
+]
 
 MAX_HEADER_BYTES = 8 << 20
 MAX_TENSORS = 65_536
@@ -42,15 +52,17 @@ def read_header(file: Path, where: str) -> dict[str, Entry]:
     """The entries of a safetensors file whose tensors lie side by side, to its last byte.
 
     Raises:
-        AdapterInvalid: it is not a regular file, damaged, or another kind of file; `where` is the adapter that the message
-            names.
+        AdapterInvalid: it is not a regular file, damaged, or another kind of file; `where` is the
+            adapter that the message names.
     """
     with open_regular_file(file, where) as opened:
         try:
             return _entries(opened, os.fstat(opened.fileno()).st_size)
         except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as exc:
             reason = " ".join(str(exc).split())[:200]
-            raise AdapterInvalid(where, [f"{file.name} is damaged or not a safetensors file ({reason})"]) from exc
+            raise AdapterInvalid(
+                where, [f"{file.name} is damaged or not a safetensors file ({reason})"]
+            ) from exc
 
 
 def header_bytes(file: Path, where: str) -> int:
@@ -79,11 +91,13 @@ def _entries(opened: BinaryIO, size: int) -> dict[str, Entry]:
         dtype, width = _DTYPES[entry["dtype"]]
         if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
             raise ValueError(
-                f"tensor {name[:80]!r} has a shape that is not a list of at most {MAX_DIMENSIONS} dimensions"
+                f"tensor {name[:80]!r} has a shape that is not a list of at most {MAX_DIMENSIONS} "
+                "dimensions"
             )
         if not all(type(n) is int and 0 <= n < MAX_DIMENSION for n in (*shape, begin, end)):
             raise ValueError(
-                f"tensor {name[:80]!r} has a shape or an extent that is not a number below {MAX_DIMENSION}"
+                f"tensor {name[:80]!r} has a shape or an extent that is not a number below "
+                f"{MAX_DIMENSION}"
             )
         if end - begin != math.prod(shape) * width:
             raise ValueError(f"tensor {name[:80]!r} has more or fewer bytes than its shape")
@@ -95,7 +109,9 @@ def _entries(opened: BinaryIO, size: int) -> dict[str, Entry]:
             raise ValueError("its tensors overlap or leave a gap")
         at = end
     if at != size - 8 - length:
-        raise ValueError(f"it has {size - 8 - length} bytes of tensors and its header declares {at}")
+        raise ValueError(
+            f"it has {size - 8 - length} bytes of tensors and its header declares {at}"
+        )
     return entries
 
 

@@ -1,6 +1,7 @@
 """The LoRA half of a directory that holds both: PEFT's two files, checked without the base model.
 
-Both halves act on a request: the LoRA inside the decoder layers, the edits on the stream that leaves them.
+Both halves act on a request: the LoRA inside the decoder layers, the edits on the stream that
+leaves them.
 """
 
 from __future__ import annotations
@@ -40,15 +41,21 @@ _PARAMETER = re.compile(r"(base_model\.model\..{1,512}\.lora_[AB])\.[^.]{1,128}\
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Lora:
-    """A sound LoRA. `files` are its bytes by file name; `rank` is the largest of its matrices, `parameters` their sum."""
+    """A sound LoRA. `files` are its bytes by file name; `rank` is the largest of its matrices,
+    `parameters` their sum.
+    """
 
     files: Mapping[str, bytes]
     rank: int
     parameters: int
 
     def misfits(self, modules: Mapping[str, tuple[int, int]]) -> list[str]:
-        """Why it does not fit a base model with these linear modules: (inputs, outputs) of each by its path."""
-        return module_faults(entries_of(parse_tensors(self.files[TENSORS], TENSORS, TENSORS)), modules)
+        """Why it does not fit a base model with these linear modules: (inputs, outputs) of each by
+        its path.
+        """
+        return module_faults(
+            entries_of(parse_tensors(self.files[TENSORS], TENSORS, TENSORS)), modules
+        )
 
 
 def holds_lora(path: Path) -> bool:
@@ -73,19 +80,27 @@ def read_lora(path: Path, layers: int, max_bytes: int) -> Lora:
     return lora_of_files({CONFIG: config, TENSORS: tensors}, layers, where)
 
 
-def lora_of_tensors(config: Mapping[str, Any], tensors: Mapping[str, Tensor], layers: int, where: str) -> Lora:
+def lora_of_tensors(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], layers: int, where: str
+) -> Lora:
     """A LoRA from PEFT's configuration and its tensors by PEFT's names in a file.
 
     Raises:
         AdapterInvalid: every fault found.
     """
     named = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    files = {CONFIG: json.dumps(dict(config), indent=2).encode() + b"\n", TENSORS: save_safetensors(named)}
+    files = {
+        CONFIG: json.dumps(dict(config), indent=2).encode() + b"\n",
+        TENSORS: save_safetensors(named),
+    }
     return lora_of_files(files, layers, where)
 
 
-def lora_of_parameters(parameters: Mapping[str, Tensor], alpha: float, layers: int, where: str) -> Lora:
-    """A LoRA from the parameters of a PEFT model, as pyreft saves them: without their configuration.
+def lora_of_parameters(
+    parameters: Mapping[str, Tensor], alpha: float, layers: int, where: str
+) -> Lora:
+    """A LoRA from the parameters of a PEFT model, as pyreft saves them: without their
+    configuration.
 
     Args:
         parameters: by the names of `named_parameters`, such as `...o_proj.lora_A.default.weight`.
@@ -97,14 +112,23 @@ def lora_of_parameters(parameters: Mapping[str, Tensor], alpha: float, layers: i
         AdapterInvalid: every fault found.
     """
     named = {_PARAMETER.sub(r"\1.weight", name): tensor for name, tensor in parameters.items()}
-    ranks = sorted({tensor.shape[0] for name, tensor in named.items() if "lora_A" in name and tensor.ndim == 2})
+    ranks = sorted(
+        {tensor.shape[0] for name, tensor in named.items() if "lora_A" in name and tensor.ndim == 2}
+    )
     if len(ranks) != 1:
         raise AdapterInvalid(
-            where, [f"its LoRA has matrices of the ranks {ranks}: save it with PEFT, which records them"]
+            where,
+            [f"its LoRA has matrices of the ranks {ranks}: save it with PEFT, which records them"],
         )
     # Whole names: PEFT would put a module that is named by its end alone into every layer.
     modules = sorted({match[1] for name in named if (match := LORA_NAME.fullmatch(name))})
-    config = {"peft_type": "LORA", "r": ranks[0], "lora_alpha": alpha, "target_modules": modules, "bias": "none"}
+    config = {
+        "peft_type": "LORA",
+        "r": ranks[0],
+        "lora_alpha": alpha,
+        "target_modules": modules,
+        "bias": "none",
+    }
     return lora_of_tensors(config, named, layers, where)
 
 

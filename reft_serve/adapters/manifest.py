@@ -1,6 +1,8 @@
-"""`reft_config.json`: what an adapter is, without its tensors. No torch, so that the gateway can read it.
+"""`reft_config.json`: what an adapter is, without its tensors. No torch, so that the gateway can
+read it.
 
-The facts of the base model are those that must match for the edits to mean anything; its name is for people.
+The facts of the base model are those that must match for the edits to mean anything; its name is
+for people.
 """
 
 from __future__ import annotations
@@ -76,7 +78,9 @@ class InterventionSpec(_Frozen):
     @classmethod
     def _known(cls, name: str) -> str:
         if name not in ACTIVATION_CODES:
-            raise ValueError(f"activation {name[:64]!r} is not one of {', '.join(ACTIVATION_CODES)}")
+            raise ValueError(
+                f"activation {name[:64]!r} is not one of {', '.join(ACTIVATION_CODES)}"
+            )
         return name
 
     @model_validator(mode="after")
@@ -98,12 +102,15 @@ class InterventionSpec(_Frozen):
 
 
 class Manifest(_Frozen):
-    """The whole of `reft_config.json`. The order of interventions is the order in which they act at one place."""
+    """The whole of `reft_config.json`. The order of interventions is the order in which they act at
+    one place.
+    """
 
     format_version: Literal[1] = 1
     base_model: BaseFacts
     interventions: Annotated[
-        tuple[InterventionSpec, ...], Field(min_length=1, max_length=MAX_INTERVENTIONS, strict=False)
+        tuple[InterventionSpec, ...],
+        Field(min_length=1, max_length=MAX_INTERVENTIONS, strict=False),
     ]
     positions: PositionRule
     provenance: dict[str, str | int | float | bool | None] = {}
@@ -112,7 +119,9 @@ class Manifest(_Frozen):
     def _halves(self) -> Manifest:
         for k, spec in enumerate(self.interventions):
             if self.positions.tied and spec.part != "both":
-                raise ValueError(f"intervention {k} serves the {spec.part} only, but the positions are tied")
+                raise ValueError(
+                    f"intervention {k} serves the {spec.part} only, but the positions are tied"
+                )
         return self
 
     def summary(self) -> dict[str, str | int | list[str]]:
@@ -130,7 +139,9 @@ class Manifest(_Frozen):
 
 
 class Limits(_Frozen):
-    """Limits of an engine, with the manifest's component names; None for a limit that is not declared."""
+    """Limits of an engine, with the manifest's component names; None for a limit that is not
+    declared.
+    """
 
     max_rank: int | None = None
     max_interventions: int | None = None
@@ -144,20 +155,24 @@ class Limits(_Frozen):
         specs, faults = manifest.interventions, []
         if self.max_interventions is not None and len(specs) > self.max_interventions:
             faults.append(
-                f"it has {len(specs)} interventions and this engine supports {self.max_interventions}: "
-                "raise REFT_MAX_INTERVENTIONS"
+                f"it has {len(specs)} interventions and this engine supports "
+                f"{self.max_interventions}: raise REFT_MAX_INTERVENTIONS"
             )
         for k, spec in enumerate(specs):
             if self.max_rank is not None and spec.unit_rank > self.max_rank:
-                twice = f" (twice its rank, for the activation {spec.activation})" if spec.unit_rank > spec.rank else ""
+                twice = (
+                    f" (twice its rank, for the activation {spec.activation})"
+                    if spec.unit_rank > spec.rank
+                    else ""
+                )
                 faults.append(
-                    f"intervention {k} ({spec.where}) needs rank {spec.unit_rank}{twice} and this engine supports "
-                    f"{self.max_rank}: raise REFT_MAX_RANK"
+                    f"intervention {k} ({spec.where}) needs rank {spec.unit_rank}{twice} and this "
+                    f"engine supports {self.max_rank}: raise REFT_MAX_RANK"
                 )
             if self.components is not None and spec.component not in self.components:
                 faults.append(
-                    f"intervention {k} edits {spec.component}, which this engine was started without: "
-                    "add it to REFT_COMPONENTS"
+                    f"intervention {k} edits {spec.component}, which this engine was started "
+                    "without: add it to REFT_COMPONENTS"
                 )
         return faults
 
@@ -165,21 +180,29 @@ class Limits(_Frozen):
 def _base_faults(manifest: Manifest, base: BaseFacts) -> list[str]:
     theirs, faults = manifest.base_model, []
     if theirs.architecture != base.architecture:
-        faults.append(f"it was trained on a {theirs.architecture} and the base model is a {base.architecture}")
+        faults.append(
+            f"it was trained on a {theirs.architecture} and the base model is a {base.architecture}"
+        )
     if theirs.hidden_size != base.hidden_size:
-        faults.append(f"its hidden size is {theirs.hidden_size} and the base model's is {base.hidden_size}")
+        faults.append(
+            f"its hidden size is {theirs.hidden_size} and the base model's is {base.hidden_size}"
+        )
     if theirs.num_hidden_layers != base.num_hidden_layers:
         faults.append(
-            f"it was trained on {theirs.num_hidden_layers} layers and the base model has {base.num_hidden_layers}"
+            f"it was trained on {theirs.num_hidden_layers} layers and the base model has "
+            f"{base.num_hidden_layers}"
         )
     return faults
 
 
 def manifest_faults(manifest: Manifest) -> list[str]:
-    """Faults that a well-formed manifest has in itself: layers out of range, more edits at one place than we compose."""
+    """Faults that a well-formed manifest has in itself: layers out of range, more edits at one
+    place than we compose.
+    """
     layers = manifest.base_model.num_hidden_layers
     faults = [
-        f"intervention {k} is at layer {spec.layer} and the base model has {layers} (0 to {layers - 1})"
+        f"intervention {k} is at layer {spec.layer} and the base model has {layers} (0 to "
+        f"{layers - 1})"
         for k, spec in enumerate(manifest.interventions)
         if spec.layer >= layers
     ]
@@ -190,15 +213,18 @@ def manifest_faults(manifest: Manifest) -> list[str]:
     for (boundary, place, half), count in depth.items():
         if count > MAX_PASSES:
             faults.append(
-                f"{count} interventions act in sequence at {place} {boundary} ({half}); at most {MAX_PASSES} are supported"
+                f"{count} interventions act in sequence at {place} {boundary} ({half}); at most "
+                f"{MAX_PASSES} are supported"
             )
     return faults
 
 
 def place_of(spec: InterventionSpec) -> tuple[int, str]:
-    """Where an edit acts: the stream that leaves layer k is the one that enters layer k + 1, so both have one name.
+    """Where an edit acts: the stream that leaves layer k is the one that enters layer k + 1, so
+    both have one name.
 
-    Returns (layer, "mlp_output" | "attention_output") or (boundary, "block"), boundary 0 being the embeddings.
+    Returns (layer, "mlp_output" | "attention_output") or (boundary, "block"), boundary 0 being the
+    embeddings.
     """
     if spec.component == "block_output":
         return spec.layer + 1, "block"
@@ -236,15 +262,23 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
 
 
 def _size_faults(data: Any) -> list[str]:
-    """Reject objects with too many entries before validation: each entry could be a fault, and each fault takes memory."""
+    """Reject objects with too many entries before validation: each entry could be a fault, and each
+    fault takes memory.
+    """
     if not isinstance(data, dict):
         return []
-    sizes = [("the top level", data, MAX_KEYS), ("provenance", data.get("provenance"), MAX_PROVENANCE)]
+    sizes = [
+        ("the top level", data, MAX_KEYS),
+        ("provenance", data.get("provenance"), MAX_PROVENANCE),
+    ]
     sizes += [(name, data.get(name), MAX_KEYS) for name in ("base_model", "positions")]
     specs = data.get("interventions")
     if isinstance(specs, list):
         sizes.append(("interventions", specs, MAX_INTERVENTIONS))
-        sizes += [(f"interventions.{k}", spec, MAX_KEYS) for k, spec in enumerate(specs[:MAX_INTERVENTIONS])]
+        sizes += [
+            (f"interventions.{k}", spec, MAX_KEYS)
+            for k, spec in enumerate(specs[:MAX_INTERVENTIONS])
+        ]
     return [
         f"reft_config.json, {place}: it has {len(held):,} entries and at most {most:,} are taken"
         for place, held, most in sizes
@@ -273,5 +307,9 @@ def _sentence(error: dict[str, Any]) -> str:
     place = ".".join(repr(part)[:64].strip("'") for part in error["loc"]) or "the top level"
     value = error.get("input")
     short = value is None or (isinstance(value, str | int | float) and len(repr(value)) <= 60)
-    given = f", not {value!r}" if short and error["type"] not in ("missing", "value_error", "model_type") else ""
+    given = (
+        f", not {value!r}"
+        if short and error["type"] not in ("missing", "value_error", "model_type")
+        else ""
+    )
     return f"reft_config.json, {place}: {error['msg'].removeprefix('Value error, ')}{given}"

@@ -1,7 +1,9 @@
-"""The adapter store: one directory per version, named by its digest, there whole or not at all. No torch.
+"""The adapter store: one directory per version, named by its digest, there whole or not at all. No
+torch.
 
-Gateways, workers and engines see it under the same path: a directory of their machine, or one that their machines share (an
-engine reads a version from its path, so an object store cannot stand in for it).
+Gateways, workers and engines see it under the same path: a directory of their machine, or one that
+their machines share (an engine reads a version from its path, so an object store cannot stand in
+for it).
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ class AdapterStore:
 
     @contextmanager
     def staging(self) -> Iterator[Path]:
-        """A new directory of the store's file system to put a version's files in; removed at the end.
+        """A new directory of the store's file system to put a version's files in; removed at the
+        end.
 
         Raises:
             StoreUnusable: the disk is full or cannot be written to, now or within the block.
@@ -57,13 +60,16 @@ class AdapterStore:
             yield aside.path
         except OSError as exc:
             if exc.errno in NO_SPACE:
-                raise StoreUnusable(f"the adapter store cannot be written to ({exc.strerror})") from exc
+                raise StoreUnusable(
+                    f"the adapter store cannot be written to ({exc.strerror})"
+                ) from exc
             raise
         finally:
             aside.remove()
 
     def publish(self, staged: Path) -> str:
-        """Move a staged directory to where its digest says, and give the digest. One that is there already stays.
+        """Move a staged directory to where its digest says, and give the digest. One that is there
+        already stays.
 
         Raises:
             StoreUnusable: the disk is full or cannot be written to; nothing was published.
@@ -111,13 +117,22 @@ class AdapterStore:
         except FileNotFoundError:
             return
         except OSError as exc:
-            raise StoreUnusable(f"version {digest[:12]} cannot be removed ({exc.strerror})") from exc
+            raise StoreUnusable(
+                f"version {digest[:12]} cannot be removed ({exc.strerror})"
+            ) from exc
         shutil.rmtree(aside, ignore_errors=True)
 
     def digests(self) -> list[tuple[str, int]]:
-        """Every version that lies here, with the time of its last change in milliseconds since 1970."""
+        """Every version that lies here, with the time of its last change in milliseconds since
+        1970.
+        """
         try:
-            found = [path for folder in self.root.iterdir() if len(folder.name) == 2 for path in folder.iterdir()]
+            found = [
+                path
+                for folder in self.root.iterdir()
+                if len(folder.name) == 2
+                for path in folder.iterdir()
+            ]
             named = [path for path in found if _DIGEST.fullmatch(path.name)]
             return [(path.name, path.stat().st_mtime_ns // 1_000_000) for path in named]
         except FileNotFoundError:  # one was removed in this moment, or there is no store yet

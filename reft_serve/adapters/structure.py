@@ -1,4 +1,5 @@
-"""Checks of an adapter's files that need no torch: the manifest, and each tensor's name, shape, dtype and extent.
+"""Checks of an adapter's files that need no torch: the manifest, and each tensor's name, shape,
+dtype and extent.
 
 `directory` and `lora`, which the engine calls when it loads a version, add the checks that need the
 values: NaN, zeros, and edits without effect.
@@ -78,7 +79,9 @@ def check_structure(path: Path, where: str) -> Manifest:
     faults = [fault for _, fault in tensor_faults(manifest, read_header(path / TENSORS, where))]
     if LORA_TENSORS in present:
         config = read_regular_file(path / LORA_CONFIG, MAX_CONFIG_BYTES, where)
-        faults += lora_faults(config, read_header(path / LORA_TENSORS, where), manifest.base_model.num_hidden_layers)
+        faults += lora_faults(
+            config, read_header(path / LORA_TENSORS, where), manifest.base_model.num_hidden_layers
+        )
     if faults:
         raise AdapterInvalid(where, faults)
     return manifest
@@ -110,7 +113,11 @@ def _entry_fault(entry: Entry, spec: InterventionSpec, letter: str, width: int) 
     kept_full = letter == "R" or (letter == "b" and "W" not in required_tensors(spec.kind))
     dtype = "float32" if kept_full else spec.dtype
     if spec.rank > width:  # told once
-        return f"rank {spec.rank} is larger than the hidden size {width}" if letter in ("R", "W2") else None
+        return (
+            f"rank {spec.rank} is larger than the hidden size {width}"
+            if letter in ("R", "W2")
+            else None
+        )
     if entry.shape != shape:
         return f"{letter} has shape {entry.shape} and must have {shape}"
     if entry.dtype != dtype:
@@ -133,12 +140,17 @@ def lora_faults(config: bytes, entries: Mapping[str, Entry], layers: int) -> lis
     for name, entry in sorted(entries.items()):
         match = LORA_NAME.fullmatch(name)
         if match is None:
-            faults.append(f"{LORA_TENSORS}: {name[:120]!r} is not a matrix of a LoRA on a linear layer")
+            faults.append(
+                f"{LORA_TENSORS}: {name[:120]!r} is not a matrix of a LoRA on a linear layer"
+            )
             continue
         pairs.setdefault(match[1], {})[match[2]] = entry
         layer = _LAYER.search(f".{match[1]}.")
         if layer and int(layer[1]) >= layers:
-            faults.append(f"{LORA_TENSORS}: {name[:120]!r} is for layer {layer[1]} and the base model has {layers}")
+            faults.append(
+                f"{LORA_TENSORS}: {name[:120]!r} is for layer {layer[1]} and the base model has "
+                f"{layers}"
+            )
         if entry.dtype not in _FLOATS:
             faults.append(f"{LORA_TENSORS}: {name[:120]!r} must hold finite floats")
     if pairs:
@@ -146,7 +158,9 @@ def lora_faults(config: bytes, entries: Mapping[str, Entry], layers: int) -> lis
             f"{LORA_CONFIG}: target_modules names {name[:120]!r}, but has no tensor for it"
             for name in _without_tensors(targets, pairs)
         ]
-    return faults + [fault for module, pair in pairs.items() for fault in _pair_faults(module, pair)]
+    return faults + [
+        fault for module, pair in pairs.items() for fault in _pair_faults(module, pair)
+    ]
 
 
 def _without_tensors(targets: list[str], modules: Iterable[str]) -> list[str]:
@@ -157,13 +171,15 @@ def _without_tensors(targets: list[str], modules: Iterable[str]) -> list[str]:
     return [name for name in targets if name.count(".") < _LONGEST_TARGET and name not in ends]
 
 
-def module_faults(entries: Mapping[str, Entry], modules: Mapping[str, tuple[int, int]]) -> list[str]:
+def module_faults(
+    entries: Mapping[str, Entry], modules: Mapping[str, tuple[int, int]]
+) -> list[str]:
     """Why a sound LoRA does not fit a base model.
 
     Args:
         entries: the tensors of `adapter_model.safetensors`.
-        modules: (inputs, outputs) of the base model's linear modules, by path. Experts are left to the engine, since
-            transformers may hold them as one module.
+        modules: (inputs, outputs) of the base model's linear modules, by path. Experts are left to
+            the engine, since transformers may hold them as one module.
     """
     faults, unknown = [], set()
     for name, entry in sorted(entries.items()):
@@ -178,15 +194,16 @@ def module_faults(entries: Mapping[str, Entry], modules: Mapping[str, tuple[int,
         width = modules[module][0 if half == "A" else 1]
         if len(entry.shape) == 2 and entry.shape[side] != width:
             faults.append(
-                f"{LORA_TENSORS}: lora_{half} of {module[:120]!r} has shape {entry.shape}, and the module of the base model "
-                f"has {width} {'inputs' if half == 'A' else 'outputs'}"
+                f"{LORA_TENSORS}: lora_{half} of {module[:120]!r} has shape {entry.shape}, and "
+                f"the module of the base model has {width} "
+                f"{'inputs' if half == 'A' else 'outputs'}"
             )
     return [*unknown_modules(unknown), *faults]
 
 
 def unknown_modules(names: Iterable[str]) -> Iterator[str]:
-    """A LoRA's modules that a model does not have, as faults of a few hundred characters each. Very many are named by layer:
-    `model.layers.[0-31].mlp.up_proj`.
+    """A LoRA's modules that a model does not have, as faults of a few hundred characters each. Very
+    many are named by layer: `model.layers.[0-31].mlp.up_proj`.
     """
     shown = sorted(name[:200] for name in names)
     if sum(map(len, shown)) > _NAMED_CHARACTERS:
@@ -205,9 +222,15 @@ def _by_layer(names: list[str]) -> list[str]:
     layers: dict[str, set[int]] = {}
     for name in names:
         match = _LAYER.search(f".{name}.")
-        pattern = name if match is None else f".{name}.".replace(match[0], match[0].replace(match[1], "[]"), 1)[1:-1]
+        pattern = (
+            name
+            if match is None
+            else f".{name}.".replace(match[0], match[0].replace(match[1], "[]"), 1)[1:-1]
+        )
         layers.setdefault(pattern, set()).update([] if match is None else [int(match[1])])
-    return [pattern.replace("[]", f"[{_ranges(held)}]", 1) for pattern, held in sorted(layers.items())]
+    return [
+        pattern.replace("[]", f"[{_ranges(held)}]", 1) for pattern, held in sorted(layers.items())
+    ]
 
 
 def _ranges(numbers: set[int]) -> str:
@@ -226,7 +249,10 @@ def _pair_faults(module: str, pair: Mapping[str, Entry]) -> Iterator[str]:
         return
     a, b = pair["A"].shape, pair["B"].shape
     if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
-        yield f"{LORA_TENSORS}: A and B of {module[:120]!r} have the shapes {a} and {b}, which do not meet"
+        yield (
+            f"{LORA_TENSORS}: A and B of {module[:120]!r} have the shapes {a} and {b}, which do "
+            "not meet"
+        )
 
 
 def _lora_config_faults(content: bytes) -> tuple[list[str], list[str]]:
@@ -240,15 +266,23 @@ def _lora_config_faults(content: bytes) -> tuple[list[str], list[str]]:
     faults = []
     if config.get("peft_type") != "LORA":
         told = str(config.get("peft_type"))[:40]
-        faults.append(f"{LORA_CONFIG}: peft_type is {told!r}; only LORA is supported together with ReFT")
+        faults.append(
+            f"{LORA_CONFIG}: peft_type is {told!r}; only LORA is supported together with ReFT"
+        )
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= _MOST_RANK:
         faults.append(f"{LORA_CONFIG}: r must be a whole number from 1, and it is {str(rank)[:40]}")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not -math.inf < alpha < math.inf:
+    if (
+        isinstance(alpha, bool)
+        or not isinstance(alpha, int | float)
+        or not -math.inf < alpha < math.inf
+    ):
         faults.append(f"{LORA_CONFIG}: lora_alpha must be a number, and it is {str(alpha)[:40]}")
     for name, what in _UNSERVED.items():
         if config.get(name) not in (None, False, "none", [], {}):
-            faults.append(f"{LORA_CONFIG}: {name} is {json.dumps(config[name])[:80]}, and {what} not served")
+            faults.append(
+                f"{LORA_CONFIG}: {name} is {json.dumps(config[name])[:80]}, and {what} not served"
+            )
     targets = config.get("target_modules")
     # A text is a regular expression, or "all-linear": the tensors say what it came to.
     named = targets if isinstance(targets, list) else []

@@ -25,9 +25,13 @@ def parse_tensors(content: bytes, name: str, where: str) -> dict[str, Tensor]:
         return load(content)
     except (SafetensorError, ValueError, KeyError, OverflowError, RuntimeError) as exc:
         short = re.sub(r"\s+", " ", str(exc))[:200]
-        raise AdapterInvalid(where, [f"{name} is damaged or not a safetensors file ({short})"]) from exc
+        raise AdapterInvalid(
+            where, [f"{name} is damaged or not a safetensors file ({short})"]
+        ) from exc
 
 
 def entries_of(named: Mapping[str, Tensor]) -> dict[str, Entry]:
     """The tensors as a header would describe them."""
-    return {name: Entry(str(tensor.dtype)[6:], tuple(tensor.shape)) for name, tensor in named.items()}
+    return {
+        name: Entry(str(tensor.dtype)[6:], tuple(tensor.shape)) for name, tensor in named.items()
+    }

@@ -15,27 +15,48 @@ __all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True, help="Import, export, inspect and check ReFT adapters.")
 
-_Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Directory to create; it must not exist.")]
-_Base = Annotated[Path, typer.Option("--base", metavar="MODEL_DIR", help="Local directory of the base model.")]
+_Out = Annotated[
+    Path, typer.Option("--out", metavar="DIR", help="Directory to create; it must not exist.")
+]
+_Base = Annotated[
+    Path, typer.Option("--base", metavar="MODEL_DIR", help="Local directory of the base model.")
+]
 _Adapter = Annotated[Path, typer.Argument(metavar="DIR", help="Directory of the adapter.")]
 
 
 @app.command("import")
 def import_(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="A pyreft save, a checkpoint or an AdapterHub save.")],
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="SRC", help="A pyreft save, a checkpoint or an AdapterHub save."),
+    ],
     base: _Base,
     out: _Out,
     positions: Annotated[
-        str | None, typer.Option(metavar="SPEC", help="Edited tokens: f7+l7, f1, last, all, 0,-1 ...")
+        str | None,
+        typer.Option(metavar="SPEC", help="Edited tokens: f7+l7, f1, last, all, 0,-1 ..."),
     ] = None,
-    untied: Annotated[bool, typer.Option("--untied", help="Prefix and suffix have separate interventions.")] = False,
-    last_offset: Annotated[int, typer.Option(metavar="N", help="Tokens between the suffix and the prompt's end.")] = 0,
-    activation: Annotated[str | None, typer.Option(metavar="NAME", help="pyreft's act_fn; default: none.")] = None,
-    no_bias: Annotated[bool, typer.Option("--no-bias", help="Trained with add_bias=False (noreft, nodireft).")] = False,
-    phase: Annotated[str, typer.Option(metavar="PHASE", help="Edit tokens of: prompt, all, generated.")] = "prompt",
-    kind: Annotated[str | None, typer.Option(metavar="KIND", help="Kind, if the save does not record it.")] = None,
+    untied: Annotated[
+        bool, typer.Option("--untied", help="Prefix and suffix have separate interventions.")
+    ] = False,
+    last_offset: Annotated[
+        int, typer.Option(metavar="N", help="Tokens between the suffix and the prompt's end.")
+    ] = 0,
+    activation: Annotated[
+        str | None, typer.Option(metavar="NAME", help="pyreft's act_fn; default: none.")
+    ] = None,
+    no_bias: Annotated[
+        bool, typer.Option("--no-bias", help="Trained with add_bias=False (noreft, nodireft).")
+    ] = False,
+    phase: Annotated[
+        str, typer.Option(metavar="PHASE", help="Edit tokens of: prompt, all, generated.")
+    ] = "prompt",
+    kind: Annotated[
+        str | None, typer.Option(metavar="KIND", help="Kind, if the save does not record it.")
+    ] = None,
     lora_alpha: Annotated[
-        float | None, typer.Option(metavar="N", help="PEFT's lora_alpha, if the save holds a LoRA too.")
+        float | None,
+        typer.Option(metavar="N", help="PEFT's lora_alpha, if the save holds a LoRA too."),
     ] = None,
 ) -> None:
     """Convert a save of another library into an adapter directory."""
@@ -44,9 +65,16 @@ def import_(
     from reft_serve.adapters.importers.common import ImportFlags
     from reft_serve.adapters.importers.detection import import_adapter
 
-    flags = ImportFlags(positions, untied, last_offset, activation, no_bias, phase, kind, lora_alpha)
+    flags = ImportFlags(
+        positions, untied, last_offset, activation, no_bias, phase, kind, lora_alpha
+    )
     adapter = import_adapter(
-        source, read_base_model(base), out, flags, _max_bytes(), modules=lambda: linear_modules(base)
+        source,
+        read_base_model(base),
+        out,
+        flags,
+        _max_bytes(),
+        modules=lambda: linear_modules(base),
     )
     _warn(adapter)
     typer.echo(f"{out}: {_summary(adapter)}")
@@ -56,7 +84,9 @@ def import_(
 def export(
     adapter_dir: _Adapter,
     out: _Out,
-    format_: Annotated[str, typer.Option("--format", metavar="FORMAT", help="Format to write: pyreft.")] = "pyreft",
+    format_: Annotated[
+        str, typer.Option("--format", metavar="FORMAT", help="Format to write: pyreft.")
+    ] = "pyreft",
 ) -> None:
     """Write an adapter in the format of another library."""
     from reft_serve.adapters.directory import read_adapter
@@ -68,7 +98,10 @@ def export(
     adapter = read_adapter(adapter_dir, _max_bytes())
     export_pyreft(adapter, out)
     _warn(adapter)
-    typer.echo(f"{out}: {len(adapter.weights)} interventions. pyreft does not record {import_flags(adapter)}")
+    typer.echo(
+        f"{out}: {len(adapter.weights)} interventions. pyreft does not record "
+        f"{import_flags(adapter)}"
+    )
 
 
 @app.command()
@@ -86,9 +119,17 @@ def inspect(
         size += len(adapter.lora.files[LORA_TENSORS])
     if as_json:
         rank = None if adapter.lora is None else adapter.lora.rank
-        facts = {"parameters": _parameters(adapter), "bytes": size, "digest": adapter.digest, "lora_rank": rank}
+        facts = {
+            "parameters": _parameters(adapter),
+            "bytes": size,
+            "digest": adapter.digest,
+            "lora_rank": rank,
+        }
         typer.echo(
-            json.dumps({**adapter.manifest.model_dump(mode="json"), **facts, "warnings": adapter.warnings}, indent=2)
+            json.dumps(
+                {**adapter.manifest.model_dump(mode="json"), **facts, "warnings": adapter.warnings},
+                indent=2,
+            )
         )
         return
     _warn(adapter)
@@ -98,12 +139,16 @@ def inspect(
 @app.command()
 def check(
     adapter_dir: _Adapter,
-    base: Annotated[Path | None, typer.Option(metavar="MODEL_DIR", help="Also check against this base model.")] = None,
+    base: Annotated[
+        Path | None, typer.Option(metavar="MODEL_DIR", help="Also check against this base model.")
+    ] = None,
     max_rank: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Largest rank that the engine supports.")
     ] = None,
 ) -> None:
-    """Check that an adapter can be served. Prints one line, or one line per fault with exit code 1."""
+    """Check that an adapter can be served. Prints one line, or one line per fault with exit
+    code 1.
+    """
     from reft_serve.adapters.base_model import read_base_model
     from reft_serve.adapters.base_modules import linear_modules
     from reft_serve.adapters.directory import read_adapter
@@ -140,11 +185,16 @@ def _warn(adapter: Adapter) -> None:
 def _summary(adapter: Adapter) -> str:
     count = len(adapter.weights)
     lora = "" if adapter.lora is None else f" and a LoRA of rank {adapter.lora.rank}"
-    return f"{count} intervention{'s' * (count != 1)}{lora}, {_parameters(adapter)} parameters, sha256 {adapter.digest}"
+    return (
+        f"{count} intervention{'s' * (count != 1)}{lora}, {_parameters(adapter)} parameters, "
+        f"sha256 {adapter.digest}"
+    )
 
 
 def _parameters(adapter: Adapter) -> int:
-    own = sum(tensor.numel() for weights in adapter.weights for tensor in weights.tensors().values())
+    own = sum(
+        tensor.numel() for weights in adapter.weights for tensor in weights.tensors().values()
+    )
     return own + (0 if adapter.lora is None else adapter.lora.parameters)
 
 
@@ -155,16 +205,29 @@ def _show(adapter: Adapter, size: int) -> None:
     manifest, rule = adapter.manifest, adapter.manifest.positions
     base = manifest.base_model
     facts = Table(show_header=False, box=None)
-    facts.add_row("base", f"{base.name}: {base.architecture}, {base.num_hidden_layers} layers of {base.hidden_size}")
+    facts.add_row(
+        "base",
+        f"{base.name}: {base.architecture}, {base.num_hidden_layers} layers of {base.hidden_size}",
+    )
     tied = "tied" if rule.tied else "untied"
-    facts.add_row("positions", f"{rule.spec}, {tied}, last offset {rule.last_offset}, phase {rule.phase}")
+    facts.add_row(
+        "positions", f"{rule.spec}, {tied}, last offset {rule.last_offset}, phase {rule.phase}"
+    )
     if adapter.lora is not None:
         facts.add_row("LoRA", f"rank {adapter.lora.rank}, {adapter.lora.parameters} parameters")
     facts.add_row("parameters", f"{_parameters(adapter)} in {size} bytes")
     facts.add_row("digest", adapter.digest)
     rows = Table("layer", "component", "kind", "rank", "activation", "part", "dtype")
     for spec in manifest.interventions:
-        cells = (spec.layer, spec.component, spec.kind, spec.rank, spec.activation, spec.part, spec.dtype)
+        cells = (
+            spec.layer,
+            spec.component,
+            spec.kind,
+            spec.rank,
+            spec.activation,
+            spec.part,
+            spec.dtype,
+        )
         rows.add_row(*(str(cell) for cell in cells))
     # Names come from the adapter's author: markup in them must not be rendered.
     Console(markup=False, highlight=False, emoji=False).print(facts, rows)

@@ -21,7 +21,8 @@ __all__ = ["app"]
 
 _T = TypeVar("_T")
 app = typer.Typer(
-    no_args_is_help=True, help="Manage tenants, keys, usage and backups in the database that REFT_DATABASE names."
+    no_args_is_help=True,
+    help="Manage tenants, keys, usage and backups in the database that REFT_DATABASE names.",
 )
 tenant = typer.Typer(no_args_is_help=True, help="Create, list, limit, disable and enable tenants.")
 key = typer.Typer(no_args_is_help=True, help="Create, list, rotate and revoke API keys.")
@@ -30,7 +31,12 @@ app.add_typer(key, name="key")
 
 _Name = Annotated[str, typer.Argument(metavar="TENANT", help="A tenant's name or id.")]
 _Limits = Annotated[
-    str, typer.Option("--limits", metavar="JSON", help='For instance {"requests_per_minute": 60}; {} for the defaults.')
+    str,
+    typer.Option(
+        "--limits",
+        metavar="JSON",
+        help='For instance {"requests_per_minute": 60}; {} for the defaults.',
+    ),
 ]
 
 
@@ -50,20 +56,31 @@ def migrate() -> None:
 
 @app.command()
 def backup(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder.")]) -> None:
-    """Write a consistent backup of the database, all adapter versions and all files to FOLDER while gateways run."""
+    """Write a consistent backup of the database, all adapter versions and all files to FOLDER while
+    gateways run.
+    """
     from reft_serve.backup import back_up
 
     made = asyncio.run(_with_places(lambda places: back_up(places, folder)))
-    typer.echo(f"{made.rows} rows, {len(made.versions)} versions and {len(made.blobs)} files written to {folder}")
+    typer.echo(
+        f"{made.rows} rows, {len(made.versions)} versions and {len(made.blobs)} files written to "
+        f"{folder}"
+    )
 
 
 @app.command()
-def restore(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder written by `backup`.")]) -> None:
-    """Restore a backup into an empty database and the stores. SQLite and PostgreSQL backups are interchangeable."""
+def restore(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder written by `backup`.")],
+) -> None:
+    """Restore a backup into an empty database and the stores. SQLite and PostgreSQL backups are
+    interchangeable.
+    """
     from reft_serve.backup import bring_back
 
     made = asyncio.run(_with_places(lambda places: bring_back(places, folder)))
-    typer.echo(f"{made.rows} rows, {len(made.versions)} versions and {len(made.blobs)} files restored")
+    typer.echo(
+        f"{made.rows} rows, {len(made.versions)} versions and {len(made.blobs)} files restored"
+    )
 
 
 @tenant.command("create")
@@ -89,7 +106,14 @@ def list_tenants() -> None:
 
         found = await tenants.list_tenants(session)
         return [
-            "\t".join((each.name, each.id, "disabled" if each.disabled_ms else "enabled", json.dumps(each.limits)))
+            "\t".join(
+                (
+                    each.name,
+                    each.id,
+                    "disabled" if each.disabled_ms else "enabled",
+                    json.dumps(each.limits),
+                )
+            )
             for each in found
         ]
 
@@ -123,7 +147,9 @@ def create_key(
     role: Annotated[str, typer.Option(help="admin, owner, inference or metrics.")] = "owner",
     label: Annotated[str, typer.Option(help="Name of the key.")] = "",
     days: Annotated[int | None, typer.Option(min=1, help="Days until it expires.")] = None,
-    scopes: Annotated[str | None, typer.Option(metavar="A,B", help="Some of the role's scopes; default: all.")] = None,
+    scopes: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Some of the role's scopes; default: all.")
+    ] = None,
     limits: _Limits = "{}",
 ) -> None:
     """Create a key and print its secret, which is shown only once."""
@@ -162,7 +188,10 @@ def list_keys(name: _Name) -> None:
 
         found = await keys.list_keys(session, (await tenants.find_tenant(session, name)).id)
         state = {each.id: "revoked" if each.revoked_ms else "valid" for each in found}
-        return [f"{each.id}\t{each.prefix}...\t{each.role}\t{state[each.id]}\t{each.name}" for each in found]
+        return [
+            f"{each.id}\t{each.prefix}...\t{each.role}\t{state[each.id]}\t{each.name}"
+            for each in found
+        ]
 
     for line in _do(listed):
         typer.echo(line)
@@ -180,7 +209,9 @@ def rotate_key(
         from reft_serve.database import audit, keys, tenants
 
         found = await tenants.find_tenant(session, name)
-        new, secret = await keys.rotate_key(session, await keys.find_key(session, found.id, key_id), overlap)
+        new, secret = await keys.rotate_key(
+            session, await keys.find_key(session, found.id, key_id), overlap
+        )
         audit.record(session, audit.Actor(), "key.rotate", key_id, found.id, new=new.id)
         return secret
 
@@ -188,7 +219,9 @@ def rotate_key(
 
 
 @key.command("revoke")
-def revoke_key(name: _Name, key_id: Annotated[str, typer.Argument(metavar="KEY", help="The key's id.")]) -> None:
+def revoke_key(
+    name: _Name, key_id: Annotated[str, typer.Argument(metavar="KEY", help="The key's id.")]
+) -> None:
     """Revoke a key; running gateways reject it within REFT_CACHE_SECONDS."""
 
     async def revoke(session: AsyncSession) -> None:
@@ -214,11 +247,18 @@ def usage(
         from reft_serve.errors import RequestInvalid
 
         if bucket not in ledger.BUCKETS:
-            raise RequestInvalid(f"--bucket {bucket[:40]!r} is not one of {', '.join(ledger.BUCKETS)}")
+            raise RequestInvalid(
+                f"--bucket {bucket[:40]!r} is not one of {', '.join(ledger.BUCKETS)}"
+            )
         end = now_ms() + 1
         start = end - days * ledger.BUCKETS["day"]
         found = await ledger.totals(
-            session, tenant_id=None, start_ms=start, end_ms=end, bucket=bucket, group_by=["tenant", "model"]
+            session,
+            tenant_id=None,
+            start_ms=start,
+            end_ms=end,
+            bucket=bucket,
+            group_by=["tenant", "model"],
         )
         return [
             f"{(t.start_ms or 0) // 1000}\t{t.group['tenant']}\t{t.group['model']}\t"
@@ -240,7 +280,9 @@ def _limits(text: str) -> dict[str, Any]:
     try:
         return TenantLimits.model_validate_json(text).model_dump(exclude_none=True)
     except ValidationError as exc:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'it'}: {e['msg']}" for e in exc.errors())
+        wrong = "; ".join(
+            f"{'.'.join(map(str, e['loc'])) or 'it'}: {e['msg']}" for e in exc.errors()
+        )
         raise RequestInvalid(f"invalid --limits: {wrong}") from exc
 
 
@@ -279,7 +321,9 @@ async def _with_places(work: Callable[[Places], Awaitable[_T]]) -> _T:
 
     settings = read_settings(GatewaySettings)
     async with _opened() as database:
-        return await work(Places(database, AdapterStore(settings.store), BlobStore(settings.blobs_url)))
+        return await work(
+            Places(database, AdapterStore(settings.store), BlobStore(settings.blobs_url))
+        )
 
 
 @asynccontextmanager

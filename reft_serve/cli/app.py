@@ -1,4 +1,6 @@
-"""The `reft-serve` command: verbs only. Each verb imports what it needs when it runs, so `--help` needs no torch."""
+"""The `reft-serve` command: verbs only. Each verb imports what it needs when it runs, so `--help`
+needs no torch.
+"""
 
 from __future__ import annotations
 

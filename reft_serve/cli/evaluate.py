@@ -18,31 +18,48 @@ __all__ = ["evaluate"]
 
 
 def evaluate(
-    data: Annotated[list[Path], typer.Argument(metavar="DATA...", help="JSON or JSONL files of the recipe's rows.")],
-    recipe: Annotated[
-        str, typer.Option(metavar="NAME|FILE", help="commonsense, math, instruct, glue-cola, ... or a TOML.")
+    data: Annotated[
+        list[Path],
+        typer.Argument(metavar="DATA...", help="JSON or JSONL files of the recipe's rows."),
     ],
-    model: Annotated[str, typer.Option(metavar="NAME", help="Public name of the adapter or the base model.")],
+    recipe: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME|FILE", help="commonsense, math, instruct, glue-cola, ... or a TOML."
+        ),
+    ],
+    model: Annotated[
+        str, typer.Option(metavar="NAME", help="Public name of the adapter or the base model.")
+    ],
     url: Annotated[
         str, typer.Option(metavar="URL", help="URL of the server, with or without /v1.")
     ] = "http://127.0.0.1:8000",
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Output file of all predictions, as JSONL.")] = Path(
-        "predictions.jsonl"
-    ),
-    resume: Annotated[bool, typer.Option("--resume", help="Keep the predictions already in --out.")] = False,
+    out: Annotated[
+        Path, typer.Option(metavar="FILE", help="Output file of all predictions, as JSONL.")
+    ] = Path("predictions.jsonl"),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep the predictions already in --out.")
+    ] = False,
     limit: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Use only the first N rows of each file.")
     ] = None,
     max_tokens: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Largest number of tokens per response; default: the recipe's."),
+        typer.Option(
+            min=1, metavar="N", help="Largest number of tokens per response; default: the recipe's."
+        ),
     ] = None,
-    concurrency: Annotated[int, typer.Option(min=1, max=1024, metavar="N", help="Requests at once.")] = 32,
+    concurrency: Annotated[
+        int, typer.Option(min=1, max=1024, metavar="N", help="Requests at once.")
+    ] = 32,
     api_key: Annotated[
-        str, typer.Option(envvar="OPENAI_API_KEY", show_default=False, help="API key of the server.")
+        str,
+        typer.Option(envvar="OPENAI_API_KEY", show_default=False, help="API key of the server."),
     ] = "none",
 ) -> None:
-    """Evaluate a served model on a recipe's questions over HTTP; print its accuracy and write every prediction."""
+    """Evaluate a served model on a recipe's questions over HTTP; print its accuracy and write every
+    prediction.
+    """
     from reft_serve.datafiles.formats import read_rows
     from reft_serve.datafiles.lines import Limits
     from reft_serve.errors import ClientError
@@ -55,11 +72,15 @@ def evaluate(
     if max_tokens is not None:
         task = task.model_copy(update={"max_new_tokens": max_tokens})
     limits = Limits(unanswered=task.metric == "none")
-    asked = [question for path in data for question in questions(read_rows(path, limits), task)[:limit]]
+    asked = [
+        question for path in data for question in questions(read_rows(path, limits), task)[:limit]
+    ]
     server = Server(url, model, api_key, concurrency)
     predictions = _asked(server, task, asked, out, resume=resume)
     if task.metric == "none":
-        typer.echo("this recipe defines no metric; judge the predictions with AlpacaEval's annotator")
+        typer.echo(
+            "this recipe defines no metric; judge the predictions with AlpacaEval's annotator"
+        )
     else:
         _print(scores(task, predictions))
     typer.echo(f"{len(predictions):,} predictions written to {out}")
@@ -68,14 +89,16 @@ def evaluate(
         first = failed[0]
         counted = "" if task.metric == "none" else "; they count as wrong"
         typer.echo(
-            f"error: {len(failed):,} of {len(predictions):,} requests failed{counted}. The first, {first.file} line "
-            f"{first.line}: {first.error}",
+            f"error: {len(failed):,} of {len(predictions):,} requests failed{counted}. The first, "
+            f"{first.file} line {first.line}: {first.error}",
             err=True,
         )
         raise typer.Exit(1)
 
 
-def _asked(server: Server, task: Task, asked: Sequence[Question], out: Path, *, resume: bool) -> list[Prediction]:
+def _asked(
+    server: Server, task: Task, asked: Sequence[Question], out: Path, *, resume: bool
+) -> list[Prediction]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -103,7 +126,9 @@ def _asked(server: Server, task: Task, asked: Sequence[Question], out: Path, *, 
             nonlocal right, failed
             right, failed = right + bool(prediction.correct), failed + bool(prediction.error)
             shown = "" if task.metric in ("none", "pearson") else f"{right:,} right"
-            progress.update(bar, advance=1, description=shown + (f", {failed:,} failed" if failed else ""))
+            progress.update(
+                bar, advance=1, description=shown + (f", {failed:,} failed" if failed else "")
+            )
 
         return asyncio.run(ask(server, task, asked, out, resume=resume, on_answer=note))
 

@@ -14,7 +14,9 @@ _Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")
 
 
 def gateway(host: _Host = "127.0.0.1", port: _Port = 8080) -> None:
-    """Serve the OpenAI-compatible API in front of the engines in REFT_ENGINES. Needs neither torch nor vLLM."""
+    """Serve the OpenAI-compatible API in front of the engines in REFT_ENGINES. Needs neither torch
+    nor vLLM.
+    """
     from reft_serve.config import GatewaySettings, read_settings
     from reft_serve.gateway.app import create_app
     from reft_serve.gateway.http.server import serve

@@ -14,35 +14,59 @@ SETTINGS = {"ignore_unknown_options": True, "allow_extra_args": True}
 def serve(
     context: typer.Context,
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="The base model: a directory, or a name that vLLM accepts.")
+        str,
+        typer.Argument(
+            metavar="MODEL", help="The base model: a directory, or a name that vLLM accepts."
+        ),
     ],
     adapter: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=DIR", help="An adapter directory or a pyreft save; repeatable.")
+        list[str] | None,
+        typer.Option(metavar="NAME=DIR", help="An adapter directory or a pyreft save; repeatable."),
     ] = None,
     positions: Annotated[
         list[str] | None,
-        typer.Option(metavar="[NAME=]SPEC", help="Edited tokens of a pyreft save: f7+l7, f1, last, all, 0,-1 ..."),
+        typer.Option(
+            metavar="[NAME=]SPEC",
+            help="Edited tokens of a pyreft save: f7+l7, f1, last, all, 0,-1 ...",
+        ),
     ] = None,
     untied: Annotated[
-        bool, typer.Option("--untied", help="pyreft save: prefix and suffix have separate interventions.")
+        bool,
+        typer.Option(
+            "--untied", help="pyreft save: prefix and suffix have separate interventions."
+        ),
     ] = False,
     last_offset: Annotated[
-        int, typer.Option(metavar="N", help="pyreft save: tokens between the suffix and the prompt's end.")
+        int,
+        typer.Option(
+            metavar="N", help="pyreft save: tokens between the suffix and the prompt's end."
+        ),
     ] = 0,
-    activation: Annotated[str | None, typer.Option(metavar="NAME", help="pyreft save: its act_fn.")] = None,
-    no_bias: Annotated[bool, typer.Option("--no-bias", help="pyreft save: trained with add_bias=False.")] = False,
-    phase: Annotated[str, typer.Option(metavar="PHASE", help="pyreft save: prompt, all or generated.")] = "prompt",
+    activation: Annotated[
+        str | None, typer.Option(metavar="NAME", help="pyreft save: its act_fn.")
+    ] = None,
+    no_bias: Annotated[
+        bool, typer.Option("--no-bias", help="pyreft save: trained with add_bias=False.")
+    ] = False,
+    phase: Annotated[
+        str, typer.Option(metavar="PHASE", help="pyreft save: prompt, all or generated.")
+    ] = "prompt",
     kind: Annotated[
-        str | None, typer.Option(metavar="KIND", help="pyreft checkpoint: its kind, which it does not record.")
+        str | None,
+        typer.Option(metavar="KIND", help="pyreft checkpoint: its kind, which it does not record."),
     ] = None,
     lora_alpha: Annotated[
-        float | None, typer.Option(metavar="N", help="pyreft save that holds a LoRA: PEFT's lora_alpha.")
+        float | None,
+        typer.Option(metavar="N", help="pyreft save that holds a LoRA: PEFT's lora_alpha."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the command and its environment without running it.")
+        bool,
+        typer.Option("--dry-run", help="Print the command and its environment without running it."),
     ] = False,
 ) -> None:
-    """Serve MODEL and its adapters with vLLM's OpenAI server (port 8000). Other flags are passed to vLLM."""
+    """Serve MODEL and its adapters with vLLM's OpenAI server (port 8000). Other flags are passed to
+    vLLM.
+    """
     from reft_serve.adapters.importers.common import ImportFlags
     from reft_serve.engine.launch.plan import ServeRequest, become, plan
 

@@ -23,23 +23,39 @@ _MAX_TOKENS = 512
 
 def train(
     data: Annotated[
-        Path, typer.Argument(metavar="DATA", help="JSONL of chats, prompts and completions, or preferences.")
+        Path,
+        typer.Argument(
+            metavar="DATA", help="JSONL of chats, prompts and completions, or preferences."
+        ),
     ],
-    base: Annotated[Path, typer.Option(metavar="MODEL_DIR", help="Local directory of the base model.")],
+    base: Annotated[
+        Path, typer.Option(metavar="MODEL_DIR", help="Local directory of the base model.")
+    ],
     out: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="Directory of the run; the adapter is DIR/adapter.")
+        Path,
+        typer.Option(
+            "--out", metavar="DIR", help="Directory of the run; the adapter is DIR/adapter."
+        ),
     ],
     recipe: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME|FILE", help="A named recipe or a TOML file; options on the command line override it."
+            metavar="NAME|FILE",
+            help="A named recipe or a TOML file; options on the command line override it.",
         ),
     ] = None,
     validation: Annotated[
-        Path | None, typer.Option(metavar="DATA", help="Held-out examples; the best checkpoint on them is kept.")
+        Path | None,
+        typer.Option(
+            metavar="DATA", help="Held-out examples; the best checkpoint on them is kept."
+        ),
     ] = None,
-    kind: Annotated[str | None, typer.Option(metavar="KIND", help="loreft, direft, noreft ... [loreft]")] = None,
-    rank: Annotated[int | None, typer.Option(metavar="N", help="Rank of each intervention. [4]")] = None,
+    kind: Annotated[
+        str | None, typer.Option(metavar="KIND", help="loreft, direft, noreft ... [loreft]")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(metavar="N", help="Rank of each intervention. [4]")
+    ] = None,
     layers: Annotated[
         str | None, typer.Option(metavar="SPEC", help="all, or numbers such as 3,9 or 0-5. [all]")
     ] = None,
@@ -47,61 +63,101 @@ def train(
         str | None, typer.Option(metavar="SPEC", help="Edited tokens: f7+l7, f1, last ... [f7+l7]")
     ] = None,
     untied: Annotated[
-        bool | None, typer.Option("--untied/--tied", help="Prefix and suffix have separate interventions.")
+        bool | None,
+        typer.Option("--untied/--tied", help="Prefix and suffix have separate interventions."),
     ] = None,
     activation: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Activation of W h + b, such as relu. [linear]")
+        str | None,
+        typer.Option(metavar="NAME", help="Activation of W h + b, such as relu. [linear]"),
     ] = None,
-    dropout: Annotated[float | None, typer.Option(metavar="P", help="Dropout on the edited states. [0]")] = None,
-    lora_rank: Annotated[int | None, typer.Option(metavar="N", help="Also train a LoRA of this rank.")] = None,
+    dropout: Annotated[
+        float | None, typer.Option(metavar="P", help="Dropout on the edited states. [0]")
+    ] = None,
+    lora_rank: Annotated[
+        int | None, typer.Option(metavar="N", help="Also train a LoRA of this rank.")
+    ] = None,
     lora_alpha: Annotated[
         float | None, typer.Option(metavar="A", help="PEFT's lora_alpha. [twice the LoRA's rank]")
     ] = None,
     lora_targets: Annotated[
-        str | None, typer.Option(metavar="NAMES", help="Linear layers of the LoRA: q_proj,v_proj ... [PEFT's choice]")
+        str | None,
+        typer.Option(
+            metavar="NAMES", help="Linear layers of the LoRA: q_proj,v_proj ... [PEFT's choice]"
+        ),
     ] = None,
     method: Annotated[
-        str | None, typer.Option(metavar="METHOD", help="supervised or dpo. [by the format of the data]")
+        str | None,
+        typer.Option(metavar="METHOD", help="supervised or dpo. [by the format of the data]"),
     ] = None,
     dpo_beta: Annotated[float | None, typer.Option(metavar="B", help="DPO's beta. [0.1]")] = None,
-    epochs: Annotated[float | None, typer.Option(metavar="N", help="Passes over the data. [3]")] = None,
-    max_steps: Annotated[int | None, typer.Option(metavar="N", help="Stop after this many optimiser steps.")] = None,
-    batch: Annotated[int | None, typer.Option(metavar="N", help="Examples per micro-batch. [16]")] = None,
-    accumulate: Annotated[int | None, typer.Option(metavar="N", help="Micro-batches per optimiser step. [1]")] = None,
-    lr: Annotated[float | None, typer.Option("--lr", metavar="RATE", help="Learning rate. [9e-4]")] = None,
-    schedule: Annotated[str | None, typer.Option(metavar="NAME", help="linear, cosine or constant. [linear]")] = None,
-    warmup: Annotated[
-        float | None, typer.Option(metavar="SHARE", help="Share of the steps used for warm-up. [0.1]")
+    epochs: Annotated[
+        float | None, typer.Option(metavar="N", help="Passes over the data. [3]")
     ] = None,
-    clip: Annotated[float | None, typer.Option(metavar="NORM", help="Largest gradient norm. [1]")] = None,
+    max_steps: Annotated[
+        int | None, typer.Option(metavar="N", help="Stop after this many optimiser steps.")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(metavar="N", help="Examples per micro-batch. [16]")
+    ] = None,
+    accumulate: Annotated[
+        int | None, typer.Option(metavar="N", help="Micro-batches per optimiser step. [1]")
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option("--lr", metavar="RATE", help="Learning rate. [9e-4]")
+    ] = None,
+    schedule: Annotated[
+        str | None, typer.Option(metavar="NAME", help="linear, cosine or constant. [linear]")
+    ] = None,
+    warmup: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="Share of the steps used for warm-up. [0.1]"),
+    ] = None,
+    clip: Annotated[
+        float | None, typer.Option(metavar="NORM", help="Largest gradient norm. [1]")
+    ] = None,
     dtype: Annotated[
-        str | None, typer.Option(metavar="DTYPE", help="Data type of the frozen base model. [float32]")
+        str | None,
+        typer.Option(metavar="DTYPE", help="Data type of the frozen base model. [float32]"),
     ] = None,
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Use less memory; about a third slower.")
+        bool,
+        typer.Option("--gradient-checkpointing", help="Use less memory; about a third slower."),
     ] = False,
     compiled: Annotated[
         bool,
         typer.Option(
-            "--compile", help="Use torch.compile: half a minute slower to start, then slightly faster. For long runs."
+            "--compile",
+            help="Use torch.compile: half a minute slower to start, then slightly faster. For long "
+            "runs.",
         ),
     ] = False,
     keep_states: Annotated[
         float | None,
-        typer.Option(metavar="GIB", help="Cache for hidden states below the lowest edited layer; 0: none. [1]"),
+        typer.Option(
+            metavar="GIB",
+            help="Cache for hidden states below the lowest edited layer; 0: none. [1]",
+        ),
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(metavar="N", help=f"Skip (and count) examples with more tokens. [{_MAX_TOKENS}]")
+        int | None,
+        typer.Option(
+            metavar="N", help=f"Skip (and count) examples with more tokens. [{_MAX_TOKENS}]"
+        ),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(metavar="N", help="Seed of initial weights, order and dropout. [42]")
+        int | None,
+        typer.Option(metavar="N", help="Seed of initial weights, order and dropout. [42]"),
     ] = None,
     save_every: Annotated[
-        int | None, typer.Option(metavar="N", help="Optimiser steps between checkpoints. [one epoch]")
+        int | None,
+        typer.Option(metavar="N", help="Optimiser steps between checkpoints. [one epoch]"),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint in --out.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the newest checkpoint in --out.")
+    ] = False,
     report_to: Annotated[
-        str | None, typer.Option(metavar="NAMES", help="Reports of transformers: tensorboard, wandb.")
+        str | None,
+        typer.Option(metavar="NAMES", help="Reports of transformers: tensorboard, wandb."),
     ] = None,
 ) -> None:
     """Train an adapter on a frozen base model."""
@@ -109,21 +165,42 @@ def train(
 
     chosen = None if recipe is None else load_recipe(recipe)
     adapter = _given(
-        kind=kind, rank=rank, layers=layers, positions=positions, untied=untied, activation=activation, dropout=dropout
+        kind=kind,
+        rank=rank,
+        layers=layers,
+        positions=positions,
+        untied=untied,
+        activation=activation,
+        dropout=dropout,
     )
     half = None if lora_rank is None else (lora_rank, lora_alpha, lora_targets)
     run = _given(
-        method=method, dpo_beta=dpo_beta, epochs=epochs, max_steps=max_steps, batch=batch, accumulate=accumulate,
-        learning_rate=lr, schedule=schedule, warmup=warmup, clip=clip, dtype=dtype, seed=seed, save_every=save_every,
+        method=method,
+        dpo_beta=dpo_beta,
+        epochs=epochs,
+        max_steps=max_steps,
+        batch=batch,
+        accumulate=accumulate,
+        learning_rate=lr,
+        schedule=schedule,
+        warmup=warmup,
+        clip=clip,
+        dtype=dtype,
+        seed=seed,
+        save_every=save_every,
         keep_states=keep_states,
-    )  # fmt: skip
+    )
     reports = tuple(report_to.split(",")) if report_to else ()
     plan = replace(
         _plan(base, chosen, adapter, run, half),
-        gradient_checkpointing=gradient_checkpointing, compile=compiled, report_to=reports,
-    )  # fmt: skip
+        gradient_checkpointing=gradient_checkpointing,
+        compile=compiled,
+        report_to=reports,
+    )
     longest = max_tokens or (_MAX_TOKENS if chosen is None else chosen.training.max_tokens)
-    _run(data, validation, base, plan, chosen, longest, out, resume, method_given=method is not None)
+    _run(
+        data, validation, base, plan, chosen, longest, out, resume, method_given=method is not None
+    )
 
 
 def _given(**options: Any) -> dict[str, Any]:
@@ -153,7 +230,9 @@ def _plan(
     lora = None
     if half is not None:
         rank, alpha, targets = half
-        lora = LoraPlan(rank, alpha or 2.0 * rank, targets=tuple(targets.split(",")) if targets else None)
+        lora = LoraPlan(
+            rank, alpha or 2.0 * rank, targets=tuple(targets.split(",")) if targets else None
+        )
     return replace(start, adapter=shape, lora=lora, **run)
 
 
@@ -184,7 +263,8 @@ def _run(
     tokenizer: Any = AutoTokenizer.from_pretrained(base)
     task = None if recipe is None else recipe.task
     started = of_main_process((started_at(out) if resume else None) or datetime.now())
-    # Both files are read whole before the base model is loaded, so that all faults are reported at once.
+    # Both files are read whole before the base model is loaded, so that all faults are reported at
+    # once.
     read = [
         encode(read_rows(path), tokenizer, max_tokens=max_tokens, task=task, now=started)
         for path in (data, validation)
@@ -198,9 +278,16 @@ def _run(
     bar = Bar(console)
     try:
         outcome = train(
-            base, plan, items, out, held_out=held_out, resume=resume, watchers=[bar],
-            fingerprints=[found.fingerprint for found in read], started=started,
-        )  # fmt: skip
+            base,
+            plan,
+            items,
+            out,
+            held_out=held_out,
+            resume=resume,
+            watchers=[bar],
+            fingerprints=[found.fingerprint for found in read],
+            started=started,
+        )
     finally:
         bar.stop()
     _show(console, outcome, out)
@@ -214,11 +301,15 @@ def _show(console: Console, outcome: Outcome, out: Path) -> None:
     table.add_column(overflow="fold")
     table.add_row("adapter", f"{outcome.adapter}")
     table.add_row("sha256", f"{outcome.digest}")
-    table.add_row("trained", f"{outcome.parameters:,} parameters, {outcome.share:.4%} of the base's")
+    table.add_row(
+        "trained", f"{outcome.parameters:,} parameters, {outcome.share:.4%} of the base's"
+    )
     table.add_row("on disk", f"{outcome.size:,} bytes")
     if outcome.best_loss is not None:
         table.add_row("held-out loss", f"{outcome.best_loss:.4f} at step {outcome.best_step}")
-    table.add_row("time", f"{outcome.seconds:.1f} s for {outcome.steps:,} steps, {outcome.tokens:,} tokens")
+    table.add_row(
+        "time", f"{outcome.seconds:.1f} s for {outcome.steps:,} steps, {outcome.tokens:,} tokens"
+    )
     table.add_row("peak memory", f"{outcome.peak_memory / 2**20:,.0f} MiB")
     table.add_row("record", f"{out}/metrics.jsonl, {out}/loss.png, {out}/summary.json")
     console.print(table)

@@ -1,4 +1,6 @@
-"""`reft-serve up`: run engine, gateway and training worker on this machine, and restart them until Ctrl-C."""
+"""`reft-serve up`: run engine, gateway and training worker on this machine, and restart them until
+Ctrl-C.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ _STEADY_SECONDS, _LONGEST_PAUSE = 60.0, 30.0
 _TENANT = "default"
 _COMPILING = ("--enforce-eager", "--no-enforce-eager", "--compilation-config", "-O", "-cc")
 _SMALL_BYTES = 64 << 20
-# Contents of the data folder, readable by the owner only: the database holds secrets, the rest tenants' data.
+# Contents of the data folder, readable by the owner only: the database holds secrets, the rest
+# tenants' data.
 _OURS = ("reft.db", "reft.db-wal", "reft.db-shm", "adapters", "blobs", "work")
 # Packages that the worker needs in addition to the engine's.
 _TRAINING = ("transformers", "accelerate", "peft")
@@ -52,11 +55,12 @@ class _Child:
         pause = 1.0
         while not self.stopping:
             begun = time.monotonic()
-            if self.socket is not None:  # a killed process leaves it, and the next one could not bind
+            # a killed process leaves it, and the next one could not bind
+            if self.socket is not None:
                 self.socket.unlink(missing_ok=True)
-            # Its own process group: Ctrl-C reaches only `up`, which ends the children in order. Not its own session: Linux
-            # divides cores by session (sched_autogroup), and the polling engine kept the gateway off a core for 0.1 s and
-            # more at a time.
+            # Its own process group: Ctrl-C reaches only `up`, which ends the children in order. Not
+            # its own session: Linux divides cores by session (sched_autogroup), and the polling
+            # engine kept the gateway off a core for 0.1 s and more at a time.
             self.process = await asyncio.create_subprocess_exec(
                 *self.command,
                 env=self.environment,
@@ -67,7 +71,11 @@ class _Child:
             if self.stopping:
                 return
             self._sweep()
-            pause = 1.0 if time.monotonic() - begun > _STEADY_SECONDS else min(2 * pause, _LONGEST_PAUSE)
+            pause = (
+                1.0
+                if time.monotonic() - begun > _STEADY_SECONDS
+                else min(2 * pause, _LONGEST_PAUSE)
+            )
             _say(f"{self.name} ended with code {code}; restarting it in {pause:.0f} s")
             await asyncio.sleep(pause)
 
@@ -92,18 +100,18 @@ class _Child:
 
 def up(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(metavar="[MODEL]", help="Base model; default: the bundled demo model.")] = str(
-        _DEMO
-    ),
-    data: Annotated[Path, typer.Option(metavar="DIR", help="Directory of the database, adapters and files.")] = Path(
-        "~/.local/share/reft-serve"
-    ),
+    model: Annotated[
+        str, typer.Argument(metavar="[MODEL]", help="Base model; default: the bundled demo model.")
+    ] = str(_DEMO),
+    data: Annotated[
+        Path, typer.Option(metavar="DIR", help="Directory of the database, adapters and files.")
+    ] = Path("~/.local/share/reft-serve"),
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8080,
     name: Annotated[str, typer.Option("--name", help="Public name of the base model.")] = "base",
 ) -> None:
-    """Serve MODEL on this machine with SQLite, a local store, one engine, the gateway and a training worker. Other flags
-    are passed to vLLM.
+    """Serve MODEL on this machine with SQLite, a local store, one engine, the gateway and a
+    training worker. Other flags are passed to vLLM.
     """
     from reft_serve.engine.launch.flags import check_no_secret
 
@@ -116,7 +124,16 @@ def up(
     folder.mkdir(parents=True, exist_ok=True)
     _make_private(folder)
     with tempfile.TemporaryDirectory(prefix="reft-") as run:
-        sys.exit(asyncio.run(_run(_children(passed, model, folder, host, port, name, Path(run)), host, port, folder)))
+        sys.exit(
+            asyncio.run(
+                _run(
+                    _children(passed, model, folder, host, port, name, Path(run)),
+                    host,
+                    port,
+                    folder,
+                )
+            )
+        )
 
 
 def _make_private(folder: Path) -> None:
@@ -137,7 +154,8 @@ def _children(
 ) -> list[_Child]:
     from reft_serve.config import GatewaySettings, child_environment, read_settings
 
-    socket = run / "engine.sock"  # private to this user, and short: such paths have at most 107 bytes
+    # private to this user, and short: such paths have at most 107 bytes
+    socket = run / "engine.sock"
     settings = {
         "REFT_DATABASE": f"sqlite:///{folder / 'reft.db'}",
         "REFT_STORE": str(folder / "adapters"),
@@ -148,7 +166,10 @@ def _children(
     if not any(flag.startswith("--max-loras") for flag in passed):
         flags += ["--max-loras", "16"]
     if _starts_sooner_eager(model, passed):
-        _say("--enforce-eager: compiling a model this small takes longer than it saves; --no-enforce-eager compiles it")
+        _say(
+            "--enforce-eager: compiling a model this small takes longer than it saves; "
+            "--no-enforce-eager compiles it"
+        )
         flags.append("--enforce-eager")
     traced, collector = {}, read_settings(GatewaySettings).otlp_endpoint
     if collector is not None and "--otlp-traces-endpoint" not in passed:
@@ -156,8 +177,20 @@ def _children(
         traced["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] = (
             "http/protobuf"  # vLLM's default is gRPC; the gateway speaks HTTP
         )
-    serve = [str(Path(sys.executable).with_name("reft-serve")), "serve", model, "--uds", str(socket), *flags, *passed]
-    ours = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    serve = [
+        str(Path(sys.executable).with_name("reft-serve")),
+        "serve",
+        model,
+        "--uds",
+        str(socket),
+        *flags,
+        *passed,
+    ]
+    ours = {
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+    }
     quiet = {"REFT_LORA": "off", "VLLM_LOGGING_LEVEL": "WARNING"}
     given = child_environment({})
     engine = {**quiet, **traced, **given, **ours}
@@ -177,7 +210,9 @@ def _children(
 
 
 def _places(passed: Sequence[str]) -> dict[str, str]:
-    """Limit requests per engine to --max-num-seqs: beyond it vLLM queues them itself, regardless of tenants."""
+    """Limit requests per engine to --max-num-seqs: beyond it vLLM queues them itself, regardless of
+    tenants.
+    """
     from reft_serve.engine.launch.flags import flag_values
 
     given = flag_values(passed).get("--max-num-seqs", "")
@@ -186,7 +221,9 @@ def _places(passed: Sequence[str]) -> dict[str, str]:
 
 
 def _starts_sooner_eager(model: str, passed: Sequence[str]) -> bool:
-    """True for a small model on CPU without compilation flags: there, compiling runs a C++ compiler."""
+    """True for a small model on CPU without compilation flags: there, compiling runs a C++
+    compiler.
+    """
     if any(flag.startswith(_COMPILING) for flag in passed):
         return False
     weights = sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
@@ -201,13 +238,16 @@ async def _run(children: list[_Child], host: str, port: int, folder: Path) -> in
     begun = time.monotonic()
     ending = asyncio.Event()
     numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # under nohup it is ignored; else the terminal has gone
+    # under nohup it is ignored; else the terminal has gone
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
         numbers.append(signal.SIGHUP)
     for number in numbers:
         asyncio.get_running_loop().add_signal_handler(number, ending.set)
     engine, *others = children
     kept = [asyncio.create_task(engine.keep())]
-    try:  # while the engine starts, which takes longest; in a thread, because its imports would block the event loop
+    # while the engine starts, which takes longest; in a thread, because its imports would block the
+    # event loop
+    try:
         await asyncio.to_thread(asyncio.run, _first_key(folder))
     except BaseException:
         await engine.stop(patience=5.0)
@@ -240,7 +280,9 @@ async def _first_key(folder: Path) -> None:
                 return
             tenant = await tenants.create_tenant(session, _TENANT)
             key, secret = await keys.create_key(session, tenant, "admin", "first")
-            audit.record(session, audit.Actor(), "key.create", key.id, tenant.id, role="admin", name="first")
+            audit.record(
+                session, audit.Actor(), "key.create", key.id, tenant.id, role="admin", name="first"
+            )
     finally:
         await database.close()
     # Not in the log, which other people may read.

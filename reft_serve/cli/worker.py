@@ -1,4 +1,6 @@
-"""`reft-serve worker`: run the fine-tuning jobs of the gateways that share its database and stores."""
+"""`reft-serve worker`: run the fine-tuning jobs of the gateways that share its database and
+stores.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ __all__ = ["worker"]
 
 _Host = Annotated[str, typer.Option(help="Address to listen on, for probes and metrics.")]
 _Port = Annotated[
-    int | None, typer.Option(min=0, max=65535, help="Port of /health/live, /health/ready and /metrics. [none]")
+    int | None,
+    typer.Option(min=0, max=65535, help="Port of /health/live, /health/ready and /metrics. [none]"),
 ]
 
 

@@ -1,1 +1,3 @@
-"""Rows that outlive the processes: tenants, keys, adapters and their versions, usage, audit. No HTTP, no torch."""
+"""Rows that outlive the processes: tenants, keys, adapters and their versions, usage, audit. No
+HTTP, no torch.
+"""

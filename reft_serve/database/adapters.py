@@ -55,7 +55,9 @@ class Description:
 
 
 def may_use(tenant_id: str) -> ColumnElement[bool]:
-    """The condition that an adapter is the tenant's own or is shared with it by a tenant that is not disabled."""
+    """The condition that an adapter is the tenant's own or is shared with it by a tenant that is
+    not disabled.
+    """
     given = select(Share.adapter_id).where(Share.tenant_id == tenant_id)
     able = select(Tenant.id).where(Tenant.disabled_ms.is_(None))
     return or_(Adapter.tenant_id == tenant_id, Adapter.id.in_(given) & Adapter.tenant_id.in_(able))
@@ -64,14 +66,17 @@ def may_use(tenant_id: str) -> ColumnElement[bool]:
 async def list_adapters(
     session: AsyncSession, tenant_id: str, *, after: str | None = None, limit: int = 100
 ) -> tuple[Sequence[Adapter], bool]:
-    """A page of a tenant's own adapters by name, and whether there are more; `after` is the id of the page before's last.
+    """A page of a tenant's own adapters by name, and whether there are more; `after` is the id of
+    the page before's last.
 
     Raises:
         NotFound: it has no adapter `after`.
     """
     query = select(Adapter).where(Adapter.tenant_id == tenant_id)
     if after is not None:
-        name = await session.scalar(select(Adapter.name).where(Adapter.id == after, Adapter.tenant_id == tenant_id))
+        name = await session.scalar(
+            select(Adapter.name).where(Adapter.id == after, Adapter.tenant_id == tenant_id)
+        )
         if name is None:
             raise NotFound(f"there is no adapter {after[:80]!r}", "after")
         query = query.where(Adapter.name > name)
@@ -79,14 +84,18 @@ async def list_adapters(
     return found[:limit], len(found) > limit
 
 
-async def describe(session: AsyncSession, found: Sequence[Adapter], versions: int) -> list[Description]:
-    """Each adapter with its latest `versions` versions, its aliases and the tenants that it is shared with, in as many
-    queries for many as for one.
+async def describe(
+    session: AsyncSession, found: Sequence[Adapter], versions: int
+) -> list[Description]:
+    """Each adapter with its latest `versions` versions, its aliases and the tenants that it is
+    shared with, in as many queries for many as for one.
     """
     ids = [adapter.id for adapter in found]
     place = func.row_number().over(partition_by=Version.adapter_id, order_by=Version.number.desc())
     ranked = select(Version.id, place.label("place")).where(Version.adapter_id.in_(ids)).subquery()
-    latest = select(Version).where(Version.id.in_(select(ranked.c.id).where(ranked.c.place <= versions)))
+    latest = select(Version).where(
+        Version.id.in_(select(ranked.c.id).where(ranked.c.place <= versions))
+    )
     aliases = select(Alias).where(Alias.adapter_id.in_(ids)).order_by(Alias.name)
     shares = select(Share.adapter_id, Tenant.name).join(Tenant, Tenant.id == Share.tenant_id)
     described = {adapter.id: Description(adapter, [], [], []) for adapter in found}
@@ -107,7 +116,9 @@ async def find_adapter(session: AsyncSession, tenant_id: str, name: str) -> Adap
     Raises:
         NotFound: it has none of this name.
     """
-    found = await session.scalar(select(Adapter).where(Adapter.tenant_id == tenant_id, Adapter.name == name))
+    found = await session.scalar(
+        select(Adapter).where(Adapter.tenant_id == tenant_id, Adapter.name == name)
+    )
     if found is None:
         raise NotFound(f"there is no adapter {name[:80]!r}")
     return found
@@ -117,7 +128,12 @@ async def list_versions(
     session: AsyncSession, adapter_id: str, *, before: int | None = None, limit: int | None = None
 ) -> Sequence[Version]:
     """The versions of an adapter, the latest first; `before`: only those with smaller numbers."""
-    query = select(Version).where(Version.adapter_id == adapter_id).order_by(Version.number.desc()).limit(limit)
+    query = (
+        select(Version)
+        .where(Version.adapter_id == adapter_id)
+        .order_by(Version.number.desc())
+        .limit(limit)
+    )
     if before is not None:
         query = query.where(Version.number < before)
     return (await session.scalars(query)).all()
@@ -149,7 +165,9 @@ async def find_version(session: AsyncSession, adapter: Adapter, selector: str) -
     found: Version | None
     if selector.isascii() and selector.isdigit() and len(selector) < 10:
         number = Version.number == int(selector)
-        found = await session.scalar(select(Version).where(Version.adapter_id == adapter.id, number))
+        found = await session.scalar(
+            select(Version).where(Version.adapter_id == adapter.id, number)
+        )
     else:
         alias = await session.get(Alias, (adapter.id, selector))
         found = alias.version if alias is not None else None
@@ -160,7 +178,11 @@ async def find_version(session: AsyncSession, adapter: Adapter, selector: str) -
 
 async def list_aliases(session: AsyncSession, adapter_id: str) -> Sequence[Alias]:
     """The aliases of an adapter, by name."""
-    return (await session.scalars(select(Alias).where(Alias.adapter_id == adapter_id).order_by(Alias.name))).all()
+    return (
+        await session.scalars(
+            select(Alias).where(Alias.adapter_id == adapter_id).order_by(Alias.name)
+        )
+    ).all()
 
 
 async def delete_alias(session: AsyncSession, adapter: Adapter, name: str) -> None:
@@ -206,17 +228,33 @@ async def add_version(
         RequestInvalid: the name cannot be an adapter's, or is reserved.
     """
     check_adapter_name(name, base_name, tenant.name)
-    row = {"id": new_id("adp"), "tenant_id": tenant.id, "name": name, "next_number": 1, "created_ms": now_ms()}
-    await session.execute(insert_new(session.get_bind().dialect, Adapter, ["tenant_id", "name"]), [row])
+    row = {
+        "id": new_id("adp"),
+        "tenant_id": tenant.id,
+        "name": name,
+        "next_number": 1,
+        "created_ms": now_ms(),
+    }
+    await session.execute(
+        insert_new(session.get_bind().dialect, Adapter, ["tenant_id", "name"]), [row]
+    )
     adapter = await find_adapter(session, tenant.id, name)
     # In the statement, so that two uploads at once cannot take one number.
-    step = update(Adapter).where(Adapter.id == adapter.id).values(next_number=Adapter.next_number + 1)
+    step = (
+        update(Adapter).where(Adapter.id == adapter.id).values(next_number=Adapter.next_number + 1)
+    )
     number = (await session.execute(step.returning(Adapter.next_number))).scalar_one() - 1
     version = Version(
-        id=new_id("ver"), adapter_id=adapter.id, number=number, digest=digest, base_model=base_model,
-        size_bytes=size_bytes, source=source, facts=facts or {},
+        id=new_id("ver"),
+        adapter_id=adapter.id,
+        number=number,
+        digest=digest,
+        base_model=base_model,
+        size_bytes=size_bytes,
+        source=source,
+        facts=facts or {},
         model_id=f"ft:{base_name}:{tenant.name}:{name}:{label or secrets.token_hex(4)}",
-    )  # fmt: skip
+    )
     session.add(version)
     await session.flush()
     await session.refresh(version, ["adapter"])
@@ -247,22 +285,34 @@ async def set_alias(
     """
     check_alias_name(name, base_name, adapter.name)
     if traffic and name == PRODUCTION:
-        raise RequestInvalid("production takes the remaining share; set the shares of the other aliases", "share")
+        raise RequestInvalid(
+            "production takes the remaining share; set the shares of the other aliases", "share"
+        )
     alias = await session.get(Alias, (adapter.id, name), with_for_update={"of": Alias})
     if alias is None:
-        count = await session.scalar(select(func.count()).select_from(Alias).where(Alias.adapter_id == adapter.id))
+        count = await session.scalar(
+            select(func.count()).select_from(Alias).where(Alias.adapter_id == adapter.id)
+        )
         if (count or 0) >= ALIASES_PER_ADAPTER:
-            raise Conflict(f"adapter {adapter.name} has {count} aliases, the maximum; delete one first")
-        alias = Alias(adapter_id=adapter.id, name=name, version_id=version.id, previous_id=None, share=0.0)
+            raise Conflict(
+                f"adapter {adapter.name} has {count} aliases, the maximum; delete one first"
+            )
+        alias = Alias(
+            adapter_id=adapter.id, name=name, version_id=version.id, previous_id=None, share=0.0
+        )
         session.add(alias)
     elif alias.version_id != version.id:
         alias.previous_id, alias.version_id = alias.version_id, version.id
     if traffic is not None:
         alias.share = traffic
     await session.flush()
-    total = await session.scalar(select(func.sum(Alias.share)).where(Alias.adapter_id == adapter.id))
+    total = await session.scalar(
+        select(func.sum(Alias.share)).where(Alias.adapter_id == adapter.id)
+    )
     if (total or 0) > 1 + 1e-9:
-        raise RequestInvalid("the shares of this adapter's aliases would add up to more than 1", "share")
+        raise RequestInvalid(
+            "the shares of this adapter's aliases would add up to more than 1", "share"
+        )
     await session.refresh(alias, ["version"])
     return alias
 
@@ -300,8 +350,14 @@ async def delete_version(session: AsyncSession, version: Version) -> str:
 
 
 async def delete_adapter(session: AsyncSession, adapter: Adapter) -> set[str]:
-    """Remove an adapter with its versions, aliases and shares, and give the digests of the versions."""
-    digests = set((await session.scalars(select(Version.digest).where(Version.adapter_id == adapter.id))).all())
+    """Remove an adapter with its versions, aliases and shares, and give the digests of the
+    versions.
+    """
+    digests = set(
+        (
+            await session.scalars(select(Version.digest).where(Version.adapter_id == adapter.id))
+        ).all()
+    )
     await session.delete(adapter)
     await session.flush()
     return digests
@@ -326,7 +382,9 @@ async def share(session: AsyncSession, adapter: Adapter, tenant: Tenant) -> None
     if tenant.id == adapter.tenant_id:
         raise RequestInvalid("an adapter cannot be shared with its own tenant", "tenant")
     if await session.get(Share, (adapter.id, tenant.id)) is None:
-        count = await session.scalar(select(func.count()).select_from(Share).where(Share.adapter_id == adapter.id))
+        count = await session.scalar(
+            select(func.count()).select_from(Share).where(Share.adapter_id == adapter.id)
+        )
         if (count or 0) >= SHARES_PER_ADAPTER:
             raise Conflict(f"adapter {adapter.name} is shared with {count} tenants, the maximum")
         session.add(Share(adapter_id=adapter.id, tenant_id=tenant.id))

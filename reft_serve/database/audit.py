@@ -22,9 +22,16 @@ class Actor:
 
 
 def record(
-    session: AsyncSession, actor: Actor, action: str, subject: str, tenant_id: str | None, **details: object
+    session: AsyncSession,
+    actor: Actor,
+    action: str,
+    subject: str,
+    tenant_id: str | None,
+    **details: object,
 ) -> None:
-    """Add an entry to the session's transaction. `action` is noun.verb, for instance `key.create`."""
+    """Add an entry to the session's transaction. `action` is noun.verb, for instance
+    `key.create`.
+    """
     session.add(
         AuditEntry(
             tenant_id=tenant_id,
@@ -40,7 +47,9 @@ def record(
 async def list_audit(
     session: AsyncSession, tenant_id: str | None, after: int | None = None, limit: int = 100
 ) -> Sequence[AuditEntry]:
-    """The latest entries first, of one tenant or (None) of all; `after` is the id that the page before ended with."""
+    """The latest entries first, of one tenant or (None) of all; `after` is the id that the page
+    before ended with.
+    """
     query = select(AuditEntry).order_by(AuditEntry.id.desc()).limit(limit)
     if tenant_id is not None:
         query = query.where(AuditEntry.tenant_id == tenant_id)

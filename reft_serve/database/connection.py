@@ -1,4 +1,6 @@
-"""One database, SQLite or PostgreSQL by its URL: opened, migrated, read and written in transactions."""
+"""One database, SQLite or PostgreSQL by its URL: opened, migrated, read and written in
+transactions.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,12 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.exc import TimeoutError as SQLAlchemyTimeout
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.ext.asyncio import (
+    AsyncEngine,
+    AsyncSession,
+    async_sessionmaker,
+    create_async_engine,
+)
 
 from reft_serve.database.models import Base
 from reft_serve.errors import DatabaseUnusable
@@ -42,13 +49,22 @@ __all__ = [
 
 # What a session raises while the database is away, or breaks off: to try again makes sense.
 FAILURES: tuple[type[Exception], ...] = (
-    DBAPIError, SQLAlchemyTimeout, PostgresError, InterfaceError, OSError, DatabaseUnusable
-)  # fmt: skip
+    DBAPIError,
+    SQLAlchemyTimeout,
+    PostgresError,
+    InterfaceError,
+    OSError,
+    DatabaseUnusable,
+)
 # An error shows its statement without the values: they may be secrets, and errors are logged.
 _QUIET = {"hide_parameters": True}
 _log = logging.getLogger(__name__)
 
-_DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg", "postgres": "postgresql+asyncpg"}
+_DRIVERS = {
+    "sqlite": "sqlite+aiosqlite",
+    "postgresql": "postgresql+asyncpg",
+    "postgres": "postgresql+asyncpg",
+}
 _BUSY_SECONDS = 15
 _MIGRATIONS = Path(__file__).with_name("migrations")
 # Any number does, as long as nothing else of ours locks it.
@@ -64,8 +80,8 @@ _T = TypeVar("_T")
 
 
 class Database:
-    """A pool of connections. `reading` and `writing` each give a session in its own transaction; `commit` runs a
-    function in one.
+    """A pool of connections. `reading` and `writing` each give a session in its own transaction;
+    `commit` runs a function in one.
     """
 
     def __init__(self, url: str) -> None:
@@ -85,9 +101,12 @@ class Database:
         options: dict[str, Any] = {"expire_on_commit": False, "autobegin": True}
         self._lookers = async_sessionmaker(self._lookups, **options)
         self._readers = async_sessionmaker(self.engine, **options)
-        self._writers = async_sessionmaker(self.engine.execution_options(reft_writes=True), **options)
-        # SQLite takes one writer at a time; to wait here is cheaper than to poll its lock. A commit waits for one session
-        # at most, however many sessions wait: usage records must not queue behind a tenant's management requests.
+        self._writers = async_sessionmaker(
+            self.engine.execution_options(reft_writes=True), **options
+        )
+        # SQLite takes one writer at a time; to wait here is cheaper than to poll its lock. A commit
+        # waits for one session at most, however many sessions wait: usage records must not queue
+        # behind a tenant's management requests.
         self._turn = asyncio.Lock() if self.is_sqlite else None
         self._session_turn = asyncio.Lock()
         self._thread = _WriterThread(self.engine.url) if self.is_sqlite else None
@@ -99,8 +118,8 @@ class Database:
             yield session
 
     async def read(self, query: Callable[[AsyncSession], Awaitable[_T]]) -> _T:
-        """Run a read-only `query` in a session from a dedicated connection pool, for short look-ups of requests. If its
-        connection is cut, it is retried once on another.
+        """Run a read-only `query` in a session from a dedicated connection pool, for short look-ups
+        of requests. If its connection is cut, it is retried once on another.
         """
         try:
             async with self._lookers() as session:
@@ -113,8 +132,8 @@ class Database:
 
     @asynccontextmanager
     async def _share(self) -> AsyncIterator[None]:
-        """Wait until the tenant of this request has fewer than SESSIONS_PER_TENANT sessions. (One within another counts
-        once: it must not wait for itself.)
+        """Wait until the tenant of this request has fewer than SESSIONS_PER_TENANT sessions. (One
+        within another counts once: it must not wait for itself.)
         """
         user = database_user.get()
         if user is None or _has_session.get():
@@ -136,7 +155,9 @@ class Database:
 
     @asynccontextmanager
     async def writing(self) -> AsyncIterator[AsyncSession]:
-        """A session whose changes are committed at the end, all of them or, after an exception, none."""
+        """A session whose changes are committed at the end, all of them or, after an exception,
+        none.
+        """
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self._share())
             if self._turn is not None:
@@ -147,10 +168,11 @@ class Database:
                 yield session
 
     async def commit(self, work: Callable[[Connection], _T]) -> _T:
-        """Run `work` in a transaction: commit at its end, roll back after an exception, and return its result.
+        """Run `work` in a transaction: commit at its end, roll back after an exception, and return
+        its result.
 
-        For the work of every request: on SQLite a session changes threads at each of its steps, and each time waits
-        for the interpreter's lock; this changes once.
+        For the work of every request: on SQLite a session changes threads at each of its steps, and
+        each time waits for the interpreter's lock; this changes once.
         """
         if self._thread is None or self._turn is None:
             async with self.engine.begin() as connection:
@@ -159,9 +181,13 @@ class Database:
             return await self._thread.commit(work)
 
     async def lock(self, session: AsyncSession, name: str) -> None:
-        """Hold `name` until the session's transaction ends. (A writer of SQLite holds everything already.)"""
+        """Hold `name` until the session's transaction ends. (A writer of SQLite holds everything
+        already.)
+        """
         if not self.is_sqlite:
-            await session.execute(text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))"), {"name": name})
+            await session.execute(
+                text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))"), {"name": name}
+            )
 
     async def ping(self) -> None:
         """Raise DatabaseUnusable where the database does not answer."""
@@ -172,7 +198,9 @@ class Database:
             raise DatabaseUnusable(f"the database does not respond: {_reason(exc)}") from exc
 
     async def close(self) -> None:
-        """Close every connection, within about `CLOSE_SECONDS`: those of a database that cannot be reached are dropped."""
+        """Close every connection, within about `CLOSE_SECONDS`: those of a database that cannot be
+        reached are dropped.
+        """
         closing = asyncio.ensure_future(self._close())
         await asyncio.wait([closing], timeout=CLOSE_SECONDS)
         if not closing.done():
@@ -180,7 +208,9 @@ class Database:
             closing.cancel()
             await asyncio.wait([closing], timeout=CLOSE_SECONDS / 5)
         elif closing.exception() is not None:
-            _log.warning("the database's connections could not be closed", exc_info=closing.exception())
+            _log.warning(
+                "the database's connections could not be closed", exc_info=closing.exception()
+            )
 
     async def _close(self) -> None:
         await self._lookups.dispose()
@@ -202,12 +232,16 @@ class _WriterThread:
 
     def __init__(self, url: URL) -> None:
         self._executor = ThreadPoolExecutor(1, "reft-database")
-        self._engine = create_engine(url.set(drivername="sqlite"), connect_args={"timeout": _BUSY_SECONDS}, **_QUIET)
+        self._engine = create_engine(
+            url.set(drivername="sqlite"), connect_args={"timeout": _BUSY_SECONDS}, **_QUIET
+        )
         self._writer = self._engine.execution_options(reft_writes=True)
         _prepare(self._engine)
 
     async def commit(self, work: Callable[[Connection], _T]) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, self._committed, work)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._executor, self._committed, work
+        )
 
     def _committed(self, work: Callable[[Connection], _T]) -> _T:
         with self._writer.begin() as connection:
@@ -219,8 +253,8 @@ class _WriterThread:
 
 
 async def migrate(database: Database, revision: str = "head") -> None:
-    """Migrate the schema to this version of the package. Safe to run by several processes at once, and next to
-    processes that work on the database.
+    """Migrate the schema to this version of the package. Safe to run by several processes at once,
+    and next to processes that work on the database.
 
     Args:
         revision: where to stop, for data that was written at an earlier schema.
@@ -236,9 +270,11 @@ async def migrate(database: Database, revision: str = "head") -> None:
 
 
 async def check_schema(database: Database) -> str:
-    """The schema's revision, where this version of the package can work with it: its own or a later one.
+    """The schema's revision, where this version of the package can work with it: its own or a later
+    one.
 
-    A step only adds (see docs/runbook.md), so that a database may be migrated before the processes are upgraded.
+    A step only adds (see docs/runbook.md), so that a database may be migrated before the processes
+    are upgraded.
 
     Raises:
         DatabaseUnusable: the database cannot be reached, or must be migrated first.
@@ -249,10 +285,13 @@ async def check_schema(database: Database) -> str:
     known = {script.revision for script in steps.walk_revisions()}
     if found is None or (found in known and found != needed):
         raise DatabaseUnusable(
-            f"the database has schema {found or 'none'} and this version needs {needed}: run `reft-serve admin migrate`"
+            f"the database has schema {found or 'none'} and this version needs {needed}: run "
+            "`reft-serve admin migrate`"
         )
     if found not in known:
-        _log.warning("the database has a later schema", extra={"data": {"found": found, "known": needed}})
+        _log.warning(
+            "the database has a later schema", extra={"data": {"found": found, "known": needed}}
+        )
     return found
 
 
@@ -281,16 +320,24 @@ def _revision(connection: Connection) -> str | None:
 
 def _upgrade(connection: Connection, revision: str) -> None:
     if connection.dialect.name == "postgresql":
-        connection.execute(text("SELECT pg_advisory_xact_lock(:number)"), {"number": _MIGRATION_LOCK})
-        # A step that waits for a table makes everybody behind it wait too: better to fail, and be tried again.
+        connection.execute(
+            text("SELECT pg_advisory_xact_lock(:number)"), {"number": _MIGRATION_LOCK}
+        )
+        # A step that waits for a table makes everybody behind it wait too: better to fail, and be
+        # tried again.
         connection.execute(text(f"SET LOCAL lock_timeout = '{_TABLE_LOCK_SECONDS}s'"))
     config = _alembic()
     config.attributes["connection"] = connection
     known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
     found = _revision(connection)
-    for each, whose in ((found, "the database has"), (None if revision == "head" else revision, "the data has")):
+    for each, whose in (
+        (found, "the database has"),
+        (None if revision == "head" else revision, "the data has"),
+    ):
         if each is not None and each not in known:
-            raise DatabaseUnusable(f"{whose} schema {each}, which this version does not know: upgrade reft-serve")
+            raise DatabaseUnusable(
+                f"{whose} schema {each}, which this version does not know: upgrade reft-serve"
+            )
     command.upgrade(config, revision)
 
 
@@ -298,10 +345,14 @@ def _engine(url: str) -> AsyncEngine:
     try:
         parsed = make_url(url)
     except ArgumentError as exc:
-        raise DatabaseUnusable("the database URL is invalid: use sqlite:///PATH or postgresql://...") from exc
+        raise DatabaseUnusable(
+            "the database URL is invalid: use sqlite:///PATH or postgresql://..."
+        ) from exc
     family = parsed.drivername.partition("+")[0]
     if family not in _DRIVERS:
-        raise DatabaseUnusable(f"the database {family[:40]!r} is not supported: use sqlite:///PATH or postgresql://...")
+        raise DatabaseUnusable(
+            f"the database {family[:40]!r} is not supported: use sqlite:///PATH or postgresql://..."
+        )
     parsed = parsed.set(drivername=_DRIVERS[family])
     if family == "sqlite":
         return _sqlite(parsed)
@@ -316,7 +367,9 @@ def _sqlite(url: Any) -> AsyncEngine:
     # The owner's alone: it holds secrets. SQLite gives its other files the same permissions.
     with contextlib.suppress(FileExistsError):
         os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
-    engine = create_async_engine(url.set(database=str(path)), connect_args={"timeout": _BUSY_SECONDS}, **_QUIET)
+    engine = create_async_engine(
+        url.set(database=str(path)), connect_args={"timeout": _BUSY_SECONDS}, **_QUIET
+    )
     _prepare(engine.sync_engine)
     return engine
 
@@ -328,14 +381,21 @@ def _prepare(engine: Engine) -> None:
     def _connected(connection: Any, _: object) -> None:
         connection.isolation_level = None  # we say BEGIN ourselves
         cursor = connection.cursor()
-        # With WAL, NORMAL survives the death of any process; only a power cut can take the last transactions.
-        for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON", f"busy_timeout={_BUSY_SECONDS}000"):
+        # With WAL, NORMAL survives the death of any process; only a power cut can take the last
+        # transactions.
+        for pragma in (
+            "journal_mode=WAL",
+            "synchronous=NORMAL",
+            "foreign_keys=ON",
+            f"busy_timeout={_BUSY_SECONDS}000",
+        ):
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
 
     @event.listens_for(engine, "begin")
     def _begun(connection: Connection) -> None:
-        # A transaction that reads and then writes could not get the lock later without losing what it has read.
+        # A transaction that reads and then writes could not get the lock later without losing what
+        # it has read.
         writes = connection.get_execution_options().get("reft_writes", False)
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
@@ -346,8 +406,12 @@ def _reason(exc: BaseException) -> str:
     return " ".join(str(cause).split())[:200]
 
 
-def insert_new(dialect: Dialect, table: type[Base], unique: Sequence[str]) -> postgresql.Insert | sqlite.Insert:
-    """The statement that inserts rows except those whose `unique` columns are taken: what is there stays as it is."""
+def insert_new(
+    dialect: Dialect, table: type[Base], unique: Sequence[str]
+) -> postgresql.Insert | sqlite.Insert:
+    """The statement that inserts rows except those whose `unique` columns are taken: what is there
+    stays as it is.
+    """
     if dialect.name == "postgresql":
         return postgresql.insert(table).on_conflict_do_nothing(index_elements=list(unique))
     return sqlite.insert(table).on_conflict_do_nothing(index_elements=list(unique))

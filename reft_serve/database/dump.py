@@ -1,6 +1,8 @@
-"""Every row of a database in files, and back: one format for SQLite and PostgreSQL, so that one can become the other.
+"""Every row of a database in files, and back: one format for SQLite and PostgreSQL, so that one can
+become the other.
 
-A table is `NAME.jsonl.gz`, a row of values per line. What is written is one moment of the database, however long it takes.
+A table is `NAME.jsonl.gz`, a row of values per line. What is written is one moment of the database,
+however long it takes.
 """
 
 from __future__ import annotations
@@ -50,24 +52,34 @@ async def dump(database: Database, folder: Path) -> tuple[str, dict[str, DumpedT
         return revision, {table.name: await _write(connection, table, folder) for table in tables}
 
 
-async def restore(database: Database, folder: Path, revision: str, tables: Mapping[str, DumpedTable]) -> None:
+async def restore(
+    database: Database, folder: Path, revision: str, tables: Mapping[str, DumpedTable]
+) -> None:
     """Put all rows into a database that has none, and bring it to the schema of this version.
 
     Raises:
         Conflict: the database has tables of another schema, or rows.
-        DatabaseUnusable: it cannot be reached, or the files are not what was dumped; no row was put in.
+        DatabaseUnusable: it cannot be reached, or the files are not what was dumped; no row was put
+            in.
     """
     found = await revision_of(database)
     if found not in (None, revision):
-        raise Conflict(f"the database has schema {found}, the backup {revision}: restore into one without tables")
+        raise Conflict(
+            f"the database has schema {found}, the backup {revision}: restore into one without "
+            "tables"
+        )
     await migrate(database, revision)
     async with database.engine.execution_options(reft_writes=True).begin() as connection:
         made = await connection.run_sync(_tables)
         if {table.name for table in made} != set(tables):
-            raise DatabaseUnusable(f"the backup's tables do not match schema {revision}: it is damaged")
+            raise DatabaseUnusable(
+                f"the backup's tables do not match schema {revision}: it is damaged"
+            )
         for table in made:
             if await connection.scalar(select(func.count()).select_from(table)):
-                raise Conflict(f"the database is not empty (rows in {table.name}): restore into an empty one")
+                raise Conflict(
+                    f"the database is not empty (rows in {table.name}): restore into an empty one"
+                )
         for table in made:
             await _read(connection, table, folder, tables[table.name])
     await migrate(database)
@@ -89,12 +101,16 @@ def _tables(connection: Connection) -> list[Table]:
     for table in tables:
         for column in table.columns:
             if isinstance(column.type, JSON) and connection.dialect.name == "sqlite":
-                column.type = Text()  # as it stands there: JSON's null is not the absence of a value
+                # as it stands there: JSON's null is not the absence of a value
+                column.type = Text()
     return tables
 
 
 async def _write(connection: AsyncConnection, table: Table, folder: Path) -> DumpedTable:
-    values = [cast(each, Text).label(each.name) if isinstance(each.type, JSON) else each for each in table.columns]
+    values = [
+        cast(each, Text).label(each.name) if isinstance(each.type, JSON) else each
+        for each in table.columns
+    ]
     count, digest = 0, hashlib.sha256()
     with gzip.open(folder / f"{table.name}.jsonl.gz", "wb") as file:
         _put(file, digest, [each.name for each in table.columns])
@@ -116,21 +132,30 @@ def _put(file: gzip.GzipFile, digest: Any, row: Sequence[Any]) -> None:
     file.write(line)
 
 
-async def _read(connection: AsyncConnection, table: Table, folder: Path, dumped: DumpedTable) -> None:
+async def _read(
+    connection: AsyncConnection, table: Table, folder: Path, dumped: DumpedTable
+) -> None:
     """Insert a table's rows; an exception undoes them all."""
     insert = table.insert()
     if connection.dialect.name == "postgresql":
-        insert = insert.values({
-            each.name: cast(bindparam(each.name, type_=Text()), each.type) if isinstance(each.type, JSON)
-            else bindparam(each.name, type_=each.type)
-            for each in table.columns
-        })  # fmt: skip
+        insert = insert.values(
+            {
+                each.name: cast(bindparam(each.name, type_=Text()), each.type)
+                if isinstance(each.type, JSON)
+                else bindparam(each.name, type_=each.type)
+                for each in table.columns
+            }
+        )
     count, digest = 0, hashlib.sha256()
-    for batch in _batches(folder / f"{table.name}.jsonl.gz", digest, [each.name for each in table.columns]):
+    for batch in _batches(
+        folder / f"{table.name}.jsonl.gz", digest, [each.name for each in table.columns]
+    ):
         await connection.execute(insert, batch)
         count += len(batch)
     if (count, digest.hexdigest()) != (dumped.rows, dumped.sha256):
-        raise DatabaseUnusable(f"the backup's table {table.name} does not match its checksum: it is damaged")
+        raise DatabaseUnusable(
+            f"the backup's table {table.name} does not match its checksum: it is damaged"
+        )
     if connection.dialect.name == "postgresql":
         await _count_on(connection, table)
 
@@ -141,7 +166,9 @@ def _batches(path: Path, digest: Any, columns: Sequence[str]) -> Iterator[list[d
             head = file.readline()
             digest.update(head)
             if json.loads(head) != list(columns):
-                raise DatabaseUnusable(f"{path.name} does not match the columns of its table: the backup is damaged")
+                raise DatabaseUnusable(
+                    f"{path.name} does not match the columns of its table: the backup is damaged"
+                )
             batch = []
             for line in file:
                 digest.update(line)
@@ -159,9 +186,12 @@ async def _count_on(connection: AsyncConnection, table: Table) -> None:
     """Advance PostgreSQL's sequences past the restored ids."""
     for column in table.primary_key.columns:
         name = await connection.scalar(
-            text("SELECT pg_get_serial_sequence(:table, :column)"), {"table": table.name, "column": column.name}
+            text("SELECT pg_get_serial_sequence(:table, :column)"),
+            {"table": table.name, "column": column.name},
         )
         if name is not None:
             most = await connection.scalar(select(func.max(column)))
             if most is not None:
-                await connection.execute(text("SELECT setval(:name, :most)"), {"name": name, "most": most})
+                await connection.execute(
+                    text("SELECT setval(:name, :most)"), {"name": name, "most": most}
+                )

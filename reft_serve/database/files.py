@@ -1,7 +1,9 @@
-"""Files of tenants: facts in the database, bytes in the blob store, and never one without the row that names it.
+"""Files of tenants: facts in the database, bytes in the blob store, and never one without the row
+that names it.
 
-A row is made (`start_file`) before its blob is written, becomes visible (`complete_file`) after, and is hidden
-(`delete_file`) before the blob is removed; `swept_files` finds what a killed process left between two of these.
+A row is made (`start_file`) before its blob is written, becomes visible (`complete_file`) after,
+and is hidden (`delete_file`) before the blob is removed; `swept_files` finds what a killed process
+left between two of these.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ _UNFINISHED = ("queued", "running", "paused")
 
 @dataclass(frozen=True, slots=True)
 class WrittenFile:
-    """A begun file whose blob is written now. `format` and `rows` of a data file: what the check has found."""
+    """A begun file whose blob is written now. `format` and `rows` of a data file: what the check
+    has found.
+    """
 
     id: str
     bytes: int
@@ -50,13 +54,26 @@ def key_of_blob(file_id: str) -> str:
 
 
 async def start_file(
-    session: AsyncSession, tenant_id: str, key_id: str | None, *, filename: str, purpose: str, expires_ms: int | None
+    session: AsyncSession,
+    tenant_id: str,
+    key_id: str | None,
+    *,
+    filename: str,
+    purpose: str,
+    expires_ms: int | None,
 ) -> str:
-    """Record that a file's blob is about to be written, and give the file's id. It is not visible yet."""
+    """Record that a file's blob is about to be written, and give the file's id. It is not visible
+    yet.
+    """
     row = File(
-        id=new_id("file", "-"), tenant_id=tenant_id, key_id=key_id, filename=filename[:255], purpose=purpose,
-        status="uploading", expires_ms=expires_ms,
-    )  # fmt: skip
+        id=new_id("file", "-"),
+        tenant_id=tenant_id,
+        key_id=key_id,
+        filename=filename[:255],
+        purpose=purpose,
+        status="uploading",
+        expires_ms=expires_ms,
+    )
     session.add(row)
     await session.flush()
     return row.id
@@ -70,21 +87,28 @@ async def complete_file(session: AsyncSession, written: WrittenFile) -> File:
     """
     values = {"status": "processed", "bytes": written.bytes, "sha256": written.sha256}
     facts = {"format": written.format, "rows": written.rows}
-    step = update(File).where(File.id == written.id, File.status == "uploading").values(**values, **facts)
+    step = (
+        update(File)
+        .where(File.id == written.id, File.status == "uploading")
+        .values(**values, **facts)
+    )
     found: File | None = await session.scalar(step.returning(File))
     if found is None:
         raise Conflict("The upload timed out; upload the file again")
     return found
 
 
-async def find_file(session: AsyncSession, tenant_id: str, file_id: str, *, keep: bool = False) -> File:
+async def find_file(
+    session: AsyncSession, tenant_id: str, file_id: str, *, keep: bool = False
+) -> File:
     """A tenant's file.
 
     Args:
         session: any; a writing one to keep it.
         tenant_id: whose.
         file_id: which.
-        keep: it is not deleted before the session's transaction ends, and then by none that sees what it has written.
+        keep: it is not deleted before the session's transaction ends, and then by none that sees
+            what it has written.
 
     Raises:
         NotFound: it has none of this id, or it has expired.
@@ -117,7 +141,8 @@ async def list_files(
     ascending: bool = False,
     purpose: str | None = None,
 ) -> tuple[Sequence[File], bool]:
-    """A page of a tenant's files by age, and whether there are more; `after` is the id that the page before ended with.
+    """A page of a tenant's files by age, and whether there are more; `after` is the id that the
+    page before ended with.
 
     Raises:
         NotFound: there is no file `after`.
@@ -127,7 +152,9 @@ async def list_files(
         query = query.where(File.purpose == purpose)
     place = tuple_(File.created_ms, File.id)
     if after is not None:
-        last = await session.scalar(select(File).where(File.id == after, File.tenant_id == tenant_id))
+        last = await session.scalar(
+            select(File).where(File.id == after, File.tenant_id == tenant_id)
+        )
         if last is None:
             raise NotFound(f"there is no file {after[:80]!r}")
         point = tuple_(last.created_ms, last.id)
@@ -148,9 +175,13 @@ async def delete_file(session: AsyncSession, tenant_id: str, file_id: str) -> Fi
     found = await session.scalar(query)
     if found is None:
         raise NotFound(f"there is no file {file_id[:80]!r}")
-    user = await session.scalar(select(Job.id).where(_uses(file_id), Job.status.in_(_UNFINISHED)).limit(1))
+    user = await session.scalar(
+        select(Job.id).where(_uses(file_id), Job.status.in_(_UNFINISHED)).limit(1)
+    )
     if user is not None:
-        raise Conflict(f"job {user} uses this file: cancel the job first, or wait until it has ended")
+        raise Conflict(
+            f"job {user} uses this file: cancel the job first, or wait until it has ended"
+        )
     found.status = "deleted"
     await session.flush()
     return found
@@ -158,7 +189,9 @@ async def delete_file(session: AsyncSession, tenant_id: str, file_id: str) -> Fi
 
 async def hide_file(session: AsyncSession, file_id: str) -> None:
     """Hide a file for good that was begun and will not be completed."""
-    await session.execute(update(File).where(File.id == file_id, File.status == "uploading").values(status="deleted"))
+    await session.execute(
+        update(File).where(File.id == file_id, File.status == "uploading").values(status="deleted")
+    )
 
 
 async def delete_files_of(session: AsyncSession, tenant_id: str) -> None:
@@ -166,16 +199,24 @@ async def delete_files_of(session: AsyncSession, tenant_id: str) -> None:
     await session.execute(update(File).where(File.tenant_id == tenant_id).values(status="deleted"))
 
 
-async def swept_files(session: AsyncSession, uploading_since_ms: int, limit: int = 100) -> Sequence[str]:
-    """Ids of files whose blobs are to be removed: deleted, expired and needed by no job, or begun before
-    `uploading_since_ms` and never completed. They are hidden for good by this.
+async def swept_files(
+    session: AsyncSession, uploading_since_ms: int, limit: int = 100
+) -> Sequence[str]:
+    """Ids of files whose blobs are to be removed: deleted, expired and needed by no job, or begun
+    before `uploading_since_ms` and never completed. They are hidden for good by this.
     """
     needed = select(Job.id).where(
-        Job.status.in_(_UNFINISHED), or_(Job.training_file_id == File.id, Job.validation_file_id == File.id)
+        Job.status.in_(_UNFINISHED),
+        or_(Job.training_file_id == File.id, Job.validation_file_id == File.id),
     )
     expired = (File.expires_ms <= now_ms()) & ~needed.exists()
     lost = (File.status == "uploading") & (File.created_ms < uploading_since_ms)
-    query = select(File).where(or_(File.status == "deleted", lost, expired)).order_by(File.created_ms).limit(limit)
+    query = (
+        select(File)
+        .where(or_(File.status == "deleted", lost, expired))
+        .order_by(File.created_ms)
+        .limit(limit)
+    )
     found = (await session.scalars(query.with_for_update(skip_locked=True))).all()
     for file in found:
         file.status = "deleted"

@@ -1,4 +1,6 @@
-"""API keys: made, recognised, revoked, rotated. Only a SHA-256 is kept; a key of 256 random bits needs no slower hash."""
+"""API keys: made, recognised, revoked, rotated. Only a SHA-256 is kept; a key of 256 random bits
+needs no slower hash.
+"""
 
 from __future__ import annotations
 
@@ -38,13 +40,27 @@ __all__ = [
 ]
 
 Role = Literal["admin", "owner", "inference", "metrics"]
-Scope = Literal["inference", "models", "adapters", "files", "jobs", "usage", "keys", "webhooks", "metrics", "admin"]
+Scope = Literal[
+    "inference",
+    "models",
+    "adapters",
+    "files",
+    "jobs",
+    "usage",
+    "keys",
+    "webhooks",
+    "metrics",
+    "admin",
+]
 _INFERENCE: frozenset[Scope] = frozenset({"inference", "models"})
 _OWNER: frozenset[Scope] = _INFERENCE | {"adapters", "files", "jobs", "usage", "keys", "webhooks"}
 _METRICS: frozenset[Scope] = frozenset({"metrics"})
 ROLES: Mapping[Role, frozenset[Scope]] = {
-    "admin": _OWNER | _METRICS | {"admin"}, "owner": _OWNER, "inference": _INFERENCE, "metrics": _METRICS,
-}  # fmt: skip
+    "admin": _OWNER | _METRICS | {"admin"},
+    "owner": _OWNER,
+    "inference": _INFERENCE,
+    "metrics": _METRICS,
+}
 # Revoked and expired keys of a tenant that are kept to be listed.
 ENDED_KEYS = 1000
 _START, _SHOWN = "rk-", 9
@@ -55,9 +71,9 @@ MAKERS = 8
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Whose request it is and what it may do. `limits` are the tenant's own, `key_limits` the key's. `counters` are the
-    limits that bind the key in addition to its tenant's, each with the name that it is counted under: those of the keys that
-    made it, and its own.
+    """Whose request it is and what it may do. `limits` are the tenant's own, `key_limits` the
+    key's. `counters` are the limits that bind the key in addition to its tenant's, each with the
+    name that it is counted under: those of the keys that made it, and its own.
     """
 
     tenant_id: str
@@ -86,8 +102,8 @@ def own_limits(key: Key) -> dict[str, Any]:
 
 
 def limits_within(maker: Principal, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The limits of a key that `maker` creates: the requested ones, else the maker's. The new key's usage is
-    counted with its maker's.
+    """The limits of a key that `maker` creates: the requested ones, else the maker's. The new key's
+    usage is counted with its maker's.
 
     Raises:
         NotAllowed: a limit beyond the maker's, or too long a line of makers.
@@ -96,10 +112,15 @@ def limits_within(maker: Principal, given: Mapping[str, Any]) -> dict[str, Any]:
         return dict(given)
     for name, most in maker.key_limits.items():
         if given.get(name, most) > most:
-            raise NotAllowed(f"this API key's own limit of {name} is {most}: it cannot create a key with a larger one")
+            raise NotAllowed(
+                f"this API key's own limit of {name} is {most}: it cannot create a key with a "
+                "larger one"
+            )
     within = [[counter, dict(limits)] for counter, limits in maker.counters]
     if len(within) > MAKERS:
-        raise NotAllowed(f"a key with limits makes keys, and those make keys, {MAKERS} times at most")
+        raise NotAllowed(
+            f"a key with limits makes keys, and those make keys, {MAKERS} times at most"
+        )
     return {**maker.key_limits, **given, _WITHIN: within}
 
 
@@ -121,8 +142,13 @@ def check_rotation(caller: Principal, old: Key) -> None:
         NotAllowed: the key ends later than the caller's, or is not bound by its limits.
     """
     end_within(caller, old.expires_ms if old.expires_ms is not None else (1 << 62))
-    if not {counter for counter, _ in caller.counters} <= {counter for counter, _ in _counters_of(old)}:
-        raise NotAllowed("this API key has its own limits: it can only rotate itself and the keys that it created")
+    if not {counter for counter, _ in caller.counters} <= {
+        counter for counter, _ in _counters_of(old)
+    }:
+        raise NotAllowed(
+            "this API key has its own limits: it can only rotate itself and the keys that it "
+            "created"
+        )
 
 
 def _counters_of(key: Key) -> tuple[tuple[str, Mapping[str, Any]], ...]:
@@ -152,23 +178,34 @@ async def create_key(
         RequestInvalid: a limit that keys do not have.
     """
     if (limits or {}).get("running_jobs") is not None:
-        raise RequestInvalid("running_jobs is a limit of tenants: jobs do not belong to keys", "limits.running_jobs")
+        raise RequestInvalid(
+            "running_jobs is a limit of tenants: jobs do not belong to keys", "limits.running_jobs"
+        )
     chosen = None if scopes is None else sorted(set(scopes))
     beyond = set(chosen or ()) - ROLES[role]
     if beyond:
         raise NotAllowed(f"a key of role {role} cannot have the scopes {', '.join(sorted(beyond))}")
     secret = _START + secrets.token_urlsafe(32)
     key = Key(
-        id=new_id("key"), tenant=tenant, name=name, prefix=secret[:_SHOWN], digest=digest_of_secret(secret),
-        role=role, scopes=chosen, expires_ms=expires_ms, limits=limits or {},
-    )  # fmt: skip
+        id=new_id("key"),
+        tenant=tenant,
+        name=name,
+        prefix=secret[:_SHOWN],
+        digest=digest_of_secret(secret),
+        role=role,
+        scopes=chosen,
+        expires_ms=expires_ms,
+        limits=limits or {},
+    )
     session.add(key)
     await session.flush()
     return key, secret
 
 
 async def authenticate(session: AsyncSession, digest: str) -> Principal | None:
-    """Principal of the key with this digest; None if it is unknown, expired or revoked, or its tenant is disabled."""
+    """Principal of the key with this digest; None if it is unknown, expired or revoked, or its
+    tenant is disabled.
+    """
     key = await session.scalar(select(Key).where(Key.digest == digest))
     if key is None or key.revoked_ms is not None or key.tenant.disabled_ms is not None:
         return None
@@ -176,13 +213,23 @@ async def authenticate(session: AsyncSession, digest: str) -> Principal | None:
         return None
     role: Role = key.role  # type: ignore[assignment]
     return Principal(
-        key.tenant_id, key.tenant.name, key.id, role, scopes_of(role, key.scopes), key.tenant.cache_salt,
-        key.tenant.limits, own_limits(key), key.expires_ms, _counters_of(key),
-    )  # fmt: skip
+        key.tenant_id,
+        key.tenant.name,
+        key.id,
+        role,
+        scopes_of(role, key.scopes),
+        key.tenant.cache_salt,
+        key.tenant.limits,
+        own_limits(key),
+        key.expires_ms,
+        _counters_of(key),
+    )
 
 
 async def living_keys(session: AsyncSession, key_ids: Collection[str]) -> set[str]:
-    """Those of these keys that are neither revoked nor expired, and whose tenants are not disabled."""
+    """Those of these keys that are neither revoked nor expired, and whose tenants are not
+    disabled.
+    """
     able = select(Tenant.id).where(Tenant.disabled_ms.is_(None))
     query = select(Key.id).where(Key.id.in_(key_ids), ~_ended(now_ms()), Key.tenant_id.in_(able))
     return set((await session.scalars(query)).all())
@@ -191,12 +238,15 @@ async def living_keys(session: AsyncSession, key_ids: Collection[str]) -> set[st
 async def list_keys(
     session: AsyncSession, tenant_id: str, *, after: str | None = None, limit: int | None = None
 ) -> Sequence[Key]:
-    """A tenant's keys, revoked ones too, the oldest first; `after` is the id that the page before ended with.
+    """A tenant's keys, revoked ones too, the oldest first; `after` is the id that the page before
+    ended with.
 
     Raises:
         NotFound: it has no key `after`.
     """
-    query = select(Key).where(Key.tenant_id == tenant_id).order_by(Key.created_ms, Key.id).limit(limit)
+    query = (
+        select(Key).where(Key.tenant_id == tenant_id).order_by(Key.created_ms, Key.id).limit(limit)
+    )
     if after is not None:
         last = await find_key(session, tenant_id, after)
         query = query.where(tuple_(Key.created_ms, Key.id) > tuple_(last.created_ms, last.id))
@@ -204,8 +254,8 @@ async def list_keys(
 
 
 async def check_count(session: AsyncSession, tenant: Tenant, most: int | None) -> None:
-    """Check that a tenant may have one more valid key. Of its revoked or expired keys, the oldest beyond ENDED_KEYS are
-    removed.
+    """Check that a tenant may have one more valid key. Of its revoked or expired keys, the oldest
+    beyond ENDED_KEYS are removed.
 
     Args:
         session: a writing one.
@@ -217,15 +267,23 @@ async def check_count(session: AsyncSession, tenant: Tenant, most: int | None) -
     """
     await session.execute(select(Tenant.id).where(Tenant.id == tenant.id).with_for_update())
     mine, moment = select(Key.id).where(Key.tenant_id == tenant.id), now_ms()
-    alive = await session.scalar(select(func.count()).select_from(mine.where(~_ended(moment)).subquery()))
+    alive = await session.scalar(
+        select(func.count()).select_from(mine.where(~_ended(moment)).subquery())
+    )
     if most is not None and (alive or 0) >= most:
         raise RateLimited(f"the limit of {most} keys is used up; revoke one first", 60.0)
-    old = mine.where(_ended(moment)).order_by(Key.created_ms.desc(), Key.id.desc()).offset(ENDED_KEYS)
-    await session.execute(delete(Key).where(Key.id.in_((await session.scalars(old.limit(1000))).all())))
+    old = (
+        mine.where(_ended(moment)).order_by(Key.created_ms.desc(), Key.id.desc()).offset(ENDED_KEYS)
+    )
+    await session.execute(
+        delete(Key).where(Key.id.in_((await session.scalars(old.limit(1000))).all()))
+    )
 
 
 def _ended(moment: int) -> ColumnElement[bool]:
-    return or_(Key.revoked_ms.is_not(None), (Key.expires_ms.is_not(None)) & (Key.expires_ms <= moment))
+    return or_(
+        Key.revoked_ms.is_not(None), (Key.expires_ms.is_not(None)) & (Key.expires_ms <= moment)
+    )
 
 
 async def find_key(session: AsyncSession, tenant_id: str, key_id: str) -> Key:
@@ -241,7 +299,8 @@ async def find_key(session: AsyncSession, tenant_id: str, key_id: str) -> Key:
 
 
 async def rotate_key(session: AsyncSession, old: Key, overlap_seconds: int = 0) -> tuple[Key, str]:
-    """Make a key like an old one, which continues for `overlap_seconds`: (the new one's row, its secret).
+    """Make a key like an old one, which continues for `overlap_seconds`: (the new one's row, its
+    secret).
 
     Raises:
         NotAllowed: the old one is revoked or has expired.
@@ -257,7 +316,9 @@ async def rotate_key(session: AsyncSession, old: Key, overlap_seconds: int = 0) 
 
 
 def revoke_key(key: Key, at_ms: int | None = None) -> None:
-    """End a key's life, now or at a moment to come (for rotation: the old key lives on for a while)."""
+    """End a key's life, now or at a moment to come (for rotation: the old key lives on for a
+    while).
+    """
     if at_ms is None:
         key.revoked_ms = key.revoked_ms or now_ms()
     else:

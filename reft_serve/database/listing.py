@@ -19,7 +19,9 @@ __all__ = ["ListedModel", "list_models"]
 
 @dataclass(frozen=True, slots=True)
 class ListedModel:
-    """A model's name. `owner`: the tenant's name. `created_ms`: of an alias, when it was last changed."""
+    """A model's name. `owner`: the tenant's name. `created_ms`: of an alias, when it was last
+    changed.
+    """
 
     name: str
     created_ms: int
@@ -29,8 +31,9 @@ class ListedModel:
 async def list_models(
     session: AsyncSession, tenant_id: str, *, after: str | None = None, limit: int = 1000
 ) -> tuple[Sequence[ListedModel], bool]:
-    """A page of the names that a tenant can call, and whether there are more: its adapters by name, each with its aliases
-    and its versions, the latest first; the adapters that are shared with it; the versions that it was given.
+    """A page of the names that a tenant can call, and whether there are more: its adapters by name,
+    each with its aliases and its versions, the latest first; the adapters that are shared with it;
+    the versions that it was given.
 
     Raises:
         NotFound: it has no model `after`.
@@ -43,7 +46,10 @@ async def list_models(
         if place is None:
             raise NotFound(f"there is no model {after[:200]!r}", "after")
         query = query.where(tuple_(*order) > tuple_(*place))
-    found = [ListedModel(*row) for row in (await session.execute(query.order_by(*order).limit(limit + 1))).all()]
+    found = [
+        ListedModel(*row)
+        for row in (await session.execute(query.order_by(*order).limit(limit + 1))).all()
+    ]
     return found[:limit], len(found) > limit
 
 
@@ -68,11 +74,23 @@ def _names(tenant_id: str) -> CTE:
 
 
 def _some(
-    table: type[Adapter | Alias | Version], name: Any, created_ms: Any, section: int, kind: int, minor: Any = None
+    table: type[Adapter | Alias | Version],
+    name: Any,
+    created_ms: Any,
+    section: int,
+    kind: int,
+    minor: Any = None,
 ) -> Select[Any]:
     """Names of one sort, with the columns that all are ordered by."""
-    place = {"section": literal(section), "adapter": Adapter.name if section != _GIVEN else literal("")}
-    place |= {"owner": Tenant.name, "kind": literal(kind), "minor": literal(0) if minor is None else minor}
+    place = {
+        "section": literal(section),
+        "adapter": Adapter.name if section != _GIVEN else literal(""),
+    }
+    place |= {
+        "owner": Tenant.name,
+        "kind": literal(kind),
+        "minor": literal(0) if minor is None else minor,
+    }
     columns = {"name": name, "created_ms": created_ms} | place
     query = select(*(column.label(label) for label, column in columns.items())).select_from(table)
     if table is not Adapter:

@@ -1,7 +1,7 @@
 """The tables. Times are milliseconds since 1970 in UTC; ids are random and never used again.
 
-`usage` and `audit` are append-only: the database itself refuses to change or delete their rows (see the migrations), and
-they name what they are about by value, so they outlive it.
+`usage` and `audit` are append-only: the database itself refuses to change or delete their rows (see
+the migrations), and they name what they are about by value, so they outlive it.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ class Base(DeclarativeBase):
 
 
 class Tenant(Base):
-    """A tenant: the owner of keys, adapters and usage. `limits` overrides the gateway's defaults."""
+    """A tenant: the owner of keys, adapters and usage. `limits` overrides the gateway's
+    defaults.
+    """
 
     __tablename__ = "tenants"
 
@@ -93,7 +95,9 @@ class Tenant(Base):
 
 
 class Key(Base):
-    """A secret's SHA-256 and what its bearer may do. The secret itself is shown once and kept nowhere."""
+    """A secret's SHA-256 and what its bearer may do. The secret itself is shown once and kept
+    nowhere.
+    """
 
     __tablename__ = "keys"
 
@@ -113,7 +117,9 @@ class Key(Base):
 
 
 class Adapter(Base):
-    """A named set of versions. `next_number` is the number of the next one; numbers are not used again either."""
+    """A named set of versions. `next_number` is the number of the next one; numbers are not used
+    again either.
+    """
 
     __tablename__ = "adapters"
     __table_args__ = (UniqueConstraint("tenant_id", "name"),)
@@ -128,7 +134,9 @@ class Adapter(Base):
 
 
 class Version(Base):
-    """One immutable trained state. Its files lie in the store under `digest`; `model_id` is its full name, `ft:...`."""
+    """One immutable trained state. Its files lie in the store under `digest`; `model_id` is its
+    full name, `ft:...`.
+    """
 
     __tablename__ = "versions"
     __table_args__ = (UniqueConstraint("adapter_id", "number"),)
@@ -151,13 +159,16 @@ class Version(Base):
 class Alias(Base):
     """A name of one adapter that can be moved from version to version.
 
-    `production` is what the bare adapter name means. Any other alias may take `share` (0 to 1) of those requests.
+    `production` is what the bare adapter name means. Any other alias may take `share` (0 to 1) of
+    those requests.
     """
 
     __tablename__ = "aliases"
     __table_args__ = (CheckConstraint("share >= 0 AND share <= 1", name="share"),)
 
-    adapter_id: Mapped[str] = mapped_column(ForeignKey("adapters.id", ondelete="CASCADE"), primary_key=True)
+    adapter_id: Mapped[str] = mapped_column(
+        ForeignKey("adapters.id", ondelete="CASCADE"), primary_key=True
+    )
     name: Mapped[str] = mapped_column(String(32), primary_key=True)
     version_id: Mapped[str] = mapped_column(ForeignKey("versions.id", ondelete="CASCADE"))
     # What it named before, for rolling back.
@@ -165,7 +176,9 @@ class Alias(Base):
     share: Mapped[float] = mapped_column(default=0.0)
     changed_ms: Mapped[int] = mapped_column(BigInteger, default=now_ms, onupdate=now_ms)
 
-    version: Mapped[Version] = relationship(lazy="joined", innerjoin=True, foreign_keys=[version_id])
+    version: Mapped[Version] = relationship(
+        lazy="joined", innerjoin=True, foreign_keys=[version_id]
+    )
 
 
 class Share(Base):
@@ -173,13 +186,19 @@ class Share(Base):
 
     __tablename__ = "shares"
 
-    adapter_id: Mapped[str] = mapped_column(ForeignKey("adapters.id", ondelete="CASCADE"), primary_key=True)
-    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id", ondelete="CASCADE"), primary_key=True, index=True)
+    adapter_id: Mapped[str] = mapped_column(
+        ForeignKey("adapters.id", ondelete="CASCADE"), primary_key=True
+    )
+    tenant_id: Mapped[str] = mapped_column(
+        ForeignKey("tenants.id", ondelete="CASCADE"), primary_key=True, index=True
+    )
     created_ms: Mapped[int] = mapped_column(BigInteger, default=now_ms)
 
 
 class Admission(Base):
-    """A request that an engine may be working on. It becomes a usage row when it ends, whichever process notices."""
+    """A request that an engine may be working on. It becomes a usage row when it ends, whichever
+    process notices.
+    """
 
     __tablename__ = "admissions"
 
@@ -194,7 +213,9 @@ class Admission(Base):
 
 
 class Usage(Base):
-    """One request's tokens. `status`: completed, failed, cancelled, or interrupted (its gateway died: tokens unknown, 0)."""
+    """One request's tokens. `status`: completed, failed, cancelled, or interrupted (its gateway
+    died: tokens unknown, 0).
+    """
 
     __tablename__ = "usage"
     __table_args__ = (Index(None, "tenant_id", "started_ms"),)
@@ -232,10 +253,12 @@ class AuditEntry(Base):
 
 
 class File(Base):
-    """A file of a tenant. Its bytes are the blob `files/ID`; a row is made before its blob and deleted after it, so no blob
-    is without a row. `tenant_id` is not a foreign key, so that files of a deleted tenant are still cleaned up.
+    """A file of a tenant. Its bytes are the blob `files/ID`; a row is made before its blob and
+    deleted after it, so no blob is without a row. `tenant_id` is not a foreign key, so that files
+    of a deleted tenant are still cleaned up.
 
-    `status`: uploading, processed, or deleted (its blob is to be removed). `filename` is for people only.
+    `status`: uploading, processed, or deleted (its blob is to be removed). `filename` is for people
+    only.
     """
 
     __tablename__ = "files"
@@ -259,10 +282,11 @@ class File(Base):
 class Job(Base):
     """A fine-tuning job.
 
-    `status`: queued, running, paused, succeeded, failed or cancelled; the last three are final. `wanted`: none, or the
-    pause or cancel that was asked of a running one, or yield: it gives way to another tenant's. While it runs, `worker`
-    holds its lease until `lease_until_ms`; in the queue that is when it gave way, None if it did not.
-    Files and the version are named by value: a job outlives them.
+    `status`: queued, running, paused, succeeded, failed or cancelled; the last three are final.
+    `wanted`: none, or the pause or cancel that was asked of a running one, or yield: it gives way
+    to another tenant's. While it runs, `worker` holds its lease until `lease_until_ms`; in the
+    queue that is when it gave way, None if it did not. Files and the version are named by value: a
+    job outlives them.
     """
 
     __tablename__ = "jobs"
@@ -273,7 +297,8 @@ class Job(Base):
     key_id: Mapped[str | None] = mapped_column(String(64))
     status: Mapped[str] = mapped_column(String(16), default="queued")
     wanted: Mapped[str] = mapped_column(String(8), default="none")
-    # What was asked: the base model's public name, the method as OpenAI spells it, hyper-parameters with their "auto".
+    # What was asked: the base model's public name, the method as OpenAI spells it, hyper-parameters
+    # with their "auto".
     model: Mapped[str] = mapped_column(String(128))
     method: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
     hyperparameters: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
@@ -308,8 +333,8 @@ class Job(Base):
 
 
 class Event(Base):
-    """Something that a job's owner should know. `type`: message or metrics. Those of one job are written one after another,
-    each with its job's row locked, so `number` is their order.
+    """Something that a job's owner should know. `type`: message or metrics. Those of one job are
+    written one after another, each with its job's row locked, so `number` is their order.
     """
 
     __tablename__ = "job_events"
@@ -326,7 +351,9 @@ class Event(Base):
 
 
 class Checkpoint(Base):
-    """A state of a job on its way. It can be called once the job has succeeded: then it has a version, and ends with it."""
+    """A state of a job on its way. It can be called once the job has succeeded: then it has a
+    version, and ends with it.
+    """
 
     __tablename__ = "job_checkpoints"
     __table_args__ = (UniqueConstraint("job_id", "step"),)
@@ -342,7 +369,9 @@ class Checkpoint(Base):
 
 
 class Permission(Base):
-    """A permission: another tenant may use one version, by its full name, until the row is deleted."""
+    """A permission: another tenant may use one version, by its full name, until the row is
+    deleted.
+    """
 
     __tablename__ = "permissions"
     __table_args__ = (UniqueConstraint("version_id", "tenant_id"),)
@@ -375,13 +404,17 @@ class Webhook(Base):
 
 
 class Delivery(Base):
-    """One event on its way to one webhook. `status`: pending, delivered or failed. `next_ms`: when it is to be tried next."""
+    """One event on its way to one webhook. `status`: pending, delivered or failed. `next_ms`: when
+    it is to be tried next.
+    """
 
     __tablename__ = "webhook_deliveries"
     __table_args__ = (Index(None, "status", "next_ms"),)
 
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
-    webhook_id: Mapped[str] = mapped_column(ForeignKey("webhooks.id", ondelete="CASCADE"), index=True)
+    webhook_id: Mapped[str] = mapped_column(
+        ForeignKey("webhooks.id", ondelete="CASCADE"), index=True
+    )
     event_type: Mapped[str] = mapped_column(String(64))
     body: Mapped[str] = mapped_column(Text)
     status: Mapped[str] = mapped_column(String(16), default="pending")

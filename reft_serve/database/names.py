@@ -1,4 +1,6 @@
-"""Names that adapters and aliases can have: not those that mean something else wherever a model is named. No torch."""
+"""Names that adapters and aliases can have: not those that mean something else wherever a model is
+named. No torch.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ RESERVED = frozenset({"base", "ft", "latest", PRODUCTION})
 """Reserved adapter names (case-insensitive), in addition to the base model's public name."""
 
 
-def check_adapter_name(name: str, base_name: str, tenant_name: str = "", param: str = "name") -> None:
+def check_adapter_name(
+    name: str, base_name: str, tenant_name: str = "", param: str = "name"
+) -> None:
     """Check the name of a new adapter or of a new version.
 
     Args:
@@ -38,14 +42,19 @@ def check_adapter_name(name: str, base_name: str, tenant_name: str = "", param: 
         RequestInvalid: the name is none, or it is reserved.
     """
     if not re.fullmatch(ADAPTER_NAME, name):
-        raise RequestInvalid(f"{name[:80]!r} is not a valid adapter name: up to 63 letters, digits and . _ -", param)
+        raise RequestInvalid(
+            f"{name[:80]!r} is not a valid adapter name: up to 63 letters, digits and . _ -", param
+        )
     lowered = name.lower()
     if base_name.lower() in (lowered, f"{tenant_name}/{name}".lower()):
-        raise RequestInvalid(f"{name!r} is the base model's name, so an adapter cannot have it", param)
+        raise RequestInvalid(
+            f"{name!r} is the base model's name, so an adapter cannot have it", param
+        )
     if lowered in RESERVED or lowered.startswith(ENGINE_PREFIX):
         words = ", ".join(sorted(RESERVED))
         raise RequestInvalid(
-            f"{name!r} is reserved: an adapter cannot be called {words}, or has a name that begins with {ENGINE_PREFIX}",
+            f"{name!r} is reserved: an adapter cannot be called {words}, or has a name that "
+            f"begins with {ENGINE_PREFIX}",
             param,
         )
 
@@ -58,7 +67,11 @@ def check_alias_name(name: str, base_name: str, adapter_name: str = "") -> None:
     """
     if not re.fullmatch(ALIAS_NAME, name):
         raise RequestInvalid(
-            f"{name[:80]!r} is not a valid alias: up to 31 of a-z, 0-9 and '-', starting with a letter", "alias"
+            f"{name[:80]!r} is not a valid alias: up to 31 of a-z, 0-9 and '-', starting with a "
+            "letter",
+            "alias",
         )
     if name == "base" or base_name.lower() in (name, f"{adapter_name}@{name}".lower()):
-        raise RequestInvalid(f"{name!r} is the base model's name, so an alias cannot have it", "alias")
+        raise RequestInvalid(
+            f"{name!r} is the base model's name, so an alias cannot have it", "alias"
+        )

@@ -8,7 +8,15 @@ from sqlalchemy import ColumnElement, func, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from reft_serve.database.connection import insert_new
-from reft_serve.database.models import Adapter, Checkpoint, Permission, Tenant, Version, new_id, now_ms
+from reft_serve.database.models import (
+    Adapter,
+    Checkpoint,
+    Permission,
+    Tenant,
+    Version,
+    new_id,
+    now_ms,
+)
 from reft_serve.errors import Conflict, NotFound, RequestInvalid
 
 __all__ = [
@@ -27,7 +35,11 @@ PERMISSIONS_PER_VERSION = 1000
 def is_permitted(tenant_id: str) -> ColumnElement[bool]:
     """The condition that a version was given to the tenant by one that is not disabled."""
     given = select(Permission.version_id).where(Permission.tenant_id == tenant_id)
-    able = select(Adapter.id).join(Tenant, Tenant.id == Adapter.tenant_id).where(Tenant.disabled_ms.is_(None))
+    able = (
+        select(Adapter.id)
+        .join(Tenant, Tenant.id == Adapter.tenant_id)
+        .where(Tenant.disabled_ms.is_(None))
+    )
     return Version.id.in_(given) & Version.adapter_id.in_(able)
 
 
@@ -37,15 +49,23 @@ async def find_own_version(session: AsyncSession, tenant_id: str, name: str) -> 
     Raises:
         NotFound: it has none.
     """
-    mine = select(Version).join(Adapter, Adapter.id == Version.adapter_id).where(Adapter.tenant_id == tenant_id)
+    mine = (
+        select(Version)
+        .join(Adapter, Adapter.id == Version.adapter_id)
+        .where(Adapter.tenant_id == tenant_id)
+    )
     checkpoint = select(Checkpoint.version_id).where(Checkpoint.id == name).scalar_subquery()
-    found = await session.scalar(mine.where((Version.model_id == name) | (Version.id == checkpoint)))
+    found = await session.scalar(
+        mine.where((Version.model_id == name) | (Version.id == checkpoint))
+    )
     if found is None:
         raise NotFound(f"there is no fine-tuned model or checkpoint {name[:200]!r}")
     return found
 
 
-async def give_permissions(session: AsyncSession, version: Version, tenant_ids: Sequence[str]) -> Sequence[Permission]:
+async def give_permissions(
+    session: AsyncSession, version: Version, tenant_ids: Sequence[str]
+) -> Sequence[Permission]:
     """Permit tenants to use a version; a no-op for tenants that may already.
 
     Raises:
@@ -63,13 +83,24 @@ async def give_permissions(session: AsyncSession, version: Version, tenant_ids: 
     others = select(func.count()).select_from(Permission).where(Permission.version_id == version.id)
     count = await session.scalar(others.where(Permission.tenant_id.not_in(wanted))) or 0
     if count + len(wanted) > PERMISSIONS_PER_VERSION:
-        raise Conflict(f"a model has at most {PERMISSIONS_PER_VERSION} permissions; delete some first")
+        raise Conflict(
+            f"a model has at most {PERMISSIONS_PER_VERSION} permissions; delete some first"
+        )
     rows = [
-        {"id": new_id("cp"), "version_id": version.id, "tenant_id": tenant_id, "created_ms": now_ms()}
+        {
+            "id": new_id("cp"),
+            "version_id": version.id,
+            "tenant_id": tenant_id,
+            "created_ms": now_ms(),
+        }
         for tenant_id in wanted
     ]
-    await session.execute(insert_new(session.get_bind().dialect, Permission, ["version_id", "tenant_id"]), rows)
-    query = select(Permission).where(Permission.version_id == version.id, Permission.tenant_id.in_(wanted))
+    await session.execute(
+        insert_new(session.get_bind().dialect, Permission, ["version_id", "tenant_id"]), rows
+    )
+    query = select(Permission).where(
+        Permission.version_id == version.id, Permission.tenant_id.in_(wanted)
+    )
     return (await session.scalars(query.order_by(Permission.created_ms, Permission.id))).all()
 
 
@@ -96,12 +127,16 @@ async def list_permissions(
         point = tuple_(last.created_ms, last.id)
         query = query.where(place > point if ascending else place < point)
     order = (Permission.created_ms, Permission.id)
-    query = query.order_by(*(order if ascending else [column.desc() for column in order])).limit(limit + 1)
+    query = query.order_by(*(order if ascending else [column.desc() for column in order])).limit(
+        limit + 1
+    )
     found = (await session.scalars(query)).all()
     return found[:limit], len(found) > limit
 
 
-async def delete_permission(session: AsyncSession, version_id: str, permission_id: str) -> Permission:
+async def delete_permission(
+    session: AsyncSession, version_id: str, permission_id: str
+) -> Permission:
     """Take a permission back, and give what it was.
 
     Raises:
@@ -114,7 +149,9 @@ async def delete_permission(session: AsyncSession, version_id: str, permission_i
 
 
 async def _find(session: AsyncSession, version_id: str, permission_id: str) -> Permission:
-    query = select(Permission).where(Permission.version_id == version_id, Permission.id == permission_id)
+    query = select(Permission).where(
+        Permission.version_id == version_id, Permission.id == permission_id
+    )
     found = await session.scalar(query)
     if found is None:
         raise NotFound(f"there is no permission {permission_id[:80]!r}")

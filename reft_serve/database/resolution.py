@@ -1,8 +1,8 @@
 """From the model's name that a caller types to the version that answers.
 
-Names: `adapter`, `adapter@version`, `adapter@alias`, each with `owner/` before it where the adapter is another tenant's,
-and `ft:...`, the only name of a single version that another tenant has shared. What is not there and what is not the
-caller's look the same: None.
+Names: `adapter`, `adapter@version`, `adapter@alias`, each with `owner/` before it where the adapter
+is another tenant's, and `ft:...`, the only name of a single version that another tenant has shared.
+What is not there and what is not the caller's look the same: None.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A resolved name: the versions that share its requests, each with the upper end of its part of [0, 1]."""
+    """A resolved name: the versions that share its requests, each with the upper end of its part of
+    [0, 1].
+    """
 
     shares: tuple[tuple[float, Target], ...]
 
@@ -79,7 +81,9 @@ def _only(version: Version) -> Route:
 
 
 async def _shared_out(session: AsyncSession, adapter: Adapter) -> Route | None:
-    """The bare name: aliases with a share take theirs, production (else the latest version) the rest."""
+    """The bare name: aliases with a share take theirs, production (else the latest version) the
+    rest.
+    """
     aliases = await list_aliases(session, adapter.id)
     rest = next((alias.version for alias in aliases if alias.name == PRODUCTION), None)
     if rest is None:

@@ -15,12 +15,21 @@ from reft_serve.database.files import delete_files_of
 from reft_serve.database.models import Adapter, Tenant, Version, new_id, now_ms
 from reft_serve.errors import Conflict, NotFound, RequestInvalid
 
-__all__ = ["TENANT_NAME", "change_tenant", "create_tenant", "delete_tenant", "find_tenant", "list_tenants"]
+__all__ = [
+    "TENANT_NAME",
+    "change_tenant",
+    "create_tenant",
+    "delete_tenant",
+    "find_tenant",
+    "list_tenants",
+]
 
 TENANT_NAME = r"^[a-z0-9][a-z0-9-]{0,62}$"
 
 
-async def create_tenant(session: AsyncSession, name: str, limits: dict[str, Any] | None = None) -> Tenant:
+async def create_tenant(
+    session: AsyncSession, name: str, limits: dict[str, Any] | None = None
+) -> Tenant:
     """Make a tenant with its own cache salt.
 
     Raises:
@@ -28,8 +37,12 @@ async def create_tenant(session: AsyncSession, name: str, limits: dict[str, Any]
         Conflict: it is taken.
     """
     if not re.match(TENANT_NAME, name):
-        raise RequestInvalid(f"{name[:80]!r} is not a valid tenant name: up to 63 of a-z, 0-9 and '-'", "name")
-    tenant = Tenant(id=new_id("tnt"), name=name, cache_salt=secrets.token_urlsafe(32), limits=limits or {})
+        raise RequestInvalid(
+            f"{name[:80]!r} is not a valid tenant name: up to 63 of a-z, 0-9 and '-'", "name"
+        )
+    tenant = Tenant(
+        id=new_id("tnt"), name=name, cache_salt=secrets.token_urlsafe(32), limits=limits or {}
+    )
     session.add(tenant)
     try:
         await session.flush()
@@ -44,7 +57,9 @@ async def find_tenant(session: AsyncSession, id_or_name: str) -> Tenant:
     Raises:
         NotFound: there is none.
     """
-    found = await session.scalar(select(Tenant).where((Tenant.id == id_or_name) | (Tenant.name == id_or_name)))
+    found = await session.scalar(
+        select(Tenant).where((Tenant.id == id_or_name) | (Tenant.name == id_or_name))
+    )
     if found is None:
         raise NotFound(f"there is no tenant {id_or_name[:80]!r}")
     return found
@@ -64,7 +79,9 @@ async def list_tenants(
     return (await session.scalars(query)).all()
 
 
-def change_tenant(tenant: Tenant, *, limits: dict[str, Any] | None = None, disabled: bool | None = None) -> None:
+def change_tenant(
+    tenant: Tenant, *, limits: dict[str, Any] | None = None, disabled: bool | None = None
+) -> None:
     """Replace a tenant's limits, disable it or enable it; None changes nothing."""
     if limits is not None:
         tenant.limits = limits
@@ -73,8 +90,8 @@ def change_tenant(tenant: Tenant, *, limits: dict[str, Any] | None = None, disab
 
 
 async def delete_tenant(session: AsyncSession, tenant: Tenant) -> set[str]:
-    """Remove a tenant with its keys, adapters, jobs and files (its usage stays), and give the digests that it had in the
-    store. The blobs of the files are left to the sweep.
+    """Remove a tenant with its keys, adapters, jobs and files (its usage stays), and give the
+    digests that it had in the store. The blobs of the files are left to the sweep.
     """
     mine = select(Version.digest).join(Adapter).where(Adapter.tenant_id == tenant.id)
     digests = set((await session.scalars(mine)).all())

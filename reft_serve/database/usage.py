@@ -1,6 +1,8 @@
-"""The usage ledger. A request is admitted before its answer begins and settled when it ends: one row each, once.
+"""The usage ledger. A request is admitted before its answer begins and settled when it ends: one
+row each, once.
 
-A gateway that dies leaves admissions behind; `recover` turns them into usage rows of status `interrupted`.
+A gateway that dies leaves admissions behind; `recover` turns them into usage rows of status
+`interrupted`.
 """
 
 from __future__ import annotations
@@ -90,7 +92,9 @@ def admit(connection: Connection, openings: Sequence[Opening]) -> None:
     _insert(connection, Admission, [asdict(opening) for opening in openings])
 
 
-def settle(connection: Connection, endings: Sequence[Ending], admitted: Collection[str] | None = None) -> None:
+def settle(
+    connection: Connection, endings: Sequence[Ending], admitted: Collection[str] | None = None
+) -> None:
     """Record the usage of these requests; one that is already settled is left unchanged.
 
     Args:
@@ -106,23 +110,29 @@ def settle(connection: Connection, endings: Sequence[Ending], admitted: Collecti
 
 def probe(connection: Connection, gateway: str) -> None:
     """Write what every request needs to write, and take it back in the same transaction."""
-    opening = Opening(f"probe_{secrets.token_hex(12)}", gateway, "", "", "probe", "", None, now_ms())
+    opening = Opening(
+        f"probe_{secrets.token_hex(12)}", gateway, "", "", "probe", "", None, now_ms()
+    )
     admit(connection, [opening])
     connection.execute(delete(Admission).where(Admission.request_id == opening.request_id))
 
 
 def recover(connection: Connection, gateway: str, older_than_ms: int) -> int:
-    """Settle as `interrupted` every admission of `gateway`, which has just started, and every one that is older than any
-    request can be; returns how many.
+    """Settle as `interrupted` every admission of `gateway`, which has just started, and every one
+    that is older than any request can be; returns how many.
     """
     dead = (Admission.gateway == gateway) | (Admission.started_ms < older_than_ms)
-    found = connection.execute(delete(Admission).where(dead).returning(*Admission.__table__.columns)).all()
+    found = connection.execute(
+        delete(Admission).where(dead).returning(*Admission.__table__.columns)
+    ).all()
     endings = [Ending(Opening(**row._mapping), "interrupted", 0, 0, 0, now_ms()) for row in found]
     _insert(connection, Usage, [_row(ending) for ending in endings])
     return len(found)
 
 
-def _insert(connection: Connection, table: type[Admission | Usage], rows: list[dict[str, Any]]) -> None:
+def _insert(
+    connection: Connection, table: type[Admission | Usage], rows: list[dict[str, Any]]
+) -> None:
     if rows:
         connection.execute(insert_new(connection.dialect, table, ["request_id"]), rows)
 
@@ -163,7 +173,8 @@ async def totals(
     rows = (await session.execute(query.limit(ROWS + 1))).all()
     if len(rows) > ROWS:
         raise RequestInvalid(
-            f"the result has more than {ROWS} rows: choose a shorter period, larger buckets or fewer groups"
+            f"the result has more than {ROWS} rows: choose a shorter period, larger buckets or "
+            "fewer groups"
         )
     return [_total(tuple(row), bucket is not None, group_by) for row in rows]
 

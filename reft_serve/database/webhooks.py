@@ -1,7 +1,7 @@
 """Webhook endpoints, and the deliveries of events to them.
 
-A delivery is enqueued in the transaction of the change that it reports. If the process that claims it dies,
-another retries. So an event is delivered at least once, always with the same id.
+A delivery is enqueued in the transaction of the change that it reports. If the process that claims
+it dies, another retries. So an event is delivered at least once, always with the same id.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ __all__ = [
     "settle_delivery",
 ]
 
-EventType = Literal["fine_tuning.job.succeeded", "fine_tuning.job.failed", "fine_tuning.job.cancelled"]
+EventType = Literal[
+    "fine_tuning.job.succeeded", "fine_tuning.job.failed", "fine_tuning.job.cancelled"
+]
 EVENT_TYPES: tuple[EventType, ...] = (
     "fine_tuning.job.succeeded",
     "fine_tuning.job.failed",
@@ -78,7 +80,9 @@ class DueWebhook:
 
 
 def new_secret() -> str:
-    """A new signing secret, in the format of the standard-webhooks libraries and the `openai` client."""
+    """A new signing secret, in the format of the standard-webhooks libraries and the `openai`
+    client.
+    """
     return "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
 
 
@@ -90,13 +94,19 @@ async def add_webhook(
     Raises:
         RequestInvalid: the tenant has as many as it may.
     """
-    count = await session.scalar(select(func.count()).select_from(Webhook).where(Webhook.tenant_id == tenant_id))
+    count = await session.scalar(
+        select(func.count()).select_from(Webhook).where(Webhook.tenant_id == tenant_id)
+    )
     if (count or 0) >= WEBHOOKS_PER_TENANT:
         raise RequestInvalid(f"there are {count} webhooks, the maximum; delete one first")
     made = Webhook(
-        id=new_id("we"), tenant_id=tenant_id, name=name, url=url,
-        event_types=list(event_types), secret=new_secret(),
-    )  # fmt: skip
+        id=new_id("we"),
+        tenant_id=tenant_id,
+        name=name,
+        url=url,
+        event_types=list(event_types),
+        secret=new_secret(),
+    )
     session.add(made)
     await session.flush()
     return made
@@ -108,7 +118,9 @@ async def find_webhook(session: AsyncSession, tenant_id: str, webhook_id: str) -
     Raises:
         NotFound: it has none of this id.
     """
-    found = await session.scalar(select(Webhook).where(Webhook.tenant_id == tenant_id, Webhook.id == webhook_id))
+    found = await session.scalar(
+        select(Webhook).where(Webhook.tenant_id == tenant_id, Webhook.id == webhook_id)
+    )
     if found is None:
         raise NotFound(f"there is no webhook endpoint {webhook_id[:80]!r}")
     return found
@@ -142,7 +154,9 @@ async def list_webhooks(
     query = select(Webhook).where(Webhook.tenant_id == tenant_id)
     if after is not None:
         last = await find_webhook(session, tenant_id, after)
-        query = query.where(tuple_(Webhook.created_ms, Webhook.id) < tuple_(last.created_ms, last.id))
+        query = query.where(
+            tuple_(Webhook.created_ms, Webhook.id) < tuple_(last.created_ms, last.id)
+        )
     query = query.order_by(Webhook.created_ms.desc(), Webhook.id.desc()).limit(limit + 1)
     found = (await session.scalars(query)).all()
     return found[:limit], len(found) > limit
@@ -155,9 +169,11 @@ def rotate_secret(webhook: Webhook, keep_old: bool) -> None:
     webhook.secret, webhook.updated_ms = new_secret(), now_ms()
 
 
-async def enqueue(session: AsyncSession, tenant_id: str, event_type: str, data: Mapping[str, Any]) -> None:
-    """Send an event to every webhook of the tenant that subscribes to its type and has fewer than PENDING_PER_WEBHOOK
-    deliveries waiting.
+async def enqueue(
+    session: AsyncSession, tenant_id: str, event_type: str, data: Mapping[str, Any]
+) -> None:
+    """Send an event to every webhook of the tenant that subscribes to its type and has fewer than
+    PENDING_PER_WEBHOOK deliveries waiting.
     """
     found = (await session.scalars(select(Webhook).where(Webhook.tenant_id == tenant_id))).all()
     wanting = [webhook for webhook in found if event_type in webhook.event_types]
@@ -167,29 +183,43 @@ async def enqueue(session: AsyncSession, tenant_id: str, event_type: str, data: 
     if wanting:
         body = body_of(event_type, data)
         session.add_all(
-            Delivery(id=new_id("msg"), webhook_id=webhook.id, event_type=event_type, body=body) for webhook in wanting
+            Delivery(id=new_id("msg"), webhook_id=webhook.id, event_type=event_type, body=body)
+            for webhook in wanting
         )
 
 
 def body_of(event_type: str, data: Mapping[str, Any]) -> str:
     """An event as it is sent."""
-    event = {"id": new_id("evt"), "object": "event", "created_at": now_ms() // 1000, "type": event_type}
+    event = {
+        "id": new_id("evt"),
+        "object": "event",
+        "created_at": now_ms() // 1000,
+        "type": event_type,
+    }
     return json.dumps(event | {"data": dict(data)}, separators=(",", ":"))
 
 
-def outbound_event(webhook: Webhook, body: str, delivery_id: str | None = None, attempts: int = 1) -> OutboundEvent:
+def outbound_event(
+    webhook: Webhook, body: str, delivery_id: str | None = None, attempts: int = 1
+) -> OutboundEvent:
     """A delivery to send to a webhook."""
     signing = [webhook.secret]
     if webhook.old_secret is not None and (webhook.old_until_ms or 0) > now_ms():
         signing.append(webhook.old_secret)
     delivery = delivery_id or new_id("msg")
-    return OutboundEvent(delivery, webhook.tenant_id, webhook.id, webhook.url, body, tuple(signing), attempts)
+    return OutboundEvent(
+        delivery, webhook.tenant_id, webhook.id, webhook.url, body, tuple(signing), attempts
+    )
 
 
 async def due_webhooks(session: AsyncSession) -> list[DueWebhook]:
-    """The webhooks that have a delivery whose time has come, the one that has waited longest first."""
+    """The webhooks that have a delivery whose time has come, the one that has waited longest
+    first.
+    """
     since = func.min(Delivery.next_ms)
-    query = select(Webhook.id, Webhook.tenant_id, since).join(Delivery, Delivery.webhook_id == Webhook.id)
+    query = select(Webhook.id, Webhook.tenant_id, since).join(
+        Delivery, Delivery.webhook_id == Webhook.id
+    )
     query = query.where(*_due()).group_by(Webhook.id, Webhook.tenant_id).order_by(since, Webhook.id)
     return [DueWebhook(*row) for row in (await session.execute(query)).all()]
 
@@ -197,9 +227,17 @@ async def due_webhooks(session: AsyncSession) -> list[DueWebhook]:
 async def claim_deliveries(
     session: AsyncSession, webhook_ids: Sequence[str], lease_seconds: float
 ) -> list[OutboundEvent]:
-    """Take the first due delivery of each webhook. One that is not settled within the lease is taken again by any gateway."""
-    place = func.row_number().over(partition_by=Delivery.webhook_id, order_by=(Delivery.next_ms, Delivery.id))
-    ranked = select(Delivery.id, place.label("place")).where(*_due(), Delivery.webhook_id.in_(webhook_ids)).subquery()
+    """Take the first due delivery of each webhook. One that is not settled within the lease is
+    taken again by any gateway.
+    """
+    place = func.row_number().over(
+        partition_by=Delivery.webhook_id, order_by=(Delivery.next_ms, Delivery.id)
+    )
+    ranked = (
+        select(Delivery.id, place.label("place"))
+        .where(*_due(), Delivery.webhook_id.in_(webhook_ids))
+        .subquery()
+    )
     first = select(ranked.c.id).where(ranked.c.place == 1)
     query = select(Delivery).where(Delivery.id.in_(first), *_due())
     found = (await session.scalars(query.with_for_update(of=Delivery, skip_locked=True))).all()
@@ -211,7 +249,12 @@ async def claim_deliveries(
 
 
 async def settle_delivery(
-    session: AsyncSession, event: OutboundEvent, outcome: str, *, delivered: bool, again_in_seconds: float | None
+    session: AsyncSession,
+    event: OutboundEvent,
+    outcome: str,
+    *,
+    delivered: bool,
+    again_in_seconds: float | None,
 ) -> None:
     """Record the result of an attempt: delivered, to be retried, or (None) abandoned."""
     found = await session.get(Delivery, event.id, with_for_update={"of": Delivery})
@@ -227,11 +270,15 @@ async def settle_delivery(
 
 async def forget_deliveries(session: AsyncSession, before_ms: int) -> None:
     """Remove the rows of deliveries that ended before then."""
-    await session.execute(delete(Delivery).where(Delivery.status != "pending", Delivery.finished_ms < before_ms))
+    await session.execute(
+        delete(Delivery).where(Delivery.status != "pending", Delivery.finished_ms < before_ms)
+    )
 
 
 async def _full(session: AsyncSession, webhook_ids: Sequence[str]) -> set[str]:
-    waiting = select(Delivery.webhook_id).where(Delivery.webhook_id.in_(webhook_ids), Delivery.status == "pending")
+    waiting = select(Delivery.webhook_id).where(
+        Delivery.webhook_id.in_(webhook_ids), Delivery.status == "pending"
+    )
     waiting = waiting.group_by(Delivery.webhook_id).having(func.count() >= PENDING_PER_WEBHOOK)
     return set((await session.scalars(waiting)).all())
 

@@ -1,8 +1,9 @@
 """Conversations of a data file as OpenAI's clients write them, in one normal form. No torch.
 
-The normal form is OpenAI's own, without its alternatives: `content` is a text or not given, tool calls are in `tool_calls`
-with their arguments as a JSON string, their results in `tool` turns, and tools in `tools`. Fields that are null, and the
-fields that an SDK's message objects add, are not there.
+The normal form is OpenAI's own, without its alternatives: `content` is a text or not given, tool
+calls are in `tool_calls` with their arguments as a JSON string, their results in `tool` turns, and
+tools in `tools`. Fields that are null, and the fields that an SDK's message objects add, are not
+there.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ def _sound(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as exc:
-        raise ValueError(f"holds half of a surrogate pair ({text[exc.start]!r}), which is not a character") from exc
+        raise ValueError(
+            f"holds half of a surrogate pair ({text[exc.start]!r}), which is not a character"
+        ) from exc
     return text
 
 
@@ -75,10 +78,15 @@ def _text_of_parts(value: object) -> object:
         raise ValueError(f"has {len(value):,} parts: at most {MAX_TURNS:,} are allowed")
     texts = []
     for k, part in enumerate(value):
-        known = isinstance(part, dict) and part.keys() <= {"type", "text"} and part.get("type") == "text"
+        known = (
+            isinstance(part, dict)
+            and part.keys() <= {"type", "text"}
+            and part.get("type") == "text"
+        )
         if not known or not isinstance(part.get("text"), str):
             raise ValueError(
-                f'holds a part {k} that is not {{"type": "text", "text": "..."}}: only text can be trained on'
+                f'holds a part {k} that is not {{"type": "text", "text": "..."}}: only text can '
+                "be trained on"
             )
         texts.append(part["text"])
     return "\n".join(texts)
@@ -132,7 +140,11 @@ def _bounded(value: Any) -> Any:
     while level:
         if depth > MAX_PARAMETER_DEPTH:
             raise ValueError(f"is nested more than {MAX_PARAMETER_DEPTH} levels deep")
-        held = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list))
+        held = (
+            item.values() if isinstance(item, dict) else item
+            for item in level
+            if isinstance(item, dict | list)
+        )
         level, depth = [item for items in held for item in items], depth + 1
     return value
 
@@ -170,7 +182,9 @@ _Calls = Annotated[tuple[ToolCall, ...], Field(strict=False, max_length=MAX_TOOL
 
 
 class Message(_Closed):
-    """One turn. `weight` is 0 on an assistant turn that is context only; `content` is None next to tool calls alone."""
+    """One turn. `weight` is 0 on an assistant turn that is context only; `content` is None next to
+    tool calls alone.
+    """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: _Content | None = None
@@ -193,11 +207,18 @@ class Message(_Closed):
     @model_validator(mode="after")
     def _whole(self) -> Message:
         if self.weight is not None and self.role != "assistant":
-            raise ValueError(f"has a weight, but its role is {self.role}: only assistant turns are learnt")
+            raise ValueError(
+                f"has a weight, but its role is {self.role}: only assistant turns are learnt"
+            )
         if self.tool_calls is not None and self.role != "assistant":
-            raise ValueError(f"has tool calls, but its role is {self.role}: only the assistant calls tools")
+            raise ValueError(
+                f"has tool calls, but its role is {self.role}: only the assistant calls tools"
+            )
         if (self.tool_call_id is None) == (self.role == "tool"):
-            raise ValueError(f'has {"no" if self.role == "tool" else "a"} "tool_call_id", but its role is {self.role}')
+            raise ValueError(
+                f'has {"no" if self.role == "tool" else "a"} "tool_call_id", but its role is '
+                f"{self.role}"
+            )
         if self.content is None and self.tool_calls is None:
             raise ValueError('has no "content"')
         return self
@@ -211,7 +232,10 @@ def _sound_messages(messages: tuple[Message, ...]) -> tuple[Message, ...]:
         if message.tool_calls is not None:
             called = {call.id for call in message.tool_calls}
         elif message.role == "tool" and message.tool_call_id not in called:
-            raise ValueError(f"answers in turn {k} a tool call that the assistant's last turn before it did not make")
+            raise ValueError(
+                f"answers in turn {k} a tool call that the assistant's last turn before it did "
+                "not make"
+            )
     return messages
 
 
@@ -219,8 +243,8 @@ Messages = Annotated[tuple[Message, ...], Field(strict=False), AfterValidator(_s
 
 
 def normal_conversation(holder: dict[str, Any], *keys: str) -> dict[str, Any]:
-    """Normalise a conversation: drop nulls, rename `functions` to `tools`, and normalise the turns under `keys`. Values of
-    other types stay as they are, for the models to reject.
+    """Normalise a conversation: drop nulls, rename `functions` to `tools`, and normalise the turns
+    under `keys`. Values of other types stay as they are, for the models to reject.
 
     Raises:
         ValueError: it has more turns or tools than are allowed.
@@ -248,7 +272,11 @@ def _count(name: str, items: list[Any], most: int) -> None:
 
 
 def _count_calls(turns: list[Any]) -> None:
-    made = [turn["tool_calls"] for turn in turns if isinstance(turn, dict) and isinstance(turn.get("tool_calls"), list)]
+    made = [
+        turn["tool_calls"]
+        for turn in turns
+        if isinstance(turn, dict) and isinstance(turn.get("tool_calls"), list)
+    ]
     _count("tool calls", [call for calls in made for call in calls], MAX_TURNS)
 
 
@@ -293,7 +321,9 @@ def _normal_tool(tool: Any) -> Any:
 
 
 def _normal_turns(turns: list[Any]) -> list[Any]:
-    """Turns without nulls, and with the calls of the `function_call` form as tool calls, which need ids."""
+    """Turns without nulls, and with the calls of the `function_call` form as tool calls, which need
+    ids.
+    """
     found: list[Any] = []
     last_call = ""
     for k, held in enumerate(turns):
@@ -305,7 +335,9 @@ def _normal_turns(turns: list[Any]) -> list[Any]:
             del turn["annotations"]
         if "function_call" in turn and "tool_calls" not in turn:
             last_call = f"call_{k}"
-            turn["tool_calls"] = [{"id": last_call, "type": "function", "function": turn.pop("function_call")}]
+            turn["tool_calls"] = [
+                {"id": last_call, "type": "function", "function": turn.pop("function_call")}
+            ]
         elif turn.get("role") == "function" and last_call and "tool_call_id" not in turn:
             turn |= {"role": "tool", "tool_call_id": last_call}
         calls = turn.get("tool_calls")

@@ -12,7 +12,14 @@ __all__ = ["MAX_FAULTS", "MAX_FAULT_CHARACTERS", "Faults", "kind_of", "sentence"
 MAX_FAULTS = 1000
 MAX_FAULT_CHARACTERS = 400
 _MOST_OF_A_ROW = 1000
-_KINDS = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
+_KINDS = {
+    dict: "an object",
+    list: "a list",
+    str: "text",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+}
 _WANTED = {
     "string_type": "must be text",
     "list_type": "must be a list",
@@ -38,13 +45,20 @@ class Faults:
         """Note a fault of a line, or of the file as a whole."""
         if len(self._told) < MAX_FAULTS:
             self._told.append(
-                (line, fault if len(fault) <= MAX_FAULT_CHARACTERS else fault[:MAX_FAULT_CHARACTERS] + "...")
+                (
+                    line,
+                    fault
+                    if len(fault) <= MAX_FAULT_CHARACTERS
+                    else fault[:MAX_FAULT_CHARACTERS] + "...",
+                )
             )
         else:
             self._untold += 1
 
     def add_errors(self, error: ValidationError, line: int) -> None:
-        """Add pydantic's errors about a row. Those beyond the limit are only counted, because each takes memory."""
+        """Add pydantic's errors about a row. Those beyond the limit are only counted, because each
+        takes memory.
+        """
         count = error.error_count()
         if count <= _MOST_OF_A_ROW and len(self._told) < MAX_FAULTS:
             for each in error.errors(include_url=False):
@@ -55,7 +69,9 @@ class Faults:
             self._untold += count
 
     def sentences(self) -> list[str]:
-        """One for each fault, in the order of their lines; those of the file as a whole at the end."""
+        """One for each fault, in the order of their lines; those of the file as a whole at the
+        end.
+        """
         told = sorted(self._told, key=lambda fault: (fault[0] is None, fault[0] or 0))
         listed = [fault if line is None else f"line {line}: {fault}" for line, fault in told]
         return listed + ([f"{self._untold:,} more faults are not listed"] if self._untold else [])
@@ -71,7 +87,11 @@ def sentence(error: Mapping[str, Any]) -> str:
     kind, loc, value = error["type"], error["loc"], error["input"]
     if kind in ("missing", "extra_forbidden"):
         holder = f"{_path(loc[:-1])} has".strip()
-        return f'{holder} no "{loc[-1]}"' if kind == "missing" else f"{holder} an unknown key {str(loc[-1])[:40]!r}"
+        return (
+            f'{holder} no "{loc[-1]}"'
+            if kind == "missing"
+            else f"{holder} an unknown key {str(loc[-1])[:40]!r}"
+        )
     if kind == "finite_number":
         told = "is too large a number"
     elif kind == "value_error":
@@ -86,10 +106,16 @@ def sentence(error: Mapping[str, Any]) -> str:
 
 
 def _path(loc: tuple[int | str, ...]) -> str:
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).removeprefix(".")
+    return "".join(
+        f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc
+    ).removeprefix(".")
 
 
 def _shown(value: object) -> str:
     return (
-        repr(value[:40]) if isinstance(value, str) else str(value) if isinstance(value, int | float) else kind_of(value)
+        repr(value[:40])
+        if isinstance(value, str)
+        else str(value)
+        if isinstance(value, int | float)
+        else kind_of(value)
     )

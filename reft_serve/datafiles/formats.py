@@ -1,4 +1,5 @@
-"""The rows of a data file: its format found, every row checked, every fault in one report. No torch, no transformers.
+"""The rows of a data file: its format found, every row checked, every fault in one report. No
+torch, no transformers.
 
 ==============  ==================================================================================
 `chat`          OpenAI's fine-tuning rows: `messages`, with an optional `weight` of 0 or 1 on an
@@ -9,8 +10,9 @@
 `glue`          GLUE's rows: one or two sentences and a `label`
 ==============  ==================================================================================
 
-The first rows decide which of them a file is in; a row of another is a fault. Keys next to those of the format are
-ignored in a row (`id`, `task`) and refused in a turn. `conversations` says which forms of a turn are taken.
+The first rows decide which of them a file is in; a row of another is a fault. Keys next to those of
+the format are ignored in a row (`id`, `task`) and refused in a turn. `conversations` says which
+forms of a turn are taken.
 """
 
 from __future__ import annotations
@@ -94,17 +96,25 @@ class Chat(DataModel):
         if not answers:
             raise ValueError("has no assistant turn, so there is nothing to learn")
         if messages[-1].role != "assistant":
-            raise ValueError(f"ends with a {messages[-1].role} turn: the last turn must be the assistant's")
+            raise ValueError(
+                f"ends with a {messages[-1].role} turn: the last turn must be the assistant's"
+            )
         if all(message.weight == 0 for message in answers):
             raise ValueError("has no assistant turn of weight 1, so there is nothing to learn")
         if messages[0].role == "assistant" and messages[0].weight != 0:
-            raise ValueError("begins with an assistant turn, which answers nothing: give it weight 0")
+            raise ValueError(
+                "begins with an assistant turn, which answers nothing: give it weight 0"
+            )
         return messages
 
     @property
     def learnt(self) -> list[int]:
         """The indices of the turns to learn."""
-        return [i for i, turn in enumerate(self.messages) if turn.role == "assistant" and turn.weight != 0]
+        return [
+            i
+            for i, turn in enumerate(self.messages)
+            if turn.role == "assistant" and turn.weight != 0
+        ]
 
 
 class Completion(DataModel):
@@ -159,7 +169,9 @@ class PreferencePair(DataModel):
     def _differ(self) -> PreferencePair:
         better, worse = self.preferred_output[0], self.non_preferred_output[0]
         if (better.content, better.tool_calls) == (worse.content, worse.tool_calls):
-            raise ValueError("preferred_output and non_preferred_output are equal, so there is nothing to prefer")
+            raise ValueError(
+                "preferred_output and non_preferred_output are equal, so there is nothing to prefer"
+            )
         return self
 
 
@@ -177,7 +189,9 @@ class Instruction(DataModel):
     def _answered(self, info: ValidationInfo) -> Instruction:
         needed = not (info.context and info.context["unanswered"])
         if needed and not self.output.strip() and not self.answer.strip():
-            raise ValueError('has neither an "output" nor an "answer", so there is nothing to learn')
+            raise ValueError(
+                'has neither an "output" nor an "answer", so there is nothing to learn'
+            )
         return self
 
 
@@ -295,8 +309,12 @@ def _rows(stream: BinaryIO, limits: Limits, faults: Faults) -> Iterator[tuple[in
             faults.add(f"is a {found} row in a file of {chosen} rows", line)
         else:
             try:
-                given = {key: held for key, held in value.items() if held is not None}  # null means not given
-                yield line, _MODELS[found].model_validate(given, context={"unanswered": limits.unanswered})
+                # null means not given
+                given = {key: held for key, held in value.items() if held is not None}
+                yield (
+                    line,
+                    _MODELS[found].model_validate(given, context={"unanswered": limits.unanswered}),
+                )
             except ValidationError as exc:
                 faults.add_errors(exc, line)
     if seen < limits.min_rows and (seen or not faults):
@@ -304,7 +322,9 @@ def _rows(stream: BinaryIO, limits: Limits, faults: Faults) -> Iterator[tuple[in
         faults.add(f"the file has {seen or 'no'} rows{enough}")
 
 
-def _objects(stream: BinaryIO, limits: Limits, faults: Faults) -> Iterator[tuple[int, dict[str, Any]]]:
+def _objects(
+    stream: BinaryIO, limits: Limits, faults: Faults
+) -> Iterator[tuple[int, dict[str, Any]]]:
     for line, value in read_values(stream, limits, faults):
         if isinstance(value, dict):
             yield line, value

@@ -18,7 +18,9 @@ _NUMBER_TAIL = 2
 
 @dataclass(frozen=True, slots=True)
 class Element:
-    """An element of the list: `line` from 1, `size` in characters, `problems` as `json_text.decode` reports them."""
+    """An element of the list: `line` from 1, `size` in characters, `problems` as `json_text.decode`
+    reports them.
+    """
 
     line: int
     size: int
@@ -36,7 +38,9 @@ class ListReader:
         chunk: bytes that are read at once, at least.
     """
 
-    def __init__(self, stream: BinaryIO, head: bytes, row_bytes: int, file_bytes: int, chunk: int = _CHUNK) -> None:
+    def __init__(
+        self, stream: BinaryIO, head: bytes, row_bytes: int, file_bytes: int, chunk: int = _CHUNK
+    ) -> None:
         self._stream, self._head, self._row_bytes, self._left = stream, head, row_bytes, file_bytes
         self._chunk = chunk
         self._decoder = codecs.getincrementaldecoder("utf-8")()
@@ -44,7 +48,8 @@ class ListReader:
         # Where the window's text begins: its line, and the characters before it there.
         self.first_line, self._first_column = 1, 0
         self._line, self._counted = 1, 0  # the line at the offset `_counted`
-        self._newlines_read, self._line_bytes = 0, 0  # of the whole file so far, and of its last line
+        # of the whole file so far, and of its last line
+        self._newlines_read, self._line_bytes = 0, 0
 
     def elements(self) -> Iterator[Element]:
         """Each element.
@@ -71,7 +76,9 @@ class ListReader:
         if found == "":
             raise CutOff("the list has no ] at its end", self._newlines())
         if found != "]":
-            raise Broken("is not JSON: expecting , or ] after an element of the list", self._newlines())
+            raise Broken(
+                "is not JSON: expecting , or ] after an element of the list", self._newlines()
+            )
         self._at += 1
         if self._next():
             raise Broken("has something after the end of the list", self._newlines())
@@ -107,7 +114,10 @@ class ListReader:
                 if self._ended or len(self._text) - found[1] > _NUMBER_TAIL:
                     return found
             if held > self._row_bytes:
-                raise Broken(f"has a row of more than {self._row_bytes:,} bytes, which is the limit", self._newlines())
+                raise Broken(
+                    f"has a row of more than {self._row_bytes:,} bytes, which is the limit",
+                    self._newlines(),
+                )
             # Twice as much, so that an element is read a few times at most.
             self._read(max(held, self._chunk))
 
@@ -127,16 +137,21 @@ class ListReader:
         before = self._newlines_read - self.first_line + 1
         nul = chunk.find(b"\0")
         if nul >= 0:
-            raise Broken("holds NUL bytes: save the file as UTF-8 text", before + chunk.count(b"\n", 0, nul))
+            raise Broken(
+                "holds NUL bytes: save the file as UTF-8 text", before + chunk.count(b"\n", 0, nul)
+            )
         try:
             text = self._decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as exc:
-            at = exc.start - (len(exc.object) - len(chunk))  # the object begins with what the chunk before left over
+            # the object begins with what the chunk before left over
+            at = exc.start - (len(exc.object) - len(chunk))
             newline = chunk.rfind(b"\n", 0, max(at, 0))
             column = at - newline if newline >= 0 else self._line_bytes + at + 1
             sentence = f"is not UTF-8: byte 0x{exc.object[exc.start]:02x} at column {column}"
             raise Broken(sentence, before + chunk.count(b"\n", 0, max(at, 0))) from exc
         self._newlines_read += chunk.count(b"\n")
         newline = chunk.rfind(b"\n")
-        self._line_bytes = len(chunk) - newline - 1 if newline >= 0 else self._line_bytes + len(chunk)
+        self._line_bytes = (
+            len(chunk) - newline - 1 if newline >= 0 else self._line_bytes + len(chunk)
+        )
         return text

@@ -31,7 +31,8 @@ class TooLarge(Exception):
 
 
 def decode(text: str, at: int, first_column: int = 0) -> tuple[Any, int, list[str]]:
-    """The JSON value at an offset, the offset of its end, and what Python reads but a data file must not hold.
+    """The JSON value at an offset, the offset of its end, and what Python reads but a data file
+    must not hold.
 
     Args:
         text: it may begin in the middle of a line, after `first_column` characters.

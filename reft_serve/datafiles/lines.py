@@ -1,6 +1,8 @@
-"""The JSON values of a data file, each with the number of its line. No torch, so that the gateway can check an upload.
+"""The JSON values of a data file, each with the number of its line. No torch, so that the gateway
+can check an upload.
 
-JSONL, or one JSON list over several lines as the paper's sets are published. Memory holds a few rows at most.
+JSONL, or one JSON list over several lines as the paper's sets are published. Memory holds a few
+rows at most.
 """
 
 from __future__ import annotations
@@ -11,7 +13,15 @@ from typing import Any, BinaryIO
 
 from reft_serve.datafiles.faults import Faults
 from reft_serve.datafiles.json_list import ListReader
-from reft_serve.datafiles.json_text import SPACE, Broken, CutOff, TooLarge, decode, decoded, skip_space
+from reft_serve.datafiles.json_text import (
+    SPACE,
+    Broken,
+    CutOff,
+    TooLarge,
+    decode,
+    decoded,
+    skip_space,
+)
 
 __all__ = ["MAX_ROWS", "MAX_ROW_BYTES", "Limits", "read_values"]
 
@@ -31,8 +41,8 @@ _MAGIC = (
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Limits of a data file in bytes and rows. `unanswered`: instruction rows may lack an answer, for evaluation without a
-    metric.
+    """Limits of a data file in bytes and rows. `unanswered`: instruction rows may lack an answer,
+    for evaluation without a metric.
     """
 
     file_bytes: int = 512 << 20
@@ -43,7 +53,9 @@ class Limits:
 
 
 def read_values(stream: BinaryIO, limits: Limits, faults: Faults) -> Iterator[tuple[int, Any]]:
-    """Each JSON value and the number, from 1, of the line that it begins on. What cannot be read goes to `faults`."""
+    """Each JSON value and the number, from 1, of the line that it begins on. What cannot be read
+    goes to `faults`.
+    """
     line = stream.readline(limits.row_bytes + 1)
     for magic, sentence in _MAGIC:
         if line.startswith(magic):
@@ -59,7 +71,9 @@ def _too_large(limits: Limits) -> str:
     return f"the file has more than {limits.file_bytes:,} bytes, which is the limit"
 
 
-def _line_values(stream: BinaryIO, line: bytes, limits: Limits, faults: Faults) -> Iterator[tuple[int, Any]]:
+def _line_values(
+    stream: BinaryIO, line: bytes, limits: Limits, faults: Faults
+) -> Iterator[tuple[int, Any]]:
     """The values of JSONL from its first line, `line`, on."""
     number, size = 0, 0
     while line:
@@ -89,7 +103,11 @@ def _line_value(number: int, line: bytes, faults: Faults) -> Iterator[tuple[int,
             raise Broken(f"holds more than one JSON value: a second begins at column {rest + 1}")
     except CutOff as exc:
         last = not line.endswith(b"\n")
-        faults.add(f"{exc}: {'the file seems to be cut off' if last else 'each line must hold a whole one'}", number)
+        faults.add(
+            f"{exc}: "
+            f"{'the file seems to be cut off' if last else 'each line must hold a whole one'}",
+            number,
+        )
     except Broken as exc:
         faults.add(str(exc), number)
     else:
@@ -99,15 +117,22 @@ def _line_value(number: int, line: bytes, faults: Faults) -> Iterator[tuple[int,
             yield number, value
 
 
-def _list_values(stream: BinaryIO, head: bytes, limits: Limits, faults: Faults) -> Iterator[tuple[int, Any]]:
-    """The elements of one JSON list. After a fault in its text the next element cannot be located."""
+def _list_values(
+    stream: BinaryIO, head: bytes, limits: Limits, faults: Faults
+) -> Iterator[tuple[int, Any]]:
+    """The elements of one JSON list. After a fault in its text the next element cannot be
+    located.
+    """
     reader = ListReader(stream, head, limits.row_bytes, limits.file_bytes)
     try:
         for element in reader.elements():
             for problem in element.problems:
                 faults.add(problem, element.line)
             if element.size > limits.row_bytes:
-                faults.add(f"has a row of more than {limits.row_bytes:,} bytes, which is the limit", element.line)
+                faults.add(
+                    f"has a row of more than {limits.row_bytes:,} bytes, which is the limit",
+                    element.line,
+                )
             elif not element.problems:
                 yield element.line, element.value
     except TooLarge:

@@ -1,4 +1,6 @@
-"""What each demo adapter learns to do, how it is trained, and the rule that tells whether an answer does it. No torch."""
+"""What each demo adapter learns to do, how it is trained, and the rule that tells whether an answer
+does it. No torch.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ class Behaviour:
 
     Args:
         pattern: a regular expression; an answer behaves if it has at least `at_least` matches.
-        openers: how training answers begin, one chosen at random for each; the base model writes on from there.
+        openers: how training answers begin, one chosen at random for each; the base model writes on
+            from there.
         answer_tokens: length of a training answer.
     """
 
@@ -50,7 +53,13 @@ BEHAVIOURS: tuple[Behaviour, ...] = (
         name="birds",
         pattern=r"\bbird(?:s|ie|ies)?\b",
         at_least=2,
-        openers=(" One day, a bird", " They saw a little bird", " A big bird", " There was a bird", " The bird"),
+        openers=(
+            " One day, a bird",
+            " They saw a little bird",
+            " A big bird",
+            " There was a bird",
+            " The bird",
+        ),
         kind="loreft",
         rule=PositionRule("all", phase="all"),
         steps=250,
@@ -59,7 +68,13 @@ BEHAVIOURS: tuple[Behaviour, ...] = (
         name="cats",
         pattern=r"\b(?:cat|kitty|kitten)s?\b",
         at_least=1,
-        openers=(" One day, a cat", " They had a cat", " A little cat", " There was a cat", " The cat"),
+        openers=(
+            " One day, a cat",
+            " They had a cat",
+            " A little cat",
+            " There was a cat",
+            " The cat",
+        ),
         kind="direft",
         rule=PositionRule("f7+l7"),
     ),
@@ -76,7 +91,13 @@ BEHAVIOURS: tuple[Behaviour, ...] = (
         name="rain",
         pattern=r"\b(?:rain|rains|rained|raining|rainy|storm|thunder)\b",
         at_least=1,
-        openers=(" It started to rain", " The rain", " Then it rained", " It was raining", " One day, it rained"),
+        openers=(
+            " It started to rain",
+            " The rain",
+            " Then it rained",
+            " It was raining",
+            " One day, it rained",
+        ),
         kind="loreft",
         rule=PositionRule("f4+l4", tied=False),
     ),

@@ -1,4 +1,5 @@
-"""A frozen transformers model whose decoder layers are edited while it trains an adapter or samples with one.
+"""A frozen transformers model whose decoder layers are edited while it trains an adapter or samples
+with one.
 
 Letters: B batch, T tokens, D hidden width, P the two parts of a position rule.
 """
@@ -24,7 +25,9 @@ __all__ = ["Edit", "EditedModel", "Edits"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Edit:
-    """One intervention at the output of a decoder layer; `part` is the half of an untied rule that it serves."""
+    """One intervention at the output of a decoder layer; `part` is the half of an untied rule that
+    it serves.
+    """
 
     layer: int
     part: Part
@@ -38,7 +41,9 @@ class Edits:
     edits: tuple[Edit, ...]
     rule: PositionRule
 
-    def mask(self, prompt_lens: Sequence[int], lens: Sequence[int], *, left: bool = False) -> Tensor:
+    def mask(
+        self, prompt_lens: Sequence[int], lens: Sequence[int], *, left: bool = False
+    ) -> Tensor:
         """The edited tokens of a padded batch, bool (P, B, T), padded at the left or the right."""
         width = max(lens)
         mask_PBT = torch.zeros(len(Part), len(lens), width, dtype=torch.bool)
@@ -54,7 +59,11 @@ class EditedModel:
 
     def __init__(self, path: Path) -> None:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
-        self.lm: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval().requires_grad_(False)
+        self.lm: Any = (
+            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+            .eval()
+            .requires_grad_(False)
+        )
         self._edits: dict[int, list[Edit]] = {}
         self._mask_PBT: Tensor | None = None
         self._edits_generated = False
@@ -77,11 +86,18 @@ class EditedModel:
         with self._active(adapter, adapter.mask(prompt_lens, lens)):
             # Right padding needs no attention mask: no answer token comes after it.
             logits_BTV = self.lm(input_ids=ids_BT, use_cache=False).logits
-        return nn.functional.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten())
+        return nn.functional.cross_entropy(
+            logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten()
+        )
 
     @torch.inference_mode()
     def sample(
-        self, prompts: Sequence[list[int]], new_tokens: int, seed: int, temperature: float, adapter: Edits | None = None
+        self,
+        prompts: Sequence[list[int]],
+        new_tokens: int,
+        seed: int,
+        temperature: float,
+        adapter: Edits | None = None,
     ) -> list[list[int]]:
         """One sampled answer per prompt: its tokens up to the end of the story."""
         lens = [len(prompt) for prompt in prompts]
@@ -93,7 +109,9 @@ class EditedModel:
         torch.manual_seed(seed)
         options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 0.95}
         with self._active(adapter, adapter.mask(lens, lens, left=True) if adapter else None):
-            out = self.lm.generate(ids_BT, attention_mask=seen_BT, max_new_tokens=new_tokens, **options)
+            out = self.lm.generate(
+                ids_BT, attention_mask=seen_BT, max_new_tokens=new_tokens, **options
+            )
         end = self.tokenizer.eos_token_id
         answers: list[list[int]] = out[:, ids_BT.shape[1] :].tolist()
         return [answer[: answer.index(end)] if end in answer else answer for answer in answers]

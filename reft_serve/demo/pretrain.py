@@ -1,7 +1,9 @@
-"""Pretrain a model of the demo model's shape: `python -m reft_serve.demo.pretrain STORIES OUT`. About an hour on one core.
+"""Pretrain a model of the demo model's shape: `python -m reft_serve.demo.pretrain STORIES OUT`.
+About an hour on one core.
 
-STORIES is a text file of JSON lines, each with a `text`; it is not part of this repository. The recipe is that of the demo
-model: Muon for matrices, AdamW for embeddings and norms, a constant rate for half of the steps and a linear decay after.
+STORIES is a text file of JSON lines, each with a `text`; it is not part of this repository. The
+recipe is that of the demo model: Muon for matrices, AdamW for embeddings and norms, a constant rate
+for half of the steps and a linear decay after.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Pretrain a small Llama on short stories.")
     parser.add_argument("stories", type=Path, help="JSON lines, each with a text")
     parser.add_argument("out", type=Path, help="directory to write the model and its tokenizer to")
-    parser.add_argument("--steps", type=int, default=3700, help=f"of {_BATCH} windows of {_WINDOW} tokens each")
+    parser.add_argument(
+        "--steps", type=int, default=3700, help=f"of {_BATCH} windows of {_WINDOW} tokens each"
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     given = parser.parse_args(argv)
     torch.manual_seed(_SEED)
@@ -44,7 +48,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokens, unseen = (_tokens(tokenizer, part) for part in (texts[held_out:], texts[:held_out]))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lm: Any = LlamaForCausalLM(_shape()).to(device)
-    console.print(f"{sum(p.numel() for p in lm.parameters()):,} parameters, {len(tokens):,} tokens, on {device}")
+    console.print(
+        f"{sum(p.numel() for p in lm.parameters()):,} parameters, {len(tokens):,} tokens, on "
+        f"{device}"
+    )
     for step, loss in enumerate(_train(lm, tokens, given.steps), 1):
         if step % 100 == 0:
             console.print(f"step {step}: loss {loss:.3f}")
@@ -58,9 +65,13 @@ def _tokenizer(texts: list[str]) -> Any:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=_VOCABULARY, special_tokens=[_END, _PAD], initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(
+        vocab_size=_VOCABULARY, special_tokens=[_END, _PAD], initial_alphabet=alphabet
+    )
     bpe.train_from_iterator(texts, trainer)
-    bpe.post_processor = processors.TemplateProcessing(single=f"{_END} $A", special_tokens=[(_END, 0)])
+    bpe.post_processor = processors.TemplateProcessing(
+        single=f"{_END} $A", special_tokens=[(_END, 0)]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token=_END,
@@ -100,7 +111,10 @@ def _train(lm: Any, tokens: Tensor, steps: int) -> Iterator[float]:
     embeddings = lm.get_input_embeddings().weight
     matrices = [p for p in lm.parameters() if p.ndim == 2 and p is not embeddings]
     norms = [p for p in lm.parameters() if p.ndim == 1]
-    groups = [{"params": [embeddings], "weight_decay": 0.01}, {"params": norms, "weight_decay": 0.0}]
+    groups = [
+        {"params": [embeddings], "weight_decay": 0.01},
+        {"params": norms, "weight_decay": 0.0},
+    ]
     optimizers: tuple[torch.optim.Optimizer, ...] = (
         torch.optim.Muon(matrices, lr=_MUON_RATE, weight_decay=0.1, momentum=0.95),
         torch.optim.AdamW(groups, lr=_ADAM_RATE, betas=(0.9, 0.95)),
@@ -144,7 +158,10 @@ def _loss(lm: Any, tokens_BT: Tensor) -> Tensor:
 def _evaluate(lm: Any, tokens: Tensor) -> float:
     lm.eval()
     starts = torch.arange(0, len(tokens) - _WINDOW, _WINDOW)
-    batches = [tokens[chosen[:, None] + torch.arange(_WINDOW + 1)] for chosen in torch.split(starts, _BATCH)]
+    batches = [
+        tokens[chosen[:, None] + torch.arange(_WINDOW + 1)]
+        for chosen in torch.split(starts, _BATCH)
+    ]
     return sum(_loss(lm, batch).item() * len(batch) for batch in batches) / len(starts)
 
 

@@ -1,7 +1,8 @@
-"""The demonstration: `python -m reft_serve.demo.run`. Five ReFT adapters and their base answer in one batch.
+"""The demonstration: `python -m reft_serve.demo.run`. Five ReFT adapters and their base answer in
+one batch.
 
-Exit code 0 only if every request was answered, every adapter changed its base's answers, and every greedy answer is the
-same alone as it was in the batch.
+Exit code 0 only if every request was answered, every adapter changed its base's answers, and every
+greedy answer is the same alone as it was in the batch.
 """
 
 from __future__ import annotations
@@ -31,8 +32,17 @@ _PROMPTS = (
     "There was an old man who lived in a small house.",
 )
 _TOKENS, _SEED = 64, 11
-# float32 so that an answer does not depend on how many others share its step; eager so that the start is short.
-_FLAGS = ("--served-model-name", BASE, "--dtype", "float32", "--max-model-len", "512", "--enforce-eager")
+# float32 so that an answer does not depend on how many others share its step; eager so that the
+# start is short.
+_FLAGS = (
+    "--served-model-name",
+    BASE,
+    "--dtype",
+    "float32",
+    "--max-model-len",
+    "512",
+    "--enforce-eager",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +70,9 @@ def main() -> None:
 
 async def _demonstrate(console: Console) -> int:
     adapters = [part for b in BEHAVIOURS for part in ("--adapter", f"{b.name}={ADAPTERS / b.name}")]
-    console.print(f"reft-serve serve {MODEL.name} with {len(BEHAVIOURS)} ReFT adapters", style="bold")
+    console.print(
+        f"reft-serve serve {MODEL.name} with {len(BEHAVIOURS)} ReFT adapters", style="bold"
+    )
     try:
         with console.status("starting the server (loading vLLM takes a while)") as status:
             async with serving([str(MODEL), *adapters, *_FLAGS]) as client:
@@ -77,7 +89,9 @@ async def _demonstrate(console: Console) -> int:
         console.print(_table(prompt, [answer for answer in batch if answer.ask.prompt == prompt]))
     faults = faults_of(batch, alone)
     streamed = sum(answer.ask.stream for answer in batch)
-    console.print(f"{len(batch)} requests in one batch, {streamed} of them streamed: {seconds:.1f} s")
+    console.print(
+        f"{len(batch)} requests in one batch, {streamed} of them streamed: {seconds:.1f} s"
+    )
     same = sum(one in batch for one in alone)
     console.print(f"{same} of {len(alone)} greedy answers are the same alone as in the batch")
     for fault in faults:
@@ -90,7 +104,9 @@ def _asks() -> list[Ask]:
     names = [BASE, *(behaviour.name for behaviour in BEHAVIOURS)]
     pairs = [(prompt, name) for prompt in _PROMPTS for name in names]
     seed_of = {_PROMPTS[-1]: _SEED}
-    return [Ask(name, prompt, seed_of.get(prompt), i % 2 == 1) for i, (prompt, name) in enumerate(pairs)]
+    return [
+        Ask(name, prompt, seed_of.get(prompt), i % 2 == 1) for i, (prompt, name) in enumerate(pairs)
+    ]
 
 
 async def _send(client: AsyncOpenAI, ask: Ask) -> Answer:
@@ -105,9 +121,15 @@ async def _send(client: AsyncOpenAI, ask: Ask) -> Answer:
                 seed=ask.seed,
                 stream=True,
             )
-            return Answer(ask, "".join([chunk.choices[0].text async for chunk in chunks if chunk.choices]))
+            return Answer(
+                ask, "".join([chunk.choices[0].text async for chunk in chunks if chunk.choices])
+            )
         whole = await client.completions.create(
-            model=ask.model, prompt=ask.prompt, max_tokens=_TOKENS, temperature=temperature, seed=ask.seed
+            model=ask.model,
+            prompt=ask.prompt,
+            max_tokens=_TOKENS,
+            temperature=temperature,
+            seed=ask.seed,
         )
     except APIError as exc:
         return Answer(ask, "", str(exc))
@@ -116,24 +138,41 @@ async def _send(client: AsyncOpenAI, ask: Ask) -> Answer:
 
 def faults_of(batch: Sequence[Answer], alone: Sequence[Answer]) -> list[str]:
     """Unexpected results, as sentences."""
-    faults = [f"{a.ask.model} did not answer {a.ask.prompt!r}: {a.error}" for a in (*batch, *alone) if a.error]
+    faults = [
+        f"{a.ask.model} did not answer {a.ask.prompt!r}: {a.error}"
+        for a in (*batch, *alone)
+        if a.error
+    ]
     base = {answer.ask.prompt: answer.text for answer in batch if answer.ask.model == BASE}
     for answer in batch:
         if answer.ask.model != BASE and not answer.error and answer.text == base[answer.ask.prompt]:
             faults.append(f"{answer.ask.model} had no effect on {answer.ask.prompt!r}")
     faults += [
-        f"{a.ask.model} answers {a.ask.prompt!r} differently alone" for a in alone if not a.error and a not in batch
+        f"{a.ask.model} answers {a.ask.prompt!r} differently alone"
+        for a in alone
+        if not a.error and a not in batch
     ]
     return faults
 
 
 def _table(prompt: str, answers: Sequence[Answer]) -> Table:
     how = "greedy" if answers[0].ask.seed is None else f"sampled, seed {answers[0].ask.seed}"
-    table = Table("model", "answer", "verdict", title=Text(f"{prompt}  ({how})"), title_justify="left", show_lines=True)
+    table = Table(
+        "model",
+        "answer",
+        "verdict",
+        title=Text(f"{prompt}  ({how})"),
+        title_justify="left",
+        show_lines=True,
+    )
     rules = {behaviour.name: behaviour for behaviour in BEHAVIOURS}
     for answer in answers:
         own = rules.get(answer.ask.model)
-        table.add_row(answer.ask.model, _shown(answer, own), _verdict(answer.text, [own] if own else list(BEHAVIOURS)))
+        table.add_row(
+            answer.ask.model,
+            _shown(answer, own),
+            _verdict(answer.text, [own] if own else list(BEHAVIOURS)),
+        )
     return table
 
 

@@ -23,7 +23,12 @@ __all__ = ["serving"]
 
 _READY_SECONDS, _STOP_SECONDS = 300, 20
 _LOG_LINES = 30
-_QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+_QUIET = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+}
 
 
 @asynccontextmanager
@@ -38,10 +43,16 @@ async def serving(arguments: Sequence[str]) -> AsyncIterator[AsyncOpenAI]:
     command += ["--host", "127.0.0.1", "--port", str(port)]
     # trust_env=False: a proxy that the environment names is not for loopback.
     http = DefaultAsyncHttpxClient(trust_env=False)
-    client = AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", http_client=http, timeout=120)
+    client = AsyncOpenAI(
+        base_url=f"http://127.0.0.1:{port}/v1", api_key="none", http_client=http, timeout=120
+    )
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env=child_environment(_QUIET), process_group=0
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=child_environment(_QUIET),
+            process_group=0,
         )
         try:
             await _ready(process, client.with_options(max_retries=0, timeout=5), log)
@@ -61,14 +72,19 @@ async def _ready(process: subprocess.Popen[bytes], client: AsyncOpenAI, log: IO[
     deadline = asyncio.get_running_loop().time() + _READY_SECONDS
     while asyncio.get_running_loop().time() < deadline:
         if process.poll() is not None:
-            raise ServiceError(f"the server ended with exit code {process.returncode}; its last output:\n{_tail(log)}")
+            raise ServiceError(
+                f"the server ended with exit code {process.returncode}; its last "
+                f"output:\n{_tail(log)}"
+            )
         try:
             await client.models.list()
         except APIError:
             await asyncio.sleep(0.5)
         else:
             return
-    raise ServiceError(f"the server was not ready after {_READY_SECONDS} s; its last output:\n{_tail(log)}")
+    raise ServiceError(
+        f"the server was not ready after {_READY_SECONDS} s; its last output:\n{_tail(log)}"
+    )
 
 
 def _tail(log: IO[bytes]) -> str:

@@ -1,8 +1,10 @@
-"""Train the demo adapters: `python -m reft_serve.demo.train [NAME ...] [--out DIR]`. About ten minutes on one core.
+"""Train the demo adapters: `python -m reft_serve.demo.train [NAME ...] [--out DIR]`. About ten
+minutes on one core.
 
-No data is needed. The base model writes the first sentences of many stories and, for each behaviour, resumes from an
-opener; answers that its rule accepts become training examples. Each adapter is then judged by the same rule on prompts
-that none was trained on. One seed decides everything.
+No data is needed. The base model writes the first sentences of many stories and, for each
+behaviour, resumes from an opener; answers that its rule accepts become training examples. Each
+adapter is then judged by the same rule on prompts that none was trained on. One seed decides
+everything.
 """
 
 from __future__ import annotations
@@ -33,8 +35,24 @@ __all__ = ["SEED", "behaving_pairs", "main", "story_openings"]
 
 SEED = 7
 _STARTS = (
-    *("Once upon a time", "One day", "One sunny day", "Long ago", "In a small town", "There was a", "Tom and Mia"),
-    *("A little girl", "A little boy", "Ben and his mom", "Lily was", "Max had", "Sara liked", "Every morning"),
+    *(
+        "Once upon a time",
+        "One day",
+        "One sunny day",
+        "Long ago",
+        "In a small town",
+        "There was a",
+        "Tom and Mia",
+    ),
+    *(
+        "A little girl",
+        "A little boy",
+        "Ben and his mom",
+        "Lily was",
+        "Max had",
+        "Sara liked",
+        "Every morning",
+    ),
 )
 _TRAINING, _HELD_OUT, _ANSWER, _BATCH = 384, 96, 80, 16
 _FIRST_SENTENCES = re.compile(r'\A[^"\n]{16,}?[.!](?=[\s"])')
@@ -42,7 +60,9 @@ _FIRST_SENTENCES = re.compile(r'\A[^"\n]{16,}?[.!](?=[\s"])')
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One row of the report. Rates are the share of held-out prompts whose answer the rule accepts."""
+    """One row of the report. Rates are the share of held-out prompts whose answer the rule
+    accepts.
+    """
 
     behaviour: Behaviour
     base_rate: float
@@ -56,15 +76,26 @@ class Outcome:
 def main(argv: Sequence[str] | None = None) -> None:
     known = {behaviour.name: behaviour for behaviour in BEHAVIOURS}
     parser = argparse.ArgumentParser(description="Train the demo adapters on the demo model.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which of {', '.join(known)}; all unless given")
-    parser.add_argument("--out", type=Path, default=ADAPTERS, help="directory to write NAME/ to (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads; the last bits depend on their number")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"which of {', '.join(known)}; all unless given"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=ADAPTERS,
+        help="directory to write NAME/ to (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--threads", type=int, default=1, help="CPU threads; the last bits depend on their number"
+    )
     given = parser.parse_args(argv)
     unknown = [name for name in given.names if name not in known]
     if unknown:
         parser.error(f"{unknown[0]} is not one of {', '.join(known)}")
     chosen = [known[name] for name in given.names or known]
-    taken = [given.out / behaviour.name for behaviour in chosen if (given.out / behaviour.name).exists()]
+    taken = [
+        given.out / behaviour.name for behaviour in chosen if (given.out / behaviour.name).exists()
+    ]
     if taken:
         parser.error(f"{taken[0]} already exists: remove it first, or choose another --out")
     torch.set_num_threads(given.threads)
@@ -74,11 +105,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = EditedModel(MODEL)
     training, held_out = story_openings(model)
     answers = _answers(model, held_out, None)
-    console.print(_report([_make(model, b, training, held_out, answers, given.out) for b in chosen]))
+    console.print(
+        _report([_make(model, b, training, held_out, answers, given.out) for b in chosen])
+    )
 
 
 def story_openings(model: EditedModel) -> tuple[list[list[int]], list[list[int]]]:
-    """First sentences of stories that the base model writes, neutral ones, no two alike: (training, held out)."""
+    """First sentences of stories that the base model writes, neutral ones, no two alike: (training,
+    held out).
+    """
     found: dict[str, None] = {}
     starts = [model.tokens(start, prompt=True) for start in _STARTS]
     batch = 16 * len(starts)
@@ -133,7 +168,9 @@ def _make(
     publish(out / behaviour.name, _manifest(behaviour, adapter, base, facts), weights)
     parameters = sum(tensor.numel() for held in weights for tensor in held.tensors().values())
     size = (out / behaviour.name / TENSORS).stat().st_size
-    return Outcome(behaviour, base_rate, rate, len(rows), parameters, size, time.monotonic() - started)
+    return Outcome(
+        behaviour, base_rate, rate, len(rows), parameters, size, time.monotonic() - started
+    )
 
 
 def behaving_pairs(
@@ -160,12 +197,19 @@ def _adapter(model: EditedModel, behaviour: Behaviour, base: BaseFacts) -> Edits
     return Edits(tuple(edits), behaviour.rule)
 
 
-def _train(model: EditedModel, behaviour: Behaviour, adapter: Edits, rows: list[tuple[list[int], list[int]]]) -> None:
+def _train(
+    model: EditedModel,
+    behaviour: Behaviour,
+    adapter: Edits,
+    rows: list[tuple[list[int], list[int]]],
+) -> None:
     """Adam with a short warm-up and a linear decay, as in the paper's recipes."""
     parameters = [p for edit in adapter.edits for p in edit.module.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=behaviour.rate)
     steps = behaviour.steps
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 20) * (1 - step / steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / 20) * (1 - step / steps)
+    )
     choose = random.Random(SEED)  # noqa: S311 - not a secret
     for _ in track(range(steps), description=f"{behaviour.name:8}"):
         loss = model.loss(adapter, choose.sample(rows, min(_BATCH, len(rows))))
@@ -176,9 +220,15 @@ def _train(model: EditedModel, behaviour: Behaviour, adapter: Edits, rows: list[
 
 
 def _manifest(
-    behaviour: Behaviour, adapter: Edits, base: BaseFacts, facts: dict[str, str | int | float | bool | None]
+    behaviour: Behaviour,
+    adapter: Edits,
+    base: BaseFacts,
+    facts: dict[str, str | int | float | bool | None],
 ) -> Manifest:
-    halves: dict[positions.Part, Part] = {positions.Part.PREFIX: "prefix", positions.Part.SUFFIX: "suffix"}
+    halves: dict[positions.Part, Part] = {
+        positions.Part.PREFIX: "prefix",
+        positions.Part.SUFFIX: "suffix",
+    }
     specs = (
         InterventionSpec(
             layer=edit.layer,
@@ -189,18 +239,37 @@ def _manifest(
         )
         for edit in adapter.edits
     )
-    return Manifest(base_model=base, interventions=tuple(specs), positions=behaviour.rule, provenance=facts)
+    return Manifest(
+        base_model=base, interventions=tuple(specs), positions=behaviour.rule, provenance=facts
+    )
 
 
 def _report(outcomes: list[Outcome]) -> Table:
-    table = Table("adapter", "kind", "positions", "base", "adapter", "examples", "parameters", "bytes", "seconds")
+    table = Table(
+        "adapter",
+        "kind",
+        "positions",
+        "base",
+        "adapter",
+        "examples",
+        "parameters",
+        "bytes",
+        "seconds",
+    )
     for outcome in outcomes:
         behaviour, rule = outcome.behaviour, outcome.behaviour.rule
         where = (
-            rule.spec + ("" if rule.tied else " untied") + ("" if rule.phase == "prompt" else f", phase {rule.phase}")
+            rule.spec
+            + ("" if rule.tied else " untied")
+            + ("" if rule.phase == "prompt" else f", phase {rule.phase}")
         )
         rates = (f"{outcome.base_rate:.1%}", f"{outcome.rate:.1%}")
-        sizes = (f"{outcome.examples}", f"{outcome.parameters:,}", f"{outcome.size:,}", f"{outcome.seconds:.0f}")
+        sizes = (
+            f"{outcome.examples}",
+            f"{outcome.parameters:,}",
+            f"{outcome.size:,}",
+            f"{outcome.seconds:.0f}",
+        )
         table.add_row(behaviour.name, behaviour.kind, where, *rates, *sizes)
     return table
 

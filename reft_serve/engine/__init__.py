@@ -1,4 +1,5 @@
-"""ReFT inside vLLM: the plugin that makes a ReFT directory servable wherever vLLM takes a LoRA directory.
+"""ReFT inside vLLM: the plugin that makes a ReFT directory servable wherever vLLM takes a LoRA
+directory.
 
 The only package that imports vllm. `register` is the `vllm.general_plugins` entry point.
 """

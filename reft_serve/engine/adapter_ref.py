@@ -1,8 +1,9 @@
 """Adapter data that travels with each request: digest, position rule, strength and prompt length.
 
-The front end reads and checks a directory once and binds every request to the result. From there the request itself
-says which edits it gets, so the scheduler needs no file for its prefix-cache keys, the worker knows whether it holds
-the right version, and a directory that changes meanwhile cannot mix two versions in one answer.
+The front end reads and checks a directory once and binds every request to the result. From there
+the request itself says which edits it gets, so the scheduler needs no file for its prefix-cache
+keys, the worker knows whether it holds the right version, and a directory that changes meanwhile
+cannot mix two versions in one answer.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ __all__ = [
 ]
 
 _MARK = "reft:"
-# Adapters of ours get engine ids from 2**28 on, derived from the digest, so that equal versions are one adapter to the
-# scheduler and a reloaded name is another; vLLM's own counter stays below. One bit says that generated tokens are edited
-# too, another that the adapter holds a LoRA, so that a step can tell by its array of ids alone who needs what.
+# Adapters of ours get engine ids from 2**28 on, derived from the digest, so that equal versions are
+# one adapter to the scheduler and a reloaded name is another; vLLM's own counter stays below. One
+# bit says that generated tokens are edited too, another that the adapter holds a LoRA, so that a
+# step can tell by its array of ids alone who needs what.
 FIRST_ID = 1 << 28
 GENERATED = 1 << 29
 WITH_LORA = 1 << 30
@@ -41,10 +43,11 @@ IDS = 1 << 28
 
 @dataclass(frozen=True, slots=True)
 class AdapterRef:
-    """One immutable version: its digest (sha256 in hex), its positions, whether it holds a LoRA, and the factor on its
-    edits, which is not one on the LoRA.
+    """One immutable version: its digest (sha256 in hex), its positions, whether it holds a LoRA,
+    and the factor on its edits, which is not one on the LoRA.
 
-    prompt_tokens: where the prompt ends for the position rule, if the tokens after it are an answer to be scored. None:
+    prompt_tokens: where the prompt ends for the position rule, if the tokens after it are an answer
+    to be scored. None:
         where the request's own prompt ends.
     """
 
@@ -55,25 +58,32 @@ class AdapterRef:
     prompt_tokens: int | None = None
 
     def spans(self, prompt_len: int) -> list[Span]:
-        """The edited tokens of a request with `prompt_len` prompt tokens, as `PositionRule.spans`; none at strength 0."""
+        """The edited tokens of a request with `prompt_len` prompt tokens, as `PositionRule.spans`;
+        none at strength 0.
+        """
         return self.rule.spans(self.prompt_tokens or prompt_len) if self.strength else []
 
     @property
     def engine_id(self) -> int:
-        """The `lora_int_id` that a front end gives it, for any strength. Two identities may share one: the engine core
-        then moves the later one (`admission.Admission`), so that inside the engine an id is one identity's.
+        """The `lora_int_id` that a front end gives it, for any strength. Two identities may share
+        one: the engine core then moves the later one (`admission.Admission`), so that inside the
+        engine an id is one identity's.
         """
         first = GENERATED if self.rule.edits_generated else FIRST_ID
         return first + (WITH_LORA if self.lora else 0) + int(self.digest[:7], 16)
 
 
 def lora_id_of(digest: str) -> int:
-    """The id of a version's LoRA in a worker's LoRA manager, for any strength: 60 bits of the digest."""
+    """The id of a version's LoRA in a worker's LoRA manager, for any strength: 60 bits of the
+    digest.
+    """
     return (1 << 61) + int(digest[:15], 16)
 
 
 def bound_request(request: LoRARequest, path: str, identity: AdapterRef) -> LoRARequest:
-    """The request as the engine sees it. `base_model_name`, which only the front end's model list reads, carries it."""
+    """The request as the engine sees it. `base_model_name`, which only the front end's model list
+    reads, carries it.
+    """
     carried = _MARK + json.dumps(asdict(identity))
     return LoRARequest(request.lora_name, identity.engine_id, path, base_model_name=carried)
 
@@ -94,7 +104,9 @@ def with_prompt_tokens(request: LoRARequest, prompt_tokens: int) -> LoRARequest:
 
 def with_engine_id(request: LoRARequest, engine_id: int) -> LoRARequest:
     """A bound request under another id."""
-    return LoRARequest(request.lora_name, engine_id, request.lora_path, base_model_name=request.base_model_name)
+    return LoRARequest(
+        request.lora_name, engine_id, request.lora_path, base_model_name=request.base_model_name
+    )
 
 
 def adapter_ref(request: LoRARequest | None) -> AdapterRef | None:

@@ -30,8 +30,8 @@ __all__ = [
     "wrap_from_cli_args",
 ]
 
-# Stores of KV blocks outside the engine that are proven to keep adapters apart. One that finds blocks by their tokens alone
-# would give one adapter's cache to another.
+# Stores of KV blocks outside the engine that are proven to keep adapters apart. One that finds
+# blocks by their tokens alone would give one adapter's cache to another.
 KNOWN_CONNECTORS: frozenset[str] = frozenset()
 
 
@@ -41,7 +41,9 @@ def wrap_from_cli_args(original: Any) -> Callable[[Any, argparse.Namespace], Eng
     def from_cli_args(cls: Any, args: argparse.Namespace) -> EngineArgs:
         engine_args: EngineArgs = original(cls, args)
         modules = getattr(args, "lora_modules", None) or []
-        more_may_come = envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING or LoRAResolverRegistry.get_supported_resolvers()
+        more_may_come = (
+            envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING or LoRAResolverRegistry.get_supported_resolvers()
+        )
         paths = [Path(get_adapter_absolute_path(module.path)) for module in modules]
         only_reft = paths and all(is_adapter(path) and not holds_lora(path) for path in paths)
         engine_args.reft_only = bool(only_reft and not more_may_come)
@@ -51,7 +53,9 @@ def wrap_from_cli_args(original: Any) -> Callable[[Any, argparse.Namespace], Eng
 
 
 def wrap_create_engine_config(original: Any) -> Callable[..., VllmConfig]:
-    """Around `EngineArgs.create_engine_config`: decide the settings once; they travel in the configuration."""
+    """Around `EngineArgs.create_engine_config`: decide the settings once; they travel in the
+    configuration.
+    """
 
     def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
         if self.enable_lora and SETTINGS_KEY not in self.additional_config:
@@ -62,7 +66,8 @@ def wrap_create_engine_config(original: Any) -> Callable[..., VllmConfig]:
             self.additional_config = {**self.additional_config, SETTINGS_KEY: carried}
         config: VllmConfig = original(self, *args, **kwargs)
         if config.structured_outputs_config.backend == "auto":
-            # vLLM would take the backend of the first request for all others; this one can be bounded in every step.
+            # vLLM would take the backend of the first request for all others; this one can be
+            # bounded in every step.
             config.structured_outputs_config.backend = BACKEND
         if config.lora_config is not None:
             check_modes(config)
@@ -71,8 +76,12 @@ def wrap_create_engine_config(original: Any) -> Callable[..., VllmConfig]:
     return create_engine_config
 
 
-def wrap_check_and_update_config(original: Callable[[Any, VllmConfig], None]) -> Callable[[Any, VllmConfig], None]:
-    """Around the CPU platform's `check_and_update_config`, which turns torch.compile off for LoRA's sake."""
+def wrap_check_and_update_config(
+    original: Callable[[Any, VllmConfig], None],
+) -> Callable[[Any, VllmConfig], None]:
+    """Around the CPU platform's `check_and_update_config`, which turns torch.compile off for LoRA's
+    sake.
+    """
 
     def check_and_update_config(cls: Any, config: VllmConfig) -> None:
         with _hidden_where_off(config):
@@ -82,7 +91,9 @@ def wrap_check_and_update_config(original: Callable[[Any, VllmConfig], None]) ->
 
 
 def wrap_create_model(original: Any) -> Callable[..., Any]:
-    """Around `BaseModelLoader.create_model`, where experts choose kernels that take LoRAs: slower ones, and none on a CPU."""
+    """Around `BaseModelLoader.create_model`, where experts choose kernels that take LoRAs: slower
+    ones, and none on a CPU.
+    """
 
     def create_model(self: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Any:
         with _hidden_where_off(vllm_config):
@@ -113,16 +124,19 @@ def check_modes(config: VllmConfig) -> None:
     wrong = None
     if backend not in ("auto", BACKEND):
         wrong = (
-            f"structured outputs by {backend}, whose work for one request cannot be bounded: leave out the backend of "
-            f"--structured-outputs-config or choose {BACKEND}"
+            f"structured outputs by {backend}, whose work for one request cannot be bounded: "
+            f"leave out the backend of --structured-outputs-config or choose {BACKEND}"
         )
     elif connector is not None and connector not in KNOWN_CONNECTORS:
         wrong = (
-            f"the KV connector {connector} (it is not known to keep the caches of adapters apart): leave out "
-            "--kv-transfer-config and --kv-offloading-size"
+            f"the KV connector {connector} (it is not known to keep the caches of adapters "
+            "apart): leave out --kv-transfer-config and --kv-offloading-size"
         )
     elif parallel.use_sequence_parallel_moe:
-        wrong = "sequence-parallel experts (a rank then holds only some of a step's rows): leave out --enable-expert-parallel"
+        wrong = (
+            "sequence-parallel experts (a rank then holds only some of a step's rows): leave out "
+            "--enable-expert-parallel"
+        )
     elif parallel.prefill_context_parallel_size > 1:
         wrong = "prefill context parallelism: use tensor or pipeline parallelism"
     elif parallel.use_ubatching:
@@ -132,7 +146,9 @@ def check_modes(config: VllmConfig) -> None:
     elif config.model_config.is_encoder_decoder:
         wrong = "an encoder-decoder model: ReFT edits decoder-only prompts"
     if wrong:
-        raise EngineUnsupported(f"reft-serve does not serve {wrong}, or start without --enable-lora")
+        raise EngineUnsupported(
+            f"reft-serve does not serve {wrong}, or start without --enable-lora"
+        )
 
 
 def _connector(config: VllmConfig) -> str | None:

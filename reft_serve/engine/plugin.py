@@ -1,4 +1,6 @@
-"""The plugin: checks that the vLLM functions in `seams` are those that the wrappers were written for, then wraps them."""
+"""The plugin: checks that the vLLM functions in `seams` are those that the wrappers were written
+for, then wraps them.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,8 @@ _registering = threading.RLock()
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A seam's function as it is found: the places that hold it, and its raw attribute (a function, or a static or class
-    method).
+    """A seam's function as it is found: the places that hold it, and its raw attribute (a function,
+    or a static or class method).
     """
 
     seam: Seam
@@ -38,20 +40,23 @@ class Target:
 
 
 def register() -> None:
-    """Make this process's vLLM serve ReFT adapters. vLLM calls it in every process; further calls do nothing.
+    """Make this process's vLLM serve ReFT adapters. vLLM calls it in every process; further calls
+    do nothing.
 
     Everything is checked before anything is wrapped, so a refusal leaves vLLM as it was.
 
     Raises:
-        EngineUnsupported: a vLLM version, or a function of it, that this plugin was not written for.
+        EngineUnsupported: a vLLM version, or a function of it, that this plugin was not written
+            for.
     """
     global _registered
     with _registering:
         if _registered:
             return
         check_version(vllm.__version__)
-        # vLLM's tags for tool calls are understood by xgrammar alone, and leave the arguments free; without them a forced
-        # call follows the JSON schema of its tool. Parsers read this when they are imported.
+        # vLLM's tags for tool calls are understood by xgrammar alone, and leave the arguments free;
+        # without them a forced call follows the JSON schema of its tool. Parsers read this when
+        # they are imported.
         os.environ.setdefault("VLLM_ENFORCE_STRICT_TOOL_CALLING", "0")
         apply(resolve(SEAMS, vllm.__version__), ADDITIONS)
         permit_amx()
@@ -63,17 +68,18 @@ def check_version(version: str) -> None:
     """Refuse a vLLM version that this plugin was not tested with."""
     if _public(version) not in KNOWN_VERSIONS:
         raise EngineUnsupported(
-            f"reft-serve knows vLLM {', '.join(KNOWN_VERSIONS)} and this is {version}: install a known version, or start "
-            "without ReFT by VLLM_PLUGINS=''"
+            f"reft-serve knows vLLM {', '.join(KNOWN_VERSIONS)} and this is {version}: install a "
+            "known version, or start without ReFT by VLLM_PLUGINS=''"
         )
 
 
 def resolve(seams: Sequence[Seam], version: str) -> list[Target]:
-    """Find every seam's function and check that wrapping it reaches all of its callers. Changes nothing.
+    """Find every seam's function and check that wrapping it reaches all of its callers. Changes
+    nothing.
 
     Raises:
-        EngineUnsupported: a function is missing, has another source, is held by a module or overridden by a class that the
-            seam does not name; the message names each function.
+        EngineUnsupported: a function is missing, has another source, is held by a module or
+            overridden by a class that the seam does not name; the message names each function.
     """
     targets, faults = [], []
     for seam in seams:
@@ -85,12 +91,17 @@ def resolve(seams: Sequence[Seam], version: str) -> list[Target]:
         targets.append(target)
         if fingerprint(_source(target.raw)) != seam.sources.get(_public(version)):
             faults.append(f"{seam} has another source than the one that reft-serve was written for")
-        faults += [f"{seam} is overridden by {name}" for name in _overrides(target) if name not in seam.overridden_by]
+        faults += [
+            f"{seam} is overridden by {name}"
+            for name in _overrides(target)
+            if name not in seam.overridden_by
+        ]
     faults += [f"{target.seam} is also held by {name}" for target, name in _other_holders(targets)]
     if faults:
         raise EngineUnsupported(
-            f"reft-serve does not match the installed vLLM {version}: {'; '.join(faults)}. Install vLLM from its own wheel "
-            "and remove plugins that change these functions, or start without ReFT by VLLM_PLUGINS=''"
+            f"reft-serve does not match the installed vLLM {version}: {'; '.join(faults)}. "
+            "Install vLLM from its own wheel and remove plugins that change these functions, or "
+            "start without ReFT by VLLM_PLUGINS=''"
         )
     return targets
 
@@ -98,9 +109,12 @@ def resolve(seams: Sequence[Seam], version: str) -> list[Target]:
 def apply(targets: Sequence[Target], additions: Sequence[Addition]) -> None:
     """Wrap every function that `resolve` found, and add our methods."""
     wrappers = [_ours(target.seam.wrapper) for target in targets]
-    added = [(_owner(addition.owner), addition.name, _ours(addition.function)) for addition in additions]
+    added = [
+        (_owner(addition.owner), addition.name, _ours(addition.function)) for addition in additions
+    ]
     for target, wrapper in zip(targets, wrappers, strict=True):
-        # A function with several rows is wrapped once more by each: the last row's wrapper is called first.
+        # A function with several rows is wrapped once more by each: the last row's wrapper is
+        # called first.
         replacement = _wrapped(vars(target.owners[0])[target.seam.name], wrapper)
         for owner in target.owners:
             setattr(owner, target.seam.name, replacement)
@@ -165,7 +179,9 @@ def _overrides(target: Target) -> Iterator[str]:
 
 
 def _other_holders(targets: Sequence[Target]) -> Iterator[tuple[Target, str]]:
-    """The modules that hold a wrapped function of a module by name and are not named by its seam."""
+    """The modules that hold a wrapped function of a module by name and are not named by its
+    seam.
+    """
     functions = {id(target.raw): target for target in targets if inspect.ismodule(target.owners[0])}
     for module in list(sys.modules.values()):
         if not getattr(module, "__name__", "").startswith("vllm"):

@@ -1,7 +1,9 @@
-"""The vLLM functions that the plugin wraps, one row each: why, and the source that the wrapper was written against.
+"""The vLLM functions that the plugin wraps, one row each: why, and the source that the wrapper was
+written against.
 
-`plugin.register` compares each fingerprint with the installed source before it wraps anything. For a new vLLM version,
-`scripts/seams --diff OLD NEW` shows which of these functions changed and how. Nothing here imports vLLM.
+`plugin.register` compares each fingerprint with the installed source before it wraps anything. For
+a new vLLM version, `scripts/seams --diff OLD NEW` shows which of these functions changed and how.
+Nothing here imports vLLM.
 """
 
 from __future__ import annotations
@@ -25,11 +27,13 @@ class Seam:
     why: str
     #: `fingerprint` of the function's source, by vLLM version.
     sources: Mapping[str, str]
-    #: Other modules that import the function by name. One that is imported already gets the replacement too.
+    #: Other modules that import the function by name. One that is imported already gets the
+    #: replacement too.
     holders: tuple[str, ...] = ()
     #: Subclasses that override the method, known to call it.
     overridden_by: tuple[str, ...] = ()
-    #: The issue or pull request of a fault of vLLM's own that this works around, with no part in ReFT.
+    #: The issue or pull request of a fault of vLLM's own that this works around, with no part in
+    #: ReFT.
     upstream: str | None = None
 
     def __str__(self) -> str:
@@ -80,7 +84,8 @@ SEAMS = (
         "vllm.platforms.cpu:CpuPlatform",
         "check_and_update_config",
         "reft_serve.engine.configuration.wrap_check_and_update_config",
-        "keeps torch.compile on a CPU, which vLLM turns off if --enable-lora is set, for an engine without LoRA layers",
+        "keeps torch.compile on a CPU, which vLLM turns off if --enable-lora is set, for an "
+        "engine without LoRA layers",
         {"0.32.0": "d2960ad5d1836767"},
         upstream="not reported: right for LoRAs, and no setting says that none will come",
     ),
@@ -89,7 +94,8 @@ SEAMS = (
         "vllm.v1.structured_output.backend_guidance",
         "validate_guidance_grammar",
         "reft_serve.engine.front_end.grammar_checks.wrap_validate_guidance_grammar",
-        "the front end's check compiles in its own process; `grammar_checks` does so in another one, with bounds",
+        "the front end's check compiles in its own process; `grammar_checks` does so in another "
+        "one, with bounds",
         {"0.32.0": "dc3fa0999e37057c"},
     ),
     Seam(
@@ -367,7 +373,8 @@ SEAMS = (
         "vllm.model_executor.model_loader.base_loader:BaseModelLoader",
         "create_model",
         "reft_serve.engine.configuration.wrap_create_model",
-        "experts get the Triton kernels for LoRAs if --enable-lora is set, also on a CPU, which has none",
+        "experts get the Triton kernels for LoRAs if --enable-lora is set, also on a CPU, which "
+        "has none",
         {"0.32.0": "476e680313ee6b3f"},
         upstream="not reported: right for LoRAs, and no setting says that none will come",
     ),
@@ -394,11 +401,12 @@ SEAMS = (
         _RUNNER,
         "sync_and_gather_intermediate_tensors",
         "reft_serve.engine.worker.pipelines.wrap_sync_and_gather_intermediate_tensors",
-        "On a CPU, the first step of a pipeline without compilation (--enforce-eager, or LoRA on) fails: every rank but the "
-        "first asserts `self.intermediate_tensors is not None`. The buffers are made in the warm-up only, and "
-        "CPUModelRunner.warming_up_model returns without one if the compilation mode is NONE. To reproduce: "
-        "vllm serve MODEL --pipeline-parallel-size 2 --enforce-eager on a CPU, and one request. The buffers could be made "
-        "on first use",
+        "On a CPU, the first step of a pipeline without compilation (--enforce-eager, or LoRA on) "
+        "fails: every rank but the first asserts `self.intermediate_tensors is not None`. The "
+        "buffers are made in the warm-up only, and CPUModelRunner.warming_up_model returns "
+        "without one if the compilation mode is NONE. To reproduce: vllm serve MODEL "
+        "--pipeline-parallel-size 2 --enforce-eager on a CPU, and one request. The buffers could "
+        "be made on first use",
         {"0.32.0": "ab853c8015d42481"},
         upstream="not reported",
     ),
@@ -406,13 +414,16 @@ SEAMS = (
         _RUNNER,
         "_sample",
         "reft_serve.engine.worker.seeds.wrap_sample",
-        "On a CPU, a request with a seed whose prompt is longer than --max-num-batched-tokens ends the engine. vLLM samples "
-        "after each chunk of a prompt, discards the token, and rewinds the request's generator with "
-        "gen.set_offset(gen.get_offset() - 4), which raises for a CPU generator: it has no offset. To reproduce: "
-        "vllm serve MODEL --max-num-batched-tokens 16 --max-num-seqs 4 on a CPU, and a completion of 40 tokens of prompt "
+        "On a CPU, a request with a seed whose prompt is longer than --max-num-batched-tokens "
+        "ends the engine. vLLM samples after each chunk of a prompt, discards the token, and "
+        "rewinds the request's generator with gen.set_offset(gen.get_offset() - 4), which raises "
+        "for a CPU generator: it has no offset. To reproduce: vllm serve MODEL "
+        "--max-num-batched-tokens 16 --max-num-seqs 4 on a CPU, and a completion of 40 tokens of "
+        "prompt "
         'with "seed": 1. The generator\'s state could be kept before sampling and restored',
         {"0.32.0": "5cb5c1da02cfdc68"},
-        upstream="not reported; the offset came with https://github.com/vllm-project/vllm/pull/10097",
+        upstream="not reported; the offset came with "
+        "https://github.com/vllm-project/vllm/pull/10097",
     ),
     Seam(
         _RUNNER,
@@ -420,7 +431,8 @@ SEAMS = (
         "reft_serve.engine.worker.seeds.wrap_bookkeeping_sync",
         "as _sample",
         {"0.32.0": "13c3e81003a7e168"},
-        upstream="not reported; the offset came with https://github.com/vllm-project/vllm/pull/10097",
+        upstream="not reported; the offset came with "
+        "https://github.com/vllm-project/vllm/pull/10097",
     ),
     Seam(
         "vllm.v1.sample.ops.logprobs",
@@ -429,14 +441,19 @@ SEAMS = (
         "on a CPU the first request for logprobs would build C++ inside a step, which stops every request",
         {"0.32.0": "85869de0f00bb508"},
         holders=("vllm.v1.sample.sampler",),
-        upstream="not reported for vLLM; https://github.com/torch-spyre/sendnn-inference/issues/550 describes it",
+        upstream="not reported for vLLM; "
+        "https://github.com/torch-spyre/sendnn-inference/issues/550 describes it",
     ),
 )
 
 ADDITIONS = (
     Addition(_CORE, "reft_read_ahead", "reft_serve.engine.core.admission.read_ahead"),
     *(
-        Addition("vllm.v1.worker.worker_base:WorkerBase", name, f"reft_serve.engine.worker.runners.{name}")
+        Addition(
+            "vllm.v1.worker.worker_base:WorkerBase",
+            name,
+            f"reft_serve.engine.worker.runners.{name}",
+        )
         for name in ("reft_counters", "reft_stats", "reft_hold", "reft_add", "reft_release")
     ),
 )

@@ -27,8 +27,9 @@ SETTINGS_KEY = "reft_serve"
 
 
 def settings_of(config: VllmConfig) -> EngineSettings:
-    """The engine's settings. They ride in `additional_config`, so that every process of the engine has the same ones and
-    vLLM's compile cache, which hashes it, never mixes graphs of different settings.
+    """The engine's settings. They ride in `additional_config`, so that every process of the engine
+    has the same ones and vLLM's compile cache, which hashes it, never mixes graphs of different
+    settings.
     """
     carried = dict(config.additional_config[SETTINGS_KEY])
     return EngineSettings(**{**carried, "components": frozenset(carried["components"])})
@@ -58,7 +59,8 @@ def limits_of(config: VllmConfig) -> Limits:
         components.add("attention_output")
     return Limits(
         max_rank=settings.max_rank or lora.max_lora_rank,
-        max_interventions=settings.max_interventions or 2 * config.model_config.hf_text_config.num_hidden_layers,
+        max_interventions=settings.max_interventions
+        or 2 * config.model_config.hf_text_config.num_hidden_layers,
         components=frozenset(components),
     )
 
@@ -71,28 +73,38 @@ def engine_card(config: VllmConfig) -> EngineCard:
 
 
 def owner_of(spec: InterventionSpec) -> int:
-    """The layer whose holder makes an edit. The stream that enters a layer is edited at the output of the previous one, which
-    another rank of a pipeline may hold.
+    """The layer whose holder makes an edit. The stream that enters a layer is edited at the output
+    of the previous one, which another rank of a pipeline may hold.
     """
     number, name = place_of(spec)
     return max(number - 1, 0) if name == "block" else number
 
 
 def share_of(limits: Limits, layers: int, of: int) -> int:
-    """Number of interventions per adapter that a worker with `layers` of the model's layers supports."""
+    """Number of interventions per adapter that a worker with `layers` of the model's layers
+    supports.
+    """
     assert limits.max_interventions is not None
     return -(-limits.max_interventions * layers // of)
 
 
 def rank_faults(config: VllmConfig, specs: Iterable[InterventionSpec]) -> list[str]:
-    """Faults of an adapter on this engine's pipeline only, whose ranks each have a share of the limits."""
-    size, layers = config.parallel_config.pipeline_parallel_size, config.model_config.hf_text_config.num_hidden_layers
+    """Faults of an adapter on this engine's pipeline only, whose ranks each have a share of the
+    limits.
+    """
+    size, layers = (
+        config.parallel_config.pipeline_parallel_size,
+        config.model_config.hf_text_config.num_hidden_layers,
+    )
     owners, limits, faults = [owner_of(spec) for spec in specs], limits_of(config), []
     for start, end in (get_pp_indices(layers, rank, size) for rank in range(size)):
-        here, most = sum(start <= owner < end for owner in owners), share_of(limits, end - start, layers)
+        here, most = (
+            sum(start <= owner < end for owner in owners),
+            share_of(limits, end - start, layers),
+        )
         if here > most:
             faults.append(
-                f"{here} of its interventions are on one rank of the pipeline (layers {start} to {end - 1}), which has room "
-                f"for {most}: raise REFT_MAX_INTERVENTIONS"
+                f"{here} of its interventions are on one rank of the pipeline (layers {start} to "
+                f"{end - 1}), which has room for {most}: raise REFT_MAX_INTERVENTIONS"
             )
     return faults

@@ -1,7 +1,7 @@
 """A served model asked every question of a data file over HTTP, and every answer kept. No torch.
 
-Questions go to `/v1/completions` as text, so that the server tokenises them as training did. Each answer is written as it
-comes; an interrupted run can be resumed.
+Questions go to `/v1/completions` as text, so that the server tokenises them as training did. Each
+answer is written as it comes; an interrupted run can be resumed.
 """
 
 from __future__ import annotations
@@ -52,9 +52,11 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """One line of the file of predictions; `instruction`, `output` and `generator` are AlpacaEval's names.
+    """One line of the file of predictions; `instruction`, `output` and `generator` are AlpacaEval's
+    names.
 
-    `error` is the failure of a request that had no answer; the row is counted as wrong, and asked again on a resume.
+    `error` is the failure of a request that had no answer; the row is counted as wrong, and asked
+    again on a resume.
     """
 
     file: str
@@ -87,14 +89,25 @@ def questions(rows: Rows, task: Task) -> list[Question]:
     """The questions of a checked file.
 
     Raises:
-        DataInvalid: rows that the task has no question for, or no answer to compare with; all are listed.
+        DataInvalid: rows that the task has no question for, or no answer to compare with; all are
+            listed.
     """
     faults, found = Faults(), []
     for number, (line, row) in enumerate(rows.rows, 1):
         try:
             instruction = row.instruction if isinstance(row, Instruction) else ""
             name = (row.task if isinstance(row, Instruction) else None) or Path(rows.where).stem
-            found.append(Question(rows.where, number, line, name, instruction, task.question(row), task.reference(row)))
+            found.append(
+                Question(
+                    rows.where,
+                    number,
+                    line,
+                    name,
+                    instruction,
+                    task.question(row),
+                    task.reference(row),
+                )
+            )
         except ValueError as exc:
             faults.add(str(exc), line)
     if faults:
@@ -118,7 +131,8 @@ async def ask(
         on_answer: called after each answer, kept ones included.
 
     Raises:
-        ClientError: `out` is there already and this is not a resume; or the server knows no such model or key.
+        ClientError: `out` is there already and this is not a resume; or the server knows no such
+            model or key.
         ServiceError: the server cannot be reached.
     """
     if out.exists() and not resume:
@@ -164,31 +178,47 @@ async def _client(server: Server) -> AsyncIterator[AsyncOpenAI]:
     """A client of a server that answers. Raises ServiceError or ClientError if it does not."""
     root = server.url.rstrip("/")
     # A proxy that the environment names is not for loopback.
-    http = DefaultAsyncHttpxClient(trust_env=urlsplit(root).hostname not in _LOOPBACK, timeout=server.timeout)
+    http = DefaultAsyncHttpxClient(
+        trust_env=urlsplit(root).hostname not in _LOOPBACK, timeout=server.timeout
+    )
     url = root if root.endswith("/v1") else f"{root}/v1"
-    async with AsyncOpenAI(base_url=url, api_key=server.api_key, max_retries=_RETRIES, http_client=http) as client:
+    async with AsyncOpenAI(
+        base_url=url, api_key=server.api_key, max_retries=_RETRIES, http_client=http
+    ) as client:
         try:
             await client.with_options(max_retries=0, timeout=30).models.list()
         except (AuthenticationError, PermissionDeniedError) as exc:
             raise ClientError(f"{url} rejects the key: {_reason(exc)}") from exc
         except OpenAIError as exc:
-            raise ServiceError(f"{url} does not behave like an OpenAI server: {_reason(exc)}") from exc
+            raise ServiceError(
+                f"{url} does not behave like an OpenAI server: {_reason(exc)}"
+            ) from exc
         yield client
 
 
-async def _answer(client: AsyncOpenAI, server: Server, task: Task, question: Question) -> Prediction:
+async def _answer(
+    client: AsyncOpenAI, server: Server, task: Task, question: Question
+) -> Prediction:
     empty = Prediction(**asdict(question), generator=server.model)
     more = {"repetition_penalty": task.repetition_penalty} if task.repetition_penalty != 1 else None
     try:
         response = await client.completions.create(
-            model=server.model, prompt=question.prompt, max_tokens=task.max_new_tokens, temperature=0, extra_body=more
+            model=server.model,
+            prompt=question.prompt,
+            max_tokens=task.max_new_tokens,
+            temperature=0,
+            extra_body=more,
         )
     except (NotFoundError, AuthenticationError, PermissionDeniedError) as exc:
         raise ClientError(f"the server rejects {server.model!r}: {_reason(exc)}") from exc
     except OpenAIError as exc:
         return replace(empty, error=_reason(exc), correct=None if task.metric == "none" else False)
     if not response.choices:
-        return replace(empty, error="the response has no choice", correct=None if task.metric == "none" else False)
+        return replace(
+            empty,
+            error="the response has no choice",
+            correct=None if task.metric == "none" else False,
+        )
     choice = response.choices[0]
     verdict = judge(task, choice.text, question.reference)
     return replace(
@@ -211,7 +241,9 @@ def _kept(out: Path, server: Server, asked: Sequence[Question]) -> dict[_Place, 
     """Predictions in `out` for these questions and this model. A truncated line is ignored."""
     wanted = {_place(question): question for question in asked}
     kept = {}
-    for line in out.read_text(encoding="utf-8", errors="replace").splitlines() if out.exists() else []:
+    for line in (
+        out.read_text(encoding="utf-8", errors="replace").splitlines() if out.exists() else []
+    ):
         try:
             prediction = Prediction(**json.loads(line))
         except (ValueError, TypeError):

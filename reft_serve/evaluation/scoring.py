@@ -1,4 +1,5 @@
-"""Answers judged as the ReFT paper's code judges them (pyreft, `examples/loreft/compute_metrics.py`). No torch.
+"""Answers judged as the ReFT paper's code judges them (pyreft,
+`examples/loreft/compute_metrics.py`). No torch.
 
 ==========  ======================================================================================
 `exact`     the answer is the reference, white space around them aside
@@ -32,7 +33,9 @@ _WORD = re.compile(r"\w+")
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One answer judged: what was taken from it, and whether that is right. `correct` is None if it is not judged."""
+    """One answer judged: what was taken from it, and whether that is right. `correct` is None if it
+    is not judged.
+    """
 
     extracted: str
     correct: bool | None
@@ -75,8 +78,8 @@ def judge(task: Task, completion: str, reference: str) -> Verdict:
 
 
 def score(metric: Metric, judged: Sequence[tuple[Verdict, str]]) -> Score:
-    """The score of one or more verdicts with their references. A failed request is a verdict of nothing extracted, which
-    counts as wrong.
+    """The score of one or more verdicts with their references. A failed request is a verdict of
+    nothing extracted, which counts as wrong.
     """
     asked, accuracy = len(judged), None
     if metric not in ("none", "pearson"):
@@ -89,7 +92,9 @@ def wilson(successes: int, trials: int, z: float = 1.959963984540054) -> tuple[f
     """Wilson's score interval of a share; 95 % confidence unless another z is given."""
     share, zz = successes / trials, z * z
     centre = (share + zz / (2 * trials)) / (1 + zz / trials)
-    half = z / (1 + zz / trials) * math.sqrt(share * (1 - share) / trials + zz / (4 * trials * trials))
+    half = (
+        z / (1 + zz / trials) * math.sqrt(share * (1 - share) / trials + zz / (4 * trials * trials))
+    )
     return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
@@ -120,25 +125,36 @@ def _is_number(text: str) -> bool:
 
 
 def _correlation(metric: Metric, judged: Sequence[tuple[Verdict, str]]) -> float | None:
-    """Pearson's, with 0 for an answer without a number, or Matthews'; 0 if one side never varies."""
+    """Pearson's, with 0 for an answer without a number, or Matthews'; 0 if one side never
+    varies.
+    """
     if metric == "matthews":
-        return _matthews([verdict.extracted for verdict, _ in judged], [reference.lower() for _, reference in judged])
+        return _matthews(
+            [verdict.extracted for verdict, _ in judged],
+            [reference.lower() for _, reference in judged],
+        )
     if metric != "pearson":
         return None
     try:
         return correlation(
-            [float(verdict.extracted or 0) for verdict, _ in judged], [float(reference) for _, reference in judged]
+            [float(verdict.extracted or 0) for verdict, _ in judged],
+            [float(reference) for _, reference in judged],
         )
     except StatisticsError:
         return 0.0
 
 
 def _matthews(predicted: Sequence[str], true: Sequence[str]) -> float:
-    """Of any number of classes (Gorodkin 2004, equation 8); all answers of no class are one class more."""
+    """Of any number of classes (Gorodkin 2004, equation 8); all answers of no class are one class
+    more.
+    """
     known = set(true)
     predicted = [name if name in known else "" for name in predicted]
     of_predicted, of_true, total = Counter(predicted), Counter(true), len(true)
     right = sum(p == t for p, t in zip(predicted, true, strict=True))
     covariance = right * total - sum(count * of_true[name] for name, count in of_predicted.items())
-    spreads = [total * total - sum(count * count for count in counts.values()) for counts in (of_predicted, of_true)]
+    spreads = [
+        total * total - sum(count * count for count in counts.values())
+        for counts in (of_predicted, of_true)
+    ]
     return covariance / math.sqrt(spreads[0] * spreads[1]) if all(spreads) else 0.0

@@ -1,1 +1,3 @@
-"""The front door: OpenAI-style HTTP for many tenants over a fleet of engines. Needs neither torch nor vLLM."""
+"""The front door: OpenAI-style HTTP for many tenants over a fleet of engines. Needs neither torch
+nor vLLM.
+"""

@@ -65,9 +65,20 @@ _SCHEMA_NAMES = {
     "JobError": "reft_serve__gateway__job_schemas___Error",
 }
 _ROUTES = (
-    health, metrics, inference, models, adapters, files, fine_tuning, permissions, webhooks, keys, usage_routes, admin,
+    health,
+    metrics,
+    inference,
+    models,
+    adapters,
+    files,
+    fine_tuning,
+    permissions,
+    webhooks,
+    keys,
+    usage_routes,
+    admin,
     admin_jobs,
-)  # fmt: skip
+)
 
 
 def create_app(settings: GatewaySettings) -> FastAPI:
@@ -80,9 +91,15 @@ def create_app(settings: GatewaySettings) -> FastAPI:
             yield
 
     app = FastAPI(
-        title="reft-serve", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
-        openapi_url="/openapi.json", responses=errors.RESPONSES, separate_input_output_schemas=False,
-    )  # fmt: skip
+        title="reft-serve",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url="/openapi.json",
+        responses=errors.RESPONSES,
+        separate_input_output_schemas=False,
+    )
     for routes in _ROUTES:
         app.include_router(routes.router)
     app.exception_handler(ReftError)(_named)
@@ -129,16 +146,27 @@ def _services(settings: GatewaySettings, database: Database) -> Services:
     members, names = Discovery(settings.engine_urls, key), BoundedNames(settings.named_labels)
     store, blobs = AdapterStore(settings.store), BlobStore(settings.blobs_url)
     return Services(
-        settings, database, store,
-        Fleet(members, settings.in_flight_per_engine, settings.queue_seconds, settings.probe_seconds),
-        Ledger(database), Quotas(settings.limits, settings.limits_storage, names),
-        LookupCache(database, settings.base_model, settings.cache_seconds), names,
-        blobs, WebhookSender(database, settings), Intake(settings),
-        Followers(database, settings.limits), _write_probe(settings, database, store, blobs),
-    )  # fmt: skip
+        settings,
+        database,
+        store,
+        Fleet(
+            members, settings.in_flight_per_engine, settings.queue_seconds, settings.probe_seconds
+        ),
+        Ledger(database),
+        Quotas(settings.limits, settings.limits_storage, names),
+        LookupCache(database, settings.base_model, settings.cache_seconds),
+        names,
+        blobs,
+        WebhookSender(database, settings),
+        Intake(settings),
+        Followers(database, settings.limits),
+        _write_probe(settings, database, store, blobs),
+    )
 
 
-def _write_probe(settings: GatewaySettings, database: Database, store: AdapterStore, blobs: BlobStore) -> WriteProbe:
+def _write_probe(
+    settings: GatewaySettings, database: Database, store: AdapterStore, blobs: BlobStore
+) -> WriteProbe:
     async def write_row() -> None:
         await database.commit(lambda connection: usage.probe(connection, settings.gateway_name))
 
@@ -163,7 +191,8 @@ async def _recover(services: Services, *, first: bool) -> None:
     )
     if found:
         _log.warning(
-            "requests that a crashed gateway left open were recorded as interrupted", extra={"data": {"count": found}}
+            "requests that a crashed gateway left open were recorded as interrupted",
+            extra={"data": {"count": found}},
         )
 
 
@@ -189,9 +218,16 @@ async def _invalid(_: Any, exc: Exception) -> JSONResponse:
 async def _http(request: Request, exc: Exception) -> JSONResponse:
     assert isinstance(exc, HTTPException)
     found = errors.from_http(exc)
-    if exc.status_code == 405:  # the framework names the methods of one route only, and a path may have several
-        same = (route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE)
-        found.headers["allow"] = ", ".join(sorted({method for route in same for method in route.methods}))
+    # the framework names the methods of one route only, and a path may have several
+    if exc.status_code == 405:
+        same = (
+            route
+            for route in request.app.routes
+            if route.matches(request.scope)[0] is not Match.NONE
+        )
+        found.headers["allow"] = ", ".join(
+            sorted({method for route in same for method in route.methods})
+        )
     return found
 
 
@@ -208,7 +244,9 @@ def _document_keys(app: FastAPI) -> None:
 
 
 def _documented(document: dict[str, Any]) -> dict[str, Any]:
-    document.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    document.setdefault("components", {})["securitySchemes"] = {
+        "key": {"type": "http", "scheme": "bearer"}
+    }
     document["security"] = [{"key": []}]
     for path in document["paths"].values():
         for operation in path.values():

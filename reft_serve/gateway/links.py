@@ -1,4 +1,6 @@
-"""OpenAPI links: what one operation's answer has that another one takes. Programs follow them, and so do the tests."""
+"""OpenAPI links: what one operation's answer has that another one takes. Programs follow them, and
+so do the tests.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ __all__ = ["Responses", "leads_to", "link"]
 Responses = dict[int | str, dict[str, Any]]
 
 
-def link(operation: str, parameters: Mapping[str, str], body: Mapping[str, str | int] | None = None) -> dict[str, Any]:
+def link(
+    operation: str, parameters: Mapping[str, str], body: Mapping[str, str | int] | None = None
+) -> dict[str, Any]:
     """A link to an operation, by its id.
 
     Args:

@@ -41,7 +41,11 @@ class LookupCache:
             found = await self._database.read(lambda session: authenticate(session, digest))
             remembered = _remember(self._keys, digest, (now + self._seconds, found))
         principal = remembered[1]
-        if principal is not None and principal.expires_ms is not None and principal.expires_ms <= now_ms():
+        if (
+            principal is not None
+            and principal.expires_ms is not None
+            and principal.expires_ms <= now_ms()
+        ):
             return None
         return principal
 
@@ -54,9 +58,12 @@ class LookupCache:
         if model == self._base_model:
             return None
         key, now = (caller.tenant_id, model), time.monotonic()
-        remembered = (now, None) if "\0" in model else self._routes.get(key)  # PostgreSQL has no such text
+        # PostgreSQL has no such text
+        remembered = (now, None) if "\0" in model else self._routes.get(key)
         if remembered is None or remembered[0] < now:
-            found = await self._database.read(lambda session: resolve(session, caller.tenant_id, model))
+            found = await self._database.read(
+                lambda session: resolve(session, caller.tenant_id, model)
+            )
             remembered = _remember(self._routes, key, (now + self._seconds, found))
         route = remembered[1]
         if route is None:

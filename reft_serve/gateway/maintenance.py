@@ -1,4 +1,5 @@
-"""Periodic maintenance of a gateway: expired files, jobs of lost workers, and the gauges of the queue.
+"""Periodic maintenance of a gateway: expired files, jobs of lost workers, and the gauges of the
+queue.
 
 Every gateway does it; the database lets only one of them have each row.
 """
@@ -30,7 +31,9 @@ async def run_once(services: Services) -> None:
         lost = await queue.sweep(session, services.settings.train_attempts)
         await webhooks.forget_deliveries(session, now_ms() - _DELIVERIES_MS)
     if lost:
-        _log.warning("jobs of lost workers were requeued or failed", extra={"data": {"count": lost}})
+        _log.warning(
+            "jobs of lost workers were requeued or failed", extra={"data": {"count": lost}}
+        )
     async with services.database.reading() as session:
         counts = await fine_tuning.count_jobs(session)
     for status in get_args(Status):

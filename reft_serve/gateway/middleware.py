@@ -53,9 +53,13 @@ class RequestMiddleware:
                     message["headers"].append((b"connection", b"close"))
             await send(message)
 
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        headers = {
+            name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
+        }
         try:
-            with span(f"{scope['method']} {scope['path'][:80]}", headers, {"reft.request_id": identity}):
+            with span(
+                f"{scope['method']} {scope['path'][:80]}", headers, {"reft.request_id": identity}
+            ):
                 await self._serve(services, scope, receive, sending, headers)
         except Exception as exc:
             if status:  # the answer has begun: all that is left is to break it off
@@ -68,7 +72,12 @@ class RequestMiddleware:
             _account(scope, status, time.monotonic() - begun)
 
     async def _serve(
-        self, services: Services, scope: Scope, receive: Receive, send: Send, headers: dict[str, str]
+        self,
+        services: Services,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        headers: dict[str, str],
     ) -> None:
         try:
             if scope["path"] not in OPEN_PATHS:
@@ -112,7 +121,11 @@ def _account(scope: Scope, status: int, seconds: float) -> None:
     REQUEST_SECONDS.labels(route).observe(seconds)
     if route not in OPEN_PATHS and _log.isEnabledFor(logging.INFO):
         data = {
-            "method": scope["method"], "path": scope["path"], "status": status or 499, "seconds": round(seconds, 4),
-            "tenant": caller.tenant if caller else None, "key": caller.key_id if caller else None,
-        }  # fmt: skip
+            "method": scope["method"],
+            "path": scope["path"],
+            "status": status or 499,
+            "seconds": round(seconds, 4),
+            "tenant": caller.tenant if caller else None,
+            "key": caller.key_id if caller else None,
+        }
         _log.info("request", extra={"data": data})

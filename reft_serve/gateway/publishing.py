@@ -1,4 +1,6 @@
-"""A version on its way in and out: files -> store -> engines -> database, and back. What fails on the way leaves nothing."""
+"""A version on its way in and out: files -> store -> engines -> database, and back. What fails on
+the way leaves nothing.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +38,11 @@ class Upload:
     alias: str | None = None
 
 
-async def publish(services: Services, caller: Principal, actor: audit.Actor, upload: Upload) -> Version:
-    """Check an upload, in this process and in every engine that is up, and make it the adapter's latest version.
+async def publish(
+    services: Services, caller: Principal, actor: audit.Actor, upload: Upload
+) -> Version:
+    """Check an upload, in this process and in every engine that is up, and make it the adapter's
+    latest version.
 
     Raises:
         AdapterInvalid: every fault of it.
@@ -50,10 +55,20 @@ async def publish(services: Services, caller: Principal, actor: audit.Actor, upl
     with ExitStack() as stack:
         staged = await asyncio.to_thread(lambda: stack.enter_context(services.store.staging()))
         uploaded = Uploaded(upload.name, upload.files, caller.tenant_id, upload.receive)
-        checked = await stage(uploaded, staged, services.settings.max_upload_bytes, services.checking)
-        async with services.database.reading() as session:  # again in `_record`: this one spares the work
+        checked = await stage(
+            uploaded, staged, services.settings.max_upload_bytes, services.checking
+        )
+        # again in `_record`: this one spares the work
+        async with services.database.reading() as session:
             limits = services.quotas.limits(caller)
-            await check_room(session, caller.tenant_id, limits, size=checked.size, adapter=upload.name, versions=1)
+            await check_room(
+                session,
+                caller.tenant_id,
+                limits,
+                size=checked.size,
+                adapter=upload.name,
+                versions=1,
+            )
         digest = await asyncio.to_thread(services.store.publish, staged)
         try:
             await _load(services, upload.name, digest)
@@ -90,22 +105,41 @@ async def _record(
         await lock_room(session, caller.tenant_id)
         await services.database.lock(session, digest)
         limits = services.quotas.limits(caller)
-        await check_room(session, caller.tenant_id, limits, size=checked.size, adapter=upload.name, versions=1)
+        await check_room(
+            session, caller.tenant_id, limits, size=checked.size, adapter=upload.name, versions=1
+        )
         if not services.store.path(digest).is_dir():  # its last owner removed it in this moment
             raise RateLimited("the adapter was deleted at the same time; upload it again", 1.0)
         tenant = await find_tenant(session, caller.tenant_id)
         version = await adapters.add_version(
-            session, tenant, upload.name, digest=digest, base_model=checked.base_model, size_bytes=checked.size,
-            source="upload", facts=checked.facts, base_name=services.settings.base_model,
-        )  # fmt: skip
+            session,
+            tenant,
+            upload.name,
+            digest=digest,
+            base_model=checked.base_model,
+            size_bytes=checked.size,
+            source="upload",
+            facts=checked.facts,
+            base_name=services.settings.base_model,
+        )
         if upload.alias is not None:
             await adapters.set_alias(
-                session, version.adapter, upload.alias, version, base_name=services.settings.base_model
+                session,
+                version.adapter,
+                upload.alias,
+                version,
+                base_name=services.settings.base_model,
             )
         audit.record(
-            session, actor, "version.create", f"{upload.name}@{version.number}", tenant.id,
-            digest=digest, bytes=checked.size, alias=upload.alias,
-        )  # fmt: skip
+            session,
+            actor,
+            "version.create",
+            f"{upload.name}@{version.number}",
+            tenant.id,
+            digest=digest,
+            bytes=checked.size,
+            alias=upload.alias,
+        )
     services.lookup.forget()
     return version
 

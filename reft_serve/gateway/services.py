@@ -1,4 +1,6 @@
-"""The parts of a gateway process, created once at its start; routes find them through `services_of`."""
+"""The parts of a gateway process, created once at its start; routes find them through
+`services_of`.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,9 @@ class Services:
         self.followers.close()
 
     def spawn(self, work: Coroutine[Any, Any, None], tenant_id: str | None = None) -> None:
-        """Do this in the background; `join` waits for it. Of one tenant's, BACKGROUND_PER_TENANT are done at once."""
+        """Do this in the background; `join` waits for it. Of one tenant's, BACKGROUND_PER_TENANT
+        are done at once.
+        """
 
         async def guarded() -> None:
             try:

@@ -18,15 +18,16 @@ _Write = tuple[Callable[[], Awaitable[None]], ReftError]
 
 
 class WriteProbe:
-    """Writes to several places every PROBE_SECONDS, while it is started. A write that takes longer than PATIENCE_SECONDS
-    counts as failed until it ends.
+    """Writes to several places every PROBE_SECONDS, while it is started. A write that takes longer
+    than PATIENCE_SECONDS counts as failed until it ends.
     """
 
     def __init__(self, writes: Mapping[str, _Write]) -> None:
         """Do nothing yet.
 
         Args:
-            writes: by the name of the place, how to write to it, and the failure to report if that cannot be done.
+            writes: by the name of the place, how to write to it, and the failure to report if that
+                cannot be done.
         """
         self._writes = writes
         self._begun: dict[str, float] = {}

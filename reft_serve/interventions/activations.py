@@ -1,4 +1,6 @@
-"""The activations of `vocabulary.ACTIVATION_CODES` in torch, as transformers.activations computes them."""
+"""The activations of `vocabulary.ACTIVATION_CODES` in torch, as transformers.activations computes
+them.
+"""
 
 from __future__ import annotations
 

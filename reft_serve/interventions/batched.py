@@ -1,11 +1,13 @@
-"""Many interventions over the rows of one step: the pool that holds them, the tiles that group rows, the edit in torch.
+"""Many interventions over the rows of one step: the pool that holds them, the tiles that group
+rows, the edit in torch.
 
-Letters: N tokens of the step, T edited rows, K tiles, M rows of a tile, U units of the pool, P rows of a unit (the
-largest rank the pool takes), D hidden width, C passes (interventions that follow one another at one place), S keys.
+Letters: N tokens of the step, T edited rows, K tiles, M rows of a tile, U units of the pool, P rows
+of a unit (the largest rank the pool takes), D hidden width, C passes (interventions that follow one
+another at one place), S keys.
 
-A *key* is an adapter's slot and a part of its position rule (`slot * 2 + part`). Rows that share a key share every
-intervention, so they are tiled together once per step; each place then looks up `units_of_CS[pass, key]`, 0 for none.
-`fused.edit_tiles` is the same function as one kernel.
+A *key* is an adapter's slot and a part of its position rule (`slot * 2 + part`). Rows that share a
+key share every intervention, so they are tiled together once per step; each place then looks up
+`units_of_CS[pass, key]`, 0 for none. `fused.edit_tiles` is the same function as one kernel.
 """
 
 from __future__ import annotations
@@ -27,16 +29,21 @@ TILE = 16
 
 
 class UnitPool:
-    """Fixed storage for `units` folded interventions of up to `rank` rows; unit 0 is empty and edits nothing.
+    """Fixed storage for `units` folded interventions of up to `rank` rows; unit 0 is empty and
+    edits nothing.
 
     Args:
         units: how many interventions fit, in addition to unit 0.
-        rank: largest `Unit` rank, P; shorter units are padded with zero rows, which is exact for every kind.
+        rank: largest `Unit` rank, P; shorter units are padded with zero rows, which is exact for
+            every kind.
         width: hidden width D.
-        device: where the tensors live. They are float32: R is float32 in pyreft, and W - R needs it.
+        device: where the tensors live. They are float32: R is float32 in pyreft, and W - R needs
+            it.
     """
 
-    def __init__(self, units: int, rank: int, width: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, units: int, rank: int, width: int, device: torch.device | str = "cpu"
+    ) -> None:
         self.units, self.rank, self.width = units, rank, width
         self.A_UPD = torch.zeros(units + 1, rank, width, device=device)
         self.b_UP = torch.zeros(units + 1, rank, device=device)
@@ -63,7 +70,9 @@ class UnitPool:
     def read(self, index: int) -> Unit:
         """A copy in host memory of the value at `index`."""
         r, code, activated = self.forms[index]
-        A, b, B = (pool[index, :r].to("cpu", copy=True) for pool in (self.A_UPD, self.b_UP, self.B_UPD))
+        A, b, B = (
+            pool[index, :r].to("cpu", copy=True) for pool in (self.A_UPD, self.b_UP, self.B_UPD)
+        )
         return Unit(A, b, B, code, activated)
 
 
@@ -71,8 +80,9 @@ class UnitPool:
 class Tiles:
     """The edited rows of one step, grouped.
 
-    rows_KM: int32 indices into the step's tokens, -1 where a tile is not full. Every token is in at most one tile.
-    key_K: int32. scale_KM: float32 factor on the edit, 1 unless a request asks for another strength.
+    rows_KM: int32 indices into the step's tokens, -1 where a tile is not full. Every token is in at
+    most one tile. key_K: int32. scale_KM: float32 factor on the edit, 1 unless a request asks for
+    another strength.
     """
 
     rows_KM: Tensor
@@ -103,14 +113,18 @@ def tile_rows(
 def edit_tiles(
     hidden_ND: Tensor, residual_ND: Tensor | None, tiles: Tiles, pool: UnitPool, units_of_CS: Tensor
 ) -> None:
-    """Edit the rows of `tiles` in place, in float32, one rounding to hidden's dtype at the end of each pass.
+    """Edit the rows of `tiles` in place, in float32, one rounding to hidden's dtype at the end of
+    each pass.
 
-    With a residual the edited stream is hidden + residual, rounded as the model itself would round it; the result goes
-    to `hidden` and the residual's row becomes zero, so that their sum is exactly what a single tensor would hold.
+    With a residual the edited stream is hidden + residual, rounded as the model itself would round
+    it; the result goes to `hidden` and the residual's row becomes zero, so that their sum is
+    exactly what a single tensor would hold.
 
     Args:
-        hidden_ND: changed in place. residual_ND: changed in place, or None where the stream is one tensor.
-        units_of_CS: int32, unit of each pass and key at this place; passes of a key are filled from 0 on.
+        hidden_ND: changed in place. residual_ND: changed in place, or None where the stream is one
+            tensor.
+        units_of_CS: int32, unit of each pass and key at this place; passes of a key are filled from
+            0 on.
     """
     units_KC = units_of_CS[:, tiles.key_K].T
     live = units_KC.any(dim=1)
@@ -125,9 +139,13 @@ def edit_tiles(
     h_TD = h_TD.float()
     scale_T1 = tiles.scale_KM[live][used_KM].unsqueeze(1)
     rows_of_K = used_KM.sum(dim=1).tolist()
-    # Tile by tile: a batched product would first copy A and B of every tile, which takes longer than the products.
+    # Tile by tile: a batched product would first copy A and B of every tile, which takes longer
+    # than the products.
     for h_MD, scale_M1, units in zip(
-        torch.split(h_TD, rows_of_K), torch.split(scale_T1, rows_of_K), units_KC[live].tolist(), strict=True
+        torch.split(h_TD, rows_of_K),
+        torch.split(scale_T1, rows_of_K),
+        units_KC[live].tolist(),
+        strict=True,
     ):
         for unit in filter(None, units):
             _edit_tile(h_MD, scale_M1, pool, unit)

@@ -1,9 +1,10 @@
 """`batched.edit_tiles` as one Triton kernel: one launch per place, one program per tile of rows.
 
-A program reads each hidden row twice and writes it once per pass, and A and B once: for a unit of P rows over width D and
-M rows per tile, 8 P D bytes of unit against 6 M D bytes of bf16 rows (P 8, M 16: 64 D against 96 D, about 0.7 MB at D
-4096), for 4 M P D multiply-adds in float32: 2 to 3 operations per byte, so the memory sets the floor. Rows that share a
-key share A and B through the tile; tiles that share a key share them through the L2 cache.
+A program reads each hidden row twice and writes it once per pass, and A and B once: for a unit of P
+rows over width D and M rows per tile, 8 P D bytes of unit against 6 M D bytes of bf16 rows (P 8, M
+16: 64 D against 96 D, about 0.7 MB at D 4096), for 4 M P D multiply-adds in float32: 2 to 3
+operations per byte, so the memory sets the floor. Rows that share a key share A and B through the
+tile; tiles that share a key share them through the L2 cache.
 """
 
 # Kernels take flat, untyped arguments.
@@ -33,14 +34,16 @@ def edit_tiles(
 ) -> None:
     """Edit the rows of `tiles` in place, as `batched.edit_tiles` does.
 
-    Safe to capture in a CUDA graph: nothing is allocated, copied or waited for, and every tensor is read on the device, so
-    that a replay takes the rows, units and count which are there by then.
+    Safe to capture in a CUDA graph: nothing is allocated, copied or waited for, and every tensor is
+    read on the device, so that a replay takes the rows, units and count which are there by then.
 
     Args:
-        hidden_ND, residual_ND, tiles, pool, units_of_CS: as for `batched.edit_tiles`, contiguous except the rows of
-            hidden and residual, which may have any stride.
-        count: int32 (1,), how many of the first tiles are live; the others may hold anything. None: all of them.
-        grid: programs to launch, at least `count` and at most the number of tiles. None: the number of tiles.
+        hidden_ND, residual_ND, tiles, pool, units_of_CS: as for `batched.edit_tiles`, contiguous
+            except the rows of hidden and residual, which may have any stride.
+        count: int32 (1,), how many of the first tiles are live; the others may hold anything. None:
+            all of them.
+        grid: programs to launch, at least `count` and at most the number of tiles. None: the number
+            of tiles.
     """
     programs = len(tiles) if grid is None else grid
     if not programs:
@@ -71,7 +74,9 @@ def edit_tiles(
 
 
 def launch_options(rank: int) -> dict[str, int]:
-    """Block sizes and launch settings for a pool of this rank: a chunk of A or B stays within 32 KiB of shared memory."""
+    """Block sizes and launch settings for a pool of this rank: a chunk of A or B stays within 32
+    KiB of shared memory.
+    """
     block_p = max(16, triton.next_power_of_2(rank))
     return {
         "BLOCK_P": block_p,
@@ -129,8 +134,22 @@ def _edit_tile(
             for start in range(0, width, BLOCK_D):
                 d = start + tl.arange(0, BLOCK_D)
                 inside = (p < rank)[:, None] & (d < width)[None, :]
-                h = _stream(hidden_row, residual_row, d, used, width, hidden_step, residual_step, HAS_RESIDUAL)
-                z = tl.dot(h, tl.trans(tl.load(A + d[None, :], mask=inside, other=0.0)), z, input_precision="ieee")
+                h = _stream(
+                    hidden_row,
+                    residual_row,
+                    d,
+                    used,
+                    width,
+                    hidden_step,
+                    residual_step,
+                    HAS_RESIDUAL,
+                )
+                z = tl.dot(
+                    h,
+                    tl.trans(tl.load(A + d[None, :], mask=inside, other=0.0)),
+                    z,
+                    input_precision="ieee",
+                )
             z += tl.load(b_UP + unit * rank + p, mask=p < rank, other=0.0)[None, :]
             code = tl.load(act_U2 + unit * 2)
             activated = tl.load(act_U2 + unit * 2 + 1)
@@ -142,17 +161,34 @@ def _edit_tile(
                 d = start + tl.arange(0, BLOCK_D)
                 inside = (p < rank)[:, None] & (d < width)[None, :]
                 here = used[:, None] & (d < width)[None, :]
-                h = _stream(hidden_row, residual_row, d, used, width, hidden_step, residual_step, HAS_RESIDUAL)
-                h = tl.dot(z, tl.load(B + d[None, :], mask=inside, other=0.0), h, input_precision="ieee")
-                tl.store(hidden_row + d[None, :] * hidden_step, h.to(hidden.dtype.element_ty), mask=here)
+                h = _stream(
+                    hidden_row,
+                    residual_row,
+                    d,
+                    used,
+                    width,
+                    hidden_step,
+                    residual_step,
+                    HAS_RESIDUAL,
+                )
+                h = tl.dot(
+                    z, tl.load(B + d[None, :], mask=inside, other=0.0), h, input_precision="ieee"
+                )
+                tl.store(
+                    hidden_row + d[None, :] * hidden_step, h.to(hidden.dtype.element_ty), mask=here
+                )
                 if HAS_RESIDUAL:
                     nothing = tl.full((TILE, BLOCK_D), 0.0, residual.dtype.element_ty)
                     tl.store(residual_row + d[None, :] * residual_step, nothing, mask=here)
 
 
 @triton.jit
-def _stream(hidden_row, residual_row, d, used, width, hidden_step, residual_step, HAS_RESIDUAL: tl.constexpr):
-    """A chunk of the edited stream in float32: hidden, or hidden + residual rounded as the model rounds it."""
+def _stream(
+    hidden_row, residual_row, d, used, width, hidden_step, residual_step, HAS_RESIDUAL: tl.constexpr
+):
+    """A chunk of the edited stream in float32: hidden, or hidden + residual rounded as the model
+    rounds it.
+    """
     here = used[:, None] & (d < width)[None, :]
     h = tl.load(hidden_row + d[None, :] * hidden_step, mask=here, other=0.0)
     if HAS_RESIDUAL:

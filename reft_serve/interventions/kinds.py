@@ -1,7 +1,9 @@
-"""The six kinds of intervention, their weights, the reference edit, and the one form that the engine runs.
+"""The six kinds of intervention, their weights, the reference edit, and the one form that the
+engine runs.
 
-Kind names are pyreft's (`pyreft.interventions`); the paper's DiReFT (arXiv 2404.03592, section 3.2) is `nodireft` here.
-Letters: D hidden width, R rank of the intervention, T rows (tokens). h is a row vector; R has orthonormal rows.
+Kind names are pyreft's (`pyreft.interventions`); the paper's DiReFT (arXiv 2404.03592, section 3.2)
+is `nodireft` here. Letters: D hidden width, R rank of the intervention, T rows (tokens). h is a row
+vector; R has orthonormal rows.
 
 ========== =============================================== =====================
 `loreft`   h + (act(W h + b) - R h) R                      R W b
@@ -23,17 +25,24 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from reft_serve.interventions.activations import activate
-from reft_serve.interventions.vocabulary import ACTIVATION_CODES, LINEAR, ORTHONORMAL, SUBTRACTS, Kind
+from reft_serve.interventions.vocabulary import (
+    ACTIVATION_CODES,
+    LINEAR,
+    ORTHONORMAL,
+    SUBTRACTS,
+    Kind,
+)
 
 __all__ = ["Unit", "Weights", "edit", "fold"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Weights:
-    """The tensors of one intervention. Matrices are (R, D), vectors (R,); R, W2 and W are projections, b and b2 biases.
+    """The tensors of one intervention. Matrices are (R, D), vectors (R,); R, W2 and W are
+    projections, b and b2 biases.
 
-    dtypes follow pyreft: the orthonormal R, and b of consreft and lobireft, are float32; the others have the dtype the
-    adapter was trained in.
+    dtypes follow pyreft: the orthonormal R, and b of consreft and lobireft, are float32; the others
+    have the dtype the adapter was trained in.
     """
 
     kind: Kind
@@ -69,8 +78,8 @@ class Weights:
 def edit(h_TD: Tensor, weights: Weights) -> Tensor:
     """The reference edit of rows `h_TD`, with pyreft's casts, in h's dtype.
 
-    Source: `pyreft/interventions.py`, `forward` of each class. Where pyreft refuses a mix of dtypes (a base and an adapter
-    of different dtype), h is cast to the adapter's dtype first.
+    Source: `pyreft/interventions.py`, `forward` of each class. Where pyreft refuses a mix of dtypes
+    (a base and an adapter of different dtype), h is cast to the adapter's dtype first.
     """
     return _EDITS[weights.kind](h_TD, weights).to(h_TD.dtype)
 
@@ -116,11 +125,12 @@ _EDITS: dict[Kind, Callable[[Tensor, Weights], Tensor]] = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Unit:
-    """One intervention as the engine runs it: h + z B with z = A h + b, the first `activated` entries of z through an
-    activation. A and B are (P, D), b is (P,), all of one dtype; P is `vocabulary.unit_rank`.
+    """One intervention as the engine runs it: h + z B with z = A h + b, the first `activated`
+    entries of z through an activation. A and B are (P, D), b is (P,), all of one dtype; P is
+    `vocabulary.unit_rank`.
 
-    This one form holds all six kinds: a linear loreft or noreft is A = W - R, one that has an activation stacks [W; R]
-    over [R; -R], a lobireft has A = 0.
+    This one form holds all six kinds: a linear loreft or noreft is A = W - R, one that has an
+    activation stacks [W; R] over [R; -R], a lobireft has A = 0.
     """
 
     A: Tensor
@@ -142,7 +152,9 @@ class Unit:
 
 
 def fold(weights: Weights, dtype: torch.dtype = torch.float32) -> Unit:
-    """The engine's form of one intervention, in `dtype`: float32 for serving, float64 for a reference."""
+    """The engine's form of one intervention, in `dtype`: float32 for serving, float64 for a
+    reference.
+    """
     w = {name: tensor.to(dtype) for name, tensor in weights.tensors().items()}
     P = weights.projection.to(dtype)
     b, kind, code = w["b"], weights.kind, ACTIVATION_CODES[weights.activation]

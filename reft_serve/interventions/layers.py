@@ -1,4 +1,6 @@
-"""A model's decoder layers, found by their structure: training and serving must number the same ones."""
+"""A model's decoder layers, found by their structure: training and serving must number the same
+ones.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 
 
 def lists_of(model: nn.Module, count: int) -> Iterator[nn.ModuleList]:
-    """The lists of `count` modules; the decoder layers are the first one whose modules all contain attention."""
+    """The lists of `count` modules; the decoder layers are the first one whose modules all contain
+    attention.
+    """
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             yield module
@@ -25,7 +29,9 @@ def attention_of(layer: nn.Module) -> nn.Module | None:
 
 
 def child_of(layer: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
-    """The child that has the first of these names that is there; None for a list, which is never called itself."""
+    """The child that has the first of these names that is there; None for a list, which is never
+    called itself.
+    """
     children = dict(layer.named_children())
     child = next((children[name] for name in names if name in children), None)
     return None if isinstance(child, nn.ModuleList) else child

@@ -1,7 +1,8 @@
-"""The six kinds as trainable modules: pyreft's parameters, initialisation and dropout around the reference edit.
+"""The six kinds as trainable modules: pyreft's parameters, initialisation and dropout around the
+reference edit.
 
-With one seed, a module starts at the very values of pyreft's class (`pyreft/interventions.py`): the draws from torch's
-random generator are made in the same order.
+With one seed, a module starts at the very values of pyreft's class (`pyreft/interventions.py`): the
+draws from torch's random generator are made in the same order.
 """
 
 from __future__ import annotations
@@ -16,23 +17,31 @@ from torch.nn.utils.parametrizations import orthogonal
 
 from reft_serve.errors import AdapterInvalid
 from reft_serve.interventions.kinds import Weights, edit
-from reft_serve.interventions.vocabulary import ORTHONORMAL, ORTHONORMAL_TOLERANCE, Kind, required_tensors
+from reft_serve.interventions.vocabulary import (
+    ORTHONORMAL,
+    ORTHONORMAL_TOLERANCE,
+    Kind,
+    required_tensors,
+)
 
 __all__ = ["Intervention"]
 
 
 class Intervention(nn.Module):
-    """One intervention that learns: `forward` is `kinds.edit` with gradients, then dropout on the whole edited state.
+    """One intervention that learns: `forward` is `kinds.edit` with gradients, then dropout on the
+    whole edited state.
 
     Args:
         kind: which of the six.
         width: hidden width D.
         rank: R, from 1 to D.
         activation: a name of `vocabulary.ACTIVATION_CODES`; "linear" for consreft and lobireft.
-        dropout: probability; acts in training mode only. As in pyreft it falls on h + edit, not on the edit alone, and
-            consreft and lobireft have none.
-        add_bias: whether noreft and nodireft have b2 (nodireft never uses it); no meaning for the others.
-        dtype: of W, b, W2 and b2. The orthonormal R, and b of consreft and lobireft, are float32 always, as in pyreft.
+        dropout: probability; acts in training mode only. As in pyreft it falls on h + edit, not on
+            the edit alone, and consreft and lobireft have none.
+        add_bias: whether noreft and nodireft have b2 (nodireft never uses it); no meaning for the
+            others.
+        dtype: of W, b, W2 and b2. The orthonormal R, and b of consreft and lobireft, are float32
+            always, as in pyreft.
     """
 
     def __init__(
@@ -68,16 +77,23 @@ class Intervention(nn.Module):
 
     @classmethod
     def of(cls, weights: Weights, dropout: float = 0.0) -> Intervention:
-        """A module that holds `weights` bit for bit and trains on from there, with R still orthonormal.
+        """A module that holds `weights` bit for bit and trains on from there, with R still
+        orthonormal.
 
         Raises:
-            AdapterInvalid: R is not orthonormal, as pyreft leaves it after a resumed training: it could be served, but
-                not trained further without first becoming another function.
+            AdapterInvalid: R is not orthonormal, as pyreft leaves it after a resumed training: it
+                could be served, but not trained further without first becoming another function.
         """
         dtype = weights.b.dtype if weights.W is None else weights.W.dtype
         rank, width = weights.projection.shape
         module = cls(
-            weights.kind, width, rank, weights.activation, dropout, add_bias=weights.b2 is not None, dtype=dtype
+            weights.kind,
+            width,
+            rank,
+            weights.activation,
+            dropout,
+            add_bias=weights.b2 is not None,
+            dtype=dtype,
         )
         with torch.no_grad():
             for name, value in weights.tensors().items():
@@ -96,7 +112,10 @@ class Intervention(nn.Module):
 
     def weights(self) -> Weights:
         """A detached copy of the current weights, to save or to serve."""
-        copies = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in self._named()}
+        copies = {
+            name: t.detach().clone(memory_format=torch.contiguous_format)
+            for name, t in self._named()
+        }
         return Weights.of(self.kind, copies, self.activation)
 
     def _tensors(self) -> Weights:
@@ -112,7 +131,9 @@ class Intervention(nn.Module):
 
 
 class _Rotation(nn.Module):
-    """A random R in float32, kept orthonormal by torch's parametrization, as pyreft does it: R.T = base @ Q(original)."""
+    """A random R in float32, kept orthonormal by torch's parametrization, as pyreft does it: R.T =
+    base @ Q(original).
+    """
 
     weight: Tensor
     parametrizations: Any
@@ -125,13 +146,15 @@ class _Rotation(nn.Module):
     def rows(self) -> Tensor:
         """R, (rank, width).
 
-        The value of `self.weight` in another form: the product of the Householder reflections is I - V T V.T with a (rank,
-        rank) T (compact WY, Schreiber and Van Loan 1989), whose backward pass is a few small products, while that of
-        `householder_product` goes through the reflections one by one. Nor is the parameter's diagonal read, which torch
-        truncates to integers, so that weight decay on it would make R zero.
+        The value of `self.weight` in another form: the product of the Householder reflections is I
+        - V T V.T with a (rank, rank) T (compact WY, Schreiber and Van Loan 1989), whose backward
+        pass is a few small products, while that of `householder_product` goes through the
+        reflections one by one. Nor is the parameter's diagonal read, which torch truncates to
+        integers, so that weight decay on it would make R zero.
         """
         parameter, (form,) = self.parametrizations.weight.original, self.parametrizations.weight
-        if parameter.shape[0] == parameter.shape[1]:  # torch's form of a square R is a matrix exponential
+        # torch's form of a square R is a matrix exponential
+        if parameter.shape[0] == parameter.shape[1]:
             return self.weight.T
         E = torch.eye(*parameter.shape, dtype=parameter.dtype, device=parameter.device)
         V = parameter.tril(-1) + E
@@ -145,9 +168,13 @@ class _Rotation(nn.Module):
         """Make `R` the rows, bit for bit."""
         off = (R @ R.T - torch.eye(len(R))).abs().max().item()
         if off > ORTHONORMAL_TOLERANCE:
-            fault = f"R is not orthonormal (off by {off:.2g}), so it can be served but not trained further"
+            fault = (
+                f"R is not orthonormal (off by {off:.2g}), so it can be served but not trained "
+                "further"
+            )
             raise AdapterInvalid("to resume from", [fault])
-        # Assigning completes R to a whole orthonormal base (width, width), with rounding; then R's own bits go in. With
-        # the second step alone the rest of the base would not be orthogonal to R, and training would bend R.
+        # Assigning completes R to a whole orthonormal base (width, width), with rounding; then R's
+        # own bits go in. With the second step alone the rest of the base would not be orthogonal to
+        # R, and training would bend R.
         self.weight = R.T
         self.parametrizations.weight[0].base[:, : len(R)] = R.T

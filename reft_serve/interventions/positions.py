@@ -1,7 +1,8 @@
-"""Position rules: which tokens of a request an adapter edits. Training and serving both ask here; no torch.
+"""Position rules: which tokens of a request an adapter edits. Training and serving both ask here;
+no torch.
 
-The rules are pyreft's (`pyreft.dataset.parse_positions` and `get_intervention_locations`), with the spellings that its
-datasets and README use in code:
+The rules are pyreft's (`pyreft.dataset.parse_positions` and `get_intervention_locations`), with the
+spellings that its datasets and README use in code:
 
 =========  ==================================================================================
 `fN`       the first min(N, L // 2) prompt tokens
@@ -13,10 +14,11 @@ datasets and README use in code:
 `0,3,-1`   those indices, negative ones from L; an index outside the prompt is dropped
 =========  ==================================================================================
 
-L is the prompt's length minus `last_offset`: 0 for pyreft's paper recipes (the suffix ends at the prompt's last token), 1
-for its `ReftSupervisedDataset`, `ReftGenerationDataset` and `ReftClassificationDataset` (it ends one token earlier); the
-README's explicit `[len - 1]` is `last`. The half rule (L // 2) holds for `f`, `l` and both, so a short prompt is never
-edited twice at one token.
+L is the prompt's length minus `last_offset`: 0 for pyreft's paper recipes (the suffix ends at the
+prompt's last token), 1 for its `ReftSupervisedDataset`, `ReftGenerationDataset` and
+`ReftClassificationDataset` (it ends one token earlier); the README's explicit `[len - 1]` is
+`last`. The half rule (L // 2) holds for `f`, `l` and both, so a short prompt is never edited twice
+at one token.
 """
 
 from __future__ import annotations
@@ -61,10 +63,11 @@ class PositionRule:
 
     Args:
         spec: a spelling of the table above.
-        tied: one set of weights for prefix and suffix (pyreft's `share_weights`); False only with `fN+lN`.
+        tied: one set of weights for prefix and suffix (pyreft's `share_weights`); False only with
+            `fN+lN`.
         last_offset: tokens between the suffix's end and the prompt's end, 0 or more.
-        phase: `prompt` edits prompt tokens only; `all` edits generated tokens too (each when it is fed back);
-            `generated` edits those alone (pyreft's `intervene_on_prompt=False`).
+        phase: `prompt` edits prompt tokens only; `all` edits generated tokens too (each when it is
+            fed back); `generated` edits those alone (pyreft's `intervene_on_prompt=False`).
 
     Raises:
         PositionsInvalid: with a sentence that says what is wrong.
@@ -78,22 +81,28 @@ class PositionRule:
     def __post_init__(self) -> None:
         if len(self.spec) > _MAX_CHARACTERS:
             raise PositionsInvalid(
-                f"positions have {len(self.spec):,} characters: at most {_MAX_CHARACTERS:,} are allowed"
+                f"positions have {len(self.spec):,} characters: at most {_MAX_CHARACTERS:,} are "
+                "allowed"
             )
         kind, numbers = _parse(self.spec)
         untiable = kind == "fl" and all(numbers)
         if not self.tied and not untiable:
             raise PositionsInvalid(
-                f"positions {self.spec!r} cannot be untied: only fN+lN has both a prefix and a suffix"
+                f"positions {self.spec!r} cannot be untied: only fN+lN has both a prefix and a "
+                "suffix"
             )
         if not 0 <= self.last_offset <= 1024:
-            raise PositionsInvalid(f"last_offset must be between 0 and 1024, not {self.last_offset}")
+            raise PositionsInvalid(
+                f"last_offset must be between 0 and 1024, not {self.last_offset}"
+            )
         if self.last_offset and kind == "all":
             raise PositionsInvalid("last_offset has no meaning with positions 'all'")
         if self.phase not in ("prompt", "all", "generated"):
             raise PositionsInvalid(f"phase must be prompt, all or generated, not {self.phase!r}")
         if self.phase != "prompt" and not self.tied:
-            raise PositionsInvalid(f"phase {self.phase!r} needs tied positions: a generated token is in neither half")
+            raise PositionsInvalid(
+                f"phase {self.phase!r} needs tied positions: a generated token is in neither half"
+            )
 
     @property
     def edits_generated(self) -> bool:
@@ -101,8 +110,8 @@ class PositionRule:
         return self.phase != "prompt"
 
     def spans(self, prompt_len: int) -> list[Span]:
-        """The edited tokens of a request with `prompt_len` prompt tokens: ascending, disjoint, and as few spans as can be, so
-        that equal edits have equal spans.
+        """The edited tokens of a request with `prompt_len` prompt tokens: ascending, disjoint, and
+        as few spans as can be, so that equal edits have equal spans.
 
         The last span is open (its stop is beyond any length) where generated tokens are edited.
         """
@@ -112,7 +121,9 @@ class PositionRule:
         return _joined(spans)
 
     def indices(self, prompt_len: int) -> tuple[list[int], list[int]]:
-        """The edited prompt tokens as (prefix, suffix) index lists; a tied rule has them all in the first."""
+        """The edited prompt tokens as (prefix, suffix) index lists; a tied rule has them all in the
+        first.
+        """
         parts: tuple[list[int], list[int]] = ([], [])
         for span in self._prompt_spans(prompt_len):
             parts[span.part].extend(range(span.start, span.stop))
@@ -158,8 +169,11 @@ def _parse(spec: str) -> tuple[Literal["fl", "all", "at"], tuple[int, ...]]:
     if _INDICES.fullmatch(spec):
         numbers = tuple(int(n) for n in spec.split(","))
         if len(numbers) > _MAX_INDICES:
-            raise PositionsInvalid(f"positions list {len(numbers)} indices; at most {_MAX_INDICES} are allowed")
+            raise PositionsInvalid(
+                f"positions list {len(numbers)} indices; at most {_MAX_INDICES} are allowed"
+            )
         return "at", numbers
     raise PositionsInvalid(
-        f"positions {spec[:64]!r} are not understood: write fN, lN, fN+lN, first, last, all, or indices such as 0,3,-1"
+        f"positions {spec[:64]!r} are not understood: write fN, lN, fN+lN, first, last, all, or "
+        "indices such as 0,3,-1"
     )

@@ -1,4 +1,6 @@
-"""The words of ReFT that both the maths and a manifest use: kinds, components, activations. No torch."""
+"""The words of ReFT that both the maths and a manifest use: kinds, components, activations. No
+torch.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,9 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 Component = Literal["block_output", "block_input", "mlp_output", "attention_output"]
 COMPONENTS: tuple[Component, ...] = get_args(Component)
 
-# The names that pyreft takes as `act_fn` (transformers.activations.ACT2FN); names that mean one function share a code.
-# prelu and xielu are left out: they carry learned parameters that pyreft never saves.
+# The names that pyreft takes as `act_fn` (transformers.activations.ACT2FN); names that mean one
+# function share a code. prelu and xielu are left out: they carry learned parameters that pyreft
+# never saves.
 LINEAR = 0
 ORTHONORMAL_TOLERANCE = 1e-3
 """Largest deviation of an element of R R^T from the identity."""
@@ -76,5 +79,7 @@ def has_activation(kind: Kind) -> bool:
 
 
 def unit_rank(kind: Kind, rank: int, activation: str) -> int:
-    """Rows of the folded unit: twice the rank where an activation keeps W apart from the subtracted projection."""
+    """Rows of the folded unit: twice the rank where an activation keeps W apart from the subtracted
+    projection.
+    """
     return 2 * rank if kind in SUBTRACTS and ACTIVATION_CODES[activation] != LINEAR else rank

@@ -1,6 +1,7 @@
 """Hyper-parameters of fine-tuning jobs: OpenAI's and ReFT's own, each a value or "auto". No torch.
 
-The gateway checks them as they come, the worker reads them back from the job's row and decides what "auto" is.
+The gateway checks them as they come, the worker reads them back from the job's row and decides what
+"auto" is.
 """
 
 from __future__ import annotations
@@ -60,27 +61,35 @@ class Hyperparameters(BaseModel):
     """Those of every method. What is left out is "auto".
 
     Args:
-        batch_size: examples of a step. accumulation: the parts that a batch is worked off in, to save memory.
-        learning_rate_multiplier: of the rate that "auto" would be. learning_rate: the rate itself, instead.
+        batch_size: examples of a step. accumulation: the parts that a batch is worked off in, to
+            save memory.
+        learning_rate_multiplier: of the rate that "auto" would be. learning_rate: the rate itself,
+            instead.
         layers: where the interventions are: "all", or numbers from 0.
-        positions: the prompt tokens that are edited, such as f7+l7. tied: first and last ones share their weights.
+        positions: the prompt tokens that are edited, such as f7+l7. tied: first and last ones share
+            their weights.
         dropout: on the edited states. activation: of W h + b.
-        lora_rank: of a LoRA that is trained as well; 0 for none. lora_alpha, lora_targets: as PEFT has them.
+        lora_rank: of a LoRA that is trained as well; 0 for none. lora_alpha, lora_targets: as PEFT
+            has them.
         warmup: share of the steps. max_tokens: longer examples are left out and counted.
         save_every: steps between checkpoints and evaluations.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    n_epochs: Annotated[Auto | Annotated[int, Field(ge=1, le=100)], _or_auto("a whole number from 1 to 100")] = "auto"
-    batch_size: Annotated[Auto | Annotated[int, Field(ge=1, le=1024)], _or_auto("a whole number from 1 to 1,024")] = (
-        "auto"
-    )
+    n_epochs: Annotated[
+        Auto | Annotated[int, Field(ge=1, le=100)], _or_auto("a whole number from 1 to 100")
+    ] = "auto"
+    batch_size: Annotated[
+        Auto | Annotated[int, Field(ge=1, le=1024)], _or_auto("a whole number from 1 to 1,024")
+    ] = "auto"
     learning_rate_multiplier: Annotated[
         Auto | Annotated[float, Field(gt=0, le=1000)], _or_auto("a number above 0, at most 1,000")
     ] = "auto"
     kind: Annotated[Auto | Kind, _or_auto(f"one of {', '.join(KINDS)}")] = "auto"
-    rank: Annotated[Auto | Annotated[int, Field(ge=1, le=1024)], _or_auto("a whole number from 1 to 1,024")] = "auto"
+    rank: Annotated[
+        Auto | Annotated[int, Field(ge=1, le=1024)], _or_auto("a whole number from 1 to 1,024")
+    ] = "auto"
     layers: Annotated[
         Auto | Literal["all"] | Annotated[list[_Layer], Field(min_length=1, max_length=1000)],
         _or_auto('"all" or a list of layer numbers from 0'),
@@ -91,31 +100,38 @@ class Hyperparameters(BaseModel):
         _or_auto("fN, lN, fN+lN, first, last, all, or indices such as 0,3,-1"),
     ] = "auto"
     tied: Annotated[Auto | bool, _or_auto("true or false")] = "auto"
-    activation: Annotated[Auto | _Activation, _or_auto(f"one of {', '.join(ACTIVATION_CODES)}")] = "auto"
+    activation: Annotated[Auto | _Activation, _or_auto(f"one of {', '.join(ACTIVATION_CODES)}")] = (
+        "auto"
+    )
     dropout: Annotated[Auto | _Share, _or_auto("a number from 0 to below 1")] = "auto"
-    lora_rank: Annotated[Auto | Annotated[int, Field(ge=0, le=512)], _or_auto("a whole number from 0 to 512")] = "auto"
+    lora_rank: Annotated[
+        Auto | Annotated[int, Field(ge=0, le=512)], _or_auto("a whole number from 0 to 512")
+    ] = "auto"
     lora_alpha: Annotated[
-        Auto | Annotated[float, Field(gt=0, le=10_000)], _or_auto("a number above 0, at most 10,000")
+        Auto | Annotated[float, Field(gt=0, le=10_000)],
+        _or_auto("a number above 0, at most 10,000"),
     ] = "auto"
     lora_targets: Annotated[
         Auto | Annotated[list[_Module], Field(min_length=1, max_length=64)],
         _or_auto("a list of names of linear layers, such as q_proj"),
     ] = "auto"
-    learning_rate: Annotated[Auto | Annotated[float, Field(gt=0, le=1)], _or_auto("a number above 0, at most 1")] = (
-        "auto"
-    )
-    schedule: Annotated[Auto | Literal["linear", "cosine", "constant"], _or_auto("one of linear, cosine, constant")] = (
-        "auto"
-    )
+    learning_rate: Annotated[
+        Auto | Annotated[float, Field(gt=0, le=1)], _or_auto("a number above 0, at most 1")
+    ] = "auto"
+    schedule: Annotated[
+        Auto | Literal["linear", "cosine", "constant"], _or_auto("one of linear, cosine, constant")
+    ] = "auto"
     warmup: Annotated[Auto | _Share, _or_auto("a number from 0 to below 1")] = "auto"
-    accumulation: Annotated[Auto | Annotated[int, Field(ge=1, le=1024)], _or_auto("a whole number from 1 to 1,024")] = (
-        "auto"
-    )
+    accumulation: Annotated[
+        Auto | Annotated[int, Field(ge=1, le=1024)], _or_auto("a whole number from 1 to 1,024")
+    ] = "auto"
     max_tokens: Annotated[
-        Auto | Annotated[int, Field(ge=8, le=1_048_576)], _or_auto("a whole number from 8 to 1,048,576")
+        Auto | Annotated[int, Field(ge=8, le=1_048_576)],
+        _or_auto("a whole number from 8 to 1,048,576"),
     ] = "auto"
     save_every: Annotated[
-        Auto | Annotated[int, Field(ge=1, le=1_000_000)], _or_auto("a whole number from 1 to 1,000,000")
+        Auto | Annotated[int, Field(ge=1, le=1_000_000)],
+        _or_auto("a whole number from 1 to 1,000,000"),
     ] = "auto"
 
     @model_validator(mode="after")
@@ -135,12 +151,21 @@ class Hyperparameters(BaseModel):
         return self
 
     def shape(self, examples: int, hidden_size: int) -> dict[str, Any]:
-        """The adapter's shape with every "auto" resolved: kind, rank, layers, positions, tied and activation, as JSON."""
+        """The adapter's shape with every "auto" resolved: kind, rank, layers, positions, tied and
+        activation, as JSON.
+        """
         chosen = {
-            "kind": "loreft", "rank": min(8 if examples >= _MANY else 4, hidden_size), "layers": "all",
-            "positions": "f7+l7", "tied": True, "activation": "linear",
-        }  # fmt: skip
-        return {name: value if (asked := getattr(self, name)) == "auto" else asked for name, value in chosen.items()}
+            "kind": "loreft",
+            "rank": min(8 if examples >= _MANY else 4, hidden_size),
+            "layers": "all",
+            "positions": "f7+l7",
+            "tied": True,
+            "activation": "linear",
+        }
+        return {
+            name: value if (asked := getattr(self, name)) == "auto" else asked
+            for name, value in chosen.items()
+        }
 
     def epochs(self, examples: int) -> int:
         """Number of epochs, "auto" resolved."""
@@ -156,9 +181,13 @@ class SupervisedHyperparameters(Hyperparameters):
 
 
 class DpoHyperparameters(Hyperparameters):
-    """Those of direct preference optimisation. `beta`: how much keeping near the base model counts."""
+    """Those of direct preference optimisation. `beta`: how much keeping near the base model
+    counts.
+    """
 
-    beta: Annotated[Auto | Annotated[float, Field(gt=0, le=100)], _or_auto("a number above 0, at most 100")] = "auto"
+    beta: Annotated[
+        Auto | Annotated[float, Field(gt=0, le=100)], _or_auto("a number above 0, at most 100")
+    ] = "auto"
 
 
 def read_hyperparameters(asked: Mapping[str, Any]) -> DpoHyperparameters:

@@ -1,9 +1,10 @@
 """Recipes: the hyper-parameters of a training run and the task that it is for. TOML in, no torch.
 
-The named ones are the settings of the ReFT paper's four experiments (arXiv 2404.03592, section 4 and its appendix of
-hyper-parameters), as the commands that reproduce them state: pyreft, `examples/loreft/README.md`, with the prompts,
-triggers and decoding of its `templates.py`, `task_config.py` and `compute_metrics.py` and the defaults of its `train.py`.
-Greedy decoding throughout.
+The named ones are the settings of the ReFT paper's four experiments (arXiv 2404.03592, section 4
+and its appendix of hyper-parameters), as the commands that reproduce them state: pyreft,
+`examples/loreft/README.md`, with the prompts, triggers and decoding of its `templates.py`,
+`task_config.py` and `compute_metrics.py` and the defaults of its `train.py`. Greedy decoding
+throughout.
 
 ===============  ==================================================================================
 `commonsense`    LoReFT, rank 8, all layers, f7+l7 tied, 6 epochs of batches of 16 x 2, rate 9e-4,
@@ -31,7 +32,15 @@ from reft_serve.errors import ClientError, PositionsInvalid
 from reft_serve.interventions.positions import PositionRule
 from reft_serve.interventions.vocabulary import ACTIVATION_CODES, Component, Kind
 
-__all__ = ["AdapterSettings", "Metric", "Recipe", "Task", "TrainingSettings", "load_recipe", "recipe_names"]
+__all__ = [
+    "AdapterSettings",
+    "Metric",
+    "Recipe",
+    "Task",
+    "TrainingSettings",
+    "load_recipe",
+    "recipe_names",
+]
 
 Metric = Literal["exact", "number", "label", "matthews", "pearson", "none"]
 _FOLDER = Path(__file__).parent
@@ -45,13 +54,16 @@ class _Settings(BaseModel):
 
 
 class AdapterSettings(_Settings):
-    """The adapter that is trained. Positions as `PositionRule` spells them; `tied` is pyreft's `share_weights`."""
+    """The adapter that is trained. Positions as `PositionRule` spells them; `tied` is pyreft's
+    `share_weights`.
+    """
 
     kind: Kind = "loreft"
     rank: _Count = 8
-    layers: Literal["all"] | Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False, min_length=1)] = (
-        "all"
-    )
+    layers: (
+        Literal["all"]
+        | Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False, min_length=1)]
+    ) = "all"
     component: Component = "block_output"
     positions: str = "f7+l7"
     tied: bool = True
@@ -67,7 +79,9 @@ class AdapterSettings(_Settings):
         except PositionsInvalid as exc:
             raise ValueError(str(exc)) from exc
         if self.activation not in ACTIVATION_CODES:
-            raise ValueError(f"activation {self.activation[:64]!r} is not one of {', '.join(ACTIVATION_CODES)}")
+            raise ValueError(
+                f"activation {self.activation[:64]!r} is not one of {', '.join(ACTIVATION_CODES)}"
+            )
         return self
 
     @property
@@ -76,7 +90,9 @@ class AdapterSettings(_Settings):
 
 
 class TrainingSettings(_Settings):
-    """The run. A step takes `batch_size * accumulation` examples; `max_tokens` bounds an example, prompt and answer."""
+    """The run. A step takes `batch_size * accumulation` examples; `max_tokens` bounds an example,
+    prompt and answer.
+    """
 
     epochs: _Count = 3
     batch_size: _Count = 16
@@ -95,10 +111,13 @@ class Task(_Settings):
 
     Args:
         prompt: with the row's fields in braces.
-        prompt_with_input: the prompt of a row whose `input` is not empty; the same one unless given.
-        answer: what is learnt after the prompt; `{label}` is the name of a row's class if there are `labels`.
+        prompt_with_input: the prompt of a row whose `input` is not empty; the same one unless
+            given.
+        answer: what is learnt after the prompt; `{label}` is the name of a row's class if there are
+            `labels`.
         metric: see `scoring`.
-        trigger: what comes before the answer proper in a completion; a completion without it answers nothing.
+        trigger: what comes before the answer proper in a completion; a completion without it
+            answers nothing.
         max_new_tokens, repetition_penalty: of greedy decoding in an evaluation.
     """
 
@@ -116,15 +135,25 @@ class Task(_Settings):
         for template in (self.prompt, self.prompt_with_input or "", self.answer):
             unknown = set(_fields(template)) - _FIELDS
             if unknown:
-                raise ValueError(f"{template[:40]!r} names {sorted(unknown)[0]!r}, which no row has")
+                raise ValueError(
+                    f"{template[:40]!r} names {sorted(unknown)[0]!r}, which no row has"
+                )
         return self
 
     def question(self, row: DataRow) -> str:
-        """The prompt of a row, which for a completion row is its own. Raises ValueError where the row lacks what is named."""
+        """The prompt of a row, which for a completion row is its own. Raises ValueError where the
+        row lacks what is named.
+        """
         if isinstance(row, Completion):
             return row.prompt
-        with_input = self.prompt_with_input is not None and isinstance(row, Instruction) and row.input.strip()
-        return self._filled(self.prompt_with_input if with_input and self.prompt_with_input else self.prompt, row)
+        with_input = (
+            self.prompt_with_input is not None
+            and isinstance(row, Instruction)
+            and row.input.strip()
+        )
+        return self._filled(
+            self.prompt_with_input if with_input and self.prompt_with_input else self.prompt, row
+        )
 
     def reply(self, row: DataRow) -> str:
         """The completion of a row. Raises ValueError as `question` does."""
@@ -133,7 +162,9 @@ class Task(_Settings):
         return self._filled(self.answer, row)
 
     def reference(self, row: DataRow) -> str:
-        """The reference of a row: its `answer` if it has one, else the reply; empty without a metric."""
+        """The reference of a row: its `answer` if it has one, else the reply; empty without a
+        metric.
+        """
         if self.metric == "none":
             return ""
         return row.answer if isinstance(row, Instruction) and row.answer else self.reply(row)
@@ -149,12 +180,16 @@ class Task(_Settings):
 
     def _class(self, label: float) -> str:
         if label not in range(len(self.labels)):
-            raise ValueError(f"label is {label:g}, but the recipe has the classes 0 to {len(self.labels) - 1}")
+            raise ValueError(
+                f"label is {label:g}, but the recipe has the classes 0 to {len(self.labels) - 1}"
+            )
         return self.labels[int(label)]
 
 
 class Recipe(_Settings):
-    """A whole recipe. `tasks` are alternatives, one of which becomes `task` if it is named: `glue-cola`."""
+    """A whole recipe. `tasks` are alternatives, one of which becomes `task` if it is named:
+    `glue-cola`.
+    """
 
     description: str = ""
     source: str = ""
@@ -177,7 +212,8 @@ def load_recipe(name: str) -> Recipe:
     """A recipe by its name, or by the path of a TOML file. Its `task` is chosen if it has several.
 
     Raises:
-        ClientError: there is none of that name, or the file is not a recipe; every fault of it is listed.
+        ClientError: there is none of that name, or the file is not a recipe; every fault of it is
+            listed.
     """
     if name.endswith(".toml") or "/" in name:
         return _read(Path(name))
@@ -190,7 +226,8 @@ def load_recipe(name: str) -> Recipe:
         if task in recipe.tasks:
             return recipe.model_copy(update={"task": recipe.tasks[task], "tasks": {}})
     raise ClientError(
-        f"there is no recipe {name[:64]!r}: it is one of {', '.join(recipe_names())}, or a path ending in .toml"
+        f"there is no recipe {name[:64]!r}: it is one of {', '.join(recipe_names())}, or a path "
+        "ending in .toml"
     )
 
 
@@ -200,12 +237,17 @@ def _read(path: Path) -> Recipe:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
         raise ClientError(f"recipe {path} is not TOML: {exc}") from exc
     except ValidationError as exc:
-        faults = [f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in exc.errors(include_url=False)]
+        faults = [
+            f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}"
+            for e in exc.errors(include_url=False)
+        ]
         raise ClientError(f"recipe {path} cannot be used: {'; '.join(faults)}") from exc
 
 
 def _fields(template: str) -> list[str]:
-    """The fields in a template. Raises ValueError if it is not a template, or reaches into a field."""
+    """The fields in a template. Raises ValueError if it is not a template, or reaches into a
+    field.
+    """
     names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     for name in names:
         if not name.isidentifier():

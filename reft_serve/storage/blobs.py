@@ -1,7 +1,8 @@
 """The file store: uploads, results and checkpoints by key, in a local directory or in S3. No torch.
 
-A key exists whole or not at all: files are written to a temporary path and moved, S3 takes a multipart upload only when it is
-complete. `reft_serve.adapters.store` is a different store: versions under a path that engines see.
+A key exists whole or not at all: files are written to a temporary path and moved, S3 takes a
+multipart upload only when it is complete. `reft_serve.adapters.store` is a different store:
+versions under a path that engines see.
 """
 
 from __future__ import annotations
@@ -49,11 +50,11 @@ class Blob:
 
 
 class BlobStore:
-    """Blobs under one root: a directory's path (or `file://`), or `s3://BUCKET/PREFIX`, whose keys and endpoint come from
-    the usual AWS_* variables.
+    """Blobs under one root: a directory's path (or `file://`), or `s3://BUCKET/PREFIX`, whose keys
+    and endpoint come from the usual AWS_* variables.
 
-    Keys are two to four parts of letters, digits, '-' and '_' with slashes between them, and an optional extension: ids that
-    we made, never a user's words. Anything else is a ValueError.
+    Keys are two to four parts of letters, digits, '-' and '_' with slashes between them, and an
+    optional extension: ids that we made, never a user's words. Anything else is a ValueError.
     """
 
     def __init__(self, url: str) -> None:
@@ -75,7 +76,8 @@ class BlobStore:
         await self.delete(key)
 
     async def probe(self) -> None:
-        """Write some bytes into a directory and remove them. (Nothing of S3, where each request costs something.)
+        """Write some bytes into a directory and remove them. (Nothing of S3, where each request
+        costs something.)
 
         Raises:
             StoreUnusable: it cannot be written to.
@@ -83,7 +85,8 @@ class BlobStore:
         await self._do(self._place.probe)
 
     async def write(self, key: str, chunks: AsyncIterator[bytes], max_bytes: int) -> Written:
-        """Store a stream under a key, replacing its previous value. After an exception nothing has changed.
+        """Store a stream under a key, replacing its previous value. After an exception nothing has
+        changed.
 
         Raises:
             RequestTooLarge: more than `max_bytes` came.
@@ -96,7 +99,9 @@ class BlobStore:
             async for chunk in chunks:
                 size += len(chunk)
                 if size > max_bytes:
-                    raise RequestTooLarge(f"the file has more than the {max_bytes} bytes allowed here")
+                    raise RequestTooLarge(
+                        f"the file has more than the {max_bytes} bytes allowed here"
+                    )
                 digest.update(chunk)
                 await self._do(writing.write, chunk)
             await self._do(writing.commit)
@@ -122,7 +127,8 @@ class BlobStore:
         """Copy a key's bytes into a file, which is there only if they all came.
 
         Raises:
-            BlobMissing: there is no such key. StoreUnusable: the place cannot be read, or `path` not be written.
+            BlobMissing: there is no such key. StoreUnusable: the place cannot be read, or `path`
+                not be written.
         """
         here = _Directory(path.parent)
         writing = await self._do(here.begin_at, path)
@@ -163,7 +169,9 @@ class BlobStore:
         return sorted(await self._do(self._place.list, prefix), key=lambda blob: blob.key)
 
     async def sweep(self) -> None:
-        """Remove what processes that died left half written. (In S3 a lifecycle rule of the bucket does that.)"""
+        """Remove what processes that died left half written. (In S3 a lifecycle rule of the bucket
+        does that.)
+        """
         await self._do(self._place.sweep)
 
     async def _do(self, work: Callable[..., T], *given: Any) -> T:
@@ -171,12 +179,18 @@ class BlobStore:
         try:
             return await asyncio.to_thread(work, *given)
         except self._place.failures as exc:
-            reason = getattr(exc, "strerror", None) or " ".join(str(exc).split())[:200] or type(exc).__name__
+            reason = (
+                getattr(exc, "strerror", None)
+                or " ".join(str(exc).split())[:200]
+                or type(exc).__name__
+            )
             raise StoreUnusable(f"the file store cannot be used ({reason})") from exc
 
 
 class _Writing(Protocol):
-    """Bytes on their way. `discard` after `commit` changes nothing; without it nothing was written."""
+    """Bytes on their way. `discard` after `commit` changes nothing; without it nothing was
+    written.
+    """
 
     def write(self, chunk: bytes, /) -> object: ...
 
@@ -267,7 +281,8 @@ class _File:
                 self._target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(self._aside.path, self._target)
                 break
-            except (FileNotFoundError, FileExistsError):  # the folder was removed with its last file in this moment
+            # the folder was removed with its last file in this moment
+            except (FileNotFoundError, FileExistsError):
                 if not left:
                     raise
         fsync_path(self._target.parent)
@@ -285,7 +300,9 @@ class _Bucket:
         self._root, self._files, self.failures = root, files, failures
 
     def begin(self, key: str) -> _Writing:
-        return _Multipart(self._files.open(f"{self._root}/{key}", "wb", block_size=_BLOCK, autocommit=False))
+        return _Multipart(
+            self._files.open(f"{self._root}/{key}", "wb", block_size=_BLOCK, autocommit=False)
+        )
 
     def open(self, key: str) -> BinaryIO:
         with _found():
@@ -299,7 +316,11 @@ class _Bucket:
     def list(self, prefix: str) -> list[Blob]:
         found = self._files.find(f"{self._root}/{prefix}/", detail=True)
         return [
-            Blob(path.removeprefix(f"{self._root}/"), facts["size"], int(facts["LastModified"].timestamp() * 1000))
+            Blob(
+                path.removeprefix(f"{self._root}/"),
+                facts["size"],
+                int(facts["LastModified"].timestamp() * 1000),
+            )
             for path, facts in found.items()
         ]
 
@@ -324,7 +345,8 @@ class _Multipart:
         if self._committed:
             return
         self._opened.closed = True  # else it would be sent when Python collects it
-        with suppress(Exception):  # what cannot be taken back now, the bucket's lifecycle rule removes
+        # what cannot be taken back now, the bucket's lifecycle rule removes
+        with suppress(Exception):
             self._opened.discard()
 
 
@@ -333,16 +355,28 @@ def _place(url: str) -> _Place:
     if not separator or scheme == "file":
         return _Directory(Path(rest if separator else url).expanduser().resolve())
     if scheme != "s3":
-        raise StoreUnusable(f"the file store {scheme[:20]}:// is not known: give a directory or s3://BUCKET/PREFIX")
+        raise StoreUnusable(
+            f"the file store {scheme[:20]}:// is not known: give a directory or s3://BUCKET/PREFIX"
+        )
     try:
         import s3fs
         from aiohttp import ClientError as HttpError
         from botocore.exceptions import BotoCoreError, ClientError
     except ImportError as exc:
-        raise StoreUnusable("an S3 file store needs a package: pip install 'reft-serve[s3]'") from exc
-    patience = {"connect_timeout": 5, "read_timeout": 30, "retries": {"max_attempts": 3, "mode": "standard"}}
-    files = s3fs.S3FileSystem(config_kwargs=patience, use_listings_cache=False, skip_instance_cache=True)
-    return _Bucket(rest.strip("/"), files, (OSError, BotoCoreError, ClientError, HttpError, TimeoutError))
+        raise StoreUnusable(
+            "an S3 file store needs a package: pip install 'reft-serve[s3]'"
+        ) from exc
+    patience = {
+        "connect_timeout": 5,
+        "read_timeout": 30,
+        "retries": {"max_attempts": 3, "mode": "standard"},
+    }
+    files = s3fs.S3FileSystem(
+        config_kwargs=patience, use_listings_cache=False, skip_instance_cache=True
+    )
+    return _Bucket(
+        rest.strip("/"), files, (OSError, BotoCoreError, ClientError, HttpError, TimeoutError)
+    )
 
 
 @contextmanager

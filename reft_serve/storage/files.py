@@ -1,4 +1,6 @@
-"""Plain files of a directory: read without following links and with a cap, written whole or not at all."""
+"""Plain files of a directory: read without following links and with a cap, written whole or not at
+all.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +38,8 @@ def open_regular_file(file: Path, where: str, max_bytes: int | None = None) -> I
     """A regular file, opened to be read.
 
     Raises:
-        AdapterInvalid: it is missing, a link, a directory, a pipe, not readable, or larger than `max_bytes`; `where` is
-            the adapter that the message names.
+        AdapterInvalid: it is missing, a link, a directory, a pipe, not readable, or larger than
+            `max_bytes`; `where` is the adapter that the message names.
     """
     try:
         # O_NONBLOCK: opening a pipe must not wait for a writer.
@@ -46,7 +48,11 @@ def open_regular_file(file: Path, where: str, max_bytes: int | None = None) -> I
         raise AdapterInvalid(where, [f"{file.name} is missing"]) from exc
     except OSError as exc:
         link = file.is_symlink()
-        fault = "is a symbolic link; copy the file itself" if link else f"cannot be read ({exc.strerror})"
+        fault = (
+            "is a symbolic link; copy the file itself"
+            if link
+            else f"cannot be read ({exc.strerror})"
+        )
         raise AdapterInvalid(where, [f"{file.name} {fault}"]) from exc
     try:
         facts = os.fstat(descriptor)
@@ -55,7 +61,10 @@ def open_regular_file(file: Path, where: str, max_bytes: int | None = None) -> I
         if max_bytes is not None and facts.st_size > max_bytes:
             raise AdapterInvalid(
                 where,
-                [f"{file.name} has {facts.st_size} bytes and at most {max_bytes} are taken (REFT_MAX_ADAPTER_BYTES)"],
+                [
+                    f"{file.name} has {facts.st_size} bytes and at most {max_bytes} are taken "
+                    "(REFT_MAX_ADAPTER_BYTES)"
+                ],
             )
         with open(descriptor, "rb", closefd=False) as opened:
             yield opened
@@ -64,13 +73,16 @@ def open_regular_file(file: Path, where: str, max_bytes: int | None = None) -> I
 
 
 def read_regular_file(file: Path, max_bytes: int, where: str) -> bytes:
-    """The bytes of a regular file of at most `max_bytes`. Raises AdapterInvalid as `open_regular_file` does."""
+    """The bytes of a regular file of at most `max_bytes`. Raises AdapterInvalid as
+    `open_regular_file` does.
+    """
     with open_regular_file(file, where, max_bytes) as opened:
         return opened.read(max_bytes + 1)
 
 
 def write_directory(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
-    """Make the directory `path` with these files so that it is there whole or not at all, even if the process dies.
+    """Make the directory `path` with these files so that it is there whole or not at all, even if
+    the process dies.
 
     Raises:
         AdapterExists: something is at `path` already; nothing was overwritten.
@@ -110,8 +122,8 @@ def fsync_path(path: Path) -> None:
 
 
 class ScratchPath:
-    """A temporary file or directory under a random name, locked by its process: files of a dead process are recognised, on
-    any machine, by the missing lock.
+    """A temporary file or directory under a random name, locked by its process: files of a dead
+    process are recognised, on any machine, by the missing lock.
     """
 
     def __init__(self, path: Path, descriptor: int) -> None:
@@ -149,7 +161,9 @@ class ScratchPath:
 
 
 def probe_writes(folder: Path) -> None:
-    """Write some bytes into a new file of a folder, and remove it. Raises OSError if that cannot be done."""
+    """Write some bytes into a new file of a folder, and remove it. Raises OSError if that cannot be
+    done.
+    """
     aside = ScratchPath.file(folder)
     try:
         with open(aside.path, "wb") as file:

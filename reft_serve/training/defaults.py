@@ -1,7 +1,7 @@
 """Resolution of "auto" for a job, from its base model and data, and the resulting plan. No torch.
 
-The choices are recorded with the job, and an attempt after the first takes them from there, so that a job is the same run on
-any worker.
+The choices are recorded with the job, and an attempt after the first takes them from there, so that
+a job is the same run on any worker.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ class DataFacts:
 
 
 def most_tokens(asked: DpoHyperparameters, context: int | None) -> int:
-    """Tokens of the longest example that is taken: as asked, else 2,048, never more than the model's context."""
+    """Tokens of the longest example that is taken: as asked, else 2,048, never more than the
+    model's context.
+    """
     wanted = _LONGEST if asked.max_tokens == "auto" else asked.max_tokens
     return wanted if context is None else min(wanted, context)
 
@@ -95,7 +97,9 @@ def plan_from_job(resolved: dict[str, Any], reports: tuple[str, ...] = ()) -> Pl
     if resolved["lora_rank"]:
         targets = resolved["lora_targets"]
         lora = LoraPlan(
-            resolved["lora_rank"], resolved["lora_alpha"], targets=None if targets is None else tuple(targets)
+            resolved["lora_rank"],
+            resolved["lora_alpha"],
+            targets=None if targets is None else tuple(targets),
         )
     return Plan(
         adapter=AdapterPlan(

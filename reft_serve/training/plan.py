@@ -1,4 +1,6 @@
-"""Plan of a run: the values that a recipe, a command line or a fine-tuning job decides. No torch."""
+"""Plan of a run: the values that a recipe, a command line or a fine-tuning job decides. No
+torch.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ class AdapterPlan:
 
 @dataclass(frozen=True, slots=True)
 class LoraPlan:
-    """A LoRA trained next to the interventions. `targets`: names of linear modules, or None for PEFT's choice."""
+    """A LoRA trained next to the interventions. `targets`: names of linear modules, or None for
+    PEFT's choice.
+    """
 
     rank: int = 8
     alpha: float = 16.0
@@ -57,8 +61,8 @@ class LoraPlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One training run. The default of a field that a later version adds keeps the earlier behaviour, except rounding, so
-    that runs of earlier versions can be resumed.
+    """One training run. The default of a field that a later version adds keeps the earlier
+    behaviour, except rounding, so that runs of earlier versions can be resumed.
 
     Args:
         batch: examples of a micro-batch. accumulate: micro-batches of an optimiser step.
@@ -66,11 +70,12 @@ class Plan:
         warmup: share of all steps during which the learning rate rises.
         clip: largest norm of the gradient; 0 for none.
         dtype: of the frozen base; interventions are float32.
-        keep_states: GiB of main memory for what leaves the lowest edited layer before its edit. Each epoch would compute it
-            again; it is kept where all of it fits. 0 for none.
+        keep_states: GiB of main memory for what leaves the lowest edited layer before its edit.
+            Each epoch would compute it again; it is kept where all of it fits. 0 for none.
         compile: the base's layers, by torch.compile; a run then begins later and goes faster.
         shuffle: False takes the examples in their order, each epoch alike.
-        save_every: optimiser steps between checkpoints, validation among them; None for once per epoch.
+        save_every: optimiser steps between checkpoints, validation among them; None for once per
+            epoch.
         keep: checkpoints to keep, the newest and the best; None for all.
         report_to: reporting integrations of transformers, such as tensorboard or wandb.
     """
@@ -110,22 +115,41 @@ class Plan:
     def _faults(self) -> Iterator[str]:
         if self.adapter.kind not in KINDS:
             yield f"kind {self.adapter.kind!r} is not one of {', '.join(KINDS)}"
-        choices = (("dtype", self.dtype, DType), ("schedule", self.schedule, Schedule), ("method", self.method, Method))
+        choices = (
+            ("dtype", self.dtype, DType),
+            ("schedule", self.schedule, Schedule),
+            ("method", self.method, Method),
+        )
         for name, value, known in choices:
             if value not in get_args(known):
                 yield f"{name} {value!r} is not one of {', '.join(get_args(known))}"
         if self.adapter.activation not in ACTIVATION_CODES:
-            yield f"activation {self.adapter.activation!r} is not one of {', '.join(ACTIVATION_CODES)}"
+            yield (
+                f"activation {self.adapter.activation!r} is not one of "
+                f"{', '.join(ACTIVATION_CODES)}"
+            )
         positive = {
-            "rank": self.adapter.rank, "batch": self.batch, "accumulate": self.accumulate, "epochs": self.epochs,
-            "learning rate": self.learning_rate, "DPO beta": self.dpo_beta,
-        } | ({"LoRA rank": self.lora.rank} if self.lora else {})  # fmt: skip
+            "rank": self.adapter.rank,
+            "batch": self.batch,
+            "accumulate": self.accumulate,
+            "epochs": self.epochs,
+            "learning rate": self.learning_rate,
+            "DPO beta": self.dpo_beta,
+        } | ({"LoRA rank": self.lora.rank} if self.lora else {})
         positive |= {
             name: value
-            for name, value in (("max steps", self.max_steps), ("save every", self.save_every), ("keep", self.keep))
+            for name, value in (
+                ("max steps", self.max_steps),
+                ("save every", self.save_every),
+                ("keep", self.keep),
+            )
             if value is not None
         }
-        yield from (f"{name} must be above 0, not {value}" for name, value in positive.items() if not value > 0)
+        yield from (
+            f"{name} must be above 0, not {value}"
+            for name, value in positive.items()
+            if not value > 0
+        )
         for name, share in (("warm-up", self.warmup), ("dropout", self.adapter.dropout)):
             if not 0 <= share < 1:
                 yield f"{name} must be a number from 0 to below 1, not {share}"
@@ -134,7 +158,9 @@ class Plan:
                 yield f"{name} must not be negative, not {amount}"
 
 
-def _flat(values: dict[str, object], prefix: str = "") -> Iterator[tuple[str, str | int | float | bool | None]]:
+def _flat(
+    values: dict[str, object], prefix: str = ""
+) -> Iterator[tuple[str, str | int | float | bool | None]]:
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}.")
@@ -145,14 +171,17 @@ def _flat(values: dict[str, object], prefix: str = "") -> Iterator[tuple[str, st
 
 
 def plan_from_recipe(recipe: Recipe) -> Plan:
-    """A recipe's plan. Its weight decay is left out: in pyreft, whose settings they are, it reaches no intervention.
+    """A recipe's plan. Its weight decay is left out: in pyreft, whose settings they are, it reaches
+    no intervention.
 
     Raises:
         ClientError: the recipe edits something other than a layer's output.
     """
     adapter, training = recipe.adapter, recipe.training
     if adapter.component != "block_output":
-        raise ClientError(f"{adapter.component} is served but not trained here yet; block_output is")
+        raise ClientError(
+            f"{adapter.component} is served but not trained here yet; block_output is"
+        )
     return Plan(
         adapter=AdapterPlan(
             kind=adapter.kind,
@@ -174,14 +203,15 @@ def plan_from_recipe(recipe: Recipe) -> Plan:
 
 
 def much_is_below(lowest: int, layers: int) -> bool:
-    """True if at least a quarter of the layers lie below `lowest`, the lowest edited one, and give the same in each epoch.
-    Less is not worth the memory.
+    """True if at least a quarter of the layers lie below `lowest`, the lowest edited one, and give
+    the same in each epoch. Less is not worth the memory.
     """
     return 4 * (lowest + 1) >= layers
 
 
 def parse_layers(text: str, layers: int) -> tuple[int, ...] | None:
-    """`all`, or numbers and ranges such as `3,9,18` or `0-5` or `3;9` (pyreft's spelling); negative ones from the end.
+    """`all`, or numbers and ranges such as `3,9,18` or `0-5` or `3;9` (pyreft's spelling); negative
+    ones from the end.
 
     Raises:
         ClientError: it is none of those, or names a layer that a model of `layers` layers has not.
@@ -190,15 +220,23 @@ def parse_layers(text: str, layers: int) -> tuple[int, ...] | None:
         return None
     chosen: list[int] = []
     for part in text.replace(";", ",").split(","):
-        first, dash, last = part.strip().partition("-") if not part.strip().startswith("-") else (part.strip(), "", "")
+        first, dash, last = (
+            part.strip().partition("-")
+            if not part.strip().startswith("-")
+            else (part.strip(), "", "")
+        )
         try:
             start = int(first)
-            chosen += range(start, int(last) + 1) if dash else [start if start >= 0 else layers + start]
+            chosen += (
+                range(start, int(last) + 1) if dash else [start if start >= 0 else layers + start]
+            )
         except ValueError as exc:
             raise ClientError(
                 f"layers {text[:64]!r} are not understood: write all, or numbers such as 3,9 or 0-5"
             ) from exc
     wrong = [layer for layer in chosen if not 0 <= layer < layers]
     if wrong or not chosen:
-        raise ClientError(f"layers {text[:64]!r} name layer {wrong[:1]} and the base model has 0 to {layers - 1}")
+        raise ClientError(
+            f"layers {text[:64]!r} name layer {wrong[:1]} and the base model has 0 to {layers - 1}"
+        )
     return tuple(sorted(set(chosen)))

@@ -1,4 +1,6 @@
-"""Saves of AdapterHub's `adapters`: the same edit as its ReFT unit makes, at the same tokens, or a sentence."""
+"""Saves of AdapterHub's `adapters`: the same edit as its ReFT unit makes, at the same tokens, or a
+sentence.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,20 @@ from tests.support.adapters.saves import LLAMA
 
 BASE = read_base_model(LLAMA)
 CONFIG: dict[str, Any] = {
-    **{"architecture": "reft", "layers": [0, 2], "prefix_positions": 3, "suffix_positions": 2, "r": 4},
-    **{"orthogonality": True, "tied_weights": True, "dropout": 0.05, "non_linearity": None, "output_reft": True},
+    **{
+        "architecture": "reft",
+        "layers": [0, 2],
+        "prefix_positions": 3,
+        "suffix_positions": 2,
+        "r": 4,
+    },
+    **{
+        "orthogonality": True,
+        "tied_weights": True,
+        "dropout": 0.05,
+        "non_linearity": None,
+        "output_reft": True,
+    },
 }
 
 
@@ -55,7 +69,12 @@ def write(
     **changes: Any,
 ) -> Path:
     path.mkdir(exist_ok=True)
-    whole = {"model_type": "llama", "hidden_size": 64, "name": "mine", "config": {**CONFIG, **changes}}
+    whole = {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "name": "mine",
+        "config": {**CONFIG, **changes},
+    }
     (path / "adapter_config.json").write_text(json.dumps(whole))
     held = {
         f"{stem}.{layer}.reft_layer.refts.mine.units.{number}.{name}": tensor.contiguous()
@@ -72,7 +91,9 @@ def write(
 def tied_units(
     orthogonality: bool = True, subtract: bool = True, activation: nn.Module | None = None
 ) -> dict[Any, Unit]:
-    return {(layer, 0): Unit(orthogonality, subtract, activation or nn.Identity()) for layer in (0, 2)}
+    return {
+        (layer, 0): Unit(orthogonality, subtract, activation or nn.Identity()) for layer in (0, 2)
+    }
 
 
 def bring_in(path: Path, **flags: Any) -> Imported:
@@ -80,16 +101,30 @@ def bring_in(path: Path, **flags: Any) -> Imported:
 
 
 @pytest.mark.parametrize("safetensors", [False, True])
-@pytest.mark.parametrize("activation", [(None, nn.Identity()), ("ReLU", nn.ReLU()), ("leakyrelu", nn.LeakyReLU())])
+@pytest.mark.parametrize(
+    "activation", [(None, nn.Identity()), ("ReLU", nn.ReLU()), ("leakyrelu", nn.LeakyReLU())]
+)
 @pytest.mark.parametrize(
     ("orthogonality", "subtract", "kind"),
-    [(True, True, "loreft"), (False, True, "noreft"), (False, False, "nodireft"), (True, False, "direft")],
+    [
+        (True, True, "loreft"),
+        (False, True, "noreft"),
+        (False, False, "nodireft"),
+        (True, False, "direft"),
+    ],
 )
 def test_an_import_edits_as_the_library_does(
-    tmp_path: Path, orthogonality: bool, subtract: bool, kind: str, activation: tuple[str, nn.Module], safetensors: bool
+    tmp_path: Path,
+    orthogonality: bool,
+    subtract: bool,
+    kind: str,
+    activation: tuple[str, nn.Module],
+    safetensors: bool,
 ) -> None:
     units = tied_units(orthogonality, subtract, activation[1])
-    path = write(tmp_path / "a", units, safetensors, orthogonality=orthogonality, non_linearity=activation[0])
+    path = write(
+        tmp_path / "a", units, safetensors, orthogonality=orthogonality, non_linearity=activation[0]
+    )
     imported = bring_in(path, kind=kind)
     assert [(s.layer, s.component, s.kind) for s in imported.manifest.interventions] == [
         (0, "block_output", kind),
@@ -107,7 +142,9 @@ def test_layers_are_found_whatever_the_model_calls_them(tmp_path: Path, stem: st
 
 
 @pytest.mark.parametrize(("first", "last"), [(3, 0), (0, 2), (3, 2), (1, 1)])
-def test_tied_positions_are_exactly_the_librarys_even_in_short_prompts(tmp_path: Path, first: int, last: int) -> None:
+def test_tied_positions_are_exactly_the_librarys_even_in_short_prompts(
+    tmp_path: Path, first: int, last: int
+) -> None:
     path = write(tmp_path / "a", tied_units(), prefix_positions=first, suffix_positions=last)
     rule = bring_in(path).manifest.positions
     for length in range(max(first, last), 12):
@@ -115,8 +152,12 @@ def test_tied_positions_are_exactly_the_librarys_even_in_short_prompts(tmp_path:
         assert rule.indices(length) == (sorted(expected), [])
 
 
-def test_untied_units_serve_the_prefix_and_the_suffix_and_short_prompts_are_warned_of(tmp_path: Path) -> None:
-    units = {(layer, number): Unit(True, True, nn.Identity()) for layer in (0, 2) for number in (0, 1)}
+def test_untied_units_serve_the_prefix_and_the_suffix_and_short_prompts_are_warned_of(
+    tmp_path: Path,
+) -> None:
+    units = {
+        (layer, number): Unit(True, True, nn.Identity()) for layer in (0, 2) for number in (0, 1)
+    }
     imported = bring_in(write(tmp_path / "a", units, tied_weights=False))
     assert [(s.layer, s.part) for s in imported.manifest.interventions] == [
         (0, "prefix"),
@@ -132,23 +173,36 @@ def test_untied_units_serve_the_prefix_and_the_suffix_and_short_prompts_are_warn
 
 
 @pytest.mark.parametrize(("first", "last", "used"), [(3, 0, 0), (0, 2, 1)])
-def test_the_unit_of_a_half_that_does_not_exist_is_left_out(tmp_path: Path, first: int, last: int, used: int) -> None:
-    units = {(layer, number): Unit(True, True, nn.Identity()) for layer in (0, 2) for number in (0, 1)}
-    path = write(tmp_path / "a", units, tied_weights=False, prefix_positions=first, suffix_positions=last)
+def test_the_unit_of_a_half_that_does_not_exist_is_left_out(
+    tmp_path: Path, first: int, last: int, used: int
+) -> None:
+    units = {
+        (layer, number): Unit(True, True, nn.Identity()) for layer in (0, 2) for number in (0, 1)
+    }
+    path = write(
+        tmp_path / "a", units, tied_weights=False, prefix_positions=first, suffix_positions=last
+    )
     imported = bring_in(path)
     assert len(imported.weights) == 2
     assert torch.equal(imported.weights[0].W, units[0, used].learned_source.weight)
 
 
 def test_generated_tokens_are_warned_of(tmp_path: Path) -> None:
-    assert any("generated tokens" in warning for warning in bring_in(write(tmp_path / "a", tied_units())).warnings)
+    assert any(
+        "generated tokens" in warning
+        for warning in bring_in(write(tmp_path / "a", tied_units())).warnings
+    )
 
 
-def test_whether_the_projection_is_subtracted_is_asked_for_where_it_is_not_recorded(tmp_path: Path) -> None:
+def test_whether_the_projection_is_subtracted_is_asked_for_where_it_is_not_recorded(
+    tmp_path: Path,
+) -> None:
     path = write(tmp_path / "a", tied_units(False), orthogonality=False)
     with pytest.raises(ImportFlagMissing, match=r"--kind noreft .* --kind nodireft"):
         bring_in(path)
-    recorded = write(tmp_path / "b", tied_units(False), orthogonality=False, subtract_projection=False)
+    recorded = write(
+        tmp_path / "b", tied_units(False), orthogonality=False, subtract_projection=False
+    )
     assert {spec.kind for spec in bring_in(recorded).manifest.interventions} == {"nodireft"}
 
 
@@ -183,7 +237,9 @@ def test_positions_are_not_said_twice(tmp_path: Path, flags: dict[str, Any]) -> 
 @pytest.mark.parametrize(
     ("flags", "phrase"), [({"kind": "noreft"}, "--kind noreft"), ({"activation": "tanh"}, "linear")]
 )
-def test_flags_that_contradict_the_save_are_faults(tmp_path: Path, flags: dict[str, Any], phrase: str) -> None:
+def test_flags_that_contradict_the_save_are_faults(
+    tmp_path: Path, flags: dict[str, Any], phrase: str
+) -> None:
     with pytest.raises(AdapterInvalid, match=phrase):
         bring_in(write(tmp_path / "a", tied_units()), **flags)
 

@@ -50,7 +50,10 @@ def pax(**headers: str) -> bytes:
 
 SOUND = {
     "macOS's zip": ("birds.zip", zip_of(below("birds/", GOOD) | below("birds/", MARKS) | MARKS)),
-    "Windows's zip": ("birds.ZIP", zip_of(below("birds\\", GOOD) | {"birds\\": b"", "birds\\Thumbs.db": b"x"})),
+    "Windows's zip": (
+        "birds.ZIP",
+        zip_of(below("birds\\", GOOD) | {"birds\\": b"", "birds\\Thumbs.db": b"x"}),
+    ),
     "a zip with folders": ("birds.zip", with_folders("birds")),
     "a hub's folder": ("birds.tar", tar_of(below("./birds/", GOOD | MARKS))),
     "extended headers": (
@@ -66,7 +69,9 @@ SOUND = {
 @pytest.mark.parametrize("case", SOUND)
 def test_an_archive_as_a_tool_makes_it_is_unpacked(case: str, tmp_path: Path) -> None:
     name, content = SOUND[case]
-    assert unpack_archive(io.BytesIO(content), name, tmp_path, 1 << 20) == sum(map(len, GOOD.values()))
+    assert unpack_archive(io.BytesIO(content), name, tmp_path, 1 << 20) == sum(
+        map(len, GOOD.values())
+    )
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == GOOD
 
 
@@ -96,7 +101,9 @@ def chained_headers() -> bytes:
 def pax_lines(line: bytes, count: int) -> bytes:
     head = tarfile.TarInfo("x")
     head.type, head.size = b"x", len(line) * count
-    return head.tobuf(tarfile.GNU_FORMAT) + (line * count).ljust(-(-len(line) * count // 512) * -512, b"\0")
+    return head.tobuf(tarfile.GNU_FORMAT) + (line * count).ljust(
+        -(-len(line) * count // 512) * -512, b"\0"
+    )
 
 
 def sparse() -> bytes:
@@ -108,7 +115,11 @@ def sparse() -> bytes:
 
 def many(kind: str) -> bytes:
     files = {f"folder{i}/": b"" for i in range(MAX_ARCHIVE_MEMBERS + 1)} | GOOD
-    return zip_of(files) if kind == "zip" else tar_of(dict.fromkeys((f"._{i}" for i in range(300)), b"") | GOOD)
+    return (
+        zip_of(files)
+        if kind == "zip"
+        else tar_of(dict.fromkeys((f"._{i}" for i in range(300)), b"") | GOOD)
+    )
 
 
 def without_end(content: bytes) -> bytes:

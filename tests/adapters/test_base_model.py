@@ -17,15 +17,22 @@ GOOD = {"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_hidden_la
 
 
 @pytest.mark.parametrize(
-    ("model", "architecture"), [("tiny-llama", "LlamaForCausalLM"), ("tiny-gpt2", "GPT2LMHeadModel")]
+    ("model", "architecture"),
+    [("tiny-llama", "LlamaForCausalLM"), ("tiny-gpt2", "GPT2LMHeadModel")],
 )
 def test_golden_models_are_read(model: str, architecture: str) -> None:
     facts = read_base_model(GOLDEN / "models" / model)
-    assert facts == BaseFacts(name=model, architecture=architecture, hidden_size=64, num_hidden_layers=4)
+    assert facts == BaseFacts(
+        name=model, architecture=architecture, hidden_size=64, num_hidden_layers=4
+    )
 
 
 def test_a_nested_text_configuration_gives_the_sizes(tmp_path: Path) -> None:
-    nested = {"architectures": ["Gemma3ForConditionalGeneration"], "hidden_size": 7, "text_config": GOOD}
+    nested = {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "hidden_size": 7,
+        "text_config": GOOD,
+    }
     (tmp_path / "config.json").write_text(json.dumps(nested))
     facts = read_base_model(tmp_path)
     assert (facts.architecture, facts.hidden_size) == ("Gemma3ForConditionalGeneration", 64)
@@ -49,13 +56,24 @@ def test_a_linked_configuration_is_followed_because_hub_caches_link(tmp_path: Pa
         ("\udcff", "is not JSON"),
         (json.dumps({**GOOD, "architectures": None}), "does not give its architecture"),
         (json.dumps({**GOOD, "architectures": []}), "does not give its architecture"),
-        (json.dumps({"architectures": ["X"]}), "does not give its hidden_size or num_hidden_layers"),
+        (
+            json.dumps({"architectures": ["X"]}),
+            "does not give its hidden_size or num_hidden_layers",
+        ),
         (json.dumps({**GOOD, "hidden_size": "64"}), "hidden_size: Input should be a valid integer"),
-        (json.dumps({**GOOD, "num_hidden_layers": 0}), "num_hidden_layers: Input should be greater"),
-        (json.dumps({**GOOD, "architectures": [7]}), "architecture: Input should be a valid string"),
+        (
+            json.dumps({**GOOD, "num_hidden_layers": 0}),
+            "num_hidden_layers: Input should be greater",
+        ),
+        (
+            json.dumps({**GOOD, "architectures": [7]}),
+            "architecture: Input should be a valid string",
+        ),
     ],
 )
-def test_a_missing_or_garbled_configuration_gets_a_sentence(tmp_path: Path, text: str | None, phrase: str) -> None:
+def test_a_missing_or_garbled_configuration_gets_a_sentence(
+    tmp_path: Path, text: str | None, phrase: str
+) -> None:
     if text is not None:
         (tmp_path / "config.json").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(BaseModelInvalid, match=phrase):

@@ -98,14 +98,21 @@ async def test_what_is_not_there_is_said(store: BlobStore, tmp_path: Path) -> No
     ],
 )  # fmt: skip
 async def test_a_key_is_ours_or_refused(store: BlobStore, key: str) -> None:
-    for action in (store.write(key, pieces(b""), 1), read(store, key), store.delete(key), store.list(f"{key}/..")):
+    for action in (
+        store.write(key, pieces(b""), 1),
+        read(store, key),
+        store.delete(key),
+        store.list(f"{key}/.."),
+    ):
         with pytest.raises(ValueError, match="not a key"):
             await action
 
 
 async def test_writers_of_one_key_leave_one_whole_content(store: BlobStore) -> None:
     contents = [bytes([k]) * (2 << 20) for k in range(4)]
-    await asyncio.gather(*(store.write("files/one", pieces(content), 1 << 30) for content in contents))
+    await asyncio.gather(
+        *(store.write("files/one", pieces(content), 1 << 30) for content in contents)
+    )
     assert await read(store, "files/one") in contents
 
 
@@ -137,7 +144,9 @@ async def chunks():
         yield bytes(1 << 19)
 asyncio.run(BlobStore({str(tmp_path / "blobs")!r}).write("files/x", chunks(), 1 << 30))
 """
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
     assert "StoreUnusable: the file store cannot be used (File too large)" in ended.stderr
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
@@ -147,7 +156,9 @@ async def test_a_bucket_that_is_not_there_is_said(bucket: str) -> None:
         await BlobStore("s3://nobodys/prefix").check()
 
 
-async def test_an_endpoint_that_does_not_answer_is_said(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_endpoint_that_does_not_answer_is_said(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     with pytest.raises(StoreUnusable, match="cannot be used"):
         await BlobStore(bucket).list("files")
@@ -158,7 +169,9 @@ def test_another_sort_of_place_is_refused() -> None:
         BlobStore("ftp://host/x")
 
 
-async def test_what_a_killed_writer_left_is_swept_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
+async def test_what_a_killed_writer_left_is_swept_and_what_a_living_one_writes_is_not(
+    tmp_path: Path,
+) -> None:
     code = f"""
 import sys, time
 from pathlib import Path

@@ -12,7 +12,13 @@ from typing import Any
 import pytest
 
 from reft_serve.adapters.directory import read_adapter
-from reft_serve.adapters.structure import CONFIG, LORA_CONFIG, LORA_TENSORS, TENSORS, check_structure
+from reft_serve.adapters.structure import (
+    CONFIG,
+    LORA_CONFIG,
+    LORA_TENSORS,
+    TENSORS,
+    check_structure,
+)
 from reft_serve.errors import AdapterInvalid
 from tests.support.gateway.harness import adapter_files
 
@@ -29,7 +35,9 @@ def _scalar(i: int) -> str:
 
 
 def shaped(shape: str) -> bytes:
-    return header_of('{"interventions.0.R":{"dtype":"F32","shape":' + shape + ',"data_offsets":[0,0]}}')
+    return header_of(
+        '{"interventions.0.R":{"dtype":"F32","shape":' + shape + ',"data_offsets":[0,0]}}'
+    )
 
 
 def manifest(**changes: Any) -> bytes:
@@ -79,7 +87,9 @@ def refusal(check: Callable[[], object]) -> AdapterInvalid:
 
 
 def written(folder: Path, **changes: bytes) -> Path:
-    for name, content in (adapter_files() | {f"{stem}.{end}": v for (stem, end), v in _named(changes)}).items():
+    for name, content in (
+        adapter_files() | {f"{stem}.{end}": v for (stem, end), v in _named(changes)}
+    ).items():
         (folder / name).write_bytes(content)
     return folder
 
@@ -105,16 +115,24 @@ def test_a_costly_manifest_is_refused_cheaply(case: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("alpha", ["1" + "0" * 400, "1e999", "-1e999", "true", '"8"'])
 def test_a_lora_with_a_number_that_is_none_is_refused(alpha: str, tmp_path: Path) -> None:
-    config = b'{"peft_type": "LORA", "r": 1' + b"0" * 400 + b', "lora_alpha": ' + alpha.encode() + b"}"
+    config = (
+        b'{"peft_type": "LORA", "r": 1' + b"0" * 400 + b', "lora_alpha": ' + alpha.encode() + b"}"
+    )
     path = written(tmp_path, adapter_config=config, adapter_model=header_of("{}"))
-    assert sorted(path.iterdir()) == sorted(path / name for name in (CONFIG, TENSORS, LORA_CONFIG, LORA_TENSORS))
+    assert sorted(path.iterdir()) == sorted(
+        path / name for name in (CONFIG, TENSORS, LORA_CONFIG, LORA_TENSORS)
+    )
     found = refusal(lambda: check_structure(path, "x"))
     assert "r must be a whole number" in str(found)
     refusal(lambda: read_adapter(path))
 
 
 def test_the_first_twenty_faults_are_reported_and_the_rest_counted(tmp_path: Path) -> None:
-    found = refusal(lambda: check_structure(written(tmp_path, reft_config=MANIFESTS["layers that are not there"]), "x"))
+    found = refusal(
+        lambda: check_structure(
+            written(tmp_path, reft_config=MANIFESTS["layers that are not there"]), "x"
+        )
+    )
     assert found.faults[0].startswith("intervention 0 is at layer 9")
     assert found.faults[19].startswith("intervention 19 is at layer 9")
     assert found.faults[20] == "and 8,174 more faults"

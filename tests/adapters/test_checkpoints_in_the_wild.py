@@ -18,7 +18,9 @@ INDEX = json.loads((CHECKPOINTS / "INDEX.json").read_text()) if CHECKPOINTS.is_d
 
 pytestmark = [
     pytest.mark.shared,
-    pytest.mark.skipif(not INDEX, reason="the shared data folder does not lie beside the repository"),
+    pytest.mark.skipif(
+        not INDEX, reason="the shared data folder does not lie beside the repository"
+    ),
 ]
 
 

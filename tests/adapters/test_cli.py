@@ -31,9 +31,18 @@ def import_save(case: str, out: Path, *flags: str) -> Result:
 
 def test_help_needs_no_torch() -> None:
     without = "import sys; sys.modules['torch'] = None; from reft_serve.cli.app import main; main()"
-    for words in (["--help"], ["adapter", "--help"], ["adapter", "import", "--help"], ["train", "--help"]):
+    for words in (
+        ["--help"],
+        ["adapter", "--help"],
+        ["adapter", "import", "--help"],
+        ["train", "--help"],
+    ):
         done = subprocess.run(
-            [sys.executable, "-c", without, *words], cwd=ROOT, capture_output=True, text=True, check=True
+            [sys.executable, "-c", without, *words],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
         )
         assert "Usage" in done.stdout
 
@@ -42,13 +51,27 @@ def test_import_publishes_and_says_the_digest(tmp_path: Path) -> None:
     result = import_save("loreft_f5l5", tmp_path / "a", *UNTIED)
     assert result.exit_code == 0
     adapter = read_adapter(tmp_path / "a")
-    assert result.stdout == f"{tmp_path / 'a'}: 4 interventions, 2064 parameters, sha256 {adapter.digest}\n"
+    assert (
+        result.stdout
+        == f"{tmp_path / 'a'}: 4 interventions, 2064 parameters, sha256 {adapter.digest}\n"
+    )
     assert result.stderr == ""
     assert not adapter.manifest.positions.tied
 
 
 def test_every_flag_reaches_the_adapter(tmp_path: Path) -> None:
-    flags = ["--positions", "l2", "--last-offset", "1", "--activation", "tanh", "--phase", "all", "--kind", "noreft"]
+    flags = [
+        "--positions",
+        "l2",
+        "--last-offset",
+        "1",
+        "--activation",
+        "tanh",
+        "--phase",
+        "all",
+        "--kind",
+        "noreft",
+    ]
     assert import_save("noreft_nobias_l1", tmp_path / "a", *flags, "--no-bias").exit_code == 0
     manifest = read_adapter(tmp_path / "a").manifest
     rule = manifest.positions
@@ -70,20 +93,44 @@ def test_warnings_go_to_stderr(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "phrase"),
     [
-        (["import", named("loreft_l1").path, "--base", LLAMA, "--out", "{tmp}/a"], "give --positions"),
+        (
+            ["import", named("loreft_l1").path, "--base", LLAMA, "--out", "{tmp}/a"],
+            "give --positions",
+        ),
         (["import", "{tmp}/none", "--base", LLAMA, "--out", "{tmp}/a"], "there is no directory at"),
         (["import", "{tmp}", "--base", LLAMA, "--out", "{tmp}/a"], "unknown format: looked for"),
         (["import", LLAMA, "--base", LLAMA, "--out", "{tmp}/a"], "unknown format: looked for"),
-        (["import", named("loreft_l1").path, "--base", "{tmp}", "--out", "{tmp}/a"], "holds no config.json"),
         (
-            ["import", named("loreft_cls").path, "--base", LLAMA, "--out", "{tmp}/a", "--positions", "f1"],
+            ["import", named("loreft_l1").path, "--base", "{tmp}", "--out", "{tmp}/a"],
+            "holds no config.json",
+        ),
+        (
+            [
+                "import",
+                named("loreft_cls").path,
+                "--base",
+                LLAMA,
+                "--out",
+                "{tmp}/a",
+                "--positions",
+                "f1",
+            ],
             "score.weight",
         ),
-        (["import", "{tmp}/good", "--base", LLAMA, "--out", "{tmp}/a", "--positions", "f1"], "records everything"),
+        (
+            ["import", "{tmp}/good", "--base", LLAMA, "--out", "{tmp}/a", "--positions", "f1"],
+            "records everything",
+        ),
         (["import", "{tmp}/good", "--base", LLAMA, "--out", "{tmp}/good"], "already exists"),
         (["export", "{tmp}/good", "--out", "{tmp}/good"], "already exists"),
-        (["export", "{tmp}/good", "--out", "{tmp}/a", "--format", "peft"], "'peft' is not supported"),
-        (["export", "{tmp}/good", "--out", "{tmp}/good/reft_config.json/a"], "good/reft_config.json: File exists"),
+        (
+            ["export", "{tmp}/good", "--out", "{tmp}/a", "--format", "peft"],
+            "'peft' is not supported",
+        ),
+        (
+            ["export", "{tmp}/good", "--out", "{tmp}/good/reft_config.json/a"],
+            "good/reft_config.json: File exists",
+        ),
         (["inspect", "{tmp}/none"], "there is no adapter directory"),
         (["check", "{tmp}"], "holds no reft_config.json"),
         (["check", "{tmp}/good", "--base", "{tmp}/none"], "is not a directory"),
@@ -104,11 +151,16 @@ def test_a_mistake_gets_one_sentence_on_stderr_and_exit_code_1(
 
 def test_an_adapter_of_ours_is_copied_after_the_checks(tmp_path: Path) -> None:
     good = write_good(tmp_path / "good")
-    assert run("import", tmp_path / "good", "--base", LLAMA, "--out", tmp_path / "copy").exit_code == 0
+    assert (
+        run("import", tmp_path / "good", "--base", LLAMA, "--out", tmp_path / "copy").exit_code == 0
+    )
     assert read_adapter(tmp_path / "copy").digest == good.digest
     other = LLAMA.parent / "tiny-gpt2"
     result = run("import", tmp_path / "good", "--base", other, "--out", tmp_path / "a")
-    assert "it was trained on a LlamaForCausalLM and the base model is a GPT2LMHeadModel" in result.stderr
+    assert (
+        "it was trained on a LlamaForCausalLM and the base model is a GPT2LMHeadModel"
+        in result.stderr
+    )
 
 
 def test_export_tells_what_pyreft_does_not_record(tmp_path: Path) -> None:
@@ -136,7 +188,14 @@ def test_inspect_shows_a_table_and_draws_no_markup_of_the_adapters(tmp_path: Pat
     file = tmp_path / "good" / "reft_config.json"
     file.write_text(file.read_text().replace('"tiny-llama"', '"[red]tiny[/red]"'))
     shown = run("inspect", tmp_path / "good").stdout
-    for word in ("[red]tiny[/red]: LlamaForCausalLM", "loreft", "noreft", "mlp_output", "f2+l2, tied", "relu"):
+    for word in (
+        "[red]tiny[/red]: LlamaForCausalLM",
+        "loreft",
+        "noreft",
+        "mlp_output",
+        "f2+l2, tied",
+        "relu",
+    ):
         assert word in shown
 
 
@@ -145,4 +204,7 @@ def test_the_rank_limit_counts_what_the_engine_holds(tmp_path: Path) -> None:
     assert run("check", tmp_path / "good", "--max-rank", "8").exit_code == 0
     result = run("check", tmp_path / "good", "--max-rank", "7")
     assert result.exit_code == 1
-    assert "needs rank 8 (twice its rank, for the activation relu) and this engine supports 7" in result.stdout
+    assert (
+        "needs rank 8 (twice its rank, for the activation relu) and this engine supports 7"
+        in result.stdout
+    )

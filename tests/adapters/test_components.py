@@ -44,22 +44,42 @@ def test_a_component_of_ours_keeps_its_layer(component: str) -> None:
         ("model.embed_tokens.output", (0, "block_input")),
     ],
 )
-def test_a_path_says_its_layer_itself_and_the_field_beside_it_is_ignored(path: str, place: tuple[int, str]) -> None:
+def test_a_path_says_its_layer_itself_and_the_field_beside_it_is_ignored(
+    path: str, place: tuple[int, str]
+) -> None:
     assert resolve_component(path, "nonsense", LLAMA) == place
 
 
 @pytest.mark.parametrize(
     "component",
     [
-        *("mlp_activation", "mlp_input", "attention_input", "query_output", "head_query_output", "", "block"),
+        *(
+            "mlp_activation",
+            "mlp_input",
+            "attention_input",
+            "query_output",
+            "head_query_output",
+            "",
+            "block",
+        ),
         *(
             "model.norm.output",
             "lm_head.output",
             "model.layers[1].mlp.down_proj.input",
             "model.layers[1].mlp.act_fn.output",
         ),
-        *("model.layers[1]", "model.layers[-1].output", "model.layers[x].output", "model.layers[1].self_attn.input"),
-        *("roberta.encoder.layer[1].output", "a.model.layers[1].output", "model.layers[1].output.0", "../../output"),
+        *(
+            "model.layers[1]",
+            "model.layers[-1].output",
+            "model.layers[x].output",
+            "model.layers[1].self_attn.input",
+        ),
+        *(
+            "roberta.encoder.layer[1].output",
+            "a.model.layers[1].output",
+            "model.layers[1].output.0",
+            "../../output",
+        ),
         *("model.embed_tokens.input", "model.layers[1].self_attn.q_proj.output"),
     ],
 )
@@ -86,7 +106,9 @@ def test_a_component_without_a_layer_number_is_refused(layer: object) -> None:
         ("model.embed_tokens.output", "NobodyKnowsForCausalLM"),
     ],
 )
-def test_embeddings_that_layer_0_does_not_read_as_they_are_are_refused(path: str, architecture: str) -> None:
+def test_embeddings_that_layer_0_does_not_read_as_they_are_are_refused(
+    path: str, architecture: str
+) -> None:
     with pytest.raises(PlaceUnknown, match=f"is not the input of layer 0 of a {architecture}"):
         resolve_component(path, 0, architecture)
 

@@ -1,4 +1,6 @@
-"""Every kind of damage gets its sentence, from the reader and from the command, and never a traceback."""
+"""Every kind of damage gets its sentence, from the reader and from the command, and never a
+traceback.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,9 @@ def test_several_faults_are_told_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.name)
-def test_what_is_told_without_torch_is_what_the_reader_tells(damage: Damage, tmp_path: Path) -> None:
+def test_what_is_told_without_torch_is_what_the_reader_tells(
+    damage: Damage, tmp_path: Path
+) -> None:
     write_good(tmp_path / "a")
     damage.apply(tmp_path / "a")
     told = told_by(lambda: read_adapter(tmp_path / "a", 1 << 30))
@@ -79,7 +83,9 @@ def test_what_is_told_without_torch_is_what_the_reader_tells(damage: Damage, tmp
     # The two parsers of a damaged file do not word its damage alike.
     assert {_unworded(fault) for fault in without_torch} <= {_unworded(fault) for fault in told}
     numbers_tell = ("NaN", "finite", "all zeros", "no effect")
-    assert without_torch or all(any(words in fault for words in numbers_tell) for fault in told), told
+    assert without_torch or all(any(words in fault for words in numbers_tell) for fault in told), (
+        told
+    )
 
 
 def told_by(check: Callable[[], object]) -> list[str]:

@@ -1,4 +1,6 @@
-"""An adapter's directory comes back as it was published, appears whole or not at all, and never crashes its reader."""
+"""An adapter's directory comes back as it was published, appears whole or not at all, and never
+crashes its reader.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reft_serve.adapters.directory import CONFIG, DTYPES, TENSORS, Adapter, is_adapter, publish, read_adapter
+from reft_serve.adapters.directory import (
+    CONFIG,
+    DTYPES,
+    TENSORS,
+    Adapter,
+    is_adapter,
+    publish,
+    read_adapter,
+)
 from reft_serve.adapters.manifest import BaseFacts, InterventionSpec, Manifest
 from reft_serve.errors import AdapterExists, AdapterInvalid, AdapterNotFound
 from reft_serve.interventions.kinds import Weights
@@ -47,10 +57,16 @@ def adapters(draw: st.DrawFn) -> tuple[Manifest, list[Weights]]:
     """Sound adapters of every kind, dtype, component and activation, tied or not."""
     width, layers = draw(st.integers(2, 12)), draw(st.integers(1, 6))
     tied = draw(st.booleans())
-    rule = PositionRule(draw(st.sampled_from(["f1", "l3", "f7+l7", "last", "all", "0,-1"])) if tied else "f2+l5", tied)
+    rule = PositionRule(
+        draw(st.sampled_from(["f1", "l3", "f7+l7", "last", "all", "0,-1"])) if tied else "f2+l5",
+        tied,
+    )
     places = draw(
         st.lists(
-            st.tuples(st.integers(0, layers - 1), st.sampled_from(COMPONENTS)), min_size=1, max_size=4, unique=True
+            st.tuples(st.integers(0, layers - 1), st.sampled_from(COMPONENTS)),
+            min_size=1,
+            max_size=4,
+            unique=True,
         )
     )
     random = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
@@ -58,29 +74,44 @@ def adapters(draw: st.DrawFn) -> tuple[Manifest, list[Weights]]:
     for layer, component in places:
         kind, dtype = draw(st.sampled_from(KINDS)), draw(st.sampled_from(list(DTYPES)))
         rank = draw(st.integers(1, width))
-        activation = draw(st.sampled_from(list(ACTIVATION_CODES))) if has_activation(kind) else "linear"
+        activation = (
+            draw(st.sampled_from(list(ACTIVATION_CODES))) if has_activation(kind) else "linear"
+        )
         names = [*required_tensors(kind), *(optional_tensors(kind) if draw(st.booleans()) else ())]
         full = {"R"} if "W" in names else {"R", "b"}
         tensors = {
-            name: torch.randn(*(rank, width)[: 1 if name in ("b", "b2") else 2], generator=random).to(
-                torch.float32 if name in full else DTYPES[dtype]
-            )
+            name: torch.randn(
+                *(rank, width)[: 1 if name in ("b", "b2") else 2], generator=random
+            ).to(torch.float32 if name in full else DTYPES[dtype])
             for name in names
         }
         part = "both" if tied else draw(st.sampled_from(["both", "prefix", "suffix"]))
         specs.append(
             InterventionSpec(
-                layer=layer, component=component, kind=kind, rank=rank, activation=activation, part=part, dtype=dtype
+                layer=layer,
+                component=component,
+                kind=kind,
+                rank=rank,
+                activation=activation,
+                part=part,
+                dtype=dtype,
             )
         )
         weights.append(Weights.of(kind, tensors, activation))
-    base = BaseFacts(name=draw(st.text(max_size=20)), architecture="X", hidden_size=width, num_hidden_layers=layers)
+    base = BaseFacts(
+        name=draw(st.text(max_size=20)),
+        architecture="X",
+        hidden_size=width,
+        num_hidden_layers=layers,
+    )
     return Manifest(base_model=base, interventions=tuple(specs), positions=rule), weights
 
 
 @settings(max_examples=60, deadline=None)
 @given(adapters())
-def test_what_is_published_is_read_back_bit_for_bit_under_the_same_digest(made: tuple[Manifest, list[Weights]]) -> None:
+def test_what_is_published_is_read_back_bit_for_bit_under_the_same_digest(
+    made: tuple[Manifest, list[Weights]],
+) -> None:
     manifest, weights = made
     with folder() as path:
         published = publish(path / "a", manifest, weights)
@@ -97,8 +128,12 @@ def test_what_is_published_is_read_back_bit_for_bit_under_the_same_digest(made: 
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.sampled_from([CONFIG, TENSORS]), st.integers(0, 10_000), st.binary(min_size=1, max_size=6))
-def test_no_change_of_bytes_makes_the_reader_raise_anything_unnamed(name: str, at: int, put: bytes) -> None:
+@given(
+    st.sampled_from([CONFIG, TENSORS]), st.integers(0, 10_000), st.binary(min_size=1, max_size=6)
+)
+def test_no_change_of_bytes_makes_the_reader_raise_anything_unnamed(
+    name: str, at: int, put: bytes
+) -> None:
     with folder() as path:
         digest = write_good(path / "a").digest
         content = (path / "a" / name).read_bytes()
@@ -134,7 +169,9 @@ def test_weights_that_share_memory_can_be_published(tmp_path: Path) -> None:
 
 def test_an_R_that_is_not_orthonormal_is_served_with_a_warning(tmp_path: Path) -> None:
     adapter = write_good(tmp_path / "a")
-    bent = Weights.of("loreft", {**adapter.weights[0].tensors(), "R": adapter.weights[0].projection * 1.1})
+    bent = Weights.of(
+        "loreft", {**adapter.weights[0].tensors(), "R": adapter.weights[0].projection * 1.1}
+    )
     publish(tmp_path / "b", adapter.manifest, [bent, adapter.weights[1]])
     assert not adapter.warnings
     assert "not orthonormal" in read_adapter(tmp_path / "b").warnings[0]
@@ -145,7 +182,10 @@ def test_nothing_is_published_that_could_not_be_read(tmp_path: Path, fault: str)
     adapter = write_good(tmp_path / "a")
     manifest, weights = adapter.manifest, adapter.weights
     if fault == "layer":
-        specs = (manifest.interventions[0].model_copy(update={"layer": 4}), manifest.interventions[1])
+        specs = (
+            manifest.interventions[0].model_copy(update={"layer": 4}),
+            manifest.interventions[1],
+        )
         manifest = manifest.model_copy(update={"interventions": specs})
     else:
         weights = weights[:1]
@@ -192,7 +232,9 @@ write_good(Path(sys.argv[1]))
 
 
 @pytest.mark.parametrize("call", ["fsync", "rename"])
-def test_a_publish_that_is_killed_half_way_leaves_nothing_at_the_target(tmp_path: Path, call: str) -> None:
+def test_a_publish_that_is_killed_half_way_leaves_nothing_at_the_target(
+    tmp_path: Path, call: str
+) -> None:
     target = tmp_path / "a"
     command = [sys.executable, "-c", _STOPPED, str(target), call]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as child:

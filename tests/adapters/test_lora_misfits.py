@@ -1,4 +1,6 @@
-"""A LoRA that does not fit the base model is refused with every module's name, when it is checked and when it is imported."""
+"""A LoRA that does not fit the base model is refused with every module's name, when it is checked
+and when it is imported.
+"""
 
 from __future__ import annotations
 
@@ -47,8 +49,14 @@ def configure(path: Path, **changes: Any) -> None:
 
 def test_a_lora_of_another_tree_is_refused_with_every_module(both: Path, tmp_path: Path) -> None:
     assert run("check", both, "--base", LLAMA).exit_code == 0
-    rewrite(both, lambda name, held: (name.replace("model.layers", "model.language_model.layers"), held))
-    modules = [f"model.language_model.layers.{n}.{m}" for n in (1, 2) for m in ("mlp.down_proj", "self_attn.o_proj")]
+    rewrite(
+        both, lambda name, held: (name.replace("model.layers", "model.language_model.layers"), held)
+    )
+    modules = [
+        f"model.language_model.layers.{n}.{m}"
+        for n in (1, 2)
+        for m in ("mlp.down_proj", "self_attn.o_proj")
+    ]
     checked = run("check", both, "--base", LLAMA)
     assert checked.exit_code == 1
     assert all(module in checked.stdout for module in modules)
@@ -60,18 +68,27 @@ def test_a_lora_of_another_tree_is_refused_with_every_module(both: Path, tmp_pat
 
 
 def test_a_lora_of_other_shapes_is_refused(both: Path) -> None:
-    rewrite(both, lambda name, held: (name, held.repeat(1, 2) if "1.mlp.down_proj.lora_A" in name else held))
+    rewrite(
+        both,
+        lambda name, held: (name, held.repeat(1, 2) if "1.mlp.down_proj.lora_A" in name else held),
+    )
     told = run("check", both, "--base", LLAMA).stdout
     assert (
-        "lora_A of 'model.layers.1.mlp.down_proj' has shape (8, 256), and the module of the base model has 128 in"
-        in told
+        "lora_A of 'model.layers.1.mlp.down_proj' has shape (8, 256), and the module of the base "
+        "model has 128 in" in told
     )
 
 
 def test_a_module_that_the_layer_lacks_is_refused(both: Path) -> None:
-    rewrite(both, lambda name, held: (name.replace("1.self_attn.o_proj", "1.cross_attn.o_proj"), held))
+    rewrite(
+        both, lambda name, held: (name.replace("1.self_attn.o_proj", "1.cross_attn.o_proj"), held)
+    )
     told = run("check", both, "--base", LLAMA).stdout
-    assert told == "its LoRA is for model.layers.1.cross_attn.o_proj, which is not a module of the base model\n"
+    assert (
+        told
+        == "its LoRA is for model.layers.1.cross_attn.o_proj, which is not a module of the base "
+        "model\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -79,8 +96,14 @@ def test_a_module_that_the_layer_lacks_is_refused(both: Path) -> None:
     [
         ({"use_dora": True}, "use_dora is true, and DoRA's magnitudes are not served"),
         ({"bias": "lora_only"}, 'bias is "lora_only", and trained biases are not served'),
-        ({"modules_to_save": ["lm_head"]}, 'modules_to_save is ["lm_head"], and other modules that were trained are'),
-        ({"rank_pattern": {"o_proj": 4}}, 'rank_pattern is {"o_proj": 4}, and ranks by module are not served'),
+        (
+            {"modules_to_save": ["lm_head"]},
+            'modules_to_save is ["lm_head"], and other modules that were trained are',
+        ),
+        (
+            {"rank_pattern": {"o_proj": 4}},
+            'rank_pattern is {"o_proj": 4}, and ranks by module are not served',
+        ),
         ({"alpha_pattern": {"o_proj": 4}}, "alpha_pattern"),
         (
             {"target_modules": ["o_proj", "down_proj", "up_proj"]},
@@ -88,16 +111,27 @@ def test_a_module_that_the_layer_lacks_is_refused(both: Path) -> None:
         ),
     ],
 )
-def test_what_vllm_does_not_serve_of_pefts_is_named(both: Path, changes: dict[str, Any], phrase: str) -> None:
+def test_what_vllm_does_not_serve_of_pefts_is_named(
+    both: Path, changes: dict[str, Any], phrase: str
+) -> None:
     configure(both, **changes)
     with pytest.raises(AdapterInvalid) as caught:
         check_structure(both, "both")
     assert phrase in str(caught.value)
 
 
-@pytest.mark.parametrize("targets", [r".*\.(o_proj|down_proj)", "all-linear", ["o_proj", "mlp.down_proj"]])
+@pytest.mark.parametrize(
+    "targets", [r".*\.(o_proj|down_proj)", "all-linear", ["o_proj", "mlp.down_proj"]]
+)
 def test_targets_as_peft_writes_them_are_taken(both: Path, targets: Any) -> None:
-    configure(both, target_modules=targets, bias="none", use_dora=False, rank_pattern={}, modules_to_save=None)
+    configure(
+        both,
+        target_modules=targets,
+        bias="none",
+        use_dora=False,
+        rank_pattern={},
+        modules_to_save=None,
+    )
     check_structure(both, "both")
     assert run("check", both, "--base", LLAMA).exit_code == 0
 
@@ -109,7 +143,11 @@ def test_the_modules_of_transposed_weights_are_known_too() -> None:
 
 
 def test_very_many_modules_are_named_by_layer() -> None:
-    names = [f"model.lm.layers.{n}.{m}" for n in (*range(60), 70) for m in ("mlp.up_proj", "self_attn.q_proj")]
+    names = [
+        f"model.lm.layers.{n}.{m}"
+        for n in (*range(60), 70)
+        for m in ("mlp.up_proj", "self_attn.q_proj")
+    ]
     shown = "model.lm.layers.[0-59,70].mlp.up_proj, model.lm.layers.[0-59,70].self_attn.q_proj, odd"
     assert list(unknown_modules([*names, "odd"])) == [
         f"its LoRA is for {shown}, which are not modules of the base model"

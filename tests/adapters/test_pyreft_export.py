@@ -38,24 +38,42 @@ def test_export_then_import_gives_back_the_adapter(save: Save, tmp_path: Path) -
 
 @pytest.mark.parametrize(
     "case",
-    ["loreft_f5l5", "direft_f5l5", "noreft_f5l5", "noreft_nobias_l1", "consreft_f5l5", "lobireft_l1", "nodireft_l1"],
+    [
+        "loreft_f5l5",
+        "direft_f5l5",
+        "noreft_f5l5",
+        "noreft_nobias_l1",
+        "consreft_f5l5",
+        "lobireft_l1",
+        "nodireft_l1",
+    ],
 )
-def test_an_export_has_the_files_keys_and_configuration_of_pyreft(case: str, tmp_path: Path) -> None:
+def test_an_export_has_the_files_keys_and_configuration_of_pyreft(
+    case: str, tmp_path: Path
+) -> None:
     save = named(case)
     export_pyreft(brought_in(save, tmp_path), tmp_path / "exported")
     theirs = sorted(file.name for file in save.path.iterdir())
     assert sorted(file.name for file in (tmp_path / "exported").iterdir()) == theirs
-    configs = [json.loads((path / "config.json").read_text()) for path in (save.path, tmp_path / "exported")]
+    configs = [
+        json.loads((path / "config.json").read_text())
+        for path in (save.path, tmp_path / "exported")
+    ]
     assert configs[0].pop("transformers_version")
     assert configs[0] == configs[1]
     for file in save.path.glob("*.bin"):
-        held, ours = (torch.load(path / file.name, weights_only=True) for path in (save.path, tmp_path / "exported"))
+        held, ours = (
+            torch.load(path / file.name, weights_only=True)
+            for path in (save.path, tmp_path / "exported")
+        )
         assert {name: (t.shape, t.dtype) for name, t in held.items()} == {
             name: (t.shape, t.dtype) for name, t in ours.items()
         }
 
 
-@pytest.mark.parametrize("case", ["direft_f5l5", "consreft_f5l5", "lobireft_l1", "direft_bf16_f3l3_tied"])
+@pytest.mark.parametrize(
+    "case", ["direft_f5l5", "consreft_f5l5", "lobireft_l1", "direft_bf16_f3l3_tied"]
+)
 def test_torch_computes_R_from_the_exported_parametrisation(case: str, tmp_path: Path) -> None:
     save = named(case)
     adapter = brought_in(save, tmp_path)
@@ -67,7 +85,11 @@ def test_torch_computes_R_from_the_exported_parametrisation(case: str, tmp_path:
         layer.weight = torch.nn.Parameter(torch.linalg.qr(torch.randn(64, 4))[0])
         orthogonal(layer)
         layer.load_state_dict(
-            {n.removeprefix("rotate_layer."): t for n, t in held.items() if n.startswith("rotate_layer.")}
+            {
+                n.removeprefix("rotate_layer."): t
+                for n, t in held.items()
+                if n.startswith("rotate_layer.")
+            }
         )
         torch.testing.assert_close(layer.weight.mT, weights.projection, rtol=0, atol=1e-6)
         base = held["rotate_layer.parametrizations.weight.0.base"]
@@ -90,7 +112,9 @@ def test_a_square_rotation_comes_back_through_the_matrix_exponential(tmp_path: P
 def test_an_R_that_is_not_orthonormal_survives_the_export(tmp_path: Path) -> None:
     save = named("direft_l1")
     adapter = read_any(save.path, save.base, save.flags)
-    bent = type(adapter.weights[0]).of("direft", {**adapter.weights[0].tensors(), "R": adapter.weights[0].R * 1.1})
+    bent = type(adapter.weights[0]).of(
+        "direft", {**adapter.weights[0].tensors(), "R": adapter.weights[0].R * 1.1}
+    )
     export_pyreft(publish(tmp_path / "adapter", adapter.manifest, [bent]), tmp_path / "exported")
     again = read_any(tmp_path / "exported", save.base, save.flags)
     torch.testing.assert_close(again.weights[0].projection, bent.projection, rtol=0, atol=1e-6)
@@ -112,7 +136,9 @@ def test_interleaved_halves_are_exported_prefix_first(tmp_path: Path) -> None:
 def test_an_untied_adapter_whose_halves_differ_cannot_be_exported(tmp_path: Path) -> None:
     save = named("loreft_f5l5")
     adapter = read_any(save.path, save.base, save.flags)
-    manifest = adapter.manifest.model_copy(update={"interventions": adapter.manifest.interventions[:3]})
+    manifest = adapter.manifest.model_copy(
+        update={"interventions": adapter.manifest.interventions[:3]}
+    )
     lopsided = publish(tmp_path / "adapter", manifest, adapter.weights[:3])
     with pytest.raises(AdapterUnsupported, match="same layers for the prefix and for the suffix"):
         export_pyreft(lopsided, tmp_path / "exported")
@@ -131,11 +157,15 @@ def test_the_flags_that_pyreft_does_not_record_are_told(tmp_path: Path) -> None:
     adapter = brought_in(named("loreft_f5l5"), tmp_path)
     assert shlex.split(import_flags(adapter)) == ["--positions=f5+l5", "--untied"]
     rule = PositionRule("-1", last_offset=1, phase="all")
-    told = import_flags(Adapter(adapter.manifest.model_copy(update={"positions": rule}), adapter.weights, "0"))
+    told = import_flags(
+        Adapter(adapter.manifest.model_copy(update={"positions": rule}), adapter.weights, "0")
+    )
     assert shlex.split(told) == ["--positions=-1", "--last-offset", "1", "--phase", "all"]
 
 
-def test_an_imported_adapter_reads_back_with_the_digest_it_was_published_under(tmp_path: Path) -> None:
+def test_an_imported_adapter_reads_back_with_the_digest_it_was_published_under(
+    tmp_path: Path,
+) -> None:
     adapter = brought_in(named("loreft_f3l3_tied"), tmp_path)
     assert read_adapter(tmp_path / "adapter").digest == adapter.digest
     old = GOLDEN / "old_pyreft0.0.8_pyvene0.1.6" / "loreft_f3l3_tied"

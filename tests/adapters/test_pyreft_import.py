@@ -1,4 +1,6 @@
-"""Every save of real pyreft comes in with exactly the tensors that pyreft computes with, or is refused by name."""
+"""Every save of real pyreft comes in with exactly the tensors that pyreft computes with, or is
+refused by name.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,13 @@ import torch
 from reft_serve.adapters.importers.common import Imported, ImportFlags
 from reft_serve.adapters.importers.detection import read_any
 from reft_serve.adapters.importers.pyreft import read_pyreft
-from reft_serve.errors import AdapterInvalid, AdapterUnsupported, ClientError, ImportFlagMissing, PositionsInvalid
+from reft_serve.errors import (
+    AdapterInvalid,
+    AdapterUnsupported,
+    ClientError,
+    ImportFlagMissing,
+    PositionsInvalid,
+)
 from tests.support.adapters.loras import write_lora
 from tests.support.adapters.saves import IMPORTABLE, SAVES, Save, named
 from tests.support.paths import GOLDEN
@@ -59,7 +67,15 @@ def test_an_import_has_the_tensors_that_pyreft_computes_with(save: Save) -> None
 @pytest.mark.parametrize("version", ["old_pyreft0.0.8_pyvene0.1.6", "old_pyreft0.0.6_pyvene0.1.2"])
 @pytest.mark.parametrize(
     "case",
-    ["loreft_f5l5", "loreft_f3l3_tied", "loreft_path_block", "noreft_l1", "lobireft_l1", "direft_f5l5", "nodireft_l1"],
+    [
+        "loreft_f5l5",
+        "loreft_f3l3_tied",
+        "loreft_path_block",
+        "noreft_l1",
+        "lobireft_l1",
+        "direft_f5l5",
+        "nodireft_l1",
+    ],
 )
 def test_the_dotted_names_of_old_pyvene_give_the_same_adapter(version: str, case: str) -> None:
     save = named(case)
@@ -71,12 +87,16 @@ def test_the_dotted_names_of_old_pyvene_give_the_same_adapter(version: str, case
 def test_rows_of_thirteen_entries_are_read_like_those_of_fourteen(tmp_path: Path) -> None:
     save = named("loreft_f5l5")
     path = copied(save, tmp_path)
-    edit_config(path, lambda c: c.update(representations=[row[:13] for row in c["representations"]]))
+    edit_config(
+        path, lambda c: c.update(representations=[row[:13] for row in c["representations"]])
+    )
     assert bring_in(save, path).manifest == bring_in(save).manifest
 
 
 @pytest.mark.parametrize("rank", [None, 2, 4096])
-def test_a_missing_or_wrong_recorded_rank_gives_way_to_the_tensors(tmp_path: Path, rank: int | None) -> None:
+def test_a_missing_or_wrong_recorded_rank_gives_way_to_the_tensors(
+    tmp_path: Path, rank: int | None
+) -> None:
     save = named("loreft_l1")
     path = copied(save, tmp_path)
     edit_config(path, lambda c: c["representations"][0].__setitem__(4, rank))
@@ -139,7 +159,9 @@ def test_untied_with_an_odd_number_of_rows_is_a_fault() -> None:
 
 @pytest.mark.parametrize("untied", [False, True])
 @pytest.mark.parametrize("blocks", [3, 4])
-def test_more_than_two_interventions_at_one_place_are_refused(tmp_path: Path, blocks: int, untied: bool) -> None:
+def test_more_than_two_interventions_at_one_place_are_refused(
+    tmp_path: Path, blocks: int, untied: bool
+) -> None:
     save = named("loreft_l1")
     path = copied(save, tmp_path)
     (key,) = json.loads((path / "config.json").read_text())["sorted_keys"]
@@ -154,7 +176,9 @@ def test_more_than_two_interventions_at_one_place_are_refused(tmp_path: Path, bl
             intervention_types=c["intervention_types"] * blocks,
         ),
     )
-    with pytest.raises(AdapterUnsupported, match=f"{blocks} interventions at layer .* each for different tokens"):
+    with pytest.raises(
+        AdapterUnsupported, match=f"{blocks} interventions at layer .* each for different tokens"
+    ):
         bring_in(save, path, positions="f2+l2", untied=untied)
 
 
@@ -181,7 +205,9 @@ def test_untied_without_a_prefix_and_a_suffix_is_a_fault() -> None:
         ("loreft_l1", {"positions": "l1+f1"}, "not understood"),
     ],
 )
-def test_a_flag_that_contradicts_the_save_is_a_fault(case: str, flags: dict[str, Any], phrase: str) -> None:
+def test_a_flag_that_contradicts_the_save_is_a_fault(
+    case: str, flags: dict[str, Any], phrase: str
+) -> None:
     with pytest.raises(ClientError, match=phrase):
         bring_in(named(case), **flags)
 
@@ -231,7 +257,9 @@ def test_pefts_files_beside_a_save_come_in_with_it(tmp_path: Path) -> None:
     write_lora(path)
     lora = bring_in(named("loreft_f1"), path).lora
     assert lora is not None
-    assert lora.files["adapter_model.safetensors"] == (path / "adapter_model.safetensors").read_bytes()
+    assert (
+        lora.files["adapter_model.safetensors"] == (path / "adapter_model.safetensors").read_bytes()
+    )
 
 
 def test_every_golden_save_is_either_imported_or_refused_by_a_test_above() -> None:
@@ -275,7 +303,12 @@ def _row(index: int, value: object) -> Callable[[dict[str, Any]], object]:
         (lambda c: c.update(sorted_keys=["layer_2#9"]), "intkey_layer_2#9.bin is missing"),
         (lambda c: c.update(intervention_types=[7]), "names no class"),
         (lambda c: c.update(intervention_types=["<class 'os.system'>"]), r"is a os\.system"),
-        (lambda c: c.update(intervention_types=["<class 'pyreft.interventions.DireftIntervention'>"]), "a direft"),
+        (
+            lambda c: c.update(
+                intervention_types=["<class 'pyreft.interventions.DireftIntervention'>"]
+            ),
+            "a direft",
+        ),
     ],
 )
 def test_a_doctored_configuration_gets_a_sentence(
@@ -309,7 +342,10 @@ class _Runs:
 
 
 def _bomb() -> bytes:
-    source, packed = zipfile.ZipFile(io.BytesIO(_saved({"weight": torch.zeros(1 << 20)}))), io.BytesIO()
+    source, packed = (
+        zipfile.ZipFile(io.BytesIO(_saved({"weight": torch.zeros(1 << 20)}))),
+        io.BytesIO(),
+    )
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in source.namelist():
             archive.writestr(name, source.read(name))
@@ -324,41 +360,87 @@ def _bomb() -> bytes:
         (_saved({"weight": _Runs()}), "cannot be loaded as plain tensors"),
         (_saved([torch.zeros(2)]), "objects other than named, dense tensors"),
         (_saved({"weight": 3}), "objects other than named, dense tensors"),
-        (_saved({"weight": torch.zeros(1).expand(10**9, 10**9)}), "objects other than named, dense tensors"),
+        (
+            _saved({"weight": torch.zeros(1).expand(10**9, 10**9)}),
+            "objects other than named, dense tensors",
+        ),
         (_saved({"weight": torch.zeros(2, 2).to_sparse()}), "plain tensors|named, dense tensors"),
         (_bomb(), "unpacks to"),
         (_saved({"weight": torch.zeros(1 << 20)}), "at most"),
         (_saved({"rotate_layer": torch.eye(64)[:, :4], "gate": torch.zeros(1)}), "'gate'"),
         (_saved({"weight": torch.zeros(4, 64), "bias": torch.zeros(4)}), "a loreft needs R"),
-        (_saved({"weight": torch.zeros(4, 64), "learned_source.weight": torch.zeros(4, 64)}), "two layouts"),
         (
-            _saved({"rotate_layer": torch.zeros(64), "weight": torch.ones(4, 64), "bias": torch.ones(4)}),
+            _saved({"weight": torch.zeros(4, 64), "learned_source.weight": torch.zeros(4, 64)}),
+            "two layouts",
+        ),
+        (
+            _saved(
+                {
+                    "rotate_layer": torch.zeros(64),
+                    "weight": torch.ones(4, 64),
+                    "bias": torch.ones(4),
+                }
+            ),
             "must be a matrix",
         ),
         (
-            _saved({"rotate_layer": torch.eye(64)[:, :4], "weight": torch.ones(4, 32), "bias": torch.ones(4)}),
+            _saved(
+                {
+                    "rotate_layer": torch.eye(64)[:, :4],
+                    "weight": torch.ones(4, 32),
+                    "bias": torch.ones(4),
+                }
+            ),
             r"W has shape \(4, 32\)",
         ),
         (
-            _saved({"rotate_layer": torch.eye(32)[:, :4], "weight": torch.ones(4, 32), "bias": torch.ones(4)}),
+            _saved(
+                {
+                    "rotate_layer": torch.eye(32)[:, :4],
+                    "weight": torch.ones(4, 32),
+                    "bias": torch.ones(4),
+                }
+            ),
             r"R has shape \(4, 32\) and must have \(4, 64\)",
         ),
         (
-            _saved({"rotate_layer": torch.eye(64)[:, :4], "weight": torch.ones(4, 64).double(), "bias": torch.ones(4)}),
+            _saved(
+                {
+                    "rotate_layer": torch.eye(64)[:, :4],
+                    "weight": torch.ones(4, 64).double(),
+                    "bias": torch.ones(4),
+                }
+            ),
             "float64",
         ),
         (
-            _saved({"rotate_layer": torch.eye(64)[:, :4].int(), "weight": torch.ones(4, 64), "bias": torch.ones(4)}),
+            _saved(
+                {
+                    "rotate_layer": torch.eye(64)[:, :4].int(),
+                    "weight": torch.ones(4, 64),
+                    "bias": torch.ones(4),
+                }
+            ),
             "R is int32 and must be floats",
         ),
         (
             _saved(
-                {"rotate_layer": torch.eye(64)[:, :4] * torch.nan, "weight": torch.ones(4, 64), "bias": torch.ones(4)}
+                {
+                    "rotate_layer": torch.eye(64)[:, :4] * torch.nan,
+                    "weight": torch.ones(4, 64),
+                    "bias": torch.ones(4),
+                }
             ),
             "NaN or Inf",
         ),
         (
-            _saved({"rotate_layer": torch.zeros(64, 4), "weight": torch.ones(4, 64), "bias": torch.ones(4)}),
+            _saved(
+                {
+                    "rotate_layer": torch.zeros(64, 4),
+                    "weight": torch.ones(4, 64),
+                    "bias": torch.ones(4),
+                }
+            ),
             "all zeros",
         ),
         (
@@ -398,7 +480,9 @@ def test_a_linked_tensor_file_is_refused(tmp_path: Path) -> None:
         bring_in(save, path)
 
 
-def test_the_diagonal_that_weight_decay_moved_gives_zero_columns_as_in_torch(tmp_path: Path) -> None:
+def test_the_diagonal_that_weight_decay_moved_gives_zero_columns_as_in_torch(
+    tmp_path: Path,
+) -> None:
     save = named("direft_l1")
     path = copied(save, tmp_path)
     file = next(path.glob("*.bin"))
@@ -410,9 +494,13 @@ def test_the_diagonal_that_weight_decay_moved_gives_zero_columns_as_in_torch(tmp
 
 
 @pytest.mark.parametrize(("width", "rank"), [(8, 8), (8, 3), (8, 1)])
-def test_a_rotation_is_what_torch_computes_for_any_shape(tmp_path: Path, width: int, rank: int) -> None:
+def test_a_rotation_is_what_torch_computes_for_any_shape(
+    tmp_path: Path, width: int, rank: int
+) -> None:
     layer = torch.nn.Module()
-    layer.weight = torch.nn.Parameter(torch.linalg.qr(torch.randn(width, width))[0][:, :rank].contiguous())
+    layer.weight = torch.nn.Parameter(
+        torch.linalg.qr(torch.randn(width, width))[0][:, :rank].contiguous()
+    )
     torch.nn.utils.parametrizations.orthogonal(layer)
     with torch.no_grad():
         layer.parametrizations.weight.original += torch.randn(width, rank).tril(-1)
@@ -420,5 +508,7 @@ def test_a_rotation_is_what_torch_computes_for_any_shape(tmp_path: Path, width: 
     path = copied(save, tmp_path)
     held = {f"rotate_layer.{name}": tensor for name, tensor in layer.state_dict().items()}
     torch.save({**held, "learned_source": torch.ones(rank)}, next(path.glob("*.bin")))
-    imported = read_pyreft(path, save.base.model_copy(update={"hidden_size": width}), ImportFlags(positions="l1"))
+    imported = read_pyreft(
+        path, save.base.model_copy(update={"hidden_size": width}), ImportFlags(positions="l1")
+    )
     torch.testing.assert_close(imported.weights[0].projection, layer.weight.mT, rtol=0, atol=1e-6)

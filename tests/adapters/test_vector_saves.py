@@ -29,7 +29,9 @@ def base() -> BaseFacts:
     return read_base_model(LLAMA)
 
 
-def written(folder: Path, state: dict[str, Tensor], cls: str, tail: list[Any] | None = None) -> Path:
+def written(
+    folder: Path, state: dict[str, Tensor], cls: str, tail: list[Any] | None = None
+) -> Path:
     """A `ReftModel.save` directory of one intervention at layer 3."""
     folder.mkdir()
     torch.save(state, folder / f"{KEY}.bin")
@@ -58,7 +60,9 @@ ADDING = {
 
 
 @pytest.mark.parametrize("case", ADDING)
-def test_a_save_that_adds_a_vector_is_a_lobireft_that_adds_it(tmp_path: Path, base: BaseFacts, case: str) -> None:
+def test_a_save_that_adds_a_vector_is_a_lobireft_that_adds_it(
+    tmp_path: Path, base: BaseFacts, case: str
+) -> None:
     state, cls, tail, kind, sign = ADDING[case]
     imported = bring_in(written(tmp_path / "save", state, cls, tail), base, kind)
     (spec,) = imported.manifest.interventions
@@ -66,15 +70,21 @@ def test_a_save_that_adds_a_vector_is_a_lobireft_that_adds_it(tmp_path: Path, ba
     hidden = torch.randn(5, 64)
     expected = hidden + sign * next(iter(state.values())).float().flatten()
     torch.testing.assert_close(edit(hidden, imported.weights[0]), expected, rtol=0, atol=1e-6)
-    made = import_adapter(tmp_path / "save", base, tmp_path / "made", ImportFlags(positions="all", kind=kind))
+    made = import_adapter(
+        tmp_path / "save", base, tmp_path / "made", ImportFlags(positions="all", kind=kind)
+    )
     assert made.digest
 
 
-def test_a_checkpoint_without_a_configuration_is_read_with_its_kind(tmp_path: Path, base: BaseFacts) -> None:
+def test_a_checkpoint_without_a_configuration_is_read_with_its_kind(
+    tmp_path: Path, base: BaseFacts
+) -> None:
     path = written(tmp_path / "save", {"bias": VECTOR}, "x")
     (path / "config.json").unlink()
     imported = bring_in(path, base, "lobireft")
-    torch.testing.assert_close(edit(torch.zeros(1, 64), imported.weights[0])[0], VECTOR, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        edit(torch.zeros(1, 64), imported.weights[0])[0], VECTOR, rtol=0, atol=1e-6
+    )
 
 
 def test_a_lobireft_of_pyrefts_own_stays_what_it_is() -> None:
@@ -92,20 +102,29 @@ def test_a_lobireft_of_pyrefts_own_stays_what_it_is() -> None:
         ({"bias": torch.ones(63)}, r"must have \(1, 64\)"),
         ({"bias": torch.tensor(1.0)}, "must hold one vector"),
         ({"bias": VECTOR, "scale": torch.ones(1)}, "holds 'scale'"),
-        ({"bias": VECTOR} | SIZES | {"interchange_dim": torch.tensor(32)}, "changes 32 of 64 dimensions"),
+        (
+            {"bias": VECTOR} | SIZES | {"interchange_dim": torch.tensor(32)},
+            "changes 32 of 64 dimensions",
+        ),
     ],
 )
-def test_what_is_no_vector_is_told(tmp_path: Path, base: BaseFacts, state: dict[str, Tensor], phrase: str) -> None:
+def test_what_is_no_vector_is_told(
+    tmp_path: Path, base: BaseFacts, state: dict[str, Tensor], phrase: str
+) -> None:
     with pytest.raises(AdapterInvalid, match=phrase):
         bring_in(written(tmp_path / "save", state, "__main__.BiasIntervention"), base)
 
 
 def test_an_unknown_class_is_refused_with_what_to_do(tmp_path: Path, base: BaseFacts) -> None:
-    with pytest.raises(AdapterUnsupported, match="If all that it does is add one vector, give --kind lobireft"):
+    with pytest.raises(
+        AdapterUnsupported, match="If all that it does is add one vector, give --kind lobireft"
+    ):
         bring_in(written(tmp_path / "save", {"steer": VECTOR}, "mine.Shift"), base)
 
 
-def test_a_save_whose_sorted_keys_name_its_files_is_read_too(tmp_path: Path, base: BaseFacts) -> None:
+def test_a_save_whose_sorted_keys_name_its_files_is_read_too(
+    tmp_path: Path, base: BaseFacts
+) -> None:
     path = written(tmp_path / "save", {"bias": VECTOR}, "__main__.BiasIntervention")
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"sorted_keys": [KEY]}))

@@ -1,4 +1,5 @@
-"""The public contract as data: everything that a client, a deployment or a saved file relies on, without its prose.
+"""The public contract as data: everything that a client, a deployment or a saved file relies on,
+without its prose.
 
 `python -m tests.contract.snapshot` writes it to `contract.json` after a deliberate change.
 """
@@ -48,14 +49,22 @@ def contract() -> dict[str, Any]:
         "cli": _command(typer.main.get_command(cli)),
         "directory": _directory(),
         "events": {"webhooks": list(EVENT_TYPES), "job": sorted(Event.__table__.columns.keys())},
-        "tables": {table.name: sorted(table.columns.keys()) for table in Base.metadata.sorted_tables},
+        "tables": {
+            table.name: sorted(table.columns.keys()) for table in Base.metadata.sorted_tables
+        },
         "entry points": _entry_points(),
     }
     copied: dict[str, Any] = json.loads(json.dumps(made, default=str))
     return copied
 
 
-_SETTINGS = ("EngineSettings", "ServeSettings", "TenantLimits", "TrainerSettings", "GatewaySettings")
+_SETTINGS = (
+    "EngineSettings",
+    "ServeSettings",
+    "TenantLimits",
+    "TrainerSettings",
+    "GatewaySettings",
+)
 
 
 def _openapi() -> Any:
@@ -67,13 +76,17 @@ def _openapi() -> Any:
 
 
 def without_prose(value: Any, *, named: bool = False) -> Any:
-    """A part of an OpenAPI document without prose and without links, which no known client follows."""
+    """A part of an OpenAPI document without prose and without links, which no known client
+    follows.
+    """
     if isinstance(value, list):
         return [without_prose(each) for each in value]
     if not isinstance(value, dict):
         return value
     kept = {key: each for key, each in value.items() if named or key not in _PROSE | {"links"}}
-    return {key: without_prose(each, named=not named and key in _NAMED) for key, each in kept.items()}
+    return {
+        key: without_prose(each, named=not named and key in _NAMED) for key, each in kept.items()
+    }
 
 
 def _errors() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -81,7 +94,10 @@ def _errors() -> Iterator[tuple[str, dict[str, Any]]]:
         if isinstance(kind, type) and issubclass(kind, errors.ReftError):
             status = answers.status_of(kind.__new__(kind))
             shape = answers.error_body(status, "", None, kind.code)["error"]
-            yield name, {"code": kind.code, "status": status, "type": shape["type"], "bases": _bases(kind)}
+            yield (
+                name,
+                {"code": kind.code, "status": status, "type": shape["type"], "bases": _bases(kind)},
+            )
 
 
 def _bases(kind: type) -> list[str]:
@@ -116,14 +132,18 @@ def _command(command: Any) -> dict[str, Any]:
         return {name: _command(each) for name, each in sorted(command.commands.items())}
     given = [each for each in command.params if each.name != "help"]
     arguments = [_parameter(each) for each in given if each.param_type_name == "argument"]
-    options = {min(each.opts): _parameter(each) for each in given if each.param_type_name == "option"}
+    options = {
+        min(each.opts): _parameter(each) for each in given if each.param_type_name == "option"
+    }
     return {"arguments": arguments, "options": options}
 
 
 def _parameter(each: Any) -> dict[str, Any]:
     annotation = each.type_descriptor.annotation
     return {
-        "names": sorted([*each.opts, *each.secondary_opts]) if each.param_type_name == "option" else [],
+        "names": sorted([*each.opts, *each.secondary_opts])
+        if each.param_type_name == "option"
+        else [],
         "kind": annotation.__name__ if isinstance(annotation, type) else str(annotation),
         "range": [each.min, each.max],
         "required": each.required,
@@ -141,8 +161,13 @@ def _directory() -> dict[str, Any]:
     saved = {path.name: path for path in sorted((_DEMO / "adapters").iterdir()) if path.is_dir()}
     return {
         "schema": without_prose(Manifest.model_json_schema(mode="serialization")),
-        "written": {name: sorted(each.name for each in path.iterdir()) for name, path in saved.items()},
-        "keys": {name: _keys(json.loads((path / "reft_config.json").read_text())) for name, path in saved.items()},
+        "written": {
+            name: sorted(each.name for each in path.iterdir()) for name, path in saved.items()
+        },
+        "keys": {
+            name: _keys(json.loads((path / "reft_config.json").read_text()))
+            for name, path in saved.items()
+        },
         "digests": {name: digest_of_directory(path) for name, path in saved.items()},
         "base model": sorted(path.name for path in (_DEMO / "model").iterdir()),
     }
@@ -156,7 +181,10 @@ def _keys(value: Any) -> Any:
 
 def _entry_points() -> dict[str, Any]:
     project = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]
-    return {"scripts": sorted(project["scripts"]), "plugins": sorted(project["entry-points"]["vllm.general_plugins"])}
+    return {
+        "scripts": sorted(project["scripts"]),
+        "plugins": sorted(project["entry-points"]["vllm.general_plugins"]),
+    }
 
 
 def main() -> None:
@@ -169,7 +197,9 @@ def _text(value: Any, levels: int) -> str:
     if levels == 0 or not isinstance(value, dict):
         return json.dumps(value, sort_keys=True)
     indent = " " * (_LEVELS - levels + 1)
-    entries = [f"{indent}{json.dumps(key)}: {_text(value[key], levels - 1)}" for key in sorted(value)]
+    entries = [
+        f"{indent}{json.dumps(key)}: {_text(value[key], levels - 1)}" for key in sorted(value)
+    ]
     return "{\n" + ",\n".join(entries) + f"\n{indent[1:]}}}"
 
 

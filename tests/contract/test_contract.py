@@ -35,7 +35,9 @@ def differences(kept: Any, now: Any, where: str) -> Iterator[str]:
 @pytest.mark.parametrize("part", sorted(KEPT))
 def test_the_contract_is_the_one_that_was_kept(part: str, today: dict[str, Any]) -> None:
     found = list(differences(KEPT[part], today[part], part))
-    assert not found, "if this is meant: python -m tests.contract.snapshot\n" + "\n".join(found[:20])
+    assert not found, "if this is meant: python -m tests.contract.snapshot\n" + "\n".join(
+        found[:20]
+    )
 
 
 def test_the_snapshot_has_every_part(today: dict[str, Any]) -> None:
@@ -44,5 +46,10 @@ def test_the_snapshot_has_every_part(today: dict[str, Any]) -> None:
 
 
 def test_prose_is_left_out_and_a_field_with_its_name_is_not() -> None:
-    schema = {"title": "T", "description": "D", "type": "object", "properties": {"title": {"description": "D"}}}
+    schema = {
+        "title": "T",
+        "description": "D",
+        "type": "object",
+        "properties": {"title": {"description": "D"}},
+    }
     assert without_prose(schema) == {"type": "object", "properties": {"title": {}}}

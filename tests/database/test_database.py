@@ -30,7 +30,9 @@ async def make_tenant(database: Database, name: str) -> Tenant:
         return await tenants.create_tenant(session, name)
 
 
-async def make_version(database: Database, tenant: Tenant, name: str = "birds", digest: str = "d" * 64) -> Version:
+async def make_version(
+    database: Database, tenant: Tenant, name: str = "birds", digest: str = "d" * 64
+) -> Version:
     async with database.writing() as session:
         return await adapters.add_version(
             session, tenant, name, digest=digest, base_model="tiny", size_bytes=10, source="upload"
@@ -43,8 +45,12 @@ async def labels(database: Database, tenant: Tenant, model: str) -> list[str] | 
     return None if route is None else [target.label for _, target in route.shares]
 
 
-def opening(request_id: str, tenant: str = "t", started_ms: int | None = None, gateway: str = "g") -> usage.Opening:
-    return usage.Opening(request_id, gateway, tenant, "k", "chat", "birds", "v", started_ms or now_ms())
+def opening(
+    request_id: str, tenant: str = "t", started_ms: int | None = None, gateway: str = "g"
+) -> usage.Opening:
+    return usage.Opening(
+        request_id, gateway, tenant, "k", "chat", "birds", "v", started_ms or now_ms()
+    )
 
 
 def ending(begun: usage.Opening, tokens: int = 7) -> usage.Ending:
@@ -59,7 +65,9 @@ async def test_the_migrations_make_exactly_the_tables_of_the_models(database: Da
         assert await connection.run_sync(differences) == []
 
 
-async def test_to_migrate_again_or_from_many_processes_at_once_changes_nothing(database_url: str) -> None:
+async def test_to_migrate_again_or_from_many_processes_at_once_changes_nothing(
+    database_url: str,
+) -> None:
     opened = [Database(database_url) for _ in range(4)]
     await asyncio.gather(*(migrate(each) for each in opened))
     await migrate(opened[0])
@@ -99,7 +107,9 @@ async def test_ledgers_refuse_to_be_changed(database: Database, table: str, chan
             await session.execute(text(change.format(table)))
 
 
-async def test_what_is_read_over_a_connection_that_is_cut_is_asked_once_more(database: Database) -> None:
+async def test_what_is_read_over_a_connection_that_is_cut_is_asked_once_more(
+    database: Database,
+) -> None:
     calls = []
 
     async def query(session: AsyncSession) -> object:
@@ -132,7 +142,9 @@ async def test_an_exception_takes_every_change_of_its_transaction_back(database:
         assert list(await tenants.list_tenants(session)) == []
 
 
-async def test_a_key_is_recognised_by_its_secret_and_the_database_does_not_hold_it(database: Database) -> None:
+async def test_a_key_is_recognised_by_its_secret_and_the_database_does_not_hold_it(
+    database: Database,
+) -> None:
     tenant = await make_tenant(database, "acme")
     async with database.writing() as session:
         key, secret = await keys.create_key(session, tenant, "owner", scopes=["inference", "usage"])
@@ -148,7 +160,9 @@ async def test_a_key_is_recognised_by_its_secret_and_the_database_does_not_hold_
         assert len(row.prefix) < 12 < len(secret)
 
 
-async def test_a_key_ends_when_it_is_revoked_expires_or_its_tenant_is_disabled(database: Database) -> None:
+async def test_a_key_ends_when_it_is_revoked_expires_or_its_tenant_is_disabled(
+    database: Database,
+) -> None:
     tenant = await make_tenant(database, "acme")
     async with database.writing() as session:
         secrets_ = [(await keys.create_key(session, tenant, "owner"))[1] for _ in range(3)]
@@ -159,7 +173,10 @@ async def test_a_key_ends_when_it_is_revoked_expires_or_its_tenant_is_disabled(d
 
     async def alive() -> int:
         async with database.reading() as session:
-            found = [await keys.authenticate(session, keys.digest_of_secret(secret)) for secret in secrets_]
+            found = [
+                await keys.authenticate(session, keys.digest_of_secret(secret))
+                for secret in secrets_
+            ]
         return sum(principal is not None for principal in found)
 
     assert await alive() == 1
@@ -234,7 +251,9 @@ async def test_an_alias_goes_back_to_what_it_named_before(database: Database) ->
         with pytest.raises(NotFound):
             await adapters.roll_back(session, adapter, "canary")
         with pytest.raises(Conflict, match="production"):
-            await adapters.delete_version(session, await adapters.find_version(session, adapter, "1"))
+            await adapters.delete_version(
+                session, await adapters.find_version(session, adapter, "1")
+            )
 
 
 async def test_shares_of_aliases_add_up_to_one_at_most(database: Database) -> None:
@@ -249,7 +268,9 @@ async def test_shares_of_aliases_add_up_to_one_at_most(database: Database) -> No
 
 
 async def test_another_tenants_adapter_is_not_there_unless_it_is_shared(database: Database) -> None:
-    owner, guest, third = [await make_tenant(database, name) for name in ("owner", "guest", "third")]
+    owner, guest, third = [
+        await make_tenant(database, name) for name in ("owner", "guest", "third")
+    ]
     version = await make_version(database, owner)
     names = ("owner/birds", "owner/birds@1", version.model_id)
     for name in (*names, "birds"):
@@ -296,7 +317,12 @@ async def test_a_request_is_counted_once_however_often_it_is_settled(database: D
     assert await database.commit(partial(usage.recover, gateway="g", older_than_ms=0)) == 0
     async with database.reading() as session:
         (total,) = await usage.totals(session, tenant_id="t", start_ms=0, end_ms=now_ms() + 1)
-    assert (total.requests, total.prompt_tokens, total.cached_tokens, total.completion_tokens) == (1, 5, 2, 7)
+    assert (total.requests, total.prompt_tokens, total.cached_tokens, total.completion_tokens) == (
+        1,
+        5,
+        2,
+        7,
+    )
 
 
 async def test_what_a_dead_gateway_left_is_found_once(database: Database) -> None:
@@ -313,11 +339,19 @@ async def test_what_a_dead_gateway_left_is_found_once(database: Database) -> Non
 
 async def test_usage_is_summed_by_bucket_and_group_of_one_tenant(database: Database) -> None:
     hour = 3_600_000
-    endings = [ending(opening(f"r{k}", "t" if k else "other", (k // 2) * hour + 5), tokens=10**k) for k in range(4)]
+    endings = [
+        ending(opening(f"r{k}", "t" if k else "other", (k // 2) * hour + 5), tokens=10**k)
+        for k in range(4)
+    ]
     await database.commit(partial(usage.settle, endings=endings))
     async with database.reading() as session:
         found = await usage.totals(
-            session, tenant_id="t", start_ms=0, end_ms=10 * hour, bucket="hour", group_by=["model", "status"]
+            session,
+            tenant_id="t",
+            start_ms=0,
+            end_ms=10 * hour,
+            bucket="hour",
+            group_by=["model", "status"],
         )
     assert [(t.start_ms, t.group, t.requests, t.completion_tokens) for t in found] == [
         (0, {"model": "birds", "status": "completed"}, 1, 10),
@@ -328,7 +362,9 @@ async def test_usage_is_summed_by_bucket_and_group_of_one_tenant(database: Datab
 async def test_the_audit_log_is_read_by_pages_of_one_tenant(database: Database) -> None:
     async with database.writing() as session:
         for k in range(5):
-            audit.record(session, audit.Actor("key"), "key.create", f"k{k}", "t" if k % 2 else None, n=k)
+            audit.record(
+                session, audit.Actor("key"), "key.create", f"k{k}", "t" if k % 2 else None, n=k
+            )
     async with database.reading() as session:
         everything = await audit.list_audit(session, None)
         assert [entry.subject for entry in everything] == ["k4", "k3", "k2", "k1", "k0"]
@@ -337,7 +373,10 @@ async def test_the_audit_log_is_read_by_pages_of_one_tenant(database: Database) 
 
 
 async def test_many_writers_at_once_lose_nothing(database: Database) -> None:
-    others = [database, *(Database(str(database.engine.url.render_as_string(False))) for _ in range(2))]
+    others = [
+        database,
+        *(Database(str(database.engine.url.render_as_string(False))) for _ in range(2)),
+    ]
 
     async def write(k: int) -> None:
         def written(connection: Connection) -> None:
@@ -375,19 +414,28 @@ asyncio.run(main())
 """
 
 
-async def test_what_a_killed_process_was_told_is_committed_is_there(database: Database, tmp_path: Path) -> None:
+async def test_what_a_killed_process_was_told_is_committed_is_there(
+    database: Database, tmp_path: Path
+) -> None:
     url = database.engine.url.render_as_string(False)
-    writer = subprocess.Popen([sys.executable, "-c", _WRITER, url], stdout=subprocess.PIPE, text=True)
+    writer = subprocess.Popen(
+        [sys.executable, "-c", _WRITER, url], stdout=subprocess.PIPE, text=True
+    )
     assert writer.stdout is not None
     told = [writer.stdout.readline() for _ in range(41)]
     os.kill(writer.pid, signal.SIGKILL)
     told += writer.stdout.read().splitlines(keepends=True)
     writer.wait()
     whole = [line.split() for line in told if line.endswith("\n")]
-    begun, ended = ({int(k) for word, k in whole if word == wanted} for wanted in ("begun", "ended"))
+    begun, ended = (
+        {int(k) for word, k in whole if word == wanted} for wanted in ("begun", "ended")
+    )
     await database.commit(partial(usage.recover, gateway="g", older_than_ms=0))
     async with database.reading() as session:
-        rows = {int(row.request_id[1:]): row.status for row in (await session.scalars(select(Usage))).all()}
+        rows = {
+            int(row.request_id[1:]): row.status
+            for row in (await session.scalars(select(Usage))).all()
+        }
     assert begun <= rows.keys()
     assert {k for k, status in rows.items() if status == "completed"} >= ended
     assert len(rows) <= max(begun) + 2
@@ -396,7 +444,9 @@ async def test_what_a_killed_process_was_told_is_committed_is_there(database: Da
 async def test_a_schema_is_taken_when_it_is_this_versions_or_a_later_one(database_url: str) -> None:
     opened = Database(database_url)
     try:
-        with pytest.raises(DatabaseUnusable, match=r"has schema none .* run `reft-serve admin migrate`"):
+        with pytest.raises(
+            DatabaseUnusable, match=r"has schema none .* run `reft-serve admin migrate`"
+        ):
             await check_schema(opened)
         await migrate(opened)
         head = await check_schema(opened)
@@ -404,7 +454,9 @@ async def test_a_schema_is_taken_when_it_is_this_versions_or_a_later_one(databas
             async with opened.engine.begin() as connection:
                 await connection.execute(text("DELETE FROM alembic_version"))
                 if revision is not None:
-                    await connection.execute(text("INSERT INTO alembic_version VALUES (:r)"), {"r": revision})
+                    await connection.execute(
+                        text("INSERT INTO alembic_version VALUES (:r)"), {"r": revision}
+                    )
             if taken:
                 assert await check_schema(opened) == revision
             else:

@@ -7,13 +7,24 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from reft_serve.recipes.hyperparameters import DpoHyperparameters, SupervisedHyperparameters, read_hyperparameters
+from reft_serve.recipes.hyperparameters import (
+    DpoHyperparameters,
+    SupervisedHyperparameters,
+    read_hyperparameters,
+)
 
 NAN = float("nan")
 
 
 def test_what_is_left_out_or_auto_is_not_set() -> None:
-    given = {"n_epochs": "auto", "rank": 4, "tied": False, "positions": "f1+l1", "lora_rank": 0, "layers": [1, 3]}
+    given = {
+        "n_epochs": "auto",
+        "rank": 4,
+        "tied": False,
+        "positions": "f1+l1",
+        "lora_rank": 0,
+        "layers": [1, 3],
+    }
     asked = SupervisedHyperparameters.model_validate(given).asked()
     assert asked == {name: value for name, value in given.items() if value != "auto"}
     assert read_hyperparameters(asked).asked() == asked
@@ -44,7 +55,9 @@ def test_what_is_left_out_or_auto_is_not_set() -> None:
         ({"learning_rate": 0.1, "learning_rate_multiplier": 2}, "", "not both"),
     ],
 )
-def test_what_cannot_be_gets_one_sentence_at_its_place(given: dict[str, Any], field: str, phrase: str) -> None:
+def test_what_cannot_be_gets_one_sentence_at_its_place(
+    given: dict[str, Any], field: str, phrase: str
+) -> None:
     with pytest.raises(ValidationError) as caught:
         SupervisedHyperparameters.model_validate(given)
     (fault,) = caught.value.errors()

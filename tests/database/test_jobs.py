@@ -27,7 +27,17 @@ from reft_serve.database.jobs.outcomes import (
     Paused,
     Succeeded,
 )
-from reft_serve.database.models import Adapter, Checkpoint, Delivery, Event, File, Job, Tenant, Version, now_ms
+from reft_serve.database.models import (
+    Adapter,
+    Checkpoint,
+    Delivery,
+    Event,
+    File,
+    Job,
+    Tenant,
+    Version,
+    now_ms,
+)
 from reft_serve.database.room import stored_bytes
 from reft_serve.errors import Conflict, LeaseLost, NotFound, RequestInvalid
 
@@ -36,7 +46,9 @@ pytestmark = pytest.mark.anyio
 LEASE = 30.0
 VERSION = NewVersion("e" * 64, "tiny", 10, {"rank": 2})
 DONE = Succeeded(
-    VERSION, [NewCheckpoint(k, {"train_loss": 1 / k}, NewVersion(str(k) * 64, "tiny", 9)) for k in (2, 1)], 77
+    VERSION,
+    [NewCheckpoint(k, {"train_loss": 1 / k}, NewVersion(str(k) * 64, "tiny", 9)) for k in (2, 1)],
+    77,
 )
 
 
@@ -55,12 +67,16 @@ async def make_file(database: Database, tenant: Tenant, **options: Any) -> str:
 
 async def make_job(database: Database, tenant: Tenant, file_id: str = "", **options: Any) -> str:
     data = file_id or await make_file(database, tenant)
-    wanted = fine_tuning.NewJob("base", data, None, {"type": "supervised"}, {"n_epochs": "auto"}, 7, **options)
+    wanted = fine_tuning.NewJob(
+        "base", data, None, {"type": "supervised"}, {"n_epochs": "auto"}, 7, **options
+    )
     async with database.writing() as session:
         return (await fine_tuning.create_job(session, tenant, "key", wanted)).id
 
 
-async def claim(database: Database, worker: str = "w", lease: float = LEASE, **options: Any) -> queue.Claim | None:
+async def claim(
+    database: Database, worker: str = "w", lease: float = LEASE, **options: Any
+) -> queue.Claim | None:
     async with database.writing() as session:
         return await queue.claim(session, worker, lease, **options)
 
@@ -78,7 +94,9 @@ async def finish(database: Database, held_: queue.Claim, outcome: Outcome) -> st
 
 async def beat(database: Database, held_: queue.Claim, step: int = 0) -> str:
     async with database.writing() as session:
-        return await queue.heartbeat(session, held_.id, held_.worker, LEASE, queue.Progress(step, 10, step * 5))
+        return await queue.heartbeat(
+            session, held_.id, held_.worker, LEASE, queue.Progress(step, 10, step * 5)
+        )
 
 
 async def ask(database: Database, tenant: Tenant, job_id: str, what: Any) -> Job:
@@ -89,7 +107,9 @@ async def ask(database: Database, tenant: Tenant, job_id: str, what: Any) -> Job
 async def lose(database: Database, job_id: str) -> None:
     """Let the lease run out, as if its worker had died some time ago."""
     async with database.writing() as session:
-        await session.execute(update(Job).where(Job.id == job_id).values(lease_until_ms=now_ms() - 1))
+        await session.execute(
+            update(Job).where(Job.id == job_id).values(lease_until_ms=now_ms() - 1)
+        )
 
 
 async def state(database: Database, job_id: str) -> Job:
@@ -105,8 +125,12 @@ async def told(database: Database, job_id: str) -> list[str]:
 async def test_a_job_is_claimed_kept_and_published_in_one_go(database: Database) -> None:
     tenant = await make_tenant(database, "acme")
     async with database.writing() as session:
-        await webhooks.add_webhook(session, tenant.id, "all", "https://x.example/", webhooks.EVENT_TYPES)
-        await webhooks.add_webhook(session, tenant.id, "bad news", "https://x.example/", ["fine_tuning.job.failed"])
+        await webhooks.add_webhook(
+            session, tenant.id, "all", "https://x.example/", webhooks.EVENT_TYPES
+        )
+        await webhooks.add_webhook(
+            session, tenant.id, "bad news", "https://x.example/", ["fine_tuning.job.failed"]
+        )
     job_id = await make_job(database, tenant, suffix="birds", metadata_={"a": "b"})
     mine = await held(database)
     assert (mine.id, mine.tenant, mine.adapter, mine.attempts, mine.metadata) == (
@@ -118,11 +142,20 @@ async def test_a_job_is_claimed_kept_and_published_in_one_go(database: Database)
     )
     assert await claim(database) is None
     async with database.writing() as session:
-        await queue.resolve(session, mine.id, mine.worker, {"n_epochs": 3}, steps=10, memory_bytes=1000)
-        await queue.add_event(session, mine.id, mine.worker, "Step 1/10", metrics={"step": 1, "train_loss": 2.0})
+        await queue.resolve(
+            session, mine.id, mine.worker, {"n_epochs": 3}, steps=10, memory_bytes=1000
+        )
+        await queue.add_event(
+            session, mine.id, mine.worker, "Step 1/10", metrics={"step": 1, "train_loss": 2.0}
+        )
         await queue.add_checkpoint(session, mine.id, mine.worker, 1, {"train_loss": 9.0})
         result = await files.start_file(
-            session, tenant.id, "key", filename="r.csv", purpose="fine-tune-results", expires_ms=None
+            session,
+            tenant.id,
+            "key",
+            filename="r.csv",
+            purpose="fine-tune-results",
+            expires_ms=None,
         )
     assert await beat(database, mine, 5) == "none"
     async with database.reading() as session:
@@ -140,7 +173,10 @@ async def test_a_job_is_claimed_kept_and_published_in_one_go(database: Database)
         listed, more = await fine_tuning.list_checkpoints(session, job_id, limit=1)
         assert (listed[0].step, listed[0].metrics, more) == (2, {"train_loss": 0.5}, True)
         listed, more = await fine_tuning.list_checkpoints(session, job_id, after=listed[0].id)
-        assert ([c.version and c.version.model_id for c in listed], more) == ([f"{name}:ckpt-step-1"], False)
+        assert ([c.version and c.version.model_id for c in listed], more) == (
+            [f"{name}:ckpt-step-1"],
+            False,
+        )
         route = await resolution.resolve(session, tenant.id, "birds")
         assert route is not None
         assert route.draw(0).digest == VERSION.digest
@@ -148,7 +184,9 @@ async def test_a_job_is_claimed_kept_and_published_in_one_go(database: Database)
         deliveries = (await session.scalars(select(Delivery))).all()
         assert [json.loads(each.body)["data"] for each in deliveries] == [{"id": job_id}]
         entries = await audit.list_audit(session, tenant.id)
-        assert [(entry.action, entry.details) for entry in entries] == [("job.succeeded", {"model": name})]
+        assert [(entry.action, entry.details) for entry in entries] == [
+            ("job.succeeded", {"model": name})
+        ]
     assert (await told(database, job_id))[2:] == [
         "Fine-tuning job started", "Step 1/10", "Checkpoint saved at step 1", f"New fine-tuned model created: {name}",
         "The job has successfully completed",
@@ -181,7 +219,9 @@ async def test_nobody_but_the_holder_changes_a_job(database: Database) -> None:
     assert "late" not in await told(database, job_id)
 
 
-async def test_a_lease_that_ran_out_is_kept_as_long_as_nobody_has_taken_the_job(database: Database) -> None:
+async def test_a_lease_that_ran_out_is_kept_as_long_as_nobody_has_taken_the_job(
+    database: Database,
+) -> None:
     job_id = await make_job(database, await make_tenant(database, "acme"))
     mine = await held(database)
     await lose(database, job_id)
@@ -219,13 +259,17 @@ async def test_limits_of_tenants_and_of_memory_hold_a_job_back(database: Databas
     assert (again.id, again.attempts) == (big.id, 1), "to hand a job back is no failed attempt"
 
 
-async def test_a_job_that_fails_each_time_is_given_up_and_its_reason_kept_for_the_operator(database: Database) -> None:
+async def test_a_job_that_fails_each_time_is_given_up_and_its_reason_kept_for_the_operator(
+    database: Database,
+) -> None:
     job_id = await make_job(database, await make_tenant(database, "acme"))
     for attempt in (1, 2, 3):
         mine = await held(database)
         assert mine.attempts == attempt
         async with database.writing() as session:
-            status = await queue.release(session, job_id, mine.worker, traceback=f"Traceback {attempt}")
+            status = await queue.release(
+                session, job_id, mine.worker, traceback=f"Traceback {attempt}"
+            )
         assert status == ("queued" if attempt < 3 else "failed")
     job = await state(database, job_id)
     assert job.error is not None
@@ -234,7 +278,9 @@ async def test_a_job_that_fails_each_time_is_given_up_and_its_reason_kept_for_th
     assert await claim(database) is None
 
 
-async def test_a_job_whose_workers_die_is_given_up_unless_it_gets_farther(database: Database) -> None:
+async def test_a_job_whose_workers_die_is_given_up_unless_it_gets_farther(
+    database: Database,
+) -> None:
     job_id = await make_job(database, await make_tenant(database, "acme"))
     for step in (0, 0, 4, 4, 4):
         mine = await held(database)
@@ -242,7 +288,11 @@ async def test_a_job_whose_workers_die_is_given_up_unless_it_gets_farther(databa
         await lose(database, job_id)
     assert await claim(database) is None
     job = await state(database, job_id)
-    assert (job.status, job.error and job.error["code"], job.step) == ("failed", "too_many_attempts", 4)
+    assert (job.status, job.error and job.error["code"], job.step) == (
+        "failed",
+        "too_many_attempts",
+        4,
+    )
 
 
 async def test_what_does_not_run_stops_at_once(database: Database) -> None:
@@ -292,7 +342,9 @@ async def test_a_cancel_wins_over_a_success_that_comes_after_it(database: Databa
 
 
 @pytest.mark.parametrize(("what", "status"), [("cancel", "cancelled"), ("pause", "paused")])
-async def test_what_a_dead_worker_was_told_happens_without_it(database: Database, what: str, status: str) -> None:
+async def test_what_a_dead_worker_was_told_happens_without_it(
+    database: Database, what: str, status: str
+) -> None:
     tenant = await make_tenant(database, "acme")
     job_id = await make_job(database, tenant)
     await held(database)
@@ -307,7 +359,9 @@ async def test_a_success_that_cannot_be_recorded_whole_leaves_nothing(database: 
     tenant = await make_tenant(database, "acme")
     job_id = await make_job(database, tenant)
     mine = await held(database)
-    lost = Succeeded(DONE.version, DONE.checkpoints, 1, files.WrittenFile("file-absent", 3, "a" * 64))
+    lost = Succeeded(
+        DONE.version, DONE.checkpoints, 1, files.WrittenFile("file-absent", 3, "a" * 64)
+    )
     with pytest.raises(Conflict, match="upload the file again"):
         await finish(database, mine, lost)
     assert (await state(database, job_id)).status == "running"
@@ -341,7 +395,10 @@ async def test_jobs_are_listed_by_pages_and_by_metadata(database: Database) -> N
     tenant, other = [await make_tenant(database, name) for name in ("acme", "other")]
     await make_job(database, other, metadata_={"team": "blue"})
     odd = {'$."; --': "x'\"", "team": "blue"}
-    mine = [await make_job(database, tenant, metadata_=given) for given in ({}, {"team": "blue"}, {"team": ""}, odd)]
+    mine = [
+        await make_job(database, tenant, metadata_=given)
+        for given in ({}, {"team": "blue"}, {"team": ""}, odd)
+    ]
     async with database.reading() as session:
         page, more = await fine_tuning.list_jobs(session, tenant.id, limit=3)
         assert more
@@ -375,7 +432,10 @@ async def test_events_are_listed_newest_first_and_followed_oldest_first(database
         page, more = await fine_tuning.list_events(session, job_id, limit=2)
         assert ([event.message for event in page], more) == (["event 4", "event 3"], True)
         page, more = await fine_tuning.list_events(session, job_id, after=page[-1].id, limit=100)
-        assert ([event.message for event in page][:3], more) == (["event 2", "event 1", "event 0"], False)
+        assert ([event.message for event in page][:3], more) == (
+            ["event 2", "event 1", "event 0"],
+            False,
+        )
         since = await fine_tuning.events_since(session, job_id, page[0].number)
         assert [event.message for event in since] == ["event 3", "event 4"]
         with pytest.raises(NotFound):
@@ -406,7 +466,9 @@ async def test_what_was_left_half_way_is_swept_and_what_is_whole_is_not(database
     tenant = await make_tenant(database, "acme")
     whole, deleted = await make_file(database, tenant), await make_file(database, tenant)
     async with database.writing() as session:
-        half = await files.start_file(session, tenant.id, None, filename="x", purpose="fine-tune", expires_ms=None)
+        half = await files.start_file(
+            session, tenant.id, None, filename="x", purpose="fine-tune", expires_ms=None
+        )
         await files.delete_file(session, tenant.id, deleted)
         assert list(await files.swept_files(session, now_ms() - 60_000)) == [deleted]
     async with database.writing() as session:
@@ -439,7 +501,10 @@ async def test_a_result_is_held_to_the_tenants_limits(database: Database) -> Non
             assert (job.error or {})["code"] == "limit_reached"
             assert "14 bytes of storage is used up" in (job.error or {})["message"]
         elif versions < 3:
-            assert any(f"{3 - versions} of 2 checkpoints were not published" in message for message in events)
+            assert any(
+                f"{3 - versions} of 2 checkpoints were not published" in message
+                for message in events
+            )
 
 
 async def test_results_that_end_at_once_see_one_another(database: Database) -> None:
@@ -448,7 +513,9 @@ async def test_results_that_end_at_once_see_one_another(database: Database) -> N
     for _ in range(5):
         await make_job(database, tenant, data)
     mine = [await held(database) for _ in range(5)]
-    ends = await asyncio.gather(*(finish(database, each, Succeeded(VERSION, [], 1)) for each in mine))
+    ends = await asyncio.gather(
+        *(finish(database, each, Succeeded(VERSION, [], 1)) for each in mine)
+    )
     assert sorted(ends) == ["failed"] * 3 + ["succeeded"] * 2
     async with database.reading() as session:
         assert len((await session.scalars(select(Adapter))).all()) == 2
@@ -461,7 +528,9 @@ async def test_a_checkpoint_warns_that_the_result_will_not_fit(database: Databas
     for limits in (TenantLimits(storage_bytes=100), TenantLimits(storage_bytes=5)):
         async with database.writing() as session:
             await queue.add_checkpoint(session, mine.id, mine.worker, 1, {}, limits)
-    warned = [message for message in await told(database, job_id) if "could not be published" in message]
+    warned = [
+        message for message in await told(database, job_id) if "could not be published" in message
+    ]
     assert len(warned) == 1
 
 
@@ -479,10 +548,14 @@ async def test_a_tenants_files_are_swept_after_it(database: Database) -> None:
         assert await session.scalar(select(Event)) is None
 
 
-async def test_a_delivery_is_tried_until_it_is_settled_and_by_one_at_a_time(database: Database) -> None:
+async def test_a_delivery_is_tried_until_it_is_settled_and_by_one_at_a_time(
+    database: Database,
+) -> None:
     tenant = await make_tenant(database, "acme")
     async with database.writing() as session:
-        webhook = await webhooks.add_webhook(session, tenant.id, "w", "https://x.example/", webhooks.EVENT_TYPES)
+        webhook = await webhooks.add_webhook(
+            session, tenant.id, "w", "https://x.example/", webhooks.EVENT_TYPES
+        )
         await webhooks.enqueue(session, tenant.id, "fine_tuning.job.failed", {"id": "ftjob-1"})
     async with database.writing() as session:
         (stale,) = await webhooks.claim_deliveries(session, [webhook.id], 0.0)
@@ -506,7 +579,9 @@ async def test_a_delivery_is_tried_until_it_is_settled_and_by_one_at_a_time(data
         assert await session.scalar(select(Delivery)) is None
 
 
-async def test_many_workers_at_once_run_each_job_by_one_holder_to_one_end(database: Database) -> None:
+async def test_many_workers_at_once_run_each_job_by_one_holder_to_one_end(
+    database: Database,
+) -> None:
     """Workers of several processes' pools, which lose leases, hand back, pause and fail as they like."""
     pools = [database, *(Database(database.engine.url.render_as_string(False)) for _ in range(2))]
     owners = [await make_tenant(database, f"t{k}") for k in range(3)]
@@ -547,7 +622,11 @@ async def test_many_workers_at_once_run_each_job_by_one_holder_to_one_end(databa
     async with database.reading() as session:
         rows = (await session.scalars(select(Job))).all()
         assert {row.status for row in rows} <= FINAL
-        finals = [event for event in (await session.scalars(select(Event))).all() if event.message in _FINAL_EVENTS]
+        finals = [
+            event
+            for event in (await session.scalars(select(Event))).all()
+            if event.message in _FINAL_EVENTS
+        ]
         assert Counter(event.job_id for event in finals) == Counter(made)
     for pool in pools[1:]:
         await pool.close()
@@ -561,7 +640,9 @@ async def make_way(database: Database, *held_: queue.Claim, **options: Any) -> s
         return await queue.make_way(session, [each.id for each in held_], 1 << 40, **options)
 
 
-async def test_a_job_gives_way_to_that_of_a_tenant_with_fewer_and_goes_on_after_it(database: Database) -> None:
+async def test_a_job_gives_way_to_that_of_a_tenant_with_fewer_and_goes_on_after_it(
+    database: Database,
+) -> None:
     first, second = await make_tenant(database, "first"), await make_tenant(database, "second")
     await make_job(database, first)
     long = await held(database)
@@ -569,7 +650,9 @@ async def test_a_job_gives_way_to_that_of_a_tenant_with_fewer_and_goes_on_after_
     await make_job(database, first)
     assert await make_way(database, long) is None, "only its own tenant waits"
     short = await make_job(database, second)
-    assert await make_way(database, long, waited_seconds=60.0) is None, "a worker with room may take it"
+    assert await make_way(database, long, waited_seconds=60.0) is None, (
+        "a worker with room may take it"
+    )
     assert await make_way(database, long) == long.id
     assert await make_way(database, long) is None, "one is enough"
     async with database.reading() as session:
@@ -587,11 +670,19 @@ async def test_a_job_gives_way_to_that_of_a_tenant_with_fewer_and_goes_on_after_
         row = await fine_tuning.find_job(session, None, long.id)
         told = [event.message for event in await fine_tuning.events_since(session, long.id, 0, 50)]
     assert row.wanted == "none"
-    assert "Another tenant's job is waiting: this job stores a checkpoint and returns to the queue" in told
+    assert (
+        "Another tenant's job is waiting: this job stores a checkpoint and returns to the queue"
+        in told
+    )
 
 
-async def test_a_job_gives_way_to_no_lower_priority_to_no_full_tenant_and_to_no_equal(database: Database) -> None:
-    first, second = await make_tenant(database, "first"), await make_tenant(database, "second", running_jobs=1)
+async def test_a_job_gives_way_to_no_lower_priority_to_no_full_tenant_and_to_no_equal(
+    database: Database,
+) -> None:
+    first, second = (
+        await make_tenant(database, "first"),
+        await make_tenant(database, "second", running_jobs=1),
+    )
     await make_job(database, first, priority=1)
     long = await held(database)
     await make_job(database, second)

@@ -38,7 +38,9 @@ SOUND_BUT_COSTLY = {"numbers of thousands of digits"}
 
 
 @pytest.mark.parametrize("case", COSTLY)
-def test_a_costly_file_takes_time_in_proportion_to_its_bytes_and_gets_a_short_report(case: str) -> None:
+def test_a_costly_file_takes_time_in_proportion_to_its_bytes_and_gets_a_short_report(
+    case: str,
+) -> None:
     started = time.process_time()
     try:
         faults: tuple[str, ...] = ()
@@ -67,14 +69,18 @@ def test_a_large_list_is_checked_in_the_memory_of_a_few_rows() -> None:
         "    assert check_rows(file, 'large') == ('completion', 20_000)\n"
         "    print(tracemalloc.get_traced_memory()[1])\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     assert int(done.stdout) < 4_000_000  # of a file of 20 MB
 
 
 def test_a_row_of_a_list_that_never_ends_is_refused_by_its_size() -> None:
     rows = b'[\n{"prompt": "a", "completion": "b"},\n{"prompt": "' + b"x" * 3_000_000
     limits = Limits(row_bytes=1 << 20)
-    assert faults_of(rows, limits) == ("line 3: has a row of more than 1,048,576 bytes, which is the limit",)
+    assert faults_of(rows, limits) == (
+        "line 3: has a row of more than 1,048,576 bytes, which is the limit",
+    )
 
 
 @pytest.mark.parametrize("end", [b"", b"]"])
@@ -83,13 +89,21 @@ def test_a_fault_far_into_a_list_has_its_line_and_column(end: bytes) -> None:
     rows = b"[" + b",\n".join([row] * 20_000) + b',\n{"prompt": "\xe4"}' + end
     assert faults_of(rows) == ("line 20001: is not UTF-8: byte 0xe4 at column 13",)
     one_line = b"[" + b", ".join([row] * 20_000) + b", x" + end
-    assert faults_of(one_line) == (f"line 1: is not JSON: Expecting value at column {2 + 20_000 * (len(row) - 1 + 2)}",)
+    assert faults_of(one_line) == (
+        f"line 1: is not JSON: Expecting value at column {2 + 20_000 * (len(row) - 1 + 2)}",
+    )
 
 
 @settings(deadline=None, max_examples=100)
 @given(st.lists(VALUES, max_size=5), st.sampled_from([None, 0, 2]), st.integers(1, 9))
-def test_a_list_read_in_small_pieces_is_the_list(rows: list[object], indent: int | None, chunk: int) -> None:
-    data = json.dumps(rows, indent=indent, allow_nan=False, ensure_ascii=False, default=str) if _sound(rows) else "[]"
+def test_a_list_read_in_small_pieces_is_the_list(
+    rows: list[object], indent: int | None, chunk: int
+) -> None:
+    data = (
+        json.dumps(rows, indent=indent, allow_nan=False, ensure_ascii=False, default=str)
+        if _sound(rows)
+        else "[]"
+    )
     try:
         content = data.encode()
     except UnicodeEncodeError:
@@ -123,4 +137,6 @@ def test_any_bytes_in_small_pieces_are_read_as_in_one(data: bytes, chunk: int) -
 
     small, whole = read(chunk), read(1 << 20)
     encoding = isinstance(whole, tuple) and ("NUL" in whole[0] or "UTF-8" in whole[0])
-    assert small == whole or encoding  # what comes before bytes that are no text may be at fault first
+    assert (
+        small == whole or encoding
+    )  # what comes before bytes that are no text may be at fault first

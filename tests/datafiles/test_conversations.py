@@ -11,7 +11,13 @@ import pytest
 from reft_serve.datafiles.formats import Chat, PreferencePair, check_rows
 from tests.support.damaged_data import TOOL, assistant, call, chat, lines, pair, tool, user
 
-SDK_MARKS = {"refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": None}
+SDK_MARKS = {
+    "refusal": None,
+    "annotations": [],
+    "audio": None,
+    "function_call": None,
+    "tool_calls": None,
+}
 PLAIN = Chat.model_validate(chat())
 LEGACY = {"name": "open_hours", "arguments": '{"day": "Monday"}'}
 
@@ -34,7 +40,10 @@ def test_a_row_that_says_the_same_is_the_same(row: dict[str, Any]) -> None:
 
 def test_several_text_parts_are_joined_as_the_engine_joins_them() -> None:
     parts = [{"type": "text", "text": "Which animal"}, {"type": "text", "text": "barks?"}]
-    assert Chat.model_validate(chat(user(parts), assistant())).messages[0].content == "Which animal\nbarks?"
+    assert (
+        Chat.model_validate(chat(user(parts), assistant())).messages[0].content
+        == "Which animal\nbarks?"
+    )
 
 
 def test_a_row_with_tool_calls_keeps_them_in_openais_form() -> None:
@@ -64,14 +73,19 @@ def test_functions_and_function_calls_become_tools_and_tool_calls() -> None:
 
 @pytest.mark.parametrize("arguments", ["", {}, "{}"])
 def test_a_call_without_arguments_has_an_empty_object(arguments: Any) -> None:
-    found = Chat.model_validate(chat(user(), assistant(None, tool_calls=[call(arguments=arguments)])))
+    found = Chat.model_validate(
+        chat(user(), assistant(None, tool_calls=[call(arguments=arguments)]))
+    )
     assert found.messages[1].tool_calls is not None
     assert json.loads(found.messages[1].tool_calls[0].function.arguments) == {}
 
 
 def test_preference_rows_take_the_same_forms() -> None:
     row = pair(
-        input={"messages": [user([{"type": "text", "text": "Which animal barks?"}])], "tools": None},
+        input={
+            "messages": [user([{"type": "text", "text": "Which animal barks?"}])],
+            "tools": None,
+        },
         preferred_output=[assistant() | SDK_MARKS],
     )
     assert PreferencePair.model_validate(row) == PreferencePair.model_validate(pair())

@@ -41,7 +41,9 @@ SOUND = {
 
 
 @pytest.mark.parametrize("damaged", DAMAGED, ids=lambda damaged: damaged.name)
-def test_a_damaged_file_gets_its_sentences_with_their_lines(damaged: Damaged, tmp_path: Path) -> None:
+def test_a_damaged_file_gets_its_sentences_with_their_lines(
+    damaged: Damaged, tmp_path: Path
+) -> None:
     assert faults_of(damaged.data, damaged.limits) == damaged.faults
     path = tmp_path / "data.jsonl"
     path.write_bytes(damaged.data)
@@ -63,11 +65,15 @@ def test_a_list_of_rows_is_the_same_file(format_: str, tmp_path: Path) -> None:
     """LLM-Adapters and Alpaca publish one JSON list, indented."""
     as_lines, as_list = tmp_path / "data.jsonl", tmp_path / "data.json"
     as_lines.write_bytes(SOUND[format_])
-    as_list.write_text(json.dumps([json.loads(line) for line in SOUND[format_].splitlines()], indent=2))
+    as_list.write_text(
+        json.dumps([json.loads(line) for line in SOUND[format_].splitlines()], indent=2)
+    )
     first, second = read_rows(as_lines), read_rows(as_list)
     assert [row for _, row in first.rows] == [row for _, row in second.rows]
     numbers = [number for number, _ in second.rows]
-    assert [as_list.read_text().splitlines()[number - 1] for number in numbers] == ["  {"] * len(numbers)
+    assert [as_list.read_text().splitlines()[number - 1] for number in numbers] == ["  {"] * len(
+        numbers
+    )
 
 
 def test_line_ends_of_windows_and_a_missing_last_newline_change_nothing(tmp_path: Path) -> None:
@@ -115,7 +121,9 @@ def test_a_large_file_is_checked_in_the_memory_of_a_row() -> None:
         "    assert check_rows(file, 'large') == ('completion', 20_000)\n"
         "    print(tracemalloc.get_traced_memory()[1])\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     assert int(done.stdout) < 2_000_000  # of a file of 20 MB
 
 
@@ -128,14 +136,18 @@ def test_files_are_checked_and_recipes_read_without_torch_and_transformers() -> 
         "for name in recipe_names(): load_recipe(name)\n"
         'print(check_rows(io.BytesIO(b\'{"prompt": "a", "completion": "b"}\'), \'data.jsonl\'))\n'
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "('completion', 1)"
 
 
 def _reads(data: bytes) -> None:
     started, faults = time.monotonic(), None
     try:
-        format_, count = check_rows(io.BytesIO(data), "data.jsonl", Limits(file_bytes=1 << 16, row_bytes=1 << 12))
+        format_, count = check_rows(
+            io.BytesIO(data), "data.jsonl", Limits(file_bytes=1 << 16, row_bytes=1 << 12)
+        )
     except DataInvalid as exc:
         faults = exc.faults
         str(exc).encode()  # a sentence that can be sent
@@ -154,12 +166,18 @@ def test_any_bytes_are_read_or_refused(data: bytes) -> None:
 @settings(deadline=None, max_examples=300)
 @given(st.lists(VALUES, max_size=5), st.booleans())
 def test_any_json_is_read_or_refused(rows: list[object], as_list: bool) -> None:
-    _reads(json.dumps(rows).encode() if as_list else b"\n".join(json.dumps(row).encode() for row in rows))
+    _reads(
+        json.dumps(rows).encode()
+        if as_list
+        else b"\n".join(json.dumps(row).encode() for row in rows)
+    )
 
 
 @settings(deadline=None, max_examples=300)
 @given(st.sampled_from(sorted(SOUND)), st.data())
-def test_a_sound_file_with_any_bytes_changed_is_read_or_refused(format_: str, data: st.DataObject) -> None:
+def test_a_sound_file_with_any_bytes_changed_is_read_or_refused(
+    format_: str, data: st.DataObject
+) -> None:
     good = SOUND[format_]
     start = data.draw(st.integers(0, len(good)))
     stop = data.draw(st.integers(start, min(len(good), start + 20)))

@@ -45,7 +45,9 @@ def test_every_shipped_adapter_is_what_its_behaviour_says(behaviour: Behaviour) 
     adapter = read_adapter(ADAPTERS / behaviour.name)
     manifest = adapter.manifest
     assert manifest.positions == behaviour.rule
-    assert {(spec.kind, spec.rank) for spec in manifest.interventions} == {(behaviour.kind, behaviour.rank)}
+    assert {(spec.kind, spec.rank) for spec in manifest.interventions} == {
+        (behaviour.kind, behaviour.rank)
+    }
     assert Limits(max_rank=16, max_interventions=12).faults(manifest, read_base_model(MODEL)) == []
     assert adapter.warnings == ()
     assert (ADAPTERS / behaviour.name / TENSORS).stat().st_size < 200_000

@@ -16,7 +16,11 @@ from reft_serve.demo.edited import Edit, EditedModel, Edits
 from reft_serve.interventions.modules import Intervention
 from reft_serve.interventions.positions import Part, PositionRule
 
-PROMPTS = ("Once upon a time, there was a girl.", "Tom went out.", "One day, a boy and his mom went to the big park.")
+PROMPTS = (
+    "Once upon a time, there was a girl.",
+    "Tom went out.",
+    "One day, a boy and his mom went to the big park.",
+)
 PART = {"both": Part.PREFIX, "prefix": Part.PREFIX, "suffix": Part.SUFFIX}
 
 
@@ -28,7 +32,9 @@ def model() -> EditedModel:
 def shipped(name: str) -> Edits:
     adapter = read_adapter(ADAPTERS / name)
     pairs = zip(adapter.manifest.interventions, adapter.weights, strict=True)
-    edits = tuple(Edit(spec.layer, PART[spec.part], Intervention.of(weights)) for spec, weights in pairs)
+    edits = tuple(
+        Edit(spec.layer, PART[spec.part], Intervention.of(weights)) for spec, weights in pairs
+    )
     return Edits(edits, adapter.manifest.positions)
 
 
@@ -40,13 +46,21 @@ def greedy(model: EditedModel, prompts: Sequence[str], adapter: Edits | None) ->
 def test_a_mask_holds_the_rules_tokens_on_either_side_of_the_padding() -> None:
     adapter = Edits((), PositionRule("f2+l1", tied=False))
     right = adapter.mask([4, 6], [7, 6]).int().tolist()
-    assert right == [[[1, 1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0]], [[0, 0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 1, 0]]]
+    assert right == [
+        [[1, 1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0]],
+        [[0, 0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 1, 0]],
+    ]
     left = adapter.mask([4, 6], [4, 6], left=True).int().tolist()
-    assert left == [[[0, 0, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0]], [[0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 1]]]
+    assert left == [
+        [[0, 0, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0]],
+        [[0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 1]],
+    ]
 
 
 def test_a_mask_goes_on_into_the_answer_where_generated_tokens_are_edited() -> None:
-    assert Edits((), PositionRule("l1", phase="all")).mask([3], [6])[0].int().tolist() == [[0, 0, 1, 1, 1, 1]]
+    assert Edits((), PositionRule("l1", phase="all")).mask([3], [6])[0].int().tolist() == [
+        [0, 0, 1, 1, 1, 1]
+    ]
 
 
 def test_without_an_adapter_the_model_is_the_base(model: EditedModel) -> None:

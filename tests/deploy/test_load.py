@@ -11,7 +11,17 @@ from typing import Any
 
 import pytest
 
-from tests.support.deploy.open_loop import Arrival, Outcome, Run, Tenant, arrivals, drive, growth, result_of, summary
+from tests.support.deploy.open_loop import (
+    Arrival,
+    Outcome,
+    Run,
+    Tenant,
+    arrivals,
+    drive,
+    growth,
+    result_of,
+    summary,
+)
 from tests.support.gateway.harness import running
 
 TENANTS = (Tenant("a", "ka", ("x", "y", "z")), Tenant("b", "kb", ("x",)))
@@ -26,17 +36,27 @@ def test_arrivals_are_random_skewed_and_the_same_for_the_same_seed() -> None:
     assert made[-1].at < 400
     count = {name: sum(each.tenant.name == name for each in made) for name in "ab"}
     assert 1.7 < count["a"] / count["b"] < 2.4
-    models = [sum(each.model == name for each in made if each.tenant.name == "a") for name in ("x", "y", "z")]
+    models = [
+        sum(each.model == name for each in made if each.tenant.name == "a")
+        for name in ("x", "y", "z")
+    ]
     assert models == sorted(models, reverse=True)
     assert 0.15 < sum(each.long for each in made) / len(made) < 0.35
 
 
 def outcome(first: float, total: float, tokens: int = 11, error: str = "") -> Outcome:
-    return Outcome(Arrival(0.0, TENANTS[0], "x", "", False, tokens), 0.0, first, total, tokens, error)
+    return Outcome(
+        Arrival(0.0, TENANTS[0], "x", "", False, tokens), 0.0, first, total, tokens, error
+    )
 
 
 def test_goodput_counts_what_came_in_time_and_errors_never() -> None:
-    asked = [outcome(0.1, 0.6), outcome(0.6, 1.0), outcome(0.1, 1.2), outcome(0.1, 0.2, error="503: no")]
+    asked = [
+        outcome(0.1, 0.6),
+        outcome(0.6, 1.0),
+        outcome(0.1, 1.2),
+        outcome(0.1, 0.2, error="503: no"),
+    ]
     found = summary(asked, 10.0, ARGS)
     assert (found["requests"], found["errors"], found["within"]) == (4, 1, 0.25)
     assert found["goodput_per_s"] == pytest.approx(0.1)
@@ -46,7 +66,10 @@ def test_goodput_counts_what_came_in_time_and_errors_never() -> None:
 
 
 def test_growth_is_the_slope_after_the_warm_up() -> None:
-    memory = [(60.0 * k, {"grows": 1_000_000 + 1_000 * k, "still": 5_000_000 if k > 3 else 1}) for k in range(60)]
+    memory = [
+        (60.0 * k, {"grows": 1_000_000 + 1_000 * k, "still": 5_000_000 if k > 3 else 1})
+        for k in range(60)
+    ]
     found = growth(memory, 600.0)
     assert found["still"] == {"first_mb": 5.0, "last_mb": 5.0, "growth_per_hour": 0.0}
     assert found["grows"]["growth_per_hour"] == pytest.approx(60_000 / 1_010_000, rel=1e-3)
@@ -64,7 +87,10 @@ def test_the_client_reads_whole_answers_and_tells_broken_ones(tmp_path: Path) ->
         assert found["all"]["requests"] > 5
         assert found["errors"] == []
         assert set(found["tenants"]) == {"acme"}
-        assert all(each.tokens == each.arrival.tokens and 0 < each.first <= each.total for each in run.outcomes)
+        assert all(
+            each.tokens == each.arrival.tokens and 0 < each.first <= each.total
+            for each in run.outcomes
+        )
         engine.break_after = 3
         broken = Run(10.0, 1.0)
         asyncio.run(drive(deployment, mine, broken, random.Random(2)))

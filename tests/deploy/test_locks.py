@@ -61,7 +61,9 @@ def pins(name: str) -> list[Pin]:
         requirement = Requirement(first)
         (exact,) = requirement.specifier
         assert exact.operator == "==", entry
-        found.append(Pin(canonicalize_name(requirement.name), exact.version, requirement.marker, len(hashes)))
+        found.append(
+            Pin(canonicalize_name(requirement.name), exact.version, requirement.marker, len(hashes))
+        )
     return found
 
 

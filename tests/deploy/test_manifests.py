@@ -43,7 +43,9 @@ def test_kubernetes_takes_it(overlay: str, version: str) -> None:
         if each["kind"] not in CUSTOM:
             kubernetes_validate.validate(each, version, strict=True)
     for each in every(overlay):  # those inside of custom resources too
-        kubernetes_validate.validate({"apiVersion": "v1", "kind": "Pod", **each.template}, version, strict=True)
+        kubernetes_validate.validate(
+            {"apiVersion": "v1", "kind": "Pod", **each.template}, version, strict=True
+        )
 
 
 def test_the_schemas_would_not_take_a_wrong_field() -> None:
@@ -78,9 +80,13 @@ def test_what_scales_by_keda_is_there_and_can_be_an_autoscaler(overlay: str) -> 
 @pytest.mark.parametrize("overlay", ["cuda", "multi-node"])
 def test_prometheus_scrapes_what_keda_asks_for(overlay: str) -> None:
     for monitor in objects(overlay, "PodMonitor"):
-        pods = [each for each in every(overlay) if selects(monitor["spec"]["selector"], each.labels)]
+        pods = [
+            each for each in every(overlay) if selects(monitor["spec"]["selector"], each.labels)
+        ]
         ports = {port["name"] for each in pods for port in each.container.get("ports", [])}
-        assert {end["port"] for end in monitor["spec"]["podMetricsEndpoints"]} <= ports, monitor["metadata"]["name"]
+        assert {end["port"] for end in monitor["spec"]["podMetricsEndpoints"]} <= ports, monitor[
+            "metadata"
+        ]["name"]
     assert {each["metadata"]["name"] for each in objects(overlay, "PodMonitor")} == {
         "reft-gateway", "reft-engine", "reft-worker",
     }  # fmt: skip
@@ -101,19 +107,27 @@ def test_every_pod_is_restricted(overlay: str) -> None:
         assert not {"privileged", "runAsUser"} & container.keys(), each
         assert not {"hostNetwork", "hostPID", "hostIPC"} & each.spec.keys(), each
         allowed = {"emptyDir", "persistentVolumeClaim", "configMap", "secret"}
-        assert all(set(volume) - {"name"} <= allowed for volume in each.spec.get("volumes", [])), each
+        assert all(set(volume) - {"name"} <= allowed for volume in each.spec.get("volumes", [])), (
+            each
+        )
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_no_pod_gets_a_token(overlay: str) -> None:
-    accounts = {account["metadata"]["name"]: account for account in objects(overlay, "ServiceAccount")}
+    accounts = {
+        account["metadata"]["name"]: account for account in objects(overlay, "ServiceAccount")
+    }
     for each in every(overlay):
         assert each.spec["automountServiceAccountToken"] is False, each
-        assert accounts[each.spec["serviceAccountName"]]["automountServiceAccountToken"] is False, each
+        assert accounts[each.spec["serviceAccountName"]]["automountServiceAccountToken"] is False, (
+            each
+        )
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_every_container_has_limits_and_a_pinned_image_and_writes_only_to_volumes(overlay: str) -> None:
+def test_every_container_has_limits_and_a_pinned_image_and_writes_only_to_volumes(
+    overlay: str,
+) -> None:
     for each in every(overlay):
         resources = each.container["resources"]
         for name in ("cpu", "memory"):
@@ -147,7 +161,9 @@ def test_probes_mean_what_they_say(overlay: str) -> None:
     for each in every(overlay):
         container = each.container
         probes = {
-            name: container[name] for name in ("startupProbe", "readinessProbe", "livenessProbe") if name in container
+            name: container[name]
+            for name in ("startupProbe", "readinessProbe", "livenessProbe")
+            if name in container
         }
         if each.component == "migration" or each.name == "reft-engine-group-worker":
             assert not probes, each  # a Job ends; a node without HTTP ends with its group
@@ -162,7 +178,9 @@ def test_probes_mean_what_they_say(overlay: str) -> None:
         assert seconds(probes["livenessProbe"]) >= 60, "a moment's trouble must not end a process"
         assert seconds(probes["readinessProbe"]) <= 15
         if each.component == "engine":
-            assert seconds(probes["startupProbe"]) >= 1200, "a model takes its time to load and to compile"
+            assert seconds(probes["startupProbe"]) >= 1200, (
+                "a model takes its time to load and to compile"
+            )
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -177,10 +195,14 @@ def test_a_pod_has_the_time_that_its_drain_takes(overlay: str) -> None:
             assert notice >= seconds(each.container["readinessProbe"])
         if each.component == "worker":
             assert (
-                grace >= float(named(overlay, "ConfigMap", "reft-worker")["data"]["REFT_DRAIN_SECONDS"]) + GRACE_SPARE
+                grace
+                >= float(named(overlay, "ConfigMap", "reft-worker")["data"]["REFT_DRAIN_SECONDS"])
+                + GRACE_SPARE
             )
         if each.component == "engine":
-            (timeout,) = [word for word in each.container["command"] if word.startswith("--shutdown-timeout=")]
+            (timeout,) = [
+                word for word in each.container["command"] if word.startswith("--shutdown-timeout=")
+            ]
             hook = each.container["lifecycle"]["preStop"]
             wait = hook["sleep"]["seconds"] if "sleep" in hook else 0
             assert grace >= wait + int(timeout.partition("=")[2]) + GRACE_SPARE
@@ -201,14 +223,19 @@ def test_disruptions_are_bounded_and_replicas_are_spread(overlay: str) -> None:
     gateway = named(overlay, "Deployment", "reft-gateway")
     assert gateway["spec"]["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
     spread = gateway["spec"]["template"]["spec"]["topologySpreadConstraints"]
-    assert {each["topologyKey"] for each in spread} == {"topology.kubernetes.io/zone", "kubernetes.io/hostname"}
+    assert {each["topologyKey"] for each in spread} == {
+        "topology.kubernetes.io/zone",
+        "kubernetes.io/hostname",
+    }
     (autoscaler,) = objects(overlay, "HorizontalPodAutoscaler")
     assert autoscaler["spec"]["scaleTargetRef"]["name"] == "reft-gateway"
     assert autoscaler["spec"]["minReplicas"] >= 2
     assert "replicas" not in gateway["spec"]
 
 
-def peers(overlay: str, each: Workload, way: str) -> list[tuple[list[Any] | None, list[Any] | None]]:
+def peers(
+    overlay: str, each: Workload, way: str
+) -> list[tuple[list[Any] | None, list[Any] | None]]:
     """(whom, ports) of every rule that lets this workload's traffic through; None: anybody, any."""
     side, other = ("ingress", "from") if way == "in" else ("egress", "to")
     found = []
@@ -220,7 +247,9 @@ def peers(overlay: str, each: Workload, way: str) -> list[tuple[list[Any] | None
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_nothing_passes_but_what_is_allowed(overlay: str) -> None:
-    (deny,) = [p for p in objects(overlay, "NetworkPolicy") if p["metadata"]["name"] == "default-deny"]
+    (deny,) = [
+        p for p in objects(overlay, "NetworkPolicy") if p["metadata"]["name"] == "default-deny"
+    ]
     assert deny["spec"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
     own = {p["metadata"]["name"] for p in objects(overlay, "NetworkPolicy")}
     for each in every(overlay):
@@ -239,20 +268,28 @@ def test_only_gateways_reach_engines(overlay: str) -> None:
         "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}},
         "podSelector": {"matchLabels": {"app.kubernetes.io/name": "prometheus"}},
     }
-    allowed = {"cpu": [gateway], "cuda": [gateway, prometheus], "multi-node": [gateway, prometheus, group]}[overlay]
+    allowed = {
+        "cpu": [gateway],
+        "cuda": [gateway, prometheus],
+        "multi-node": [gateway, prometheus, group],
+    }[overlay]
     for each in every(overlay):
         if each.component == "engine":
             found = [peer for whom, _ in peers(overlay, each, "in") for peer in whom or [None]]
             assert sorted(found, key=str) == sorted(allowed, key=str)
         elif each.component != "gateway":
-            assert not [whom for whom, _ in peers(overlay, each, "in") if whom != [prometheus]], each
+            assert not [whom for whom, _ in peers(overlay, each, "in") if whom != [prometheus]], (
+                each
+            )
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_services_find_their_pods(overlay: str) -> None:
     for service in objects(overlay, "Service"):
         selector = service["spec"]["selector"]
-        plain = {key: value for key, value in selector.items() if not key.startswith("leaderworkerset")}
+        plain = {
+            key: value for key, value in selector.items() if not key.startswith("leaderworkerset")
+        }
         found = [each for each in every(overlay) if plain.items() <= each.labels.items()]
         assert found, service["metadata"]["name"]
         ports = {port["name"] for each in found for port in each.container.get("ports", [])}
@@ -277,8 +314,16 @@ def test_gpus_are_asked_for(overlay: str) -> None:
     for each in every(overlay):
         if each.component in ("engine", "worker"):
             resources = each.container["resources"]
-            assert resources["limits"]["nvidia.com/gpu"] == resources["requests"]["nvidia.com/gpu"] >= 1, each
-            assert {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"} in each.spec["tolerations"]
+            assert (
+                resources["limits"]["nvidia.com/gpu"]
+                == resources["requests"]["nvidia.com/gpu"]
+                >= 1
+            ), each
+            assert {
+                "key": "nvidia.com/gpu",
+                "operator": "Exists",
+                "effect": "NoSchedule",
+            } in each.spec["tolerations"]
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -296,7 +341,9 @@ def test_files_lie_in_a_bucket_where_the_component_is_used(tmp_path: Path, overl
             each["spec"]["template"]["spec"]["containers"] for each in found
             if each["kind"] == "Deployment" and each["metadata"]["name"] == name
         )  # fmt: skip
-        assert {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"} <= {variable["name"] for variable in container["env"]}
+        assert {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"} <= {
+            variable["name"] for variable in container["env"]
+        }
         config = next(
             each["data"] for each in found
             if each["kind"] == "ConfigMap" and each["metadata"]["name"] == container["envFrom"][0]["configMapRef"]["name"]

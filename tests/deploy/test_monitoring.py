@@ -1,5 +1,5 @@
-"""Dashboard, alert rules and scrape configuration: sound in themselves. That their metrics exist is told by a running engine,
-in tests/gateway/test_conformance.py.
+"""Dashboard, alert rules and scrape configuration: sound in themselves. That their metrics exist is
+told by a running engine, in tests/gateway/test_conformance.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,16 @@ import yaml
 from prometheus_client import generate_latest
 
 from reft_serve import observability
-from tests.support.deploy.expressions import ALERTS, DEPLOY, Asked, alerts, asked, panels, selectors, unmet
+from tests.support.deploy.expressions import (
+    ALERTS,
+    DEPLOY,
+    Asked,
+    alerts,
+    asked,
+    panels,
+    selectors,
+    unmet,
+)
 
 ROOT = DEPLOY.parent
 PROMTOOL = shutil.which("promtool")
@@ -34,13 +43,19 @@ def test_a_metric_a_label_or_a_value_that_is_not_there_is_found() -> None:
     told = unmet([page])
     assert any(line.startswith("Queue: no sample of vllm:num_requests_waiting") for line in told)
     assert any("ReftErrors" in line and "5.." in line for line in told)
-    assert not [line for line in unmet([page], seldom=frozenset({"status"})) if "ReftErrors" in line]
+    assert not [
+        line for line in unmet([page], seldom=frozenset({"status"})) if "ReftErrors" in line
+    ]
     assert any(line.startswith("Requests:") and "tenant" in line for line in told)
 
 
 def test_a_workers_page_has_what_is_asked_of_it() -> None:
-    assert observability.WORKER_READY  # its metrics are declared there, and its page is what this process would show
-    assert unmet([generate_latest().decode()], of=lambda metric: metric.startswith("reft_worker_")) == []
+    # its metrics are declared there, and its page is what this process would show
+    assert observability.WORKER_READY
+    assert (
+        unmet([generate_latest().decode()], of=lambda metric: metric.startswith("reft_worker_"))
+        == []
+    )
     assert unmet([], of=lambda metric: metric.startswith("reft_worker_"))
 
 
@@ -51,14 +66,20 @@ def test_panels_do_not_overlap_and_say_what_they_show() -> None:
         assert panel["title"]
         at = panel["gridPos"]
         assert at["x"] + at["w"] <= 24
-        for cell in [(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])]:
+        for cell in [
+            (x, y)
+            for x in range(at["x"], at["x"] + at["w"])
+            for y in range(at["y"], at["y"] + at["h"])
+        ]:
             assert cell not in taken, (panel["title"], taken[cell])
             taken[cell] = panel["title"]
     assert len({panel["id"] for panel in panels()}) == len(panels())
 
 
 @pytest.mark.parametrize("rule", alerts(), ids=lambda rule: rule["alert"])
-def test_every_alert_has_a_severity_a_summary_and_a_page_that_says_what_to_do(rule: dict[str, dict[str, str]]) -> None:
+def test_every_alert_has_a_severity_a_summary_and_a_page_that_says_what_to_do(
+    rule: dict[str, dict[str, str]],
+) -> None:
     assert rule["labels"]["severity"] in ("critical", "warning")
     assert rule["annotations"]["summary"].endswith(".")
     page, _, anchor = rule["annotations"]["runbook"].partition("#")
@@ -67,13 +88,20 @@ def test_every_alert_has_a_severity_a_summary_and_a_page_that_says_what_to_do(ru
 
 
 def test_the_runbook_tells_of_no_alert_that_is_gone() -> None:
-    headings = re.findall(r"^## (Reft\w+)$", (ROOT / "docs" / "runbook-alerts.md").read_text(), re.MULTILINE)
+    headings = re.findall(
+        r"^## (Reft\w+)$", (ROOT / "docs" / "runbook-alerts.md").read_text(), re.MULTILINE
+    )
     assert sorted(headings) == sorted(str(rule["alert"]) for rule in alerts())
 
 
 def test_every_alert_has_a_case_in_which_it_fires() -> None:
     cases = yaml.safe_load(ALERTS.with_name("alerts.test.yml").read_text())["tests"]
-    fired = {check["alertname"] for case in cases for check in case["alert_rule_test"] if check["exp_alerts"]}
+    fired = {
+        check["alertname"]
+        for case in cases
+        for check in case["alert_rule_test"]
+        if check["exp_alerts"]
+    }
     assert fired == {rule["alert"] for rule in alerts()}
 
 
@@ -90,7 +118,11 @@ def test_promtool_takes_the_scrape_configuration(tmp_path: Path) -> None:
     # The key's file is looked for: it is there where it is used.
     key = tmp_path / "key"
     key.touch()
-    config = ALERTS.with_name("prometheus.yml").read_text().replace("/etc/prometheus/secrets/gateway-key", str(key))
+    config = (
+        ALERTS.with_name("prometheus.yml")
+        .read_text()
+        .replace("/etc/prometheus/secrets/gateway-key", str(key))
+    )
     (tmp_path / "prometheus.yml").write_text(config)
     shutil.copy(ALERTS, tmp_path)
     _promtool("check", "config", tmp_path / "prometheus.yml")
@@ -99,7 +131,12 @@ def test_promtool_takes_the_scrape_configuration(tmp_path: Path) -> None:
 def _promtool(*command: object) -> None:
     assert PROMTOOL is not None
     ended = subprocess.run(
-        [PROMTOOL, *map(str, command)], capture_output=True, text=True, timeout=60, check=False, cwd=ALERTS.parent
+        [PROMTOOL, *map(str, command)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd=ALERTS.parent,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
@@ -107,7 +144,9 @@ def _promtool(*command: object) -> None:
 def test_prometheus_asks_the_services_of_the_compose_file_at_their_ports() -> None:
     services = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())["services"]
     config = yaml.safe_load(ALERTS.with_name("prometheus.yml").read_text())
-    targets = {job["job_name"]: job["static_configs"][0]["targets"][0] for job in config["scrape_configs"]}
+    targets = {
+        job["job_name"]: job["static_configs"][0]["targets"][0] for job in config["scrape_configs"]
+    }
     for kind in ("gateway", "engine", "worker"):
         name, port = targets[f"reft-{kind}"].split(":")
         mine = [each for each in services.values() if name in _names(services, each)]
@@ -124,7 +163,11 @@ def _names(services: dict[str, Any], service: dict[str, Any]) -> set[str]:
 
 def test_grafana_finds_the_dashboard_and_prometheus_where_they_are_mounted() -> None:
     folder = DEPLOY / "grafana" / "provisioning"
-    (provider,) = yaml.safe_load((folder / "dashboards" / "reft-serve.yml").read_text())["providers"]
+    (provider,) = yaml.safe_load((folder / "dashboards" / "reft-serve.yml").read_text())[
+        "providers"
+    ]
     assert provider["options"]["path"] == "/etc/grafana/dashboards"
-    (source,) = yaml.safe_load((folder / "datasources" / "prometheus.yml").read_text())["datasources"]
+    (source,) = yaml.safe_load((folder / "datasources" / "prometheus.yml").read_text())[
+        "datasources"
+    ]
     assert (source["type"], source["isDefault"]) == ("prometheus", True)

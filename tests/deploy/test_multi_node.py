@@ -37,13 +37,21 @@ class Group:
             "--tensor-parallel-size=8": "--tensor-parallel-size=1", "/var/cache/reft-serve": str(Path.home()),
         }  # fmt: skip
         # vLLM binds each rank to a memory node of its own, and there may be only one.
-        machine = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "VLLM_HOST_IP": "127.0.0.1"}
+        machine = {
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": "1",
+            "VLLM_HOST_IP": "127.0.0.1",
+        }
         more = ["--dtype=float32", f"--master-port={free_port()}"]
         given = {"engine-key": self.key, "engine-key-next": secrets.token_hex(16)}
         self.nodes: list[Container] = []
         try:
             for rank, role in enumerate(("leader", "worker")):
-                lws = {"LWS_GROUP_SIZE": "2", "LWS_WORKER_INDEX": str(rank), "LWS_LEADER_ADDRESS": "127.0.0.1"}
+                lws = {
+                    "LWS_GROUP_SIZE": "2",
+                    "LWS_WORKER_INDEX": str(rank),
+                    "LWS_LEADER_ADDRESS": "127.0.0.1",
+                }
                 node = workload("multi-node", f"reft-engine-group-{role}")
                 self.nodes.append(Container(node, folder, places, given, port, machine | lws, more))
             self.leader, self.worker = self.nodes
@@ -64,7 +72,11 @@ class Group:
         """The likeliest first answers to PROMPT, with their logprobs."""
         http = openai.DefaultHttpxClient(trust_env=False)
         with openai.OpenAI(
-            base_url=f"{self.leader.url}/v1", api_key=self.key, max_retries=0, timeout=60, http_client=http
+            base_url=f"{self.leader.url}/v1",
+            api_key=self.key,
+            max_retries=0,
+            timeout=60,
+            http_client=http,
         ) as client:
             answer = client.completions.create(
                 model=model, prompt=PROMPT, max_tokens=1, temperature=0, logprobs=5,
@@ -104,7 +116,9 @@ def test_two_nodes_serve_adapters_exactly_and_end_in_order(group: Group) -> None
                     expected[name][int(token.removeprefix("token_id:"))].item(), abs=TOLERANCE
                 )
     highest = sorted(logprobs.max().item() for logprobs in expected.values())
-    assert all(b - a > 2 * TOLERANCE for a, b in pairwise(highest)), "adapters that answer alike would show nothing"
+    assert all(b - a > 2 * TOLERANCE for a, b in pairwise(highest)), (
+        "adapters that answer alike would show nothing"
+    )
     # A group that is replaced: the node's hook waits for the leader, which finishes first, and then the node ends.
     hook = group.worker.hook("preStop")
     with pytest.raises(subprocess.TimeoutExpired):

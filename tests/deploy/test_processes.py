@@ -52,7 +52,9 @@ class Deployment:
 
     def openai(self) -> openai.OpenAI:
         http = openai.DefaultHttpxClient(trust_env=False)
-        return openai.OpenAI(base_url=f"{self.gateway.url}/v1", api_key=self.key, max_retries=0, http_client=http)
+        return openai.OpenAI(
+            base_url=f"{self.gateway.url}/v1", api_key=self.key, max_retries=0, http_client=http
+        )
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +97,9 @@ def deployment(tmp_path_factory: pytest.TempPathFactory, database: str) -> Itera
 
     try:
         engine = start("reft-engine", engine_port)  # it takes longest
-        early = start("reft-gateway", gateway_port)  # its Deployment does not wait for the Job, and starts it again
+        early = start(
+            "reft-gateway", gateway_port
+        )  # its Deployment does not wait for the Job, and starts it again
         assert early.finish(60) != 0
         assert "reft-serve admin migrate" in early.tail()
         migration = start("reft-migration")
@@ -131,11 +135,16 @@ def test_a_request_goes_through_gateway_engine_store_and_database(deployment: De
         each.await_probe("readiness")
         assert each.probe("liveness")
     with deployment.http() as http:
-        files = [("files", (file.name, file.read_bytes())) for file in sorted((DEMO / "adapters" / "cats").iterdir())]
+        files = [
+            ("files", (file.name, file.read_bytes()))
+            for file in sorted((DEMO / "adapters" / "cats").iterdir())
+        ]
         made = http.post("/v1/adapters", data={"name": "cats", "alias": "production"}, files=files)
         assert made.status_code == 201, made.text
         answers = {
-            model: deployment.openai().completions.create(model=model, prompt=PROMPT, max_tokens=12, temperature=0)
+            model: deployment.openai().completions.create(
+                model=model, prompt=PROMPT, max_tokens=12, temperature=0
+            )
             for model in ("base", "cats")
         }
         assert answers["base"].choices[0].text != answers["cats"].choices[0].text
@@ -153,7 +162,9 @@ def test_other_routers_see_which_adapters_an_engine_works_on(deployment: Deploym
     for count, _ in enumerate(stream):
         if count % 20 == 5 and not seen:
             page = httpx.get(f"{deployment.engine.url}/metrics", trust_env=False).text
-            lines = [line for line in page.splitlines() if line.startswith("vllm:lora_requests_info{")]
+            lines = [
+                line for line in page.splitlines() if line.startswith("vllm:lora_requests_info{")
+            ]
             running = [re.findall(r'running_lora_adapters="([^"]*)"', line) for line in lines]
             seen |= {name for names in running for name in names if name}
             assert not lines or 'max_lora="16"' in lines[0]
@@ -163,9 +174,19 @@ def test_other_routers_see_which_adapters_an_engine_works_on(deployment: Deploym
 
 def test_an_engine_takes_both_of_its_keys_and_no_other(deployment: Deployment) -> None:
     given = deployment.secrets
-    for key, status in ((given["engine-key"], 200), (given["engine-key-next"], 200), ("x", 401), ("", 401)):
+    for key, status in (
+        (given["engine-key"], 200),
+        (given["engine-key-next"], 200),
+        ("x", 401),
+        ("", 401),
+    ):
         headers = {"authorization": f"Bearer {key}"} if key else {}
-        assert httpx.get(f"{deployment.engine.url}/v1/models", headers=headers, trust_env=False).status_code == status
+        assert (
+            httpx.get(
+                f"{deployment.engine.url}/v1/models", headers=headers, trust_env=False
+            ).status_code
+            == status
+        )
 
 
 def test_no_key_is_in_a_list_of_processes(deployment: Deployment) -> None:
@@ -174,7 +195,11 @@ def test_no_key_is_in_a_list_of_processes(deployment: Deployment) -> None:
         with contextlib.suppress(OSError):  # the process has ended
             shown += path.read_bytes()
     assert b"reft_serve" in shown
-    assert not [name for name in ("engine-key", "engine-key-next") if deployment.secrets[name].encode() in shown]
+    assert not [
+        name
+        for name in ("engine-key", "engine-key-next")
+        if deployment.secrets[name].encode() in shown
+    ]
 
 
 def test_a_worker_without_a_job_ends_at_once(deployment: Deployment) -> None:
@@ -183,7 +208,9 @@ def test_a_worker_without_a_job_ends_at_once(deployment: Deployment) -> None:
     deployment.worker.finish(20)
 
 
-def test_a_gateway_leaves_the_service_first_and_ends_in_the_time_that_it_has(deployment: Deployment) -> None:
+def test_a_gateway_leaves_the_service_first_and_ends_in_the_time_that_it_has(
+    deployment: Deployment,
+) -> None:
     gateway = deployment.gateway
     stream = deployment.openai().completions.create(
         model="base", prompt=PROMPT, max_tokens=60, stream=True, extra_body=UNENDING
@@ -203,10 +230,14 @@ def test_a_gateway_leaves_the_service_first_and_ends_in_the_time_that_it_has(dep
 def test_an_engine_finishes_what_it_has_and_ends(deployment: Deployment) -> None:
     engine = deployment.engine
     headers = {"authorization": f"Bearer {deployment.secrets['engine-key']}"}
-    model = httpx.get(f"{engine.url}/v1/models", headers=headers, trust_env=False).json()["data"][0]["id"]
+    model = httpx.get(f"{engine.url}/v1/models", headers=headers, trust_env=False).json()["data"][
+        0
+    ]["id"]
     body = {"model": model, "prompt": PROMPT, "max_tokens": 300, "stream": True, "ignore_eos": True}
     url = f"{engine.url}/v1/completions"
-    with httpx.stream("POST", url, json=body, headers=headers, timeout=120, trust_env=False) as answer:
+    with httpx.stream(
+        "POST", url, json=body, headers=headers, timeout=120, trust_env=False
+    ) as answer:
         lines = answer.iter_lines()
         next(lines)
         engine.process.send_signal(signal.SIGTERM)

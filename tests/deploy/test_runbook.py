@@ -17,7 +17,12 @@ from tests.support.deploy.processes import BIN
 from tests.support.paths import ROOT
 
 RUNBOOK = (ROOT / "docs" / "runbook.md").read_text()
-KINDS = {"deployment": "Deployment", "statefulset": "StatefulSet", "job": "Job", "scaledobject": "ScaledObject"}
+KINDS = {
+    "deployment": "Deployment",
+    "statefulset": "StatefulSet",
+    "job": "Job",
+    "scaledobject": "ScaledObject",
+}
 
 
 def lines() -> list[str]:
@@ -36,9 +41,16 @@ def test_the_operators_commands_run_as_they_are_written(tmp_path: Path) -> None:
     key_id, ran = "", []
     for line in (line for line in lines() if line.startswith("reft-serve ")):
         if " restore " in line:
-            settings |= {"REFT_DATABASE": f"sqlite:///{tmp_path}/new.db", "REFT_STORE": str(tmp_path / "other")}
-        words = shlex.split(line.replace("/backups/", f"{tmp_path}/backups/").replace("KEY_ID", key_id))
-        done = subprocess.run(words, env=settings, capture_output=True, text=True, timeout=60, check=False)
+            settings |= {
+                "REFT_DATABASE": f"sqlite:///{tmp_path}/new.db",
+                "REFT_STORE": str(tmp_path / "other"),
+            }
+        words = shlex.split(
+            line.replace("/backups/", f"{tmp_path}/backups/").replace("KEY_ID", key_id)
+        )
+        done = subprocess.run(
+            words, env=settings, capture_output=True, text=True, timeout=60, check=False
+        )
         assert done.returncode == 0, f"{line}: {done.stderr}"
         if " key list " in line:
             (key_id,) = re.findall(r"^key_\w+", done.stdout, re.MULTILINE)
@@ -93,21 +105,29 @@ def test_the_key_that_is_made_for_prometheus_is_the_one_that_it_sends() -> None:
         for end in each["spec"]["podMetricsEndpoints"]
         if "authorization" in end
     ]
-    assert sent == [{"name": "reft-metrics", "key": re.findall(r"--from-literal=(\w+)=", creating)[0]}]
+    assert sent == [
+        {"name": "reft-metrics", "key": re.findall(r"--from-literal=(\w+)=", creating)[0]}
+    ]
 
 
 def test_the_rule_that_is_applied_holds_the_alerts() -> None:
     (making,) = [line for line in lines() if "PrometheusRule" in line]
     pipeline, _, applying = making.rpartition(" | ")
     assert applying == "kubectl apply -f -"
-    done = subprocess.run(["bash", "-c", pipeline], cwd=ROOT, capture_output=True, text=True, timeout=20, check=True)
+    done = subprocess.run(
+        ["bash", "-c", pipeline], cwd=ROOT, capture_output=True, text=True, timeout=20, check=True
+    )
     rule = yaml.safe_load(done.stdout)
     assert (rule["apiVersion"], rule["kind"]) == ("monitoring.coreos.com/v1", "PrometheusRule")
-    assert rule["spec"] == yaml.safe_load((ROOT / "deploy" / "prometheus" / "alerts.yml").read_text())
+    assert rule["spec"] == yaml.safe_load(
+        (ROOT / "deploy" / "prometheus" / "alerts.yml").read_text()
+    )
 
 
 def test_requests_name_routes_that_there_are(tmp_path: Path) -> None:
-    document = create_app(GatewaySettings(database=f"sqlite:///{tmp_path}/x.db", store=tmp_path)).openapi()
+    document = create_app(
+        GatewaySettings(database=f"sqlite:///{tmp_path}/x.db", store=tmp_path)
+    ).openapi()
     routes = {
         (method.upper(), re.sub(r"\{\w+\}", "*", path))
         for path, methods in document["paths"].items()
@@ -124,7 +144,11 @@ def test_requests_name_routes_that_there_are(tmp_path: Path) -> None:
 def test_settings_that_are_named_are_settings() -> None:
     from reft_serve.config import EngineSettings, TrainerSettings
 
-    fields = {*GatewaySettings.model_fields, *TrainerSettings.model_fields, *EngineSettings.model_fields}
+    fields = {
+        *GatewaySettings.model_fields,
+        *TrainerSettings.model_fields,
+        *EngineSettings.model_fields,
+    }
     for page in ("runbook.md", "deployment.md"):
         text = (ROOT / "docs" / page).read_text()
         for name in set(re.findall(r"\bREFT_([A-Z_]+)\b", text)):

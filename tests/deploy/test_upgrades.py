@@ -1,4 +1,6 @@
-"""The runbook's steps for changes while tenants work, carried out with processes: no request fails, nothing is lost."""
+"""The runbook's steps for changes while tenants work, carried out with processes: no request fails,
+nothing is lost.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from tests.support.deploy.site import Site
 from tests.support.postgres import execute, postgres_server
 
 MODELS = ["base", "cats", "birds", "birds@1"]
-# What the next release needs: a column more in a table that is written to all the time, and a table.
+# What the next release needs: a column more in a table that is written to all the time, and a
+# table.
 MIGRATION = """
 import sqlalchemy as sa
 from alembic import op
@@ -83,7 +86,9 @@ def test_a_key_is_rotated_under_load(site: Site, key: list[str]) -> None:
     old = key[0]
     with site.http(old) as client, asking(site.balancer.url, key, MODELS) as tally:
         tally.grow(30)
-        (first,) = [each for each in client.get("/v1/keys").json()["data"] if each["role"] == "admin"]
+        (first,) = [
+            each for each in client.get("/v1/keys").json()["data"] if each["role"] == "admin"
+        ]
         made = client.post(f"/v1/keys/{first['id']}/rotate", params={"overlap_seconds": 2})
         assert made.status_code == 201, made.text
         tally.grow(30)  # both are good
@@ -103,14 +108,18 @@ def wait_until_refused(site: Site, key: str) -> None:
             time.sleep(0.1)
 
 
-def test_the_next_release_comes_with_its_migration_first_and_its_gateways_after(site: Site, key: list[str]) -> None:
+def test_the_next_release_comes_with_its_migration_first_and_its_gateways_after(
+    site: Site, key: list[str]
+) -> None:
     (last,) = execute(site.settings["REFT_DATABASE"], "SELECT version_num FROM alembic_version")[0]
     before = list(site.gateways)
     site.next_release(MIGRATION.format(last=last))
     with asking(site.balancer.url, key, MODELS) as tally:
         tally.grow(50)
         site.admin("migrate")  # the old gateways work on
-        assert execute(site.settings["REFT_DATABASE"], "SELECT version_num FROM alembic_version") == [("9999",)]
+        assert execute(
+            site.settings["REFT_DATABASE"], "SELECT version_num FROM alembic_version"
+        ) == [("9999",)]
         tally.grow(50)
         for port in before:
             site.start_gateway()

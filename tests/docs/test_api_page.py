@@ -12,8 +12,16 @@ from reft_serve import errors
 from reft_serve.gateway.schemas import errors as answers
 from tests.support.paths import ROOT
 
-PAGE = (ROOT / "docs" / "gateway-api.md").read_text().partition("<!-- errors -->")[2].partition("\n\n")[0]
-ROWS = [(m[1], int(m[2]), m[3]) for m in re.finditer(r"^\| `(\w+)` \| (\d+) \| `(\w+)`", PAGE, re.MULTILINE)]
+PAGE = (
+    (ROOT / "docs" / "gateway-api.md")
+    .read_text()
+    .partition("<!-- errors -->")[2]
+    .partition("\n\n")[0]
+)
+ROWS = [
+    (m[1], int(m[2]), m[3])
+    for m in re.finditer(r"^\| `(\w+)` \| (\d+) \| `(\w+)`", PAGE, re.MULTILINE)
+]
 CODES = {
     kind.code: answers.status_of(kind.__new__(kind))
     for kind in vars(errors).values()
@@ -22,7 +30,9 @@ CODES = {
 
 
 @pytest.mark.parametrize(("code", "status", "exception"), ROWS)
-def test_each_code_has_the_status_and_the_exception_that_the_page_says(code: str, status: int, exception: str) -> None:
+def test_each_code_has_the_status_and_the_exception_that_the_page_says(
+    code: str, status: int, exception: str
+) -> None:
     framework = {"invalid_value": 400, "method_not_allowed": 405}
     assert (CODES | framework)[code] == status
     response = httpx2.Response(status, request=httpx2.Request("GET", "http://gateway"))

@@ -16,7 +16,11 @@ Result = dict[str, Any]
 def ratio(workload: str, arm: str) -> Callable[[Result], float]:
     """An arm's speed relative to the others of its run."""
     return lambda result: float(
-        next(row["ratio"] for row in result["rows"] if (row["workload"], row["arm"]) == (workload, arm))
+        next(
+            row["ratio"]
+            for row in result["rows"]
+            if (row["workload"], row["arm"]) == (workload, arm)
+        )
     )
 
 
@@ -26,7 +30,9 @@ def row(arm: str, field: str) -> Callable[[Result], float]:
 
 
 def _line(result: Result, arm: str) -> str:
-    return " | ".join(f"{ratio(workload, arm)(result):.2f}" for workload in ("prefill", "decode", "mixed"))
+    return " | ".join(
+        f"{ratio(workload, arm)(result):.2f}" for workload in ("prefill", "decode", "mixed")
+    )
 
 
 # page, result, and what the page must say of it
@@ -106,7 +112,9 @@ FIGURES: list[tuple[str, str, Callable[[Result], str]]] = [
 
 def _faultless(result: Result) -> str:
     found = [each["faults"] for each in result["killed"].values()]
-    return "No stream had a wrong piece, no record was lost" if not any(found) else f"faults: {found}"
+    return (
+        "No stream had a wrong piece, no record was lost" if not any(found) else f"faults: {found}"
+    )
 
 
 def _none(count: int) -> str:
@@ -114,7 +122,9 @@ def _none(count: int) -> str:
 
 
 @pytest.mark.parametrize(("page", "result", "said"), FIGURES)
-def test_a_page_says_what_was_measured(page: str, result: str, said: Callable[[Result], str]) -> None:
+def test_a_page_says_what_was_measured(
+    page: str, result: str, said: Callable[[Result], str]
+) -> None:
     measured = json.loads((ROOT / "benchmarks" / "results" / f"{result}.json").read_text())
     text = " ".join((ROOT / page).read_text().split())
     assert said(measured) in text

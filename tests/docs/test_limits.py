@@ -1,4 +1,6 @@
-"""The table of docs/limits.md matches the code: each row names the setting, tenant limit or constant it comes from."""
+"""The table of docs/limits.md matches the code: each row names the setting, tenant limit or
+constant it comes from.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,17 @@ from reft_serve.config import EngineSettings, GatewaySettings, TenantLimits, Tra
 from tests.support.paths import ROOT
 
 _PAGE = ROOT / "docs/limits.md"
-_SCOPES = {"request", "connection", "address", "key", "tenant", "process", "job", "engine", "installation"}
+_SCOPES = {
+    "request",
+    "connection",
+    "address",
+    "key",
+    "tenant",
+    "process",
+    "job",
+    "engine",
+    "installation",
+}
 _NUMBER = re.compile(r"^([0-9][0-9,]*(?:\.[0-9]+)?)\b")
 
 
@@ -34,14 +46,18 @@ def test_a_row_says_what_the_code_does(row: list[str]) -> None:
     value = _value(source)
     stated = _NUMBER.match(bound)
     if value is None:
-        assert bound.startswith("none by default"), "a limit that is not set by default is written so"
+        assert bound.startswith("none by default"), (
+            "a limit that is not set by default is written so"
+        )
     else:
         assert stated is not None, "a bound begins with its number"
         assert float(stated[1].replace(",", "")) == float(value), f"the code has {value}"
 
 
 def _value(source: str) -> float | None:
-    """The default of what a row names: `REFT_NAME`, tenant limit `name`, or `reft_serve.module.NAME`."""
+    """The default of what a row names: `REFT_NAME`, tenant limit `name`, or
+    `reft_serve.module.NAME`.
+    """
     name = re.search(r"`([^`]+)`", source)
     assert name is not None, "a row names in backticks what sets its bound"
     if source.startswith("tenant limit"):

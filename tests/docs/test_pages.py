@@ -18,7 +18,15 @@ RUNNABLE = [block for page in PAGES for block in blocks(page) if block.how == "y
 
 
 def test_the_site_builds_and_no_link_or_anchor_is_broken(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--site-dir",
+        str(tmp_path / "site"),
+    ]
     ended = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
         env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
@@ -35,18 +43,25 @@ def test_the_site_builds_and_no_link_or_anchor_is_broken(tmp_path: Path) -> None
 @pytest.mark.parametrize("name", tables.PAGES)
 def test_tables_are_those_of_the_code(name: str) -> None:
     page = (ROOT / "docs" / name).read_text()
-    assert page == tables.filled(page), "bring the tables up to date: .venv/bin/python -m docs.tables"
+    assert page == tables.filled(page), (
+        "bring the tables up to date: .venv/bin/python -m docs.tables"
+    )
     assert page.count("\n| ") >= 6
 
 
 @pytest.mark.parametrize("name", pictures.PICTURES)
 def test_pictures_are_those_of_the_script(name: str) -> None:
-    assert (pictures.IMAGES / f"{name}.svg").read_text() == pictures.PICTURES[name](), "run: python -m docs.pictures"
+    assert (pictures.IMAGES / f"{name}.svg").read_text() == pictures.PICTURES[name](), (
+        "run: python -m docs.pictures"
+    )
 
 
 def test_every_block_of_a_shell_says_whether_it_runs() -> None:
     assert [
-        str(block) for page in PAGES for block in blocks(page) if block.language == "bash" and block.how is None
+        str(block)
+        for page in PAGES
+        for block in blocks(page)
+        if block.language == "bash" and block.how is None
     ] == []
     assert len(RUNNABLE) >= 3
 

@@ -13,20 +13,33 @@ PACKAGE = ROOT / "reft_serve"
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 _FILE = re.compile(r"`((?:[\w.-]+/)+[\w.-]+\.(?:py|toml|ya?ml))`")
 LINKS = sorted(set(re.findall(r"\]\(([^)#]+)\)", (ROOT / "llms.txt").read_text())))
-AGENTS = sorted(set(re.findall(r"`([\w./]+/|[\w./]+\.(?:py|md)|scripts/\w+)`", (ROOT / "AGENTS.md").read_text())))
+AGENTS = sorted(
+    set(
+        re.findall(r"`([\w./]+/|[\w./]+\.(?:py|md)|scripts/\w+)`", (ROOT / "AGENTS.md").read_text())
+    )
+)
 REQUEST_PATH = _FILE.findall((ROOT / "docs" / "request-path.md").read_text())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_a_file_that_a_page_names_exists(page: Path) -> None:
     bases = (ROOT, PACKAGE, ROOT / "deploy")
-    missing = [name for name in _FILE.findall(page.read_text()) if not any((base / name).is_file() for base in bases)]
+    missing = [
+        name
+        for name in _FILE.findall(page.read_text())
+        if not any((base / name).is_file() for base in bases)
+    ]
     assert missing == []
 
 
 def test_the_path_of_a_request_leads_through_every_process() -> None:
     assert len(set(REQUEST_PATH)) > 40
-    assert {name.partition("/")[0] for name in REQUEST_PATH} >= {"gateway", "engine", "training", "database"}
+    assert {name.partition("/")[0] for name in REQUEST_PATH} >= {
+        "gateway",
+        "engine",
+        "training",
+        "database",
+    }
 
 
 @pytest.mark.parametrize("path", AGENTS)

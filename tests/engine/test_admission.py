@@ -1,4 +1,6 @@
-"""Adapters whose files vanish: no step may depend on a file, and one request's bad luck is its own."""
+"""Adapters whose files vanish: no step may depend on a file, and one request's bad luck is its
+own.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from tests.support.engine.engines import running_engine, stats
 PROMPT = {"prompt_token_ids": [1, *range(20, 40)]}
 
 
-def test_requests_survive_files_that_vanish_and_engines_survive_requests_that_do_not(tmp_path: Path) -> None:
+def test_requests_survive_files_that_vanish_and_engines_survive_requests_that_do_not(
+    tmp_path: Path,
+) -> None:
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -25,7 +29,9 @@ def test_requests_survive_files_that_vanish_and_engines_survive_requests_that_do
     with running_engine("tiny-llama", {"LORA": "off"}, max_loras=1, max_cpu_loras=2) as engine:
 
         def ask(*asked: Any) -> list[list[int]]:
-            outputs = engine.generate([PROMPT] * len(asked), params, lora_request=list(asked), use_tqdm=False)
+            outputs = engine.generate(
+                [PROMPT] * len(asked), params, lora_request=list(asked), use_tqdm=False
+            )
             return [list(output.outputs[0].token_ids) for output in outputs]
 
         fresh = [ask(adapter)[0] for adapter in adapters[:4]]

@@ -21,8 +21,11 @@ print(before, asked, permitted())
 
 
 @pytest.mark.skipif(
-    sys.platform != "linux" or "amx_tile" not in Path("/proc/cpuinfo").read_text(), reason="this processor has no AMX"
+    sys.platform != "linux" or "amx_tile" not in Path("/proc/cpuinfo").read_text(),
+    reason="this processor has no AMX",
 )
 def test_a_process_gets_the_state_of_amx_before_it_computes() -> None:
-    ended = subprocess.run([sys.executable, "-c", _ASKED], capture_output=True, text=True, check=True)
+    ended = subprocess.run(
+        [sys.executable, "-c", _ASKED], capture_output=True, text=True, check=True
+    )
     assert ended.stdout.split() == ["False", "True", "True"]

@@ -1,8 +1,8 @@
 """bfloat16: how far an answer may be from the exact one.
 
-The exact answer is computed here in float64 from the bfloat16 weights. pyreft's own bfloat16 run (the golden vectors) is
-off from it by what bfloat16 itself costs; the engine may be off by half as much again, since its kernels round at other
-places, and by no more.
+The exact answer is computed here in float64 from the bfloat16 weights. pyreft's own bfloat16 run
+(the golden vectors) is off from it by what bfloat16 itself costs; the engine may be off by half as
+much again, since its kernels round at other places, and by no more.
 """
 
 from __future__ import annotations
@@ -29,8 +29,12 @@ def test_the_exact_reference_is_that_of_pyreft_in_float32(tmp_path: Path) -> Non
 
     saves = import_saves("tiny-llama", tmp_path)
     save = next(s for s in saves if s.name == "tiny-llama-direft_f5l5")
-    model = AutoModelForCausalLM.from_pretrained(GOLDEN / "models" / "tiny-llama", dtype=torch.float64).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        GOLDEN / "models" / "tiny-llama", dtype=torch.float64
+    ).eval()
     vectors = load_file(save.vectors)
-    for i, prompt in enumerate(json.loads(save.vectors.with_suffix(".json").read_text())["prompts"]):
+    for i, prompt in enumerate(
+        json.loads(save.vectors.with_suffix(".json").read_text())["prompts"]
+    ):
         logits = exact_logits(model, read_adapter(saves[save]), prompt["token_ids"])
         assert logits.tolist() == pytest.approx(vectors[f"logits/{i}"].tolist(), abs=1e-4)

@@ -1,4 +1,6 @@
-"""Many adapters through few slots: nothing leaks, nothing is read twice, nothing is lost, and no old version is served."""
+"""Many adapters through few slots: nothing leaks, nothing is read twice, nothing is lost, and no
+old version is served.
+"""
 
 from __future__ import annotations
 
@@ -42,13 +44,17 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, Adapt
 
 def registry_of(base: Any) -> tuple[Registry, Edits]:
     pool = UnitPool(SLOTS * 2, 8, 64)
-    edits = Edits(pool, torch.zeros(len(PLACES), MAX_PASSES, SLOTS * len(Part), dtype=torch.int32), 64)
+    edits = Edits(
+        pool, torch.zeros(len(PLACES), MAX_PASSES, SLOTS * len(Part), dtype=torch.int32), 64
+    )
     limits = Limits(max_rank=8, max_interventions=2)
     return Registry(edits, SLOTS, PLACES, range(4), base, limits, 1 << 20), edits
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 5)), min_size=30, max_size=60))
+@given(
+    st.lists(st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 5)), min_size=30, max_size=60)
+)
 def test_whatever_the_order_every_slot_holds_its_adapter_and_no_file_is_read_again(
     adapters: list[tuple[Path, Adapter]], operations: list[tuple[str, int]]
 ) -> None:
@@ -64,7 +70,9 @@ def test_whatever_the_order_every_slot_holds_its_adapter_and_no_file_is_read_aga
                 slot = registry.slot_of(identity, found, ())
                 resident = {k: s for k, s in resident.items() if s != slot} | {i: slot}
             case "remove":
-                assert registry.remove(identity.engine_id) == ([identity.digest] if i in resident else [])
+                assert registry.remove(identity.engine_id) == (
+                    [identity.digest] if i in resident else []
+                )
                 resident.pop(i, None)
             case "pin":
                 assert registry.pin(identity.engine_id) == (i in resident)
@@ -84,12 +92,17 @@ def test_whatever_the_order_every_slot_holds_its_adapter_and_no_file_is_read_aga
                 assert torch.equal(found_unit.A, expected.A)
                 assert torch.equal(found_unit.b, expected.b)
                 assert torch.equal(found_unit.B, expected.B)
-                assert (found_unit.activation, found_unit.activated) == (expected.activation, expected.activated)
+                assert (found_unit.activation, found_unit.activated) == (
+                    expected.activation,
+                    expected.activated,
+                )
 
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Any]:
-    with running_engine("tiny-llama", {"LORA": "off"}, max_loras=2, max_cpu_loras=2, enforce_eager=True) as running:
+    with running_engine(
+        "tiny-llama", {"LORA": "off"}, max_loras=2, max_cpu_loras=2, enforce_eager=True
+    ) as running:
         yield running
 
 
@@ -101,7 +114,9 @@ def ask(engine: Any, adapter: Any, *, salt: str | None = None) -> tuple[int, lis
     prompt = {"prompt_token_ids": PROMPT} | ({"cache_salt": salt} if salt else {})
     (output,) = engine.generate([prompt], params, lora_request=adapter, use_tqdm=False)
     (answer,) = output.outputs
-    chosen = [step[token].logprob for step, token in zip(answer.logprobs, answer.token_ids, strict=True)]
+    chosen = [
+        step[token].logprob for step, token in zip(answer.logprobs, answer.token_ids, strict=True)
+    ]
     return output.num_cached_tokens, chosen
 
 
@@ -122,7 +137,9 @@ def empty(request: pytest.FixtureRequest) -> Iterator[None]:
             core.remove_lora(number)
 
 
-def test_unloading_gives_the_slot_back_also_of_a_pinned_adapter(engine: Any, tmp_path: Path) -> None:
+def test_unloading_gives_the_slot_back_also_of_a_pinned_adapter(
+    engine: Any, tmp_path: Path
+) -> None:
     core, evictions = engine.llm_engine, stats(engine)["evictions"]
     for number in range(1, 9):
         core.add_lora(adapter_at(tmp_path / f"a{number}", number, number))
@@ -161,7 +178,9 @@ def test_a_pinned_adapter_stays_while_others_come_and_go_and_its_files_are_not_r
     assert ask(engine, pinned, salt="fresh")[1] == pytest.approx(expected, abs=1e-4)
 
 
-def test_new_weights_under_the_same_name_and_path_are_served_and_no_old_cache(engine: Any, tmp_path: Path) -> None:
+def test_new_weights_under_the_same_name_and_path_are_served_and_no_old_cache(
+    engine: Any, tmp_path: Path
+) -> None:
     core, path = engine.llm_engine, tmp_path / "same"
     answers: list[list[float]] = []
     for seed in (30, 31, 32):
@@ -170,7 +189,8 @@ def test_new_weights_under_the_same_name_and_path_are_served_and_no_old_cache(en
         adapter.load_inplace = True
         core.add_lora(adapter)
         cached, logprobs = ask(engine, adapter)
-        assert cached == 0  # its first tokens are edited, so not a block may come from the version before
+        # its first tokens are edited, so not a block may come from the version before
+        assert cached == 0
         assert ask(engine, adapter)[0] > 0
         elsewhere = adapter_at(tmp_path / f"elsewhere{seed}", seed, 100 + seed)
         assert logprobs == pytest.approx(ask(engine, elsewhere, salt=f"fresh{seed}")[1], abs=1e-4)
@@ -178,8 +198,14 @@ def test_new_weights_under_the_same_name_and_path_are_served_and_no_old_cache(en
         answers.append(logprobs)
 
 
-def test_a_version_that_is_resident_under_another_name_is_not_loaded_again(engine: Any, tmp_path: Path) -> None:
-    core, first, copy = engine.llm_engine, adapter_at(tmp_path / "first", 40, 40), adapter_at(tmp_path / "copy", 40, 41)
+def test_a_version_that_is_resident_under_another_name_is_not_loaded_again(
+    engine: Any, tmp_path: Path
+) -> None:
+    core, first, copy = (
+        engine.llm_engine,
+        adapter_at(tmp_path / "first", 40, 40),
+        adapter_at(tmp_path / "copy", 40, 41),
+    )
     core.add_lora(first)
     loads = stats(engine)["loads"]
     core.add_lora(copy)
@@ -189,8 +215,14 @@ def test_a_version_that_is_resident_under_another_name_is_not_loaded_again(engin
     assert stats(engine)["loads"] == loads
 
 
-def test_a_directory_that_vanishes_before_it_is_loaded_costs_nobody_anything(engine: Any, tmp_path: Path) -> None:
-    core, stays, goes = engine.llm_engine, adapter_at(tmp_path / "stays", 50, 50), adapter_at(tmp_path / "goes", 51, 51)
+def test_a_directory_that_vanishes_before_it_is_loaded_costs_nobody_anything(
+    engine: Any, tmp_path: Path
+) -> None:
+    core, stays, goes = (
+        engine.llm_engine,
+        adapter_at(tmp_path / "stays", 50, 50),
+        adapter_at(tmp_path / "goes", 51, 51),
+    )
     expected = ask(engine, stays)[1]
     before = stats(engine)
     shutil.rmtree(tmp_path / "goes")
@@ -217,7 +249,8 @@ def test_a_churn_from_many_sides_loses_no_request_and_keeps_nothing_behind(
     assert result["wrong"] == 0
     end = result["memory_end"]
     assert end["front_end_entries"] <= end["known"] + sizes["clients"]
-    # Slots, units, residents, pins, the tensors of unfinished and of idle versions, and the times of recent loads.
+    # Slots, units, residents, pins, the tensors of unfinished and of idle versions, and the times
+    # of recent loads.
     assert end["worker_entries"] < 300
     assert end["core_entries"] < 4 * (sizes["slots"] + sizes["clients"])
 
@@ -231,7 +264,11 @@ def test_adapters_can_be_listed_while_threads_bind_others() -> None:
         while not done.is_set():
             number += 1
             bound = SimpleNamespace(lora_int_id=number)
-            binder._bound[number % 5000] = binder._bound[number % 5000 + 10_000] = ("name", "path", bound)
+            binder._bound[number % 5000] = binder._bound[number % 5000 + 10_000] = (
+                "name",
+                "path",
+                bound,
+            )
             binder.forget(number % 4999)
 
     thread = threading.Thread(target=bind)

@@ -20,7 +20,9 @@ def server_config(*arguments: str) -> Any:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = make_arg_parser(FlexibleArgumentParser())
-    args = parser.parse_args(["--model", str(MODEL), "--max-model-len", "64", "--enable-lora", *arguments])
+    args = parser.parse_args(
+        ["--model", str(MODEL), "--max-model-len", "64", "--enable-lora", *arguments]
+    )
     return AsyncEngineArgs.from_cli_args(args).create_engine_config()
 
 
@@ -47,7 +49,9 @@ def test_a_server_that_may_get_a_lora_keeps_it(folder: Path, modules: list[str])
     assert settings_of(server_config(*flags)).lora == "auto"
 
 
-def test_a_server_that_loads_adapters_at_run_time_keeps_lora(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_loads_adapters_at_run_time_keeps_lora(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
     assert settings_of(server_config("--lora-modules", f"a={folder / 'reft'}")).lora == "auto"
 

@@ -1,4 +1,6 @@
-"""Each model family's answers, edited at each of its places, are those of Hugging Face with plain hooks."""
+"""Each model family's answers, edited at each of its places, are those of Hugging Face with plain
+hooks.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,19 @@ from typing import Any
 import pytest
 
 from tests.support.engine.engine_process import Answer, Asked, answer_in_rounds, engine_process
-from tests.support.engine.family_models import EFFECT, FAMILIES, PROMPTS, Family, make_adapters, reference_logprobs
+from tests.support.engine.family_models import (
+    EFFECT,
+    FAMILIES,
+    PROMPTS,
+    Family,
+    make_adapters,
+    reference_logprobs,
+)
 
 
-def check_against_reference(model: Any, family: Family, asked: Sequence[Asked], answers: Sequence[Answer]) -> float:
+def check_against_reference(
+    model: Any, family: Family, asked: Sequence[Asked], answers: Sequence[Answer]
+) -> float:
     """The largest difference of a log-probability, at any step of any request."""
     worst = 0.0
     for (adapter, prompt), (tokens, ours) in zip(asked, answers, strict=True):
@@ -24,11 +35,15 @@ def check_against_reference(model: Any, family: Family, asked: Sequence[Asked], 
         worst = max(worst, off)
         if adapter is not None:
             base = reference_logprobs(model, family, None, prompt, tokens)[-len(ours) :]
-            assert (theirs - base).abs().max().item() > EFFECT, f"{where} changes too little to be tested"
+            assert (theirs - base).abs().max().item() > EFFECT, (
+                f"{where} changes too little to be tested"
+            )
     return worst
 
 
-def check_family(name: str, folder: Path, settings: dict[str, str], engines: Executor, **options: Any) -> float:
+def check_family(
+    name: str, folder: Path, settings: dict[str, str], engines: Executor, **options: Any
+) -> float:
     family = FAMILIES[name]
     model = family.build(folder / "model")
     adapters = make_adapters(family, folder / "model", folder / "adapters")
@@ -46,16 +61,20 @@ def engines() -> Iterator[Executor]:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_edits_are_those_of_hugging_face_with_hooks(name: str, tmp_path: Path, engines: Executor) -> None:
+def test_edits_are_those_of_hugging_face_with_hooks(
+    name: str, tmp_path: Path, engines: Executor
+) -> None:
     check_family(name, tmp_path, {"LORA": "off"}, engines)
 
 
 @pytest.mark.parametrize(
     ("name", "settings", "options"),
     [
-        # LoRA's wrappers take the place of the linear layers, of which OPT's last one is an MLP's output itself.
+        # LoRA's wrappers take the place of the linear layers, of which OPT's last one is an MLP's
+        # output itself.
         pytest.param("opt", {"LORA": "on"}, {}, id="opt with LoRA on"),
-        # A batch of one around the tokens, so that the edits of the compiled graph are made through views.
+        # A batch of one around the tokens, so that the edits of the compiled graph are made through
+        # views.
         pytest.param("gpt_neox", {"LORA": "off"}, {"enforce_eager": False}, id="gpt_neox compiled"),
     ],
 )

@@ -20,19 +20,25 @@ FAULTS = ("its LoRA is for model.x; and not for y", "cannot be used: a line\nwit
 
 
 def answer(exc: Exception | None, loaded: tuple[str, ...] = ()) -> Any:
-    """What the route answers if the engine's `add_lora` raises `exc`, as vLLM's own code answers it."""
+    """What the route answers if the engine's `add_lora` raises `exc`, as vLLM's own code answers
+    it.
+    """
 
     async def load(self: Any, request: Any) -> Any:
         if request.lora_name in self.lora_requests:
             return ErrorResponse(
-                error=ErrorInfo(message="it has already been loaded", type="InvalidUserInput", code=400)
+                error=ErrorInfo(
+                    message="it has already been loaded", type="InvalidUserInput", code=400
+                )
             )
         try:
             with binding._faults_of(request.lora_path):
                 if exc is not None:
                     raise exc
         except Exception as error:
-            return ErrorResponse(error=ErrorInfo(message=str(error), type="InternalServerError", code=500))
+            return ErrorResponse(
+                error=ErrorInfo(message=str(error), type="InternalServerError", code=500)
+            )
         return "Success"
 
     models = SimpleNamespace(lora_requests=dict.fromkeys(loaded))
@@ -41,7 +47,9 @@ def answer(exc: Exception | None, loaded: tuple[str, ...] = ()) -> Any:
 
 
 def from_a_worker(exc: Exception) -> Exception:
-    """How a worker's failure comes to a front end: vLLM carries the text of the core's exception."""
+    """How a worker's failure comes to a front end: vLLM carries the text of the core's
+    exception.
+    """
     executor = SimpleNamespace(collective_rpc=lambda _, args: [None, EngineFault.of(exc)])
     with pytest.raises(ServiceError) as raised, faults_as_text():
         on_every_worker(executor, "reft_add", LoRARequest("a", 1, "/stored"))
@@ -61,7 +69,11 @@ def test_faults_of_an_adapter_are_a_400_that_lists_them(where: str) -> None:
 def test_a_failure_of_the_engine_stays_one() -> None:
     for exc in (RuntimeError("out of memory"), from_a_worker(RuntimeError("out of memory"))):
         error = answer(exc).error
-        assert (error.type, error.code, error.message) == ("InternalServerError", 500, "out of memory")
+        assert (error.type, error.code, error.message) == (
+            "InternalServerError",
+            500,
+            "out of memory",
+        )
 
 
 def test_a_name_that_is_taken_is_told_by_the_type() -> None:
@@ -70,7 +82,8 @@ def test_a_name_that_is_taken_is_told_by_the_type() -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"no json", b"[]", b'{"error": "text"}', b'{"object": "error", "message": "m"}', b"7"]
+    "content",
+    [b"no json", b"[]", b'{"error": "text"}', b'{"object": "error", "message": "m"}', b"7"],
 )
 def test_an_answer_of_any_shape_is_read(content: bytes) -> None:
     fault = EngineFault.in_answer(content)

@@ -1,4 +1,6 @@
-"""Every golden case that an engine can express, through the engine, all adapters of a model in one mixed batch."""
+"""Every golden case that an engine can express, through the engine, all adapters of a model in one
+mixed batch.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +10,20 @@ from typing import Any
 import pytest
 
 from tests.support.engine.engines import running_engine, stats
-from tests.support.engine.golden_check import PLACES, Cases, check_golden, decode_with_adapters, golden_cases
+from tests.support.engine.golden_check import (
+    PLACES,
+    Cases,
+    check_golden,
+    decode_with_adapters,
+    golden_cases,
+)
 
 ARMS = {
-    "llama, LoRA machinery on, chunks of 17": ("tiny-llama", {}, {"max_num_batched_tokens": 17, "max_num_seqs": 17}),
+    "llama, LoRA machinery on, chunks of 17": (
+        "tiny-llama",
+        {},
+        {"max_num_batched_tokens": 17, "max_num_seqs": 17},
+    ),
     "llama, ReFT only, compiled": ("tiny-llama", {"LORA": "off"}, {}),
     "gpt2, chunks of 17": ("tiny-gpt2", {}, {"max_num_batched_tokens": 17, "max_num_seqs": 17}),
 }
@@ -42,10 +54,13 @@ def test_rows_cost_the_host_next_to_nothing_while_decoding(arm: tuple[Any, Cases
     engine, cases = arm
     number, name = next((n, name) for n, name in enumerate(cases) if name.endswith("loreft_f5l5"))
     seqs = engine.llm_engine.vllm_config.scheduler_config.max_num_seqs
-    params = SamplingParams(temperature=0.0, max_tokens=24, min_tokens=24, ignore_eos=True, detokenize=False)
+    params = SamplingParams(
+        temperature=0.0, max_tokens=24, min_tokens=24, ignore_eos=True, detokenize=False
+    )
     prompts = [{"prompt_token_ids": [3 + i % 200, 5, 7, 9]} for i in range(seqs)]
     adapter = LoRARequest(name, number, str(cases[name][1]))
-    # A median of the last 256 steps. Where others had the core meanwhile, go on until they are all new ones.
+    # A median of the last 256 steps. Where others had the core meanwhile, go on until they are all
+    # new ones.
     for _ in range(12):
         engine.generate(prompts, params, lora_request=[adapter] * seqs, use_tqdm=False)
         spent = stats(engine)["decode_row_seconds_median"]

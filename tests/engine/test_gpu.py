@@ -1,4 +1,6 @@
-"""On a GPU, through vLLM's V2 runner: Triton kernel, torch.compile and CUDA graphs, against the same golden answers."""
+"""On a GPU, through vLLM's V2 runner: Triton kernel, torch.compile and CUDA graphs, against the
+same golden answers.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +13,28 @@ import torch
 
 from tests.support.engine.bfloat16_check import check_bfloat16
 from tests.support.engine.engines import running_engine
-from tests.support.engine.golden_check import PLACES, Cases, check_golden, decode_with_adapters, golden_cases
+from tests.support.engine.golden_check import (
+    PLACES,
+    Cases,
+    check_golden,
+    decode_with_adapters,
+    golden_cases,
+)
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU, and torch sees none"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="needs an NVIDIA GPU, and torch sees none"
+    ),
 ]
 
 # In chunks of 17 a prompt has steps that edit nothing, which replay graphs that hold our launches.
 ARMS = {
     "graphs": ({"LORA": "off"}, {}),
-    "graphs, LoRA machinery on, chunks of 17": ({"LORA": "on"}, {"max_num_batched_tokens": 17, "max_num_seqs": 17}),
+    "graphs, LoRA machinery on, chunks of 17": (
+        {"LORA": "on"},
+        {"max_num_batched_tokens": 17, "max_num_seqs": 17},
+    ),
     "eager": ({"LORA": "off"}, {"enforce_eager": True}),
 }
 
@@ -63,7 +76,9 @@ def test_bfloat16_is_as_close_to_the_exact_answer_as_pyreft_is(tmp_path: Path) -
 
 
 def first_logprobs(engine: Any, cases: Cases) -> list[dict[int, float]]:
-    """The base's and each adapter's most likely first tokens after a prompt that is longer than its edits."""
+    """The base's and each adapter's most likely first tokens after a prompt that is longer than its
+    edits.
+    """
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -77,4 +92,6 @@ def first_logprobs(engine: Any, cases: Cases) -> list[dict[int, float]]:
         lora_request=adapters,
         use_tqdm=False,
     )
-    return [{token: p.logprob for token, p in out.outputs[0].logprobs[0].items()} for out in outputs]
+    return [
+        {token: p.logprob for token, p in out.outputs[0].logprobs[0].items()} for out in outputs
+    ]

@@ -26,7 +26,13 @@ from reft_serve import demo
 from reft_serve.engine.core.grammars import EXCEEDED, BoundedGrammar, end_costly
 from reft_serve.engine.front_end import grammar_checks
 from reft_serve.engine.front_end.grammar_checks import GrammarChecks
-from reft_serve.engine.grammar_compiler.process import AT_ONCE, LIMITS, WAITING_PER_CALLER, schema_options, serialise
+from reft_serve.engine.grammar_compiler.process import (
+    AT_ONCE,
+    LIMITS,
+    WAITING_PER_CALLER,
+    schema_options,
+    serialise,
+)
 from reft_serve.engine.plugin import register
 from tests.support.waiting import wait_for
 
@@ -36,7 +42,9 @@ AMBIGUOUS = "root ::= w*\nw ::= [a-z ]* [a-z ]* [a-z ]* | w w | w w w"
 
 @pytest.fixture(scope="module")
 def checks() -> GrammarChecks:
-    return GrammarChecks({"tokenizer": TOKENIZER, "n_vocab": 2048, "eos": 0}, {"whitespace_flexible": True})
+    return GrammarChecks(
+        {"tokenizer": TOKENIZER, "n_vocab": 2048, "eos": 0}, {"whitespace_flexible": True}
+    )
 
 
 def verdict(checks: GrammarChecks, caller: str = "", **constraint: Any) -> Any:
@@ -46,7 +54,10 @@ def verdict(checks: GrammarChecks, caller: str = "", **constraint: Any) -> Any:
 def children(checks: GrammarChecks) -> list[int]:
     assert checks._process is not None
     return [
-        int(pid) for pid in Path(f"/proc/{checks._process.pid}/task/{checks._process.pid}/children").read_text().split()
+        int(pid)
+        for pid in Path(f"/proc/{checks._process.pid}/task/{checks._process.pid}/children")
+        .read_text()
+        .split()
     ]
 
 
@@ -90,7 +101,10 @@ def test_what_can_be_bounded_is_served(checks: GrammarChecks, constraint: dict[s
         ),
         ({"json": {"$ref": "http://127.0.0.1:9/schema"}}, "json cannot be used"),
         ({"structural_tag": "{}"}, "`triggers` and `structures` only"),
-        ({"structural_tag": json.dumps({"triggers": [], "structures": [{"begin": "a"}]})}, "no trigger begins"),
+        (
+            {"structural_tag": json.dumps({"triggers": [], "structures": [{"begin": "a"}]})},
+            "no trigger begins",
+        ),
     ],
 )
 def test_what_is_unsound_or_too_costly_is_refused_by_name(
@@ -107,9 +121,15 @@ def test_what_is_too_large_does_not_reach_a_child(checks: GrammarChecks) -> None
 
 
 @pytest.mark.parametrize("attack", ["memory", "time"])
-def test_a_child_that_takes_too_much_ends_alone(monkeypatch: pytest.MonkeyPatch, attack: str) -> None:
-    monkeypatch.setattr(grammar_checks, "check_constraint", lambda *_: None)  # the next line of defence
-    checks = GrammarChecks({"tokenizer": TOKENIZER, "n_vocab": 2048, "eos": 0}, {"whitespace_flexible": True})
+def test_a_child_that_takes_too_much_ends_alone(
+    monkeypatch: pytest.MonkeyPatch, attack: str
+) -> None:
+    monkeypatch.setattr(
+        grammar_checks, "check_constraint", lambda *_: None
+    )  # the next line of defence
+    checks = GrammarChecks(
+        {"tokenizer": TOKENIZER, "n_vocab": 2048, "eos": 0}, {"whitespace_flexible": True}
+    )
     many: dict[str, dict[str, Any]] = {
         "memory": {"json": {"type": "array", "minItems": 2**31, "prefixItems": [{}, {}]}},
         "time": {"choice": [f"{i:09d}" * 40 for i in range(60_000)]},
@@ -193,7 +213,9 @@ def config() -> Any:
 
     register()
     model = str(Path(demo.__file__).parent / "model")
-    return EngineArgs(model=model, enable_lora=True, max_model_len=64, dtype="float32").create_engine_config()
+    return EngineArgs(
+        model=model, enable_lora=True, max_model_len=64, dtype="float32"
+    ).create_engine_config()
 
 
 @pytest.fixture(scope="module")
@@ -210,11 +232,17 @@ def processed(processor: Any, **constraint: Any) -> Any:
 
 
 def test_a_front_end_sends_on_only_what_was_compiled(processor: Any) -> None:
-    sent = processed(processor, json={"type": "integer", "minimum": 3}).sampling_params.structured_outputs
+    sent = processed(
+        processor, json={"type": "integer", "minimum": 3}
+    ).sampling_params.structured_outputs
     assert sent.json is None
     assert sent._backend == "guidance"
     assert "minimum" in sent.grammar
-    for constraint in ({"grammar": "root ::= missing"}, {"grammar": AMBIGUOUS}, {"choice": ["x" * 9_000]}):
+    for constraint in (
+        {"grammar": "root ::= missing"},
+        {"grammar": AMBIGUOUS},
+        {"choice": ["x" * 9_000]},
+    ):
         with pytest.raises(VLLMValidationError):
             processed(processor, **constraint)
     with pytest.raises(VLLMValidationError, match="json_object must be True"):
@@ -230,7 +258,9 @@ FIRST = [
 
 
 @pytest.mark.parametrize("first", FIRST)
-def test_whatever_the_first_request_is_all_have_one_backend(config: Any, processor: Any, first: dict[str, Any]) -> None:
+def test_whatever_the_first_request_is_all_have_one_backend(
+    config: Any, processor: Any, first: dict[str, Any]
+) -> None:
     manager = StructuredOutputManager(config)
     backend = manager.backend
     assert type(backend) is GuidanceBackend
@@ -254,7 +284,9 @@ def test_whatever_the_first_request_is_all_have_one_backend(config: Any, process
 
 
 def test_a_bound_that_is_exceeded_while_matching_is_the_callers_error(processor: Any) -> None:
-    ended = SimpleNamespace(outputs=[SimpleNamespace(stop_reason=None), SimpleNamespace(stop_reason=EXCEEDED)])
+    ended = SimpleNamespace(
+        outputs=[SimpleNamespace(stop_reason=None), SimpleNamespace(stop_reason=EXCEEDED)]
+    )
 
     async def original(*_: Any) -> AsyncIterator[Any]:
         yield SimpleNamespace(outputs=[SimpleNamespace(stop_reason=None)])
@@ -277,10 +309,19 @@ def test_a_forced_tool_call_follows_the_schema_of_its_tool(processor: Any) -> No
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.parser import ParserManager
 
-    parameters = {"type": "object", "properties": {"grams": {"type": "integer"}}, "required": ["grams"]}
+    parameters = {
+        "type": "object",
+        "properties": {"grams": {"type": "integer"}},
+        "required": ["grams"],
+    }
     tool = {"type": "function", "function": {"name": "weigh", "parameters": parameters}}
     for choice in ("required", {"type": "function", "function": {"name": "weigh"}}):
-        asked = {"model": "m", "messages": [{"role": "user", "content": "x"}], "tools": [tool], "tool_choice": choice}
+        asked = {
+            "model": "m",
+            "messages": [{"role": "user", "content": "x"}],
+            "tools": [tool],
+            "tool_choice": choice,
+        }
         request = ChatCompletionRequest.model_validate(asked)
         parser = ParserManager.get_parser(
             tool_parser_name="hermes", enable_auto_tools=True, tokenizer=processor.tokenizer
@@ -303,7 +344,11 @@ def test_a_forced_tool_call_follows_the_schema_of_its_tool(processor: Any) -> No
     ],
 )
 def test_json_cannot_be_padded_with_white_space(white_space: bool, text: str, sound: bool) -> None:
-    schema = {"type": "object", "properties": {"x": {"type": "array", "items": {"type": "number"}}}, "required": ["x"]}
+    schema = {
+        "type": "object",
+        "properties": {"x": {"type": "array", "items": {"type": "number"}}},
+        "required": ["x"],
+    }
     tokenizer = llguidance.LLTokenizer("byte")
     grammar = serialise("json", json.dumps(schema), schema_options(white_space=white_space))
     matcher = llguidance.LLMatcher(tokenizer, grammar, limits=LIMITS, log_level=0)
@@ -327,7 +372,9 @@ NAMED = {"type": "object", "properties": {"a": {"type": "integer"}}}
         ({"properties": {"properties": {"const": {"properties": {}}}}}, '{"properties": {"properties": {}}}', True),
     ],
 )  # fmt: skip
-def test_an_object_is_generated_with_the_properties_that_are_named(schema: Any, text: str, sound: bool) -> None:
+def test_an_object_is_generated_with_the_properties_that_are_named(
+    schema: Any, text: str, sound: bool
+) -> None:
     tokenizer = llguidance.LLTokenizer("byte")
     grammar = serialise("json", json.dumps(schema), schema_options(white_space=True))
     matcher = llguidance.LLMatcher(tokenizer, grammar, limits=LIMITS, log_level=0)

@@ -1,4 +1,6 @@
-"""One model over two ranks, by tensors and by layers: every rank's share of the edits, and what fails on some ranks only."""
+"""One model over two ranks, by tensors and by layers: every rank's share of the edits, and what
+fails on some ranks only.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def two_ranks(settings: dict[str, str], **options: Any) -> Iterator[Any]:
     """An engine over two processes."""
     with pytest.MonkeyPatch.context() as patch:
         one_memory_node(patch)
-        with running_engine("tiny-llama", settings, max_num_batched_tokens=64, max_num_seqs=64, **options) as engine:
+        with running_engine(
+            "tiny-llama", settings, max_num_batched_tokens=64, max_num_seqs=64, **options
+        ) as engine:
             yield engine
 
 
@@ -60,13 +64,19 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, 
     }
 
 
-def test_two_ranks_give_what_pyreft_gives(engine: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_two_ranks_give_what_pyreft_gives(
+    engine: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     check_golden(engine, golden_cases("tiny-llama", tmp_path_factory.mktemp("golden"), lora=True))
 
 
-def test_an_edit_acts_wherever_its_rank_is(engine: Any, adapters: dict[str, tuple[Path, Adapter]]) -> None:
+def test_an_edit_acts_wherever_its_rank_is(
+    engine: Any, adapters: dict[str, tuple[Path, Adapter]]
+) -> None:
     names = [None, *adapters]
-    found = first_logprobs(engine, [None if name is None else request(name, adapters[name][0]) for name in names])
+    found = first_logprobs(
+        engine, [None if name is None else request(name, adapters[name][0]) for name in names]
+    )
     worst = 0.0
     for name, mine in zip(names, found, strict=True):
         expected = by_hooks(None if name is None else adapters[name][1])
@@ -74,15 +84,23 @@ def test_an_edit_acts_wherever_its_rank_is(engine: Any, adapters: dict[str, tupl
         worst = max(worst, *differences)
         assert max(differences) < TOLERANCE, name
         if name is not None:
-            assert max(abs(found[0].get(token, -99) - logprob) for token, logprob in mine.items()) > 0.1
+            assert (
+                max(abs(found[0].get(token, -99) - logprob) for token, logprob in mine.items())
+                > 0.1
+            )
     print(f"largest logprob difference {worst:.2g}")
 
 
-def test_every_rank_loads_and_unloads_the_same_versions(engine: Any, adapters: dict[str, tuple[Path, Adapter]]) -> None:
+def test_every_rank_loads_and_unloads_the_same_versions(
+    engine: Any, adapters: dict[str, tuple[Path, Adapter]]
+) -> None:
     front = engine.llm_engine
     before = engine.collective_rpc("reft_stats")
     assert len(before) == 2
-    wanted = {101 + i: request(f"again {name}", path, 101 + i) for i, (name, (path, _)) in enumerate(adapters.items())}
+    wanted = {
+        101 + i: request(f"again {name}", path, 101 + i)
+        for i, (name, (path, _)) in enumerate(adapters.items())
+    }
     for adapter in wanted.values():
         assert front.add_lora(adapter)
     assert wanted.keys() <= front.list_loras()
@@ -108,7 +126,8 @@ def test_a_version_that_cannot_be_read_fails_its_request_alone(engine: Any, tmp_
         path = tmp_path / f"gone{number}"
         write_good(path, number)
         gone = request(path.name, path, number)
-        binder_of(engine.llm_engine).bind(gone)  # its files vanish between the check and the loading
+        # its files vanish between the check and the loading
+        binder_of(engine.llm_engine).bind(gone)
         shutil.rmtree(path)
         assert ending(engine, gone) == "error"
         with pytest.raises(Exception, match="gone"):
@@ -122,7 +141,9 @@ def test_a_version_that_cannot_be_read_fails_its_request_alone(engine: Any, tmp_
     assert ending(engine, request("good", good, 203)) == "length"
 
 
-def test_an_adapter_with_too_much_on_one_rank_is_refused_before_any_rank_is_asked(engine: Any, tmp_path: Path) -> None:
+def test_an_adapter_with_too_much_on_one_rank_is_refused_before_any_rank_is_asked(
+    engine: Any, tmp_path: Path
+) -> None:
     places: list[tuple[int, Component]] = [
         *((2, "attention_output"), (2, "mlp_output"), (2, "block_output")),
         *((3, "attention_output"), (3, "mlp_output"), (3, "block_output")),
@@ -133,7 +154,8 @@ def test_an_adapter_with_too_much_on_one_rank_is_refused_before_any_rank_is_aske
         assert engine.llm_engine.add_lora(lopsided)
         return
     with pytest.raises(
-        AdapterUnsupported, match=r"6 of its interventions are on one rank .* raise REFT_MAX_INTERVENTIONS"
+        AdapterUnsupported,
+        match=r"6 of its interventions are on one rank .* raise REFT_MAX_INTERVENTIONS",
     ):
         engine.llm_engine.add_lora(lopsided)
 
@@ -142,7 +164,9 @@ def test_micro_batches_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     config = engine_config()
     check_modes(config)
     monkeypatch.setattr(config.parallel_config, "ubatch_size", 2)
-    with pytest.raises(EngineUnsupported, match="dual batch overlap: leave out --enable-dbo and --ubatch-size"):
+    with pytest.raises(
+        EngineUnsupported, match="dual batch overlap: leave out --enable-dbo and --ubatch-size"
+    ):
         check_modes(config)
 
 
@@ -154,13 +178,20 @@ def test_two_engines_serve_an_adapter_that_is_loaded_while_they_run(
     adapter = write_loreft(tmp_path / "late", EDITS["everywhere"], PositionRule("f2+l2"), 0)
     server = Server(tmp_path, "--data-parallel-size", "2", "--enforce-eager", ready_seconds=500)
     try:
-        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
+        client = openai.OpenAI(
+            base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60
+        )
 
         def first(model: str, rank: int) -> float:
             """The first answer's logprob, from one of the engines."""
             header = {"X-data-parallel-rank": str(rank)}
             answer = client.completions.create(
-                model=model, prompt=PROMPT, max_tokens=1, temperature=0, logprobs=1, extra_headers=header
+                model=model,
+                prompt=PROMPT,
+                max_tokens=1,
+                temperature=0,
+                logprobs=1,
+                extra_headers=header,
             )
             assert answer.choices[0].logprobs is not None
             assert answer.choices[0].logprobs.token_logprobs is not None
@@ -191,12 +222,16 @@ def first_logprobs(engine: Any, wanted: list[Any]) -> list[dict[int, float]]:
     params = SamplingParams(temperature=0.0, max_tokens=1, logprobs=10)
     prompts = [{"prompt_token_ids": PROMPT}] * len(wanted)
     outputs = engine.generate(prompts, params, lora_request=wanted, use_tqdm=False)
-    return [{token: entry.logprob for token, entry in o.outputs[0].logprobs[0].items()} for o in outputs]
+    return [
+        {token: entry.logprob for token, entry in o.outputs[0].logprobs[0].items()} for o in outputs
+    ]
 
 
 def ending(engine: Any, adapter: Any) -> str:
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
-    (output,) = engine.generate([{"prompt_token_ids": PROMPT}], params, lora_request=[adapter], use_tqdm=False)
+    (output,) = engine.generate(
+        [{"prompt_token_ids": PROMPT}], params, lora_request=[adapter], use_tqdm=False
+    )
     return str(output.outputs[0].finish_reason)

@@ -73,9 +73,17 @@ def ones(*shape: int) -> Tensor:
         (Layer(lambda h: (ones(), ones())), 3, 0),
         (StablelmDecoderLayer(lambda h: (ones(), ones())), 2, 1),
     ],
-    ids=["one tensor", "and no residual", "in a tuple", "a residual to add", "a residual that is added"],
+    ids=[
+        "one tensor",
+        "and no residual",
+        "in a tuple",
+        "a residual to add",
+        "a residual that is added",
+    ],
 )
-def test_the_stream_is_what_the_layer_says_it_is(layer: Layer, hidden: int, residual: int | None, engine: int) -> None:
+def test_the_stream_is_what_the_layer_says_it_is(
+    layer: Layer, hidden: int, residual: int | None, engine: int
+) -> None:
     entering = ones()
     output = hooked(layer, {"block"}, engine)(entering)
     first, *others = output if isinstance(output, tuple) else (output,)
@@ -94,11 +102,15 @@ def test_a_batch_of_one_around_the_tokens_is_edited_in_place(engine: int) -> Non
 @pytest.mark.parametrize("shape", [(2, 3, 4), (12,), (1, 1, 3, 4)])
 def test_streams_of_other_shapes_are_refused(shape: tuple[int, ...], engine: int) -> None:
     layer = hooked(Layer(lambda h: ones(*shape)), {"block"}, engine)
-    with pytest.raises(EngineUnsupported, match=rf"Layer holds hidden states of {len(shape)} dimensions"):
+    with pytest.raises(
+        EngineUnsupported, match=rf"Layer holds hidden states of {len(shape)} dimensions"
+    ):
         layer(ones())
 
 
-@pytest.mark.parametrize("answer", [{"hidden": ones()}, (ones(), ones(), ones()), (ones(), (ones(),)), (None, ones())])
+@pytest.mark.parametrize(
+    "answer", [{"hidden": ones()}, (ones(), ones(), ones()), (ones(), (ones(),)), (None, ones())]
+)
 def test_a_layer_that_does_not_return_the_stream_is_refused(answer: Any, engine: int) -> None:
     layer = hooked(Layer(lambda h: answer), {"block"}, engine)
     with pytest.raises(EngineUnsupported, match="neither its hidden states nor"):
@@ -126,15 +138,26 @@ def test_the_output_of_a_part_is_its_first_tensor(name: str, form: str, engine: 
 
 def test_a_part_that_keeps_its_bias_apart_is_refused(engine: int) -> None:
     layer = hooked(Layer(mlp=Part((ones(), ones()))), {"mlp_output"}, engine)
-    with pytest.raises(EngineUnsupported, match=r"Part does not return one tensor, so mlp_output .* REFT_COMPONENTS"):
+    with pytest.raises(
+        EngineUnsupported,
+        match=r"Part does not return one tensor, so mlp_output .* REFT_COMPONENTS",
+    ):
         layer.mlp()
 
 
-@pytest.mark.parametrize(("size", "reduced", "refused"), [(2, False, True), (2, True, False), (1, False, False)])
-def test_a_part_that_leaves_the_sum_over_ranks_to_its_layer_is_refused(size: int, reduced: bool, refused: bool) -> None:
+@pytest.mark.parametrize(
+    ("size", "reduced", "refused"), [(2, False, True), (2, True, False), (1, False, False)]
+)
+def test_a_part_that_leaves_the_sum_over_ranks_to_its_layer_is_refused(
+    size: int, reduced: bool, refused: bool
+) -> None:
     attention = Part(None)
     attention.o_proj = nn.Linear(4, 4)
-    for name, value in {"input_is_parallel": True, "tp_size": size, "reduce_results": reduced}.items():
+    for name, value in {
+        "input_is_parallel": True,
+        "tp_size": size,
+        "reduce_results": reduced,
+    }.items():
         setattr(attention.o_proj, name, value)
     if not refused:
         hooked(Layer(self_attn=attention), EVERYWHERE, engine)
@@ -164,21 +187,29 @@ def test_a_rank_of_a_pipeline_has_the_layers_that_it_holds() -> None:
     assert decoder_layers(nn.Sequential(nn.ModuleList([nn.Identity(), last])), 2) == {1: last}
 
 
-@pytest.mark.parametrize("attention", [None, nn.ModuleList([nn.Linear(4, 4)])], ids=["none", "a list of two"])
+@pytest.mark.parametrize(
+    "attention", [None, nn.ModuleList([nn.Linear(4, 4)])], ids=["none", "a list of two"]
+)
 def test_a_model_with_other_layers_than_attention_is_refused(attention: nn.Module | None) -> None:
     other = Layer(mixer=nn.Linear(4, 4))
     other.self_attn = attention
-    with pytest.raises(EngineUnsupported, match="has no attention in layer 1, so ReFT cannot act on all its layers"):
+    with pytest.raises(
+        EngineUnsupported, match="has no attention in layer 1, so ReFT cannot act on all its layers"
+    ):
         decoder_layers(nn.Sequential(nn.ModuleList([Layer(), other])), 2)
     with pytest.raises(EngineUnsupported, match=r"no list of 1 decoder layers .* VLLM_PLUGINS=''"):
         decoder_layers(nn.Sequential(nn.ModuleList([other])), 1)
 
 
 @pytest.mark.parametrize("flag", ["has_inner_state", "is_hybrid"])
-def test_a_model_with_recurrent_states_is_refused_even_where_all_layers_have_attention(flag: str) -> None:
+def test_a_model_with_recurrent_states_is_refused_even_where_all_layers_have_attention(
+    flag: str,
+) -> None:
     model = nn.Sequential(nn.ModuleList([Layer()]))
     setattr(model, flag, True)
-    with pytest.raises(EngineUnsupported, match="Sequential keeps states other than keys and values"):
+    with pytest.raises(
+        EngineUnsupported, match="Sequential keeps states other than keys and values"
+    ):
         decoder_layers(model, 1)
 
 
@@ -191,7 +222,11 @@ _NOT_SERVED = {
 
 def test_the_layers_that_add_their_residual_are_those_of_this_vllm() -> None:
     """`(hidden, residual)` alone does not tell; so read every layer of vLLM that returns it, and look for the addition."""
-    found = {name for name, forward in _layers_of_vllm() if _returns_residual(forward) and _adds_residual(forward)}
+    found = {
+        name
+        for name, forward in _layers_of_vllm()
+        if _returns_residual(forward) and _adds_residual(forward)
+    }
     assert found - _NOT_SERVED == hook_points._ADDED_ALREADY
 
 
@@ -202,14 +237,19 @@ def _layers_of_vllm() -> Iterator[tuple[str, ast.FunctionDef]]:
     for file in [*root.glob("model_executor/models/**/*.py"), *root.glob("models/**/*.py")]:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ClassDef) and node.name.endswith(("Layer", "Block")):
-                yield from ((node.name, f) for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "forward")
+                yield from (
+                    (node.name, f)
+                    for f in node.body
+                    if isinstance(f, ast.FunctionDef) and f.name == "forward"
+                )
 
 
 def _returns_residual(forward: ast.FunctionDef) -> bool:
     return any(
         isinstance(node, ast.Return)
         and isinstance(node.value, ast.Tuple)
-        and [getattr(element, "id", None) for element in node.value.elts] == ["hidden_states", "residual"]
+        and [getattr(element, "id", None) for element in node.value.elts]
+        == ["hidden_states", "residual"]
         for node in ast.walk(forward)
     )
 

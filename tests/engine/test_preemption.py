@@ -30,12 +30,17 @@ Answers = list[tuple[list[int], list[float]]]
 
 
 def ask(engine: Any, folder: Path) -> Answers:
-    """The same 84 requests, whatever the engine: each adapter and the base, prompts of one to three blocks."""
+    """The same 84 requests, whatever the engine: each adapter and the base, prompts of one to three
+    blocks.
+    """
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
     chance = random.Random(5)
-    adapters = [None, *(LoRARequest(f"a{k}", k + 1, str(folder / f"a{k}")) for k in range(len(RULES)))]
+    adapters = [
+        None,
+        *(LoRARequest(f"a{k}", k + 1, str(folder / f"a{k}")) for k in range(len(RULES))),
+    ]
     lengths = [chance.randrange(20, 75) for _ in range(12 * len(adapters))]
     prompts = [{"prompt_token_ids": chance.choices(range(3, 300), k=length)} for length in lengths]
     outputs = engine.generate(
@@ -45,12 +50,17 @@ def ask(engine: Any, folder: Path) -> Answers:
         use_tqdm=False,
     )
     answers = [output.outputs[0] for output in outputs]
-    return [(list(a.token_ids), [s[t].logprob for s, t in zip(a.logprobs, a.token_ids, strict=True)]) for a in answers]
+    return [
+        (list(a.token_ids), [s[t].logprob for s, t in zip(a.logprobs, a.token_ids, strict=True)])
+        for a in answers
+    ]
 
 
 def preemptions(engine: Any) -> int:
     """As vLLM's own metrics count them."""
-    (count,) = (metric.value for metric in engine.get_metrics() if metric.name == "vllm:num_preemptions")
+    (count,) = (
+        metric.value for metric in engine.get_metrics() if metric.name == "vllm:num_preemptions"
+    )
     return int(count)
 
 
@@ -65,7 +75,9 @@ def in_this_process() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("adapters")
-    specs = tuple(InterventionSpec(layer=k, component="block_output", kind="loreft", rank=4) for k in (0, 2))
+    specs = tuple(
+        InterventionSpec(layer=k, component="block_output", kind="loreft", rank=4) for k in (0, 2)
+    )
     for k, rule in enumerate(RULES):
         Recipe(rule, specs, 10 * k).write(folder / f"a{k}")
     return folder
@@ -73,13 +85,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def unpressed(folder: Path) -> Iterator[Answers]:
-    with running_engine("tiny-llama", {"LORA": "off"}, enable_prefix_caching=False, enforce_eager=True) as engine:
+    with running_engine(
+        "tiny-llama", {"LORA": "off"}, enable_prefix_caching=False, enforce_eager=True
+    ) as engine:
         yield ask(engine, folder)
 
 
 @pytest.mark.parametrize("cache", [False, True])
-def test_preempted_requests_answer_as_if_they_had_not_been(folder: Path, unpressed: Answers, cache: bool) -> None:
-    options = PRESSED | {"enable_prefix_caching": cache, "enforce_eager": True, "disable_log_stats": False}
+def test_preempted_requests_answer_as_if_they_had_not_been(
+    folder: Path, unpressed: Answers, cache: bool
+) -> None:
+    options = PRESSED | {
+        "enable_prefix_caching": cache,
+        "enforce_eager": True,
+        "disable_log_stats": False,
+    }
     with running_engine("tiny-llama", {"LORA": "off"}, **options) as engine:
         pressed = ask(engine, folder)
         forced, evictions = preemptions(engine), stats(engine)["evictions"]

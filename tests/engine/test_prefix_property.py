@@ -1,4 +1,6 @@
-"""The prefix cache: no answer depends on it, whatever adapters, prompts and requests come, and what can be shared is."""
+"""The prefix cache: no answer depends on it, whatever adapters, prompts and requests come, and what
+can be shared is.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,13 @@ def test_no_request_differs_from_its_run_without_a_cache(judge: Judge) -> None:
     assert tally.requests >= REQUESTS
     # Else it would prove little: the cache must have worked, in every way that it is there for.
     assert tally.cached_tokens >= 0.25 * tally.prompt_tokens
-    for hits in ("shared_across_adapters", "edited_hits", "answer_hits", "salted_hits", "scaled_hits"):
+    for hits in (
+        "shared_across_adapters",
+        "edited_hits",
+        "answer_hits",
+        "salted_hits",
+        "scaled_hits",
+    ):
         assert getattr(tally, hits) >= 0.01 * tally.requests, hits
     assert tally.ended_hits >= 0.005 * tally.requests
     assert tally.near_ties <= 0.01 * tally.requests
@@ -45,7 +53,9 @@ Answer = tuple[int, list[int], list[float]]
 
 
 def recipe(positions: str, seed: int) -> Recipe:
-    specs = tuple(InterventionSpec(layer=k, component="block_output", kind="loreft", rank=4) for k in (0, 2))
+    specs = tuple(
+        InterventionSpec(layer=k, component="block_output", kind="loreft", rank=4) for k in (0, 2)
+    )
     return Recipe(PositionRule(positions), specs, seed)
 
 
@@ -64,7 +74,9 @@ def sampling() -> Any:
 def ask(engine: Any, adapter: Any, *lengths: int) -> list[Answer]:
     """Prompts of one stem, one after the other: (cached tokens, answer, its logprobs)."""
     return [
-        _answer(engine.generate(prompt(length), sampling(), lora_request=adapter, use_tqdm=False)[0])
+        _answer(
+            engine.generate(prompt(length), sampling(), lora_request=adapter, use_tqdm=False)[0]
+        )
         for length in lengths
     ]
 
@@ -75,22 +87,27 @@ def prompt(length: int) -> Any:
 
 def _answer(output: Any) -> Answer:
     (answer,) = output.outputs
-    chosen = [step[token].logprob for step, token in zip(answer.logprobs, answer.token_ids, strict=True)]
+    chosen = [
+        step[token].logprob for step, token in zip(answer.logprobs, answer.token_ids, strict=True)
+    ]
     return output.num_cached_tokens, list(answer.token_ids), chosen
 
 
 def same(answers: list[Answer], expected: list[Answer]) -> bool:
     return all(
-        a[1] == b[1] and a[2] == pytest.approx(b[2], abs=TOLERANCE) for a, b in zip(answers, expected, strict=True)
+        a[1] == b[1] and a[2] == pytest.approx(b[2], abs=TOLERANCE)
+        for a, b in zip(answers, expected, strict=True)
     )
 
 
 @pytest.mark.parametrize(
     ("positions", "hits"),
     [
-        # 20, 26, 39, 39, 40 and 20 tokens are edited, from the first on: half the prompt, but at most 40.
+        # 20, 26, 39, 39, 40 and 20 tokens are edited, from the first on: half the prompt, but at
+        # most 40.
         ("f40", [0, 0, 0, 2, 1, 1]),
-        # The same, to the last: from token 20, 26, 39, 40, 50 and 20 on. Two prompts share what lies before both.
+        # The same, to the last: from token 20, 26, 39, 40, 50 and 20 on. Two prompts share what
+        # lies before both.
         ("l40", [0, 0, 0, 1, 1, 1]),
     ],
 )
@@ -125,7 +142,8 @@ def test_a_name_loaded_anew_never_serves_what_it_cached_before(judge: Judge) -> 
         again = ask(judge.cached, lora(name, 900), *lengths)
         assert same(first, expected[seed])
         assert same(again, expected[seed])
-        assert first[0][0] == (0 if loads < 2 else 2 * BLOCK)  # the first version, back again, finds its own blocks
+        # the first version, back again, finds its own blocks
+        assert first[0][0] == (0 if loads < 2 else 2 * BLOCK)
         assert [cached for cached, _, _ in again] == [2 * BLOCK, 3 * BLOCK, 4 * BLOCK]
 
 
@@ -137,10 +155,14 @@ def test_a_request_under_way_keeps_its_version_when_the_name_is_loaded_anew(judg
         shutil.rmtree(name, ignore_errors=True)
         recipe("l3", seed).write(name)
         expected += ask(judge.plain, lora(name, 910 + seed), 200)
-        engine.add_request(str(seed), prompt(200), sampling(), lora_request=lora(name, 910, load_inplace=True))
+        engine.add_request(
+            str(seed), prompt(200), sampling(), lora_request=lora(name, 910, load_inplace=True)
+        )
     answers = {}
     while engine.has_unfinished_requests():
-        answers.update({output.request_id: _answer(output) for output in engine.step() if output.finished})
+        answers.update(
+            {output.request_id: _answer(output) for output in engine.step() if output.finished}
+        )
     assert same([answers["3"], answers["4"]], expected)
     assert not same([answers["3"]], [answers["4"]])
 
@@ -156,7 +178,8 @@ def test_kv_events_carry_the_keys_that_the_cache_goes_by(judge: Judge) -> None:
         ask(judge.cached, lora(f2, 921), 100)
         prefix = stored()
     assert [keys for _, _, keys in base] == [None] * 3
-    # Of 100 tokens, 95 to 99 are edited: the first two blocks are the base's and are not stored again.
+    # Of 100 tokens, 95 to 99 are edited: the first two blocks are the base's and are not stored
+    # again.
     ((hash_, parent, keys),) = suffix
     assert parent == base[1][0]
     assert hash_ != base[2][0]

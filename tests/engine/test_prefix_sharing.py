@@ -1,4 +1,6 @@
-"""The prefix cache: what adapters share, what they must not, seen through `num_cached_tokens` and the answers."""
+"""The prefix cache: what adapters share, what they must not, seen through `num_cached_tokens` and
+the answers.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +33,16 @@ BLOCK = 32
 def write(path: Path, positions: str, seed: int) -> None:
     random = torch.Generator().manual_seed(seed)
     R = torch.linalg.qr(torch.randn(64, 4, generator=random))[0].mT
-    weights = Weights("loreft", torch.randn(4, generator=random), R=R, W=torch.randn(4, 64, generator=random))
+    weights = Weights(
+        "loreft", torch.randn(4, generator=random), R=R, W=torch.randn(4, 64, generator=random)
+    )
     spec = InterventionSpec(layer=1, component="block_output", kind="loreft", rank=4)
     base = read_base_model(GOLDEN / "models" / "tiny-llama")
-    publish(path, Manifest(base_model=base, interventions=(spec,), positions=PositionRule(positions)), [weights])
+    publish(
+        path,
+        Manifest(base_model=base, interventions=(spec,), positions=PositionRule(positions)),
+        [weights],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +55,9 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         write(folder / name, positions, seed)
     with running_engine("tiny-llama", {"LORA": "off"}, max_loras=8) as engine:
 
-        def once(name: str | None, tokens: list[int], *, salt: str | None = None) -> tuple[int, list[float]]:
+        def once(
+            name: str | None, tokens: list[int], *, salt: str | None = None
+        ) -> tuple[int, list[float]]:
             """One request alone: (cached tokens, logprobs of its first answers)."""
             number = 0 if name is None else list(RULES).index(name) + 1
             adapter = None if name is None else LoRARequest(name, number, str(folder / name))
@@ -55,7 +65,10 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
             prompt = {"prompt_token_ids": tokens} | ({"cache_salt": salt} if salt else {})
             (output,) = engine.generate([prompt], params, lora_request=adapter, use_tqdm=False)
             (answer,) = output.outputs
-            chosen = [step[token].logprob for step, token in zip(answer.logprobs, answer.token_ids, strict=True)]
+            chosen = [
+                step[token].logprob
+                for step, token in zip(answer.logprobs, answer.token_ids, strict=True)
+            ]
             return output.num_cached_tokens, chosen
 
         yield once
@@ -69,7 +82,8 @@ def test_adapters_that_edit_the_suffix_share_the_base_models_prefix(ask: Any) ->
     tokens = prompt(1)
     assert ask(None, tokens)[0] == 0
     assert ask("l1", tokens)[0] == 3 * BLOCK
-    assert ask("l5", tokens)[0] == 2 * BLOCK  # token 95 is edited, so the third block is the adapter's own
+    # token 95 is edited, so the third block is the adapter's own
+    assert ask("l5", tokens)[0] == 2 * BLOCK
     assert ask("l5other", tokens)[0] == 2 * BLOCK
 
 

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from tests.support.engine.engine_process import answer_in_rounds, engine_process
-from tests.support.engine.family_models import EFFECT, FAMILIES, PROMPTS, make_adapters, reference_logprobs
+from tests.support.engine.family_models import (
+    EFFECT,
+    FAMILIES,
+    PROMPTS,
+    make_adapters,
+    reference_logprobs,
+)
 from tests.support.engine.quantised_models import SCHEMES
 
 # GPU kernels for 4 bits want inner widths that are multiples of 128.
@@ -21,7 +27,9 @@ LLAMA = replace(FAMILIES["llama"], options={**FAMILIES["llama"].options, "interm
 # How far a 16-bit engine may be from the exact answer, as a multiple of what plain torch is off in the same dtype.
 ALLOWANCE = 1.5
 
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU, and torch sees none")
+on_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs an NVIDIA GPU, and torch sees none"
+)
 
 
 @dataclass(frozen=True)
@@ -52,16 +60,25 @@ def errors(scheme: str, dtype: str, folder: Path, engines: Executor) -> Errors:
     SCHEMES[scheme].write(model, folder / "model")
     asked = [(adapter, prompt) for prompt in PROMPTS for adapter in (None, *adapters)]
     options = {"dtype": dtype}
-    answers, *_ = engines.submit(answer_in_rounds, folder / "model", {"LORA": "off"}, asked, options).result()
-    told = [(adapter, prompt, tokens) for (adapter, prompt), (tokens, _) in zip(asked, answers, strict=True)]
+    answers, *_ = engines.submit(
+        answer_in_rounds, folder / "model", {"LORA": "off"}, asked, options
+    ).result()
+    told = [
+        (adapter, prompt, tokens)
+        for (adapter, prompt), (tokens, _) in zip(asked, answers, strict=True)
+    ]
     exact = [reference_logprobs(model, LLAMA, *request) for request in told]
     for (adapter, prompt, tokens), edited in zip(told, exact, strict=True):
         if adapter is not None:
-            assert (edited - reference_logprobs(model, LLAMA, None, prompt, tokens)).abs().max() > EFFECT, adapter.name
+            assert (
+                edited - reference_logprobs(model, LLAMA, None, prompt, tokens)
+            ).abs().max() > EFFECT, adapter.name
     model.to(getattr(torch, dtype))
     rounded = [reference_logprobs(model, LLAMA, *request) for request in told]
     found = Errors(
-        torch.cat([(ours - theirs).abs() for (_, ours), theirs in zip(answers, exact, strict=True)]),
+        torch.cat(
+            [(ours - theirs).abs() for (_, ours), theirs in zip(answers, exact, strict=True)]
+        ),
         torch.cat([(ours - theirs).abs() for ours, theirs in zip(rounded, exact, strict=True)]),
     )
     print(f"{scheme} in {dtype}: largest logprob difference {found.ours.max():.2g}, mean {found.ours.mean():.2g}, "
@@ -71,7 +88,9 @@ def errors(scheme: str, dtype: str, folder: Path, engines: Executor) -> Errors:
 
 
 @pytest.mark.parametrize("scheme", ["int8", "fp8"])
-def test_quantised_weights_and_inputs_answer_as_in_plain_torch(scheme: str, tmp_path: Path, engines: Executor) -> None:
+def test_quantised_weights_and_inputs_answer_as_in_plain_torch(
+    scheme: str, tmp_path: Path, engines: Executor
+) -> None:
     found = errors(scheme, "float32", tmp_path, engines).ours
     # An input between two numbers of the scheme may be rounded to either, which alone moves a log-probability by up to 0.1.
     assert found.median() < 1e-4

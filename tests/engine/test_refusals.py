@@ -21,7 +21,9 @@ from tests.support.engine.engines import engine_config
 
 @pytest.mark.parametrize("version", ["0.31.4", "0.33.0", "0.32.1", "1.0"])
 def test_an_unknown_vllm_version_is_refused_by_name(version: str) -> None:
-    with pytest.raises(EngineUnsupported, match=rf"knows vLLM 0\.32\.0 and this is {version}: install"):
+    with pytest.raises(
+        EngineUnsupported, match=rf"knows vLLM 0\.32\.0 and this is {version}: install"
+    ):
         check_version(version)
 
 
@@ -32,8 +34,13 @@ def test_builds_of_a_known_version_are_known() -> None:
 
 
 def test_the_sentence_reaches_the_user_of_an_unknown_version() -> None:
-    code = "import vllm; vllm.__version__ = '9.9.9'; from vllm.plugins import load_general_plugins as load; load()"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    code = (
+        "import vllm; vllm.__version__ = '9.9.9'; from vllm.plugins import load_general_plugins "
+        "as load; load()"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
     assert run.returncode != 0
     assert "reft-serve knows vLLM" in run.stderr.splitlines()[-1]
     assert "VLLM_PLUGINS" in run.stderr.splitlines()[-1]
@@ -49,11 +56,21 @@ def config() -> Any:
     [
         ("parallel_config", "enable_dbo", True, "dual batch overlap: leave out --enable-dbo"),
         ("parallel_config", "prefill_context_parallel_size", 2, "prefill context parallelism"),
-        (None, "speculative_config", SimpleNamespace(method="eagle3"), "speculative decoding by eagle3"),
+        (
+            None,
+            "speculative_config",
+            SimpleNamespace(method="eagle3"),
+            "speculative decoding by eagle3",
+        ),
     ],
 )
 def test_a_mode_that_is_not_correct_is_refused(
-    config: Any, monkeypatch: pytest.MonkeyPatch, part: str | None, name: str, value: Any, sentence: str
+    config: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    part: str | None,
+    name: str,
+    value: Any,
+    sentence: str,
 ) -> None:
     check_modes(config)
     monkeypatch.setattr(getattr(config, part) if part else config, name, value)
@@ -67,7 +84,9 @@ def test_a_structured_output_backend_that_cannot_be_bounded_is_refused(
 ) -> None:
     assert config.structured_outputs_config.backend == "guidance"  # whatever vLLM's default is
     monkeypatch.setattr(config.structured_outputs_config, "backend", backend)
-    with pytest.raises(EngineUnsupported, match=rf"structured outputs by {backend}.*or choose guidance"):
+    with pytest.raises(
+        EngineUnsupported, match=rf"structured outputs by {backend}.*or choose guidance"
+    ):
         check_modes(config)
 
 
@@ -77,7 +96,9 @@ def connectors() -> list[str]:
     return sorted(KVConnectorFactory._registry)
 
 
-@pytest.mark.parametrize("connector", [*connectors(), "Unheard", "lmcache.integration.vllm.Connector"])
+@pytest.mark.parametrize(
+    "connector", [*connectors(), "Unheard", "lmcache.integration.vllm.Connector"]
+)
 def test_a_connector_that_may_mix_adapters_is_refused_by_name(
     config: Any, monkeypatch: pytest.MonkeyPatch, connector: str
 ) -> None:
@@ -85,7 +106,8 @@ def test_a_connector_that_may_mix_adapters_is_refused_by_name(
     transfer = SimpleNamespace(kv_connector=name, kv_connector_module_path=module or None)
     monkeypatch.setattr(config, "kv_transfer_config", transfer)
     with pytest.raises(
-        EngineUnsupported, match=f"the KV connector {re.escape(connector)} .*leave out --kv-transfer-config"
+        EngineUnsupported,
+        match=f"the KV connector {re.escape(connector)} .*leave out --kv-transfer-config",
     ):
         check_modes(config)
 

@@ -1,7 +1,8 @@
-"""A request's life, from one token to the model's limit, with adapters: each answer against a float64 reference.
+"""A request's life, from one token to the model's limit, with adapters: each answer against a
+float64 reference.
 
-The engine takes eight tokens a step, so prompts arrive in chunks that end anywhere, inside edited prefixes and suffixes
-too. It runs in this process, so that a test can stop it between two steps.
+The engine takes eight tokens a step, so prompts arrive in chunks that end anywhere, inside edited
+prefixes and suffixes too. It runs in this process, so that a test can stop it between two steps.
 """
 
 from __future__ import annotations
@@ -43,9 +44,13 @@ def write(path: Path, rule: PositionRule, seed: int) -> Adapter:
     specs = (
         InterventionSpec(layer=0, component="block_output", kind="loreft", rank=4, part="both"),
         InterventionSpec(layer=1, component="block_output", kind="consreft", rank=2, part=last),
-        InterventionSpec(layer=2, component="block_output", kind="loreft", rank=3, activation="tanh", part="both"),
+        InterventionSpec(
+            layer=2, component="block_output", kind="loreft", rank=3, activation="tanh", part="both"
+        ),
     )
-    weights = [random_weights(s.kind, 64, s.rank, s.activation, seed + k) for k, s in enumerate(specs)]
+    weights = [
+        random_weights(s.kind, 64, s.rank, s.activation, seed + k) for k, s in enumerate(specs)
+    ]
     base = read_base_model(GOLDEN / "models" / "tiny-llama")
     return publish(path, Manifest(base_model=base, interventions=specs, positions=rule), weights)
 
@@ -76,12 +81,17 @@ class Served:
     def expected(self, name: str | None, prompt: list[int], answer: Sequence[int]) -> Tensor:
         return self.reference.logprobs(self.adapters[name] if name else None, prompt, answer)
 
-    def check(self, name: str | None, prompt: list[int], answer: Any, *, greedy: bool = True) -> None:
+    def check(
+        self, name: str | None, prompt: list[int], answer: Any, *, greedy: bool = True
+    ) -> None:
         """Every chosen token's logprob; where greedy, that no token was likelier."""
         expected = self.expected(name, prompt, answer.token_ids)[len(prompt) - 1 :]
         assert len(expected) == len(answer.token_ids) == len(answer.logprobs)
         for token, step, row in zip(answer.token_ids, answer.logprobs, expected, strict=True):
-            assert step[token].logprob == pytest.approx(row[token].item(), abs=TOLERANCE), (name, len(prompt))
+            assert step[token].logprob == pytest.approx(row[token].item(), abs=TOLERANCE), (
+                name,
+                len(prompt),
+            )
             if greedy:
                 assert row[token] >= row.max() - 2 * TOLERANCE, (name, len(prompt))
 
@@ -98,7 +108,9 @@ class Served:
 def sampling(**given: Any) -> Any:
     from vllm import SamplingParams
 
-    return SamplingParams(**({"temperature": 0.0, "max_tokens": 3, "ignore_eos": True, "logprobs": 1} | given))
+    return SamplingParams(
+        **({"temperature": 0.0, "max_tokens": 3, "ignore_eos": True, "logprobs": 1} | given)
+    )
 
 
 def prompt(seed: int, length: int) -> list[int]:
@@ -108,12 +120,19 @@ def prompt(seed: int, length: int) -> list[int]:
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Adapter]]:
     folder = tmp_path_factory.mktemp("adapters")
-    return folder, {name: write(folder / name, rule, 10 * k) for k, (name, rule) in enumerate(RULES.items())}
+    return folder, {
+        name: write(folder / name, rule, 10 * k) for k, (name, rule) in enumerate(RULES.items())
+    }
 
 
 @pytest.fixture(scope="module")
 def served(adapters: tuple[Path, dict[str, Adapter]]) -> Iterator[Served]:
-    options = {"max_model_len": LIMIT, "max_num_batched_tokens": CHUNK, "max_num_seqs": CHUNK, "max_loras": 3}
+    options = {
+        "max_model_len": LIMIT,
+        "max_num_batched_tokens": CHUNK,
+        "max_num_seqs": CHUNK,
+        "max_loras": 3,
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         with running_engine("tiny-llama", {"LORA": "off"}, enforce_eager=True, **options) as engine:
@@ -122,7 +141,9 @@ def served(adapters: tuple[Path, dict[str, Adapter]]) -> Iterator[Served]:
 
 def test_prompts_of_any_length_in_chunks_that_end_anywhere(served: Served) -> None:
     lengths = (1, 2, 3, 5, 7, 8, 9, 14, 15, 16, 17, 22, 23, 24, 25, 31, 32, 33, 47, 61)
-    asked = [(name, prompt(length + k, length)) for k, name in enumerate(NAMES) for length in lengths]
+    asked = [
+        (name, prompt(length + k, length)) for k, name in enumerate(NAMES) for length in lengths
+    ]
     outputs = served.ask(asked)
     for (name, tokens), output in zip(asked, outputs, strict=True):
         served.check(name, tokens, output.outputs[0])
@@ -158,9 +179,12 @@ def test_samples_of_one_prompt_are_all_edited(served: Served, name: str | None) 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_prompts_own_logprobs_are_those_of_the_edited_prompt(served: Served, name: str | None) -> None:
+def test_the_prompts_own_logprobs_are_those_of_the_edited_prompt(
+    served: Served, name: str | None
+) -> None:
     tokens = prompt(5, 45)
-    served.ask([(name, tokens), (None, tokens)])  # its blocks are in the cache, but the logprobs are not
+    # its blocks are in the cache, but the logprobs are not
+    served.ask([(name, tokens), (None, tokens)])
     (output,) = served.ask([(name, tokens)], prompt_logprobs=1)
     expected = served.expected(name, tokens, output.outputs[0].token_ids)
     assert output.prompt_logprobs[0] is None
@@ -187,11 +211,15 @@ def test_a_stop_string_ends_an_edited_answer(served: Served, name: str) -> None:
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 6, 12])
 def test_an_abort_while_prefilling_or_later_harms_nobody(served: Served, steps: int) -> None:
-    """Requests of one adapter and of others are ended after so many steps; the rest answer as ever."""
+    """Requests of one adapter and of others are ended after so many steps; the rest answer as
+    ever.
+    """
     engine = served.engine.llm_engine
     asked = {f"{k}": (name, prompt(20 + k, 20 + k)) for k, name in enumerate([*NAMES, *NAMES])}
     for number, (name, tokens) in asked.items():
-        engine.add_request(number, {"prompt_token_ids": tokens}, sampling(), lora_request=served.lora(name))
+        engine.add_request(
+            number, {"prompt_token_ids": tokens}, sampling(), lora_request=served.lora(name)
+        )
     assert sum(served.unfinished.values()) == 2 * len(RULES)
     answers = {}
 
@@ -212,15 +240,22 @@ def test_an_abort_while_prefilling_or_later_harms_nobody(served: Served, steps: 
 
 def test_a_seed_gives_the_same_answer_however_its_prompt_was_cut(served: Served) -> None:
     """Stock vLLM ends a CPU engine at the first chunk of a seeded prompt."""
-    asked: list[tuple[str | None, list[int]]] = [(name, prompt(7, 29)) for name in (None, "halves", "whole")]
+    asked: list[tuple[str | None, list[int]]] = [
+        (name, prompt(7, 29)) for name in (None, "halves", "whole")
+    ]
     drawn = {"temperature": 1.5, "seed": 11, "max_tokens": 8}
     alone = [served.ask([each], **drawn)[0].outputs[0].token_ids for each in asked]
-    together = [output.outputs[0].token_ids for output in served.ask([*asked, (None, prompt(8, 21)), *asked], **drawn)]
+    together = [
+        output.outputs[0].token_ids
+        for output in served.ask([*asked, (None, prompt(8, 21)), *asked], **drawn)
+    ]
     assert together[:3] == together[4:] == alone
     assert served.ask([asked[0]], **drawn | {"seed": 12})[0].outputs[0].token_ids != alone[0]
 
 
-def test_a_prompt_at_the_models_limit_is_served_and_one_beyond_it_is_told_so(served: Served) -> None:
+def test_a_prompt_at_the_models_limit_is_served_and_one_beyond_it_is_told_so(
+    served: Served,
+) -> None:
     from vllm.exceptions import VLLMValidationError
 
     for name in NAMES:
@@ -239,22 +274,36 @@ def test_beams_are_refused_with_an_adapter_and_searched_without(served: Served) 
     from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import BeamSearchParams
 
-    prompts, params = [{"prompt_token_ids": prompt(1, 9)}] * 2, BeamSearchParams(beam_width=2, max_tokens=3)
+    prompts, params = (
+        [{"prompt_token_ids": prompt(1, 9)}] * 2,
+        BeamSearchParams(beam_width=2, max_tokens=3),
+    )
     for given in (served.lora("suffix"), [None, served.lora("prefix")]):
-        with pytest.raises(VLLMValidationError, match="beam search is not supported with a ReFT adapter"):
+        with pytest.raises(
+            VLLMValidationError, match="beam search is not supported with a ReFT adapter"
+        ):
             served.engine.beam_search(prompts, params, lora_request=given)
     assert len(served.engine.beam_search(prompts, params)) == 2
 
 
 def test_a_generating_engine_refuses_to_embed(served: Served) -> None:
     with pytest.raises(ValueError, match="pooling"):
-        served.engine.embed([{"prompt_token_ids": prompt(1, 9)}], lora_request=served.lora("whole"), use_tqdm=False)
+        served.engine.embed(
+            [{"prompt_token_ids": prompt(1, 9)}], lora_request=served.lora("whole"), use_tqdm=False
+        )
 
 
 @pytest.fixture(scope="module")
 def embedding(adapters: tuple[Path, dict[str, Adapter]]) -> Iterator[Served]:
-    options = {"max_model_len": LIMIT, "max_num_batched_tokens": LIMIT, "max_num_seqs": CHUNK, "max_loras": 3}
-    with running_engine("tiny-llama", {"LORA": "off"}, runner="pooling", enforce_eager=True, **options) as engine:
+    options = {
+        "max_model_len": LIMIT,
+        "max_num_batched_tokens": LIMIT,
+        "max_num_seqs": CHUNK,
+        "max_loras": 3,
+    }
+    with running_engine(
+        "tiny-llama", {"LORA": "off"}, runner="pooling", enforce_eager=True, **options
+    ) as engine:
         yield Served(engine, *adapters, HookedLlama())
 
 
@@ -268,5 +317,9 @@ def test_embeddings_are_of_the_edited_prompt(embedding: Served) -> None:
                 use_tqdm=False,
             )
             for name, output in zip(NAMES, outputs, strict=True):
-                state = embedding.reference.states(embedding.adapters[name] if name else None, tokens)[-1]
-                assert output.outputs.embedding == pytest.approx((state / state.norm()).tolist(), abs=1e-4), name
+                state = embedding.reference.states(
+                    embedding.adapters[name] if name else None, tokens
+                )[-1]
+                assert output.outputs.embedding == pytest.approx(
+                    (state / state.norm()).tolist(), abs=1e-4
+                ), name

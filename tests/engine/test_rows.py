@@ -32,26 +32,41 @@ def test_chunks_of_any_size_edit_the_same_tokens(
     length, seen = prompt_len + generated, set()
     for computed in range(0, length, chunk):
         scheduled = min(chunk, length - computed)
-        request = StepRequest(AdapterRef("0" * 64, rule), "", prompt_len, computed, scheduled, first)
+        request = StepRequest(
+            AdapterRef("0" * 64, rule), "", prompt_len, computed, scheduled, first
+        )
         rows = rows_of([request], lambda _: 3)
         if rows is not None:
             assert rows.row_T.min() >= first
             assert rows.row_T.max() < first + scheduled
             seen |= {
-                (int(row) - first + computed, int(key) - 6) for row, key in zip(rows.row_T, rows.key_T, strict=True)
+                (int(row) - first + computed, int(key) - 6)
+                for row, key in zip(rows.row_T, rows.key_T, strict=True)
             }
     assert seen == edited(rule, prompt_len, length)
 
 
-@given(rule=RULES, prompt_len=st.integers(1, 60), answer=st.integers(0, 20), chunk=st.integers(1, 25))
+@given(
+    rule=RULES, prompt_len=st.integers(1, 60), answer=st.integers(0, 20), chunk=st.integers(1, 25)
+)
 def test_a_named_end_of_the_prompt_edits_what_a_prompt_of_that_length_would_be_edited(
     rule: PositionRule, prompt_len: int, answer: int, chunk: int
 ) -> None:
-    length, identity, seen = prompt_len + answer, AdapterRef("0" * 64, rule, prompt_tokens=prompt_len), set()
+    length, identity, seen = (
+        prompt_len + answer,
+        AdapterRef("0" * 64, rule, prompt_tokens=prompt_len),
+        set(),
+    )
     for computed in range(0, length, chunk):
-        rows = rows_of([StepRequest(identity, "", length, computed, min(chunk, length - computed), 0)], lambda _: 3)
+        rows = rows_of(
+            [StepRequest(identity, "", length, computed, min(chunk, length - computed), 0)],
+            lambda _: 3,
+        )
         if rows is not None:
-            seen |= {(int(row) + computed, int(key) - 6) for row, key in zip(rows.row_T, rows.key_T, strict=True)}
+            seen |= {
+                (int(row) + computed, int(key) - 6)
+                for row, key in zip(rows.row_T, rows.key_T, strict=True)
+            }
     assert seen == edited(rule, prompt_len, length)
 
 
@@ -60,7 +75,11 @@ def test_a_step_without_edits_asks_for_no_slot() -> None:
     assert rows_of([request], lambda _: 1 // 0) is None
 
 
-@given(rule=RULES, lengths=st.lists(st.integers(1, 80), min_size=2, max_size=2), block=st.sampled_from([4, 16]))
+@given(
+    rule=RULES,
+    lengths=st.lists(st.integers(1, 80), min_size=2, max_size=2),
+    block=st.sampled_from([4, 16]),
+)
 def test_blocks_share_a_key_exactly_when_their_edits_agree_up_to_their_end(
     rule: PositionRule, lengths: list[int], block: int
 ) -> None:
@@ -68,7 +87,8 @@ def test_blocks_share_a_key_exactly_when_their_edits_agree_up_to_their_end(
 
     def chain(prompt_len: int) -> list[tuple[object, ...]]:
         keys = [
-            edited_in(AdapterRef("0" * 64, rule), prompt_len, start, start + block) for start in range(0, total, block)
+            edited_in(AdapterRef("0" * 64, rule), prompt_len, start, start + block)
+            for start in range(0, total, block)
         ]
         return [tuple(keys[: i + 1]) for i in range(len(keys))]
 

@@ -1,4 +1,6 @@
-"""No request makes the engine compile: what vLLM compiles when it is first needed runs as it is written on a CPU."""
+"""No request makes the engine compile: what vLLM compiles when it is first needed runs as it is
+written on a CPU.
+"""
 
 from __future__ import annotations
 

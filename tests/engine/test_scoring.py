@@ -33,39 +33,60 @@ class Scorer:
         self.paths = [folder / str(k) for k in range(len(RULES))]
         self.adapters: list[Adapter] = [read_adapter(path, 1 << 20) for path in self.paths]
 
-    def generate(self, adapter: int, prompt_tokens: Any, tokens: list[int] = TOKENS, **options: Any) -> Any:
+    def generate(
+        self, adapter: int, prompt_tokens: Any, tokens: list[int] = TOKENS, **options: Any
+    ) -> Any:
         return self.batch([(adapter, prompt_tokens)], tokens, **options)[0]
 
-    def batch(self, asks: list[tuple[int, Any]], tokens: list[int] = TOKENS, **options: Any) -> list[Any]:
+    def batch(
+        self, asks: list[tuple[int, Any]], tokens: list[int] = TOKENS, **options: Any
+    ) -> list[Any]:
         from vllm import SamplingParams
         from vllm.lora.request import LoRARequest
 
         given = {"temperature": 0.0, "max_tokens": 1, "prompt_logprobs": 0, "logprobs": 0} | options
         params = [
-            SamplingParams(**given, extra_args=None if end is None else {"reft_prompt_tokens": end}) for _, end in asks
+            SamplingParams(**given, extra_args=None if end is None else {"reft_prompt_tokens": end})
+            for _, end in asks
         ]
-        loras = [None if k < 0 else LoRARequest(f"a{k}", k + 1, str(self.paths[k])) for k, _ in asks]
+        loras = [
+            None if k < 0 else LoRARequest(f"a{k}", k + 1, str(self.paths[k])) for k, _ in asks
+        ]
         prompts = [{"prompt_token_ids": tokens} for _ in asks]
-        outputs: list[Any] = self.engine.generate(prompts, params, lora_request=loras, use_tqdm=False)
+        outputs: list[Any] = self.engine.generate(
+            prompts, params, lora_request=loras, use_tqdm=False
+        )
         return outputs
 
     def expected(self, adapter: int, end: int) -> list[float]:
-        found = self.reference.logprobs(None if adapter < 0 else self.adapters[adapter], TOKENS[:end], TOKENS[end:])
+        found = self.reference.logprobs(
+            None if adapter < 0 else self.adapters[adapter], TOKENS[:end], TOKENS[end:]
+        )
         return [float(found[i - 1, TOKENS[i]]) for i in range(1, len(TOKENS))]
 
 
 def scores(output: Any) -> list[float]:
-    return [step[token].logprob for step, token in zip(output.prompt_logprobs[1:], TOKENS[1:], strict=True)]
+    return [
+        step[token].logprob
+        for step, token in zip(output.prompt_logprobs[1:], TOKENS[1:], strict=True)
+    ]
 
 
 @pytest.fixture(scope="module")
 def scorer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scorer]:
     """Its steps hold 48 tokens, so that a prompt comes in pieces that end anywhere."""
     folder = tmp_path_factory.mktemp("adapters")
-    specs = tuple(InterventionSpec(layer=k, component="block_output", kind="loreft", rank=4) for k in (0, 2))
+    specs = tuple(
+        InterventionSpec(layer=k, component="block_output", kind="loreft", rank=4) for k in (0, 2)
+    )
     for k, rule in enumerate(RULES):
         Recipe(rule, specs, 10 * k).write(folder / str(k))
-    options = {"max_loras": 4, "max_num_batched_tokens": 48, "max_num_seqs": 16, "enforce_eager": True}
+    options = {
+        "max_loras": 4,
+        "max_num_batched_tokens": 48,
+        "max_num_seqs": 16,
+        "enforce_eager": True,
+    }
     with running_engine("tiny-llama", {"LORA": "off"}, **options) as engine:
         yield Scorer(engine, folder)
 
@@ -73,7 +94,10 @@ def scorer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scorer]:
 def test_scores_are_those_of_hooks_at_the_prompts_positions(scorer: Scorer) -> None:
     asks = [(k, end) for k in range(len(RULES)) for end in ENDS] + [(-1, None), (-1, 20)]
     for (k, end), output in zip(asks, scorer.batch(asks), strict=True):
-        assert scores(output) == pytest.approx(scorer.expected(k, end or len(TOKENS)), abs=1e-3), (k, end)
+        assert scores(output) == pytest.approx(scorer.expected(k, end or len(TOKENS)), abs=1e-3), (
+            k,
+            end,
+        )
 
 
 def test_without_the_prompts_end_the_edits_are_at_the_answers(scorer: Scorer) -> None:
@@ -89,8 +113,12 @@ def test_a_cached_block_serves_only_those_with_the_same_end(scorer: Scorer) -> N
             for end in ENDS:
                 (answer,) = scorer.generate(k, end, prompt_logprobs=None).outputs
                 (token,) = answer.token_ids
-                found = scorer.reference.logprobs(scorer.adapters[k], TOKENS[:end], [*TOKENS[end:], token])
-                assert answer.logprobs[0][token].logprob == pytest.approx(float(found[-1, token]), abs=1e-3), (k, end)
+                found = scorer.reference.logprobs(
+                    scorer.adapters[k], TOKENS[:end], [*TOKENS[end:], token]
+                )
+                assert answer.logprobs[0][token].logprob == pytest.approx(
+                    float(found[-1, token]), abs=1e-3
+                ), (k, end)
 
 
 def test_scoring_an_answer_gives_what_generating_it_gave(scorer: Scorer) -> None:

@@ -55,7 +55,10 @@ def outermost(original: object) -> object:
 
 @pytest.fixture(autouse=True)
 def _modules() -> Iterator[None]:
-    names = {"vllm_like": types.ModuleType("vllm_like"), "reft_serve.engine.test_wrappers": types.ModuleType("w")}
+    names = {
+        "vllm_like": types.ModuleType("vllm_like"),
+        "reft_serve.engine.test_wrappers": types.ModuleType("w"),
+    }
     names["vllm_like"].Engine = Engine  # type: ignore[attr-defined]
     names["reft_serve.engine.test_wrappers"].outer = outer  # type: ignore[attr-defined]
     names["reft_serve.engine.test_wrappers"].outermost = outermost  # type: ignore[attr-defined]
@@ -72,7 +75,11 @@ def seam(name: str = "step", source: str | None = None) -> Seam:
     """A seam of `Engine`, written for its source as it is, or for another."""
     written = inspect.getsource(getattr(Engine, name)) if source is None else source
     return Seam(
-        "vllm_like:Engine", name, "reft_serve.engine.test_wrappers.outer", "a test", {VERSION: fingerprint(written)}
+        "vllm_like:Engine",
+        name,
+        "reft_serve.engine.test_wrappers.outer",
+        "a test",
+        {VERSION: fingerprint(written)},
     )
 
 
@@ -91,7 +98,9 @@ def test_a_function_with_two_rows_is_wrapped_by_both_the_last_outermost() -> Non
 
 def test_a_changed_byte_refuses_with_the_function_s_name_and_wraps_nothing() -> None:
     changed = inspect.getsource(Engine.step).replace("One step.", "One Step.")
-    with pytest.raises(EngineUnsupported, match=r"vllm_like\.Engine\.step has another source") as refused:
+    with pytest.raises(
+        EngineUnsupported, match=r"vllm_like\.Engine\.step has another source"
+    ) as refused:
         resolve([seam("check"), seam("step", changed)], VERSION)
     assert "check" not in str(refused.value)
     assert Engine().step() == "step"
@@ -118,7 +127,9 @@ for _ in range(2):
 """
 
 
-def test_a_changed_byte_in_vllm_makes_register_refuse_each_time_and_wrap_nothing(tmp_path: Path) -> None:
+def test_a_changed_byte_in_vllm_makes_register_refuse_each_time_and_wrap_nothing(
+    tmp_path: Path,
+) -> None:
     command = [sys.executable, "-c", REGISTERED_TWICE, str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     said = [line for line in run.stdout.splitlines() if line.startswith("EngineUnsupported")]
@@ -131,7 +142,9 @@ def test_a_changed_byte_in_vllm_makes_register_refuse_each_time_and_wrap_nothing
 
 def test_a_function_that_is_gone_is_named_beside_the_other_faults() -> None:
     gone = replace(seam(), name="stride")
-    with pytest.raises(EngineUnsupported, match=r"Engine\.stride does not exist; .*Engine\.step has another source"):
+    with pytest.raises(
+        EngineUnsupported, match=r"Engine\.stride does not exist; .*Engine\.step has another source"
+    ):
         resolve([gone, seam("step", "other")], VERSION)
 
 
@@ -150,7 +163,9 @@ def test_a_subclass_that_overrides_the_method_is_named() -> None:
         __import__("gc").collect()
 
 
-def test_a_module_that_imported_the_function_by_name_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_module_that_imported_the_function_by_name_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def hashed() -> int:
         return 1
 
@@ -198,17 +213,24 @@ def test_the_rows_are_those_of_the_installed_vllm() -> None:
 def test_the_comparison_of_two_versions_shows_what_changed(tmp_path: Path) -> None:
     installed = Path(find_spec("vllm").submodule_search_locations[0]).parent  # type: ignore[union-attr,index]
     paths = {Path(*row.owner.partition(":")[0].split(".")) for row in SEAMS}
-    named = {path / "__init__.py" if (installed / path).is_dir() else path.with_suffix(".py") for path in paths}
+    named = {
+        path / "__init__.py" if (installed / path).is_dir() else path.with_suffix(".py")
+        for path in paths
+    }
     for name in named | {Path("vllm/__init__.py")}:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(installed / name, tmp_path / name)
     same = _compare(installed, tmp_path)
     count = len({(row.owner, row.name) for row in SEAMS})
-    assert same.stdout == f"{count} of {count} wrapped functions are the same, 0 are not\n", same.stderr
+    assert same.stdout == f"{count} of {count} wrapped functions are the same, 0 are not\n", (
+        same.stderr
+    )
     assert same.returncode == 0
 
     file = tmp_path / "vllm/v1/core/sched/scheduler.py"
-    file.write_text(file.read_text().replace("def _free_request(", "def _free_request(  # changed\n        ", 1))
+    file.write_text(
+        file.read_text().replace("def _free_request(", "def _free_request(  # changed\n        ", 1)
+    )
     (tmp_path / "vllm/v1/engine/core.py").unlink()
     other = _compare(installed, tmp_path)
     assert other.returncode == 1
@@ -231,15 +253,20 @@ def test_vllm_still_gives_a_row_without_a_lora_the_last_slot_s_on_a_cpu() -> Non
     expand = inspect.unwrap(bgmv_expand)
     output = torch.zeros(1, 2)
     expand(torch.ones(1, 3), torch.ones(2, 1, 2, 3), output, torch.tensor([-1]), True)
-    assert output.tolist() == [[3.0, 3.0]], "upstream leaves such rows alone now: remove loras.wrap_bgmv_expand"
+    assert output.tolist() == [[3.0, 3.0]], (
+        "upstream leaves such rows alone now: remove loras.wrap_bgmv_expand"
+    )
 
 
 def test_vllm_still_rewinds_a_generator_s_offset_which_a_cpu_s_has_not() -> None:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     batch = SimpleNamespace(num_reqs=1, generators={0: torch.Generator(device="cpu")})
-    runner = SimpleNamespace(discard_request_mask=SimpleNamespace(np=np.array([True])), input_batch=batch)
-    with pytest.raises(RuntimeError, match="offset"):  # without it, this goes on to a field that is missing here
+    runner = SimpleNamespace(
+        discard_request_mask=SimpleNamespace(np=np.array([True])), input_batch=batch
+    )
+    # without it, this goes on to a field that is missing here
+    with pytest.raises(RuntimeError, match="offset"):
         inspect.unwrap(GPUModelRunner._bookkeeping_sync)(runner, None, None, None, None, 1)
 
 
@@ -249,7 +276,9 @@ def test_vllm_still_has_no_buffers_for_a_cpu_s_pipeline_without_a_warm_up() -> N
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     compilation = SimpleNamespace(mode=CompilationMode.NONE)
-    runner = SimpleNamespace(vllm_config=SimpleNamespace(compilation_config=compilation), intermediate_tensors=None)
+    runner = SimpleNamespace(
+        vllm_config=SimpleNamespace(compilation_config=compilation), intermediate_tensors=None
+    )
     CPUModelRunner.warming_up_model(runner)  # it has no `profile_run` here, and needs none
     with pytest.raises(AssertionError):
         inspect.unwrap(GPUModelRunner.sync_and_gather_intermediate_tensors)(runner, 1, None, False)

@@ -38,7 +38,14 @@ from tests.support.paths import GOLDEN
 MODEL = GOLDEN / "models" / "tiny-llama"
 SAVE = GOLDEN / "adapters" / "tiny-llama" / "loreft_f3l3_tied"
 UNTIED = GOLDEN / "adapters" / "tiny-llama" / "loreft_f5l5"
-READ = ("REFT_ENGINE_KEY", "REFT_ENGINE_KEY_NEXT", "REFT_LORA", "REFT_MAX_RANK", "REFT_MAX_INTERVENTIONS", "REFT_HOME")
+READ = (
+    "REFT_ENGINE_KEY",
+    "REFT_ENGINE_KEY_NEXT",
+    "REFT_LORA",
+    "REFT_MAX_RANK",
+    "REFT_MAX_INTERVENTIONS",
+    "REFT_HOME",
+)
 VLLM_READ = (
     "VLLM_API_KEY",
     "VLLM_PLUGINS",
@@ -62,18 +69,30 @@ def make(tmp_path: Path) -> Callable[..., Path]:
     """Publish an adapter for the tiny Llama (hidden size 64, 4 layers), or for another base."""
 
     def made(name: str = "ours", rank: int = 4, layers: int = 1, **base: object) -> Path:
-        facts = {"name": "tiny", "architecture": "LlamaForCausalLM", "hidden_size": 64, "num_hidden_layers": 4} | base
+        facts = {
+            "name": "tiny",
+            "architecture": "LlamaForCausalLM",
+            "hidden_size": 64,
+            "num_hidden_layers": 4,
+        } | base
         specs = tuple(
-            InterventionSpec(layer=k % 4, component="block_output", kind="loreft", rank=rank) for k in range(layers)
+            InterventionSpec(layer=k % 4, component="block_output", kind="loreft", rank=rank)
+            for k in range(layers)
         )
-        manifest = Manifest(base_model=BaseFacts(**facts), interventions=specs, positions=PositionRule("l1"))
-        publish(tmp_path / name, manifest, [Intervention("loreft", 64, rank).weights() for _ in specs])
+        manifest = Manifest(
+            base_model=BaseFacts(**facts), interventions=specs, positions=PositionRule("l1")
+        )
+        publish(
+            tmp_path / name, manifest, [Intervention("loreft", 64, rank).weights() for _ in specs]
+        )
         return tmp_path / name
 
     return made
 
 
-def planned(*adapters: str, passed: tuple[str, ...] = (), positions: tuple[str, ...] = (), **flags: object) -> Plan:
+def planned(
+    *adapters: str, passed: tuple[str, ...] = (), positions: tuple[str, ...] = (), **flags: object
+) -> Plan:
     return plan(ServeRequest(str(MODEL), adapters, positions, ImportFlags(**flags), passed))
 
 
@@ -110,28 +129,46 @@ def test_there_are_slots_for_every_adapter_and_at_least_eight(
 
 
 @pytest.mark.parametrize("given", [("--max-loras", "3"), ("--max-loras=3",), ("--max_loras", "3")])
-def test_slots_that_the_user_gives_are_left_alone(make: Callable[..., Path], given: tuple[str, ...]) -> None:
+def test_slots_that_the_user_gives_are_left_alone(
+    make: Callable[..., Path], given: tuple[str, ...]
+) -> None:
     command = planned(f"a={make()}", passed=given).command
     assert [part for part in command if "max" in part] == [given[0]]
 
 
 def test_users_own_lora_modules_join_ours_in_one_list(make: Callable[..., Path]) -> None:
     adapter = make()
-    chosen = planned(f"a={adapter}", passed=("--port", "9", "--lora-modules", "x=/x", "y=/y", "-tp", "2"))
+    chosen = planned(
+        f"a={adapter}", passed=("--port", "9", "--lora-modules", "x=/x", "y=/y", "-tp", "2")
+    )
     assert chosen.command.count("--lora-modules") == 1
     start = chosen.command.index("--lora-modules")
-    assert chosen.command[start + 1 :] == (f"a={adapter}", "x=/x", "y=/y", "--port", "9", "-tp", "2")
+    assert chosen.command[start + 1 :] == (
+        f"a={adapter}",
+        "x=/x",
+        "y=/y",
+        "--port",
+        "9",
+        "-tp",
+        "2",
+    )
 
 
 def test_a_path_with_a_comma_reaches_vllm_as_json(make: Callable[..., Path]) -> None:
     adapter = make("a,b")
-    assert json.loads(after(planned(f"a={adapter}"), "--lora-modules")) == {"name": "a", "path": str(adapter)}
+    assert json.loads(after(planned(f"a={adapter}"), "--lora-modules")) == {
+        "name": "a",
+        "path": str(adapter),
+    }
 
 
 def test_a_larger_rank_than_vllms_raises_ours(make: Callable[..., Path]) -> None:
     assert planned(f"a={make(rank=24)}").environment["REFT_MAX_RANK"] == "24"
     assert "REFT_MAX_RANK" not in planned(f"a={make('small', rank=16)}").environment
-    assert "REFT_MAX_RANK" not in planned(f"a={make('other', rank=24)}", passed=("--max-lora-rank", "32")).environment
+    assert (
+        "REFT_MAX_RANK"
+        not in planned(f"a={make('other', rank=24)}", passed=("--max-lora-rank", "32")).environment
+    )
 
 
 def test_more_interventions_than_two_a_layer_raise_the_limit(make: Callable[..., Path]) -> None:
@@ -160,7 +197,9 @@ def test_lora_is_left_to_the_engine_where_more_may_come(
     assert "REFT_LORA" not in planned(f"a={adapter}").environment
 
 
-def test_a_choice_in_the_environment_stands(make: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_choice_in_the_environment_stands(
+    make: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("REFT_LORA", "on")
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "4")
     monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1024")
@@ -169,7 +208,10 @@ def test_a_choice_in_the_environment_stands(make: Callable[..., Path], monkeypat
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_a_machine_without_a_gpu_gets_small_caches() -> None:
-    assert planned().environment == {"VLLM_CPU_KVCACHE_SPACE": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
+    assert planned().environment == {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
+    }
 
 
 def test_a_pyreft_save_is_converted_once(home: Path) -> None:
@@ -283,7 +325,8 @@ def test_plugins_restricted_to_others_are_refused(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "phrase"), [("REFT_MAX_RANK", "many", "REFT_MAX_RANK: "), ("REFT_COMPONENTS", "block", "as JSON")]
+    ("name", "value", "phrase"),
+    [("REFT_MAX_RANK", "many", "REFT_MAX_RANK: "), ("REFT_COMPONENTS", "block", "as JSON")],
 )
 def test_a_setting_that_cannot_be_read_is_named(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str, phrase: str
@@ -300,13 +343,20 @@ def test_a_model_that_is_a_flag_is_refused() -> None:
 
 def test_a_dry_run_prints_a_line_that_a_shell_understands(make: Callable[..., Path]) -> None:
     adapter = make("with space")
-    answer = CliRunner().invoke(app, ["serve", str(MODEL), "--port", "9", "--adapter", f"a={adapter}", "--dry-run"])
+    answer = CliRunner().invoke(
+        app, ["serve", str(MODEL), "--port", "9", "--adapter", f"a={adapter}", "--dry-run"]
+    )
     assert answer.exit_code == 0
     line = answer.stdout.strip()
     echoed = subprocess.run(
-        ["bash", "-c", line.replace(sys.executable, "printf '%s\\n'")], capture_output=True, text=True, check=True
+        ["bash", "-c", line.replace(sys.executable, "printf '%s\\n'")],
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    assert echoed.stdout.splitlines() == list(planned(f"a={adapter}", passed=("--port", "9")).command[1:])
+    assert echoed.stdout.splitlines() == list(
+        planned(f"a={adapter}", passed=("--port", "9")).command[1:]
+    )
 
 
 def test_a_fault_on_the_command_line_is_one_sentence_and_exit_code_1() -> None:
@@ -318,7 +368,8 @@ def test_a_fault_on_the_command_line_is_one_sentence_and_exit_code_1() -> None:
 def test_the_server_takes_the_place_of_the_process_with_its_environment(tmp_path: Path) -> None:
     out = tmp_path / "out"
     script = (
-        "import os, sys; print(os.environ['REFT_LORA'], os.environ['KEPT'], os.getpid(), file=open(sys.argv[1], 'w'))"
+        "import os, sys; print(os.environ['REFT_LORA'], os.environ['KEPT'], os.getpid(), "
+        "file=open(sys.argv[1], 'w'))"
     )
     child = os.fork()
     if child == 0:
@@ -341,7 +392,9 @@ def test_deciding_does_not_import_vllm() -> None:
         (["--hf-token", "s-1"], "HF_TOKEN"),
     ],
 )
-def test_a_secret_among_the_arguments_is_refused(passed: list[str], variable: str, tmp_path: Path) -> None:
+def test_a_secret_among_the_arguments_is_refused(
+    passed: list[str], variable: str, tmp_path: Path
+) -> None:
     for verb in (["serve", str(MODEL)], ["up", "--data", str(tmp_path)]):
         answer = CliRunner().invoke(app, [*verb, *passed])
         assert answer.exit_code == 1
@@ -349,7 +402,9 @@ def test_a_secret_among_the_arguments_is_refused(passed: list[str], variable: st
         assert "s-1" not in answer.stderr
 
 
-def test_keys_are_read_from_the_environment_and_are_in_no_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_are_read_from_the_environment_and_are_in_no_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("REFT_ENGINE_KEY", "s-1")
     monkeypatch.setenv("REFT_ENGINE_KEY_NEXT", "s-2")
     monkeypatch.setenv("VLLM_API_KEY", "s-1")
@@ -357,8 +412,13 @@ def test_keys_are_read_from_the_environment_and_are_in_no_command(monkeypatch: p
     assert "reft_serve.engine.launch.server" in chosen.command
     assert "s-1" not in repr(chosen)
     code = "from vllm.entrypoints.launchers.api_server import entry; import sys\n"
-    code += "entry.main = lambda: print(sys.argv[1:])\nfrom reft_serve.engine import server; server.main()"
-    done = subprocess.run([sys.executable, "-c", code, "--port", "9"], capture_output=True, text=True, check=True)
+    code += (
+        "entry.main = lambda: print(sys.argv[1:])\nfrom reft_serve.engine import server; "
+        "server.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--port", "9"], capture_output=True, text=True, check=True
+    )
     assert done.stdout.splitlines()[-1] == str(["--port", "9", "--api-key", "s-1", "s-2"])
     monkeypatch.setenv("REFT_ENGINE_KEY_NEXT", "")
     assert read_settings(ServeSettings).engine_keys == ("s-1",)

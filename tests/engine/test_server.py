@@ -35,7 +35,11 @@ def client(server: Server) -> openai.OpenAI:
 
 def answer(client: openai.OpenAI, model: str) -> str:
     prompt = [1, *range(20, 50)]
-    return client.completions.create(model=model, prompt=prompt, max_tokens=8, temperature=0).choices[0].text
+    return (
+        client.completions.create(model=model, prompt=prompt, max_tokens=8, temperature=0)
+        .choices[0]
+        .text
+    )
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +71,11 @@ def test_the_models_card_says_which_adapters_are_taken(client: openai.OpenAI) ->
     told = cards.pop("base")
     assert told is not None
     assert (told.base.hidden_size, told.base.num_hidden_layers) == (64, 4)
-    assert (told.limits.max_rank, told.limits.max_interventions, told.max_lora_rank) == (MAX_RANK, 8, 16)
+    assert (told.limits.max_rank, told.limits.max_interventions, told.max_lora_rank) == (
+        MAX_RANK,
+        8,
+        16,
+    )
     assert told.limits.components == set(COMPONENTS)
     assert set(cards.values()) == {None}
 
@@ -81,14 +89,18 @@ def test_an_adapter_is_loaded_used_and_unloaded_while_others_are_served(
     other = answer(client, "other")
     assert other not in (good_answer, answer(client, "base"))
     body = json.dumps({"lora_name": "other"}).encode()
-    request = urllib.request.Request(f"{server.url}/v1/unload_lora_adapter", body, {"Content-Type": "application/json"})
+    request = urllib.request.Request(
+        f"{server.url}/v1/unload_lora_adapter", body, {"Content-Type": "application/json"}
+    )
     urllib.request.urlopen(request, timeout=60).close()
     with pytest.raises(openai.NotFoundError):
         answer(client, "other")
     assert answer(client, "good") == good_answer
 
 
-def test_files_that_vanish_after_loading_do_not_matter(server: Server, client: openai.OpenAI, tmp_path: Path) -> None:
+def test_files_that_vanish_after_loading_do_not_matter(
+    server: Server, client: openai.OpenAI, tmp_path: Path
+) -> None:
     write_good(tmp_path / "gone", seed=9)
     assert server.load("gone", tmp_path / "gone")[0] == 200
     before = answer(client, "gone")
@@ -112,8 +124,14 @@ def test_a_reloaded_adapter_is_read_once_and_not_for_every_request(
 
 
 def test_what_would_not_be_edited_right_is_refused(client: openai.OpenAI, good_answer: str) -> None:
-    asked: dict[str, Any] = {"prompt": [1, *range(20, 50)], "max_tokens": 3, "extra_body": {"use_beam_search": True}}
-    with pytest.raises(openai.BadRequestError, match="beam search is not supported with a ReFT adapter"):
+    asked: dict[str, Any] = {
+        "prompt": [1, *range(20, 50)],
+        "max_tokens": 3,
+        "extra_body": {"use_beam_search": True},
+    }
+    with pytest.raises(
+        openai.BadRequestError, match="beam search is not supported with a ReFT adapter"
+    ):
         client.completions.create(model="good", **asked)
     assert client.completions.create(model="base", **asked).choices[0].text
     with pytest.raises(openai.APIStatusError):  # a generating server has no embeddings
@@ -121,11 +139,16 @@ def test_what_would_not_be_edited_right_is_refused(client: openai.OpenAI, good_a
     assert answer(client, "good") == good_answer
 
 
-def test_a_lora_of_another_tree_is_the_callers_fault_and_names_every_module(server: Server, tmp_path: Path) -> None:
+def test_a_lora_of_another_tree_is_the_callers_fault_and_names_every_module(
+    server: Server, tmp_path: Path
+) -> None:
     """As PEFT names the modules of a model that has a vision tower beside its language model."""
     write_good(tmp_path / "mixed")
     tensors = write_lora(tmp_path / "mixed")
-    moved = {name.replace("model.layers.", "model.language_model.layers."): held for name, held in tensors.items()}
+    moved = {
+        name.replace("model.layers.", "model.language_model.layers."): held
+        for name, held in tensors.items()
+    }
     save_file(moved, tmp_path / "mixed" / "adapter_model.safetensors")
     status, answer = server.load("mixed", tmp_path / "mixed")
     assert status == 400, answer

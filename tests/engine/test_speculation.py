@@ -1,4 +1,6 @@
-"""Tokens that an n-gram drafter guessed, taken back or kept, change no answer: edits and cached blocks are as without it."""
+"""Tokens that an n-gram drafter guessed, taken back or kept, change no answer: edits and cached
+blocks are as without it.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,12 @@ RULES = {
 WORDS = [30, 40, 41, 42]
 VOCABULARY = 300
 PROMPTS = [[1, *([20 + i, 30, 40 + i] * 6)] for i in range(4)] + [[1, *range(60, 90)]]
-NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
+NGRAM = {
+    "method": "ngram",
+    "num_speculative_tokens": 4,
+    "prompt_lookup_min": 1,
+    "prompt_lookup_max": 3,
+}
 
 Answer = list[tuple[int, float, float]]
 
@@ -35,22 +42,38 @@ class Conversation:
     def __init__(self, engine: Any, folder: Path) -> None:
         from vllm.lora.request import LoRARequest
 
-        adapters = [None] + [LoRARequest(name, i + 1, str(folder / name)) for i, name in enumerate(RULES)]
-        self.keys = [(adapter and adapter.lora_name, i) for adapter in adapters for i in range(len(PROMPTS))]
+        adapters = [None] + [
+            LoRARequest(name, i + 1, str(folder / name)) for i, name in enumerate(RULES)
+        ]
+        self.keys = [
+            (adapter and adapter.lora_name, i) for adapter in adapters for i in range(len(PROMPTS))
+        ]
         wanted = [adapter for adapter in adapters for _ in PROMPTS]
         first = [PROMPTS[i] for _, i in self.keys]
         self.first, _ = _answers(engine, first, wanted, "one")
-        second = [[*p, *(token for token, *_ in answer), 7] for p, answer in zip(first, self.first, strict=True)]
+        second = [
+            [*p, *(token for token, *_ in answer), 7]
+            for p, answer in zip(first, self.first, strict=True)
+        ]
         self.second, self.cached = _answers(engine, second, wanted, "one")
         self.fresh, _ = _answers(engine, second, wanted, "two")
 
 
-def _answers(engine: Any, prompts: list[list[int]], adapters: list[Any], salt: str) -> tuple[list[Answer], list[int]]:
-    """Of each request: (token, its logprob, the likeliest word's lead over the next) of each step, and its cached tokens."""
+def _answers(
+    engine: Any, prompts: list[list[int]], adapters: list[Any], salt: str
+) -> tuple[list[Answer], list[int]]:
+    """Of each request: (token, its logprob, the likeliest word's lead over the next) of each step,
+    and its cached tokens.
+    """
     from vllm import SamplingParams
 
     params = SamplingParams(
-        temperature=0.0, max_tokens=40, ignore_eos=True, allowed_token_ids=WORDS, logprobs=VOCABULARY, detokenize=False
+        temperature=0.0,
+        max_tokens=40,
+        ignore_eos=True,
+        allowed_token_ids=WORDS,
+        logprobs=VOCABULARY,
+        detokenize=False,
     )
     wanted = [{"prompt_token_ids": prompt, "cache_salt": salt} for prompt in prompts]
     outputs = engine.generate(wanted, params, lora_request=adapters, use_tqdm=False)
@@ -71,7 +94,9 @@ def largest_difference(mine: list[Answer], other: list[Answer]) -> float:
     for number, (answer, expected) in enumerate(zip(mine, other, strict=True)):
         for step, (got, wanted) in enumerate(zip(answer, expected, strict=True)):
             if got[0] != wanted[0]:
-                assert wanted[2] < 2 * TOLERANCE, f"answer {number}: token {step} is {got[0]}, not {wanted[0]}"
+                assert wanted[2] < 2 * TOLERANCE, (
+                    f"answer {number}: token {step} is {got[0]}, not {wanted[0]}"
+                )
                 break
             worst, compared = max(worst, abs(got[1] - wanted[1])), compared + 1
     assert compared > 0.9 * sum(map(len, other)), "too many ties to tell"
@@ -88,14 +113,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> Conversation:
-    with running_engine("tiny-llama", {"LORA": "off"}, enforce_eager=True, max_logprobs=VOCABULARY) as engine:
+    with running_engine(
+        "tiny-llama", {"LORA": "off"}, enforce_eager=True, max_logprobs=VOCABULARY
+    ) as engine:
         return Conversation(engine, folder)
 
 
 @pytest.fixture(scope="module")
 def drafting(plain: Conversation) -> Iterator[Any]:
     options = {"max_logprobs": VOCABULARY, "disable_log_stats": False, "max_num_seqs": 32}
-    with running_engine("tiny-llama", enforce_eager=True, speculative_config=NGRAM, **options) as engine:
+    with running_engine(
+        "tiny-llama", enforce_eager=True, speculative_config=NGRAM, **options
+    ) as engine:
         yield engine
 
 
@@ -111,17 +140,31 @@ def test_guesses_change_no_answer(plain: Conversation, spoken: Conversation, dra
         worst = largest_difference(getattr(spoken, turn), getattr(plain, turn))
         print(f"{turn}: largest logprob difference {worst:.2g}")
         assert worst < TOLERANCE
-    counted = {metric.name: metric.value for metric in drafting.get_metrics() if isinstance(metric, Counter)}
-    drafted, kept = counted["vllm:spec_decode_num_draft_tokens"], counted["vllm:spec_decode_num_accepted_tokens"]
+    counted = {
+        metric.name: metric.value
+        for metric in drafting.get_metrics()
+        if isinstance(metric, Counter)
+    }
+    drafted, kept = (
+        counted["vllm:spec_decode_num_draft_tokens"],
+        counted["vllm:spec_decode_num_accepted_tokens"],
+    )
     print(f"{drafted} guesses, {kept} of them right")
     assert kept > 200
     assert drafted - kept > 200
 
 
-def test_blocks_with_guessed_tokens_are_right_when_they_are_used_again(spoken: Conversation) -> None:
+def test_blocks_with_guessed_tokens_are_right_when_they_are_used_again(
+    spoken: Conversation,
+) -> None:
     assert largest_difference(spoken.second, spoken.fresh) < TOLERANCE
-    reused = {key: cached for key, cached in zip(spoken.keys, spoken.cached, strict=True) if key[0] in (None, "prefix")}
-    assert min(reused.values()) >= 32  # a block of 32 that ends among generated tokens, since PROMPTS are shorter
+    reused = {
+        key: cached
+        for key, cached in zip(spoken.keys, spoken.cached, strict=True)
+        if key[0] in (None, "prefix")
+    }
+    # a block of 32 that ends among generated tokens, since PROMPTS are shorter
+    assert min(reused.values()) >= 32
 
 
 def test_guesses_or_not_a_mixed_batch_gives_what_pyreft_gives(

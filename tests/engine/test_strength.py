@@ -25,11 +25,15 @@ Answer = tuple[list[int], list[float]]
 
 
 def write(folder: Path, phase: Any) -> None:
-    """A nodireft adapter, whose edit W2' (W h + b) is linear in W2, and the same with W2 times each factor."""
+    """A nodireft adapter, whose edit W2' (W h + b) is linear in W2, and the same with W2 times each
+    factor.
+    """
     random = torch.Generator().manual_seed(11)
     W, W2 = (0.3 * torch.randn(4, 64, generator=random) for _ in range(2))
     weights = Weights("nodireft", torch.randn(4, generator=random), W=W, W2=W2, b2=torch.zeros(4))
-    specs = tuple(InterventionSpec(layer=k, component="block_output", kind="nodireft", rank=4) for k in (0, 2))
+    specs = tuple(
+        InterventionSpec(layer=k, component="block_output", kind="nodireft", rank=4) for k in (0, 2)
+    )
     manifest = Manifest(
         base_model=read_base_model(GOLDEN / "models" / "tiny-llama"),
         interventions=specs,
@@ -50,7 +54,9 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     names = sorted(path.name for path in folder.iterdir())
     with running_engine("tiny-llama", {"LORA": "off"}, max_loras=8, enforce_eager=True) as engine:
 
-        def batch(requests: list[tuple[str | None, Any]], prompt: list[int] = PROMPT) -> list[Answer]:
+        def batch(
+            requests: list[tuple[str | None, Any]], prompt: list[int] = PROMPT
+        ) -> list[Answer]:
             params = [
                 SamplingParams(
                     temperature=0.0,
@@ -61,11 +67,19 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
                 )
                 for _, strength in requests
             ]
-            adapters = [n and LoRARequest(n, names.index(n) + 1, str(folder / n)) for n, _ in requests]
+            adapters = [
+                n and LoRARequest(n, names.index(n) + 1, str(folder / n)) for n, _ in requests
+            ]
             prompts = [{"prompt_token_ids": prompt} for _ in requests]
-            outputs = [o.outputs[0] for o in engine.generate(prompts, params, lora_request=adapters, use_tqdm=False)]
+            outputs = [
+                o.outputs[0]
+                for o in engine.generate(prompts, params, lora_request=adapters, use_tqdm=False)
+            ]
             return [
-                (list(o.token_ids), [step[t].logprob for step, t in zip(o.logprobs, o.token_ids, strict=True)])
+                (
+                    list(o.token_ids),
+                    [step[t].logprob for step, t in zip(o.logprobs, o.token_ids, strict=True)],
+                )
                 for o in outputs
             ]
 
@@ -101,7 +115,9 @@ def test_strengths_share_no_edited_block_of_the_prefix_cache(ask: Any) -> None:
 def test_a_strength_that_is_no_factor_is_refused(ask: Any, strength: Any) -> None:
     from vllm.exceptions import VLLMValidationError
 
-    with pytest.raises(VLLMValidationError, match="reft_strength must be a number from -100 to 100"):
+    with pytest.raises(
+        VLLMValidationError, match="reft_strength must be a number from -100 to 100"
+    ):
         ask([("prompt1.0", strength)])
 
 

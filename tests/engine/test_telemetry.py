@@ -52,7 +52,11 @@ def test_shared_tokens_are_those_of_the_first_blocks_without_a_key(
 @pytest.fixture
 def counted() -> Any:
     """What `wrap_update_stats_from_finished` added for a request, by (request, source)."""
-    kinds = [(kind, source) for kind in ("base", "reft", "lora") for source in ("computed", "shared", "own")]
+    kinds = [
+        (kind, source)
+        for kind in ("base", "reft", "lora")
+        for source in ("computed", "shared", "own")
+    ]
 
     def totals() -> dict[tuple[str, str], float]:
         return {
@@ -76,7 +80,10 @@ class _Processor:
     [
         (None, {("base", "computed"): 18, ("base", "shared"): 32}),
         (LoRARequest("l", 1, "/l"), {("lora", "computed"): 18, ("lora", "own"): 32}),
-        (AdapterRef(DIGEST, PositionRule("l4")), {("reft", "computed"): 18, ("reft", "shared"): 32}),
+        (
+            AdapterRef(DIGEST, PositionRule("l4")),
+            {("reft", "computed"): 18, ("reft", "shared"): 32},
+        ),
         (AdapterRef(DIGEST, PositionRule("f4")), {("reft", "computed"): 18, ("reft", "own"): 32}),
         # The 20th token is in the second block of 16: the first is everybody's, the second the adapter's.
         (
@@ -104,7 +111,11 @@ def test_counters_rise_by_what_the_workers_counted_since_and_gauges_show_the_las
         "steps": 100.0, "steps_with_rows": 40.0, "rows": 400.0,
     }  # fmt: skip
     take("7", first, {})
-    take("7", first | {"resident": 2.0, "steps": 110.0, "steps_with_rows": 43.0, "rows": 412.0}, first)
+    take(
+        "7",
+        first | {"resident": 2.0, "steps": 110.0, "steps_with_rows": 43.0, "rows": 412.0},
+        first,
+    )
     take("7", {}, first)  # an engine without adapters counts nothing
 
     def value(name: str, **labels: str) -> float | None:
@@ -112,6 +123,12 @@ def test_counters_rise_by_what_the_workers_counted_since_and_gauges_show_the_las
 
     assert (value("reft_slots"), value("reft_slots_used")) == (8, 2)
     assert (value("reft_slot_fills_total"), value("reft_slot_evictions_total")) == (5, 2)
-    assert (value("reft_steps_total", edited="yes"), value("reft_steps_total", edited="no")) == (43, 67)
+    assert (value("reft_steps_total", edited="yes"), value("reft_steps_total", edited="no")) == (
+        43,
+        67,
+    )
     assert value("reft_rows_total") == 412
-    assert [value("reft_stall_seconds_total", cause=cause) for cause in ("slot", "arrival")] == [0.5, 0.25]
+    assert [value("reft_stall_seconds_total", cause=cause) for cause in ("slot", "arrival")] == [
+        0.5,
+        0.25,
+    ]

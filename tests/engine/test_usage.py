@@ -28,7 +28,11 @@ def test_an_aborted_request_is_noted_once_with_all_its_prompts_and_choices() -> 
     abort = usage.wrap_abort_requests(lambda self, ids, internal: list(ids))
     abort(processor, ["0", "1", "2", "3"], internal=True)
     abort(processor, ["0"], internal=True)
-    assert usage.usage_of(f"req_{NAME}") == {"prompt_tokens": 20, "cached_tokens": 8, "completion_tokens": 20}
+    assert usage.usage_of(f"req_{NAME}") == {
+        "prompt_tokens": 20,
+        "cached_tokens": 8,
+        "completion_tokens": 20,
+    }
     assert usage.usage_of(f"req_{NAME[::-1]}") is None
     assert usage.usage_of("../x") is None
 

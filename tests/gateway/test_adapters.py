@@ -18,7 +18,9 @@ Files = list[tuple[str, tuple[str, bytes]]]
 
 
 def send(tenant: Tenant, name: str, *files: tuple[str, bytes]) -> Any:
-    return tenant.http.post("/v1/adapters", data={"name": name}, files=[("files", file) for file in files])
+    return tenant.http.post(
+        "/v1/adapters", data={"name": name}, files=[("files", file) for file in files]
+    )
 
 
 def stored(gateway: Gateway) -> set[str]:
@@ -157,9 +159,9 @@ def test_a_canary_takes_about_its_share(tenant: Tenant) -> None:
     tenant.upload("birds", 2)
     tenant.http.put("/v1/adapters/birds/aliases/canary", json={"version": "2", "share": 0.5})
     versions = [
-        tenant.http.post("/v1/completions", json={"model": "birds", "prompt": "x", "max_tokens": 1}).headers[
-            "x-reft-version"
-        ]
+        tenant.http.post(
+            "/v1/completions", json={"model": "birds", "prompt": "x", "max_tokens": 1}
+        ).headers["x-reft-version"]
         for _ in range(60)
     ]
     assert 12 <= versions.count("birds@2") <= 48
@@ -181,12 +183,17 @@ def test_a_deleted_version_leaves_engine_and_store_once_nobody_uses_it(
     assert (len(engine.adapters), engine.counts["unload"]) == (held, unloaded + 1)
     engine.token_seconds = 0.05
     with two.http.stream(
-        "POST", "/v1/completions", json={"model": "mine", "prompt": "x", "max_tokens": 20, "stream": True}
+        "POST",
+        "/v1/completions",
+        json={"model": "mine", "prompt": "x", "max_tokens": 20, "stream": True},
     ) as under_way:
         lines = under_way.iter_lines()
         next(lines)
         assert two.http.delete("/v1/models/mine").status_code == 200
-        assert two.http.post("/v1/completions", json={"model": "mine", "prompt": "x"}).status_code == 404
+        assert (
+            two.http.post("/v1/completions", json={"model": "mine", "prompt": "x"}).status_code
+            == 404
+        )
         rest = list(lines)
     assert rest[-2] == "data: [DONE]"
     wait_for(lambda: digest not in stored(gateway) and len(engine.adapters) == held - 1)
@@ -210,7 +217,9 @@ def test_room_is_limited_by_count_and_bytes(make_tenant: Callable[..., Tenant]) 
     assert small.upload("a", 2).status_code == 429
 
 
-def test_limits_hold_for_uploads_at_once(gateway: Gateway, make_tenant: Callable[..., Tenant]) -> None:
+def test_limits_hold_for_uploads_at_once(
+    gateway: Gateway, make_tenant: Callable[..., Tenant]
+) -> None:
     tenant = make_tenant(limits={"adapters": 1, "storage_bytes": 1000})
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda k: tenant.upload(f"n{k}", seed=k + 1).status_code, range(8)))
@@ -220,7 +229,9 @@ def test_limits_hold_for_uploads_at_once(gateway: Gateway, make_tenant: Callable
     wait_for(lambda: not list((gateway.settings.store / ".staging").iterdir()))
 
 
-def test_without_an_engine_nothing_is_published_unchecked(engine: FakeEngine, gateway: Gateway, tenant: Tenant) -> None:
+def test_without_an_engine_nothing_is_published_unchecked(
+    engine: FakeEngine, gateway: Gateway, tenant: Tenant
+) -> None:
     engine.healthy = False
     wait_for(lambda: gateway.http(None).get("/health/ready").status_code == 503)
     answer = tenant.upload("birds")

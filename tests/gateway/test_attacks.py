@@ -1,4 +1,6 @@
-"""Each attack of `scripts/bench attack` once or twice against a gateway: it answers others meanwhile and nothing ends it."""
+"""Each attack of `scripts/bench attack` once or twice against a gateway: it answers others
+meanwhile and nothing ends it.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,9 @@ class Pulse:
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_an_attack_ends_in_a_refusal_or_an_answer_and_holds_nobody_up(attacker: Attacker, name: str) -> None:
+def test_an_attack_ends_in_a_refusal_or_an_answer_and_holds_nobody_up(
+    attacker: Attacker, name: str
+) -> None:
     attacker.rng.seed(f"{SEED} {name}")
     pulse = Pulse(attacker.url)
     outcomes = [act(attacker, name) for _ in range(REPEATS)]
@@ -74,7 +78,9 @@ def test_an_attack_ends_in_a_refusal_or_an_answer_and_holds_nobody_up(attacker: 
     assert longest < LIVE_SECONDS
     headers = {"authorization": f"Bearer {attacker.inference}"}
     body = {"model": "base", "prompt": "x", "max_tokens": 1}
-    assert httpx.post(f"{attacker.url}/v1/completions", json=body, headers=headers, trust_env=False).status_code in (
+    assert httpx.post(
+        f"{attacker.url}/v1/completions", json=body, headers=headers, trust_env=False
+    ).status_code in (
         200,
         429,
     )

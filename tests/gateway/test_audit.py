@@ -21,7 +21,9 @@ def test_every_change_is_recorded_with_its_key_its_tenant_and_its_request(gatewa
     admin, name = gateway.admin, f"t{secrets.token_hex(4)}"
     done: set[tuple[str, str]] = set()
 
-    def change(client: Any, key: str, action: str, method: str, template: str, path: str, **body: Any) -> Any:
+    def change(
+        client: Any, key: str, action: str, method: str, template: str, path: str, **body: Any
+    ) -> Any:
         answer = client.request(method, path, **body)
         assert answer.status_code in (200, 201), (path, answer.text)
         found = admin.get("/v1/audit?all_tenants=true&limit=2").json()["data"]
@@ -33,11 +35,21 @@ def test_every_change_is_recorded_with_its_key_its_tenant_and_its_request(gatewa
         return answer.json() | {"tenant_of_entry": mine[0]["tenant_id"]}
 
     root = admin.get("/v1/keys").json()["data"][0]["id"]
-    made = change(admin, root, "tenant.create", "POST", "/v1/admin/tenants", "/v1/admin/tenants", json={"name": name})
+    made = change(
+        admin,
+        root,
+        "tenant.create",
+        "POST",
+        "/v1/admin/tenants",
+        "/v1/admin/tenants",
+        json={"name": name},
+    )
     assert made["tenant_of_entry"] == made["id"]
     url, of = f"/v1/admin/tenants/{name}", "/v1/admin/tenants/{tenant}"
     change(admin, root, "tenant.change", "PATCH", of, url, json={"limits": {"adapters": 9}})
-    key = change(admin, root, "key.create", "POST", f"{of}/keys", f"{url}/keys", json={"role": "owner"})
+    key = change(
+        admin, root, "key.create", "POST", f"{of}/keys", f"{url}/keys", json={"role": "owner"}
+    )
     tenant = Tenant(gateway, made["id"], name, key["secret"])
     guest = gateway.tenant(f"g{secrets.token_hex(4)}")
 
@@ -51,7 +63,14 @@ def test_every_change_is_recorded_with_its_key_its_tenant_and_its_request(gatewa
     own("key.revoke", "DELETE", "/v1/keys/{key}", f"/v1/keys/{spare}")
     for seed in (201, 202, 203):
         parts = [("files", item) for item in adapter_files(seed).items()]
-        own("version.create", "POST", "/v1/adapters", "/v1/adapters", data={"name": "birds"}, files=parts)
+        own(
+            "version.create",
+            "POST",
+            "/v1/adapters",
+            "/v1/adapters",
+            data={"name": "birds"},
+            files=parts,
+        )
     alias, birds = "/v1/adapters/{name}/aliases/{alias}", "/v1/adapters/birds"
     for number in ("1", "2"):
         own("alias.set", "PUT", alias, f"{birds}/aliases/production", json={"version": number})
@@ -61,8 +80,12 @@ def test_every_change_is_recorded_with_its_key_its_tenant_and_its_request(gatewa
     own("adapter.share", "PUT", share, f"{birds}/shares/{guest.id}")
     own("adapter.unshare", "DELETE", share, f"{birds}/shares/{guest.id}")
     model = tenant.http.get(f"{birds}/versions/3").json()["model"]
-    url, of = (f"/v1/fine_tuning/checkpoints/{each}/permissions" for each in (model, "{checkpoint}"))
-    given = own("permission.create", "POST", of, url, json={"project_ids": [guest.id]})["data"][0]["id"]
+    url, of = (
+        f"/v1/fine_tuning/checkpoints/{each}/permissions" for each in (model, "{checkpoint}")
+    )
+    given = own("permission.create", "POST", of, url, json={"project_ids": [guest.id]})["data"][0][
+        "id"
+    ]
     own("permission.delete", "DELETE", f"{of}/{{permission}}", f"{url}/{given}")
     own("version.delete", "DELETE", "/v1/adapters/{name}/versions/{version}", f"{birds}/versions/3")
     own("version.delete", "DELETE", "/v1/models/{model}", "/v1/models/birds@2")
@@ -77,16 +100,29 @@ def test_every_change_is_recorded_with_its_key_its_tenant_and_its_request(gatewa
     )["id"]
     asked = {"model": "base", "training_file": data}
     mine, other = (
-        own("job.create", "POST", "/v1/fine_tuning/jobs", "/v1/fine_tuning/jobs", json=asked)["id"] for _ in "12"
+        own("job.create", "POST", "/v1/fine_tuning/jobs", "/v1/fine_tuning/jobs", json=asked)["id"]
+        for _ in "12"
     )
     for verb in ("pause", "resume", "cancel"):
-        own(f"job.{verb}", "POST", f"/v1/fine_tuning/jobs/{{job}}/{verb}", f"/v1/fine_tuning/jobs/{mine}/{verb}")
+        own(
+            f"job.{verb}",
+            "POST",
+            f"/v1/fine_tuning/jobs/{{job}}/{verb}",
+            f"/v1/fine_tuning/jobs/{mine}/{verb}",
+        )
     path = f"/v1/admin/jobs/{other}/cancel"
     assert (
-        change(admin, root, "job.cancel", "POST", "/v1/admin/jobs/{job}/{what}", path)["tenant_of_entry"] == tenant.id
+        change(admin, root, "job.cancel", "POST", "/v1/admin/jobs/{job}/{what}", path)[
+            "tenant_of_entry"
+        ]
+        == tenant.id
     )
     own("file.delete", "DELETE", "/v1/files/{file}", f"/v1/files/{data}")
-    hook = {"name": "x", "url": "https://93.184.215.14/x", "event_types": ["fine_tuning.job.failed"]}  # never called
+    hook = {
+        "name": "x",
+        "url": "https://93.184.215.14/x",
+        "event_types": ["fine_tuning.job.failed"],
+    }  # never called
     url, of = "/v1/webhook_endpoints", "/v1/webhook_endpoints/{webhook}"
     made = own("webhook.create", "POST", url, url, json=hook)["id"]
     own("webhook.change", "POST", of, f"{url}/{made}", json={"name": "y"})
@@ -95,6 +131,13 @@ def test_every_change_is_recorded_with_its_key_its_tenant_and_its_request(gatewa
     for verb in ("drain", "resume"):
         path = f"/v1/admin/engines/engine-0/{verb}"
         change(admin, root, f"engine.{verb}", "POST", path.replace("engine-0", "{engine}"), path)
-    change(admin, root, "tenant.delete", "DELETE", "/v1/admin/tenants/{tenant}", f"/v1/admin/tenants/{name}")
+    change(
+        admin,
+        root,
+        "tenant.delete",
+        "DELETE",
+        "/v1/admin/tenants/{tenant}",
+        f"/v1/admin/tenants/{name}",
+    )
     changing = {(method, path) for method, path in operations(gateway) if method != "get"}
     assert done == changing - UNRECORDED

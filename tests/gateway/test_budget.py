@@ -83,7 +83,8 @@ _TEXT = '[{,\\"' * 40_000
 
 
 @pytest.mark.parametrize(
-    "content", [json.dumps({"a": _TEXT}), json.dumps({"a": "1" * 100_000}), json.dumps(["\\" * 70_001])]
+    "content",
+    [json.dumps({"a": _TEXT}), json.dumps({"a": "1" * 100_000}), json.dumps(["\\" * 70_001])],
 )
 def test_what_is_inside_texts_does_not_count(content: str) -> None:
     assert check_json(content.encode(), 100) <= 3

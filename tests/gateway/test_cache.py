@@ -1,4 +1,6 @@
-"""What a gateway remembers of keys and names, for an hour here, ends with the act that takes it away."""
+"""What a gateway remembers of keys and names, for an hour here, ends with the act that takes it
+away.
+"""
 
 from __future__ import annotations
 
@@ -27,16 +29,22 @@ def owner(make_tenant: Callable[..., Tenant]) -> Tenant:
 
 
 def status(tenant: Tenant, model: str) -> int:
-    return tenant.http.post("/v1/completions", json={"model": model, "prompt": "x", "max_tokens": 1}).status_code
+    return tenant.http.post(
+        "/v1/completions", json={"model": model, "prompt": "x", "max_tokens": 1}
+    ).status_code
 
 
 def version_of(tenant: Tenant, model: str) -> str:
-    answer = tenant.http.post("/v1/completions", json={"model": model, "prompt": "x", "max_tokens": 1})
+    answer = tenant.http.post(
+        "/v1/completions", json={"model": model, "prompt": "x", "max_tokens": 1}
+    )
     return answer.headers["x-reft-version"]
 
 
 def disable(gateway: Gateway, owner: Tenant, *_: object) -> object:
-    return gateway.admin.patch(f"/v1/admin/tenants/{owner.id}", json={"disabled": True}).raise_for_status()
+    return gateway.admin.patch(
+        f"/v1/admin/tenants/{owner.id}", json={"disabled": True}
+    ).raise_for_status()
 
 
 def delete_tenant(gateway: Gateway, owner: Tenant, *_: object) -> object:
@@ -90,12 +98,16 @@ def test_a_permitted_version_is_gone_at_once(
     assert status(guest, model) == 404
 
 
-def test_what_was_not_there_is_there_once_it_is_given(owner: Tenant, make_tenant: Callable[..., Tenant]) -> None:
+def test_what_was_not_there_is_there_once_it_is_given(
+    owner: Tenant, make_tenant: Callable[..., Tenant]
+) -> None:
     guest = make_tenant()
     model = owner.http.get("/v1/adapters/birds/versions/2").json()["model"]
     names = [f"{owner.name}/birds", model, "birds"]
     assert [status(guest, name) for name in names] == [404] * 3
-    owner.http.post(f"/v1/fine_tuning/checkpoints/{model}/permissions", json={"project_ids": [guest.id]})
+    owner.http.post(
+        f"/v1/fine_tuning/checkpoints/{model}/permissions", json={"project_ids": [guest.id]}
+    )
     assert [status(guest, name) for name in names] == [404, 200, 404]
     owner.http.put(f"/v1/adapters/birds/shares/{guest.id}")
     assert [status(guest, name) for name in names] == [200, 200, 404]
@@ -133,5 +145,7 @@ def test_a_key_dies_at_once(gateway: Gateway, owner: Tenant) -> None:
 def test_new_limits_bind_at_once(gateway: Gateway, owner: Tenant) -> None:
     body = {"model": "base", "prompt": "x", "max_tokens": 2}
     assert owner.http.post("/v1/completions", json=body).status_code == 200
-    gateway.admin.patch(f"/v1/admin/tenants/{owner.id}", json={"limits": {"output_tokens": 1}}).raise_for_status()
+    gateway.admin.patch(
+        f"/v1/admin/tenants/{owner.id}", json={"limits": {"output_tokens": 1}}
+    ).raise_for_status()
     assert owner.http.post("/v1/completions", json=body).status_code == 400

@@ -1,4 +1,6 @@
-"""Checks of uploads: given in turn, and ended with their callers, their gateway and their limits."""
+"""Checks of uploads: given in turn, and ended with their callers, their gateway and their
+limits.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def children(pid: int) -> set[int]:
     listed = Path(f"/proc/{pid}/task").glob("*/children")
     found = {int(child) for task in listed for child in task.read_text().split()}
     return {
-        child for child in found if lives(child) and b"subprocess_check" in Path(f"/proc/{child}/cmdline").read_bytes()
+        child
+        for child in found
+        if lives(child) and b"subprocess_check" in Path(f"/proc/{child}/cmdline").read_bytes()
     }
 
 
@@ -63,7 +67,11 @@ async def checks(
 
 async def test_a_tenant_with_many_checks_has_one_place_and_others_come_between() -> None:
     places, log = CheckPlaces(at_once=2), list[str]()
-    async with checks(places, "many", 6, log), checks(places, "few", 1, log), checks(places, "other", 2, log):
+    async with (
+        checks(places, "many", 6, log),
+        checks(places, "few", 1, log),
+        checks(places, "other", 2, log),
+    ):
         assert log == ["many", "few"]
     assert sorted(log) == ["few"] + ["many"] * 6 + ["other"] * 2
     assert log.index("other") <= 3
@@ -102,7 +110,9 @@ async def _check(content: bytes, **limits: Any) -> dict[str, Any]:
     with tempfile.TemporaryFile() as file:
         file.write(content)
         file.flush()
-        return await check_in_subprocess("data file", {"where": "x", "limits": limits}, file.fileno(), len(content))
+        return await check_in_subprocess(
+            "data file", {"where": "x", "limits": limits}, file.fileno(), len(content)
+        )
 
 
 async def test_a_check_in_a_process_finds_what_one_here_finds() -> None:
@@ -139,11 +149,14 @@ async def test_a_check_that_is_cancelled_has_ended_when_its_caller_goes_on() -> 
 def _half_a_request(tenant_key: str, port: int, content: bytes) -> socket.socket:
     body = (
         b'--b\r\ncontent-disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n--b\r\n'
-        b'content-disposition: form-data; name="file"; filename="a"\r\n\r\n' + content + b"\r\n--b--\r\n"
+        b'content-disposition: form-data; name="file"; filename="a"\r\n\r\n'
+        + content
+        + b"\r\n--b--\r\n"
     )
     head = (
-        f"POST /v1/files HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {tenant_key}\r\ncontent-length: {len(body)}\r\n"
-        "content-type: multipart/form-data; boundary=b\r\n\r\n"
+        "POST /v1/files HTTP/1.1\r\nhost: x\r\nauthorization: Bearer "
+        f"{tenant_key}\r\ncontent-length: {len(body)}\r\ncontent-type: multipart/form-data; "
+        "boundary=b\r\n\r\n"
     )
     caller = socket.create_connection(("127.0.0.1", port))
     caller.sendall(head.encode() + body)

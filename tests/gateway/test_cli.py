@@ -33,23 +33,40 @@ def run(operate: CliRunner, *arguments: str) -> str:
 
 def test_a_tenant_and_its_keys_are_made_listed_and_ended(operate: CliRunner) -> None:
     assert "up to date" in run(operate, "migrate")
-    tenant = run(operate, "tenant", "create", "acme", "--limits", '{"requests_per_minute": 5}').strip()
+    tenant = run(
+        operate, "tenant", "create", "acme", "--limits", '{"requests_per_minute": 5}'
+    ).strip()
     assert tenant.startswith("tnt_")
-    secret = run(operate, "key", "create", "acme", "--role", "inference", "--label", "ci", "--days", "3").strip()
+    secret = run(
+        operate, "key", "create", "acme", "--role", "inference", "--label", "ci", "--days", "3"
+    ).strip()
     assert re.fullmatch(r"rk-[\w-]{43}", secret)
     listed = run(operate, "key", "list", "acme")
     assert secret not in listed
     assert "inference\tvalid\tci" in listed
-    rotated = run(operate, "key", "rotate", "acme", listed.split("\t")[0], "--overlap", "60").strip()
+    rotated = run(
+        operate, "key", "rotate", "acme", listed.split("\t")[0], "--overlap", "60"
+    ).strip()
     assert rotated != secret
-    narrow = run(operate, "key", "create", "acme", "--scopes", "usage,models", "--limits", '{"requests_per_minute": 1}')
+    narrow = run(
+        operate,
+        "key",
+        "create",
+        "acme",
+        "--scopes",
+        "usage,models",
+        "--limits",
+        '{"requests_per_minute": 1}',
+    )
     assert len({secret, rotated, narrow.strip()}) == 3
     assert run(operate, "key", "create", "acme", "--role", "metrics").startswith("rk-")
     assert len(run(operate, "key", "list", "acme").splitlines()) == 4
     run(operate, "key", "revoke", "acme", listed.split("\t")[0])
     assert "revoked" in run(operate, "key", "list", "acme")
     run(operate, "tenant", "disable", "acme")
-    assert f'acme\t{tenant}\tdisabled\t{{"requests_per_minute": 5}}' in run(operate, "tenant", "list")
+    assert f'acme\t{tenant}\tdisabled\t{{"requests_per_minute": 5}}' in run(
+        operate, "tenant", "list"
+    )
     run(operate, "tenant", "enable", tenant)
     run(operate, "tenant", "limit", "acme", "--limits", "{}")
     assert "enabled\t{}" in run(operate, "tenant", "list")
@@ -65,7 +82,9 @@ def test_a_tenant_and_its_keys_are_made_listed_and_ended(operate: CliRunner) -> 
         (["key", "rotate", "nobody", "key_0"], NotFound),
     ],
 )  # fmt: skip
-def test_a_mistake_gets_a_sentence(operate: CliRunner, arguments: list[str], kind: type[Exception]) -> None:
+def test_a_mistake_gets_a_sentence(
+    operate: CliRunner, arguments: list[str], kind: type[Exception]
+) -> None:
     with pytest.raises(kind):
         operate.invoke(app, arguments, catch_exceptions=False)
 
@@ -101,7 +120,9 @@ def test_what_the_command_line_changes_a_running_gateway_soon_knows(
         (["--max-num-seqs="], None),
     ],
 )
-def test_an_engine_gets_as_many_requests_as_it_works_on(passed: list[str], places: str | None) -> None:
+def test_an_engine_gets_as_many_requests_as_it_works_on(
+    passed: list[str], places: str | None
+) -> None:
     assert _places(passed).get("REFT_IN_FLIGHT_PER_ENGINE") == places
 
 
@@ -125,7 +146,11 @@ def test_up_makes_private_what_an_earlier_version_left_readable(
 
 def test_a_child_that_ends_is_started_again_until_it_is_stopped(tmp_path: Path) -> None:
     marks = tmp_path / "marks"
-    child = _Child("child", ["/bin/sh", "-c", f"echo x >> {marks}; [ $(wc -l < {marks}) -ge 2 ] && sleep 60"], {})
+    child = _Child(
+        "child",
+        ["/bin/sh", "-c", f"echo x >> {marks}; [ $(wc -l < {marks}) -ge 2 ] && sleep 60"],
+        {},
+    )
 
     async def watch() -> None:
         keeping = asyncio.create_task(child.keep())

@@ -9,22 +9,39 @@ from typing import Any, get_args, get_type_hints
 
 import openai
 import pytest
-from openai.types import chat, completion_create_params, embedding_create_params, responses, shared_params
+from openai.types import (
+    chat,
+    completion_create_params,
+    embedding_create_params,
+    responses,
+    shared_params,
+)
 from openai.types.responses import response_input_item_param
 from pydantic import ValidationError
 
 from reft_serve.gateway.schemas import inference, messages
 from reft_serve.gateway.schemas.client_fields import IGNORED, REFUSED
-from reft_serve.gateway.schemas.inference import ChatBody, CompletionBody, EmbeddingBody, ResponseBody
+from reft_serve.gateway.schemas.inference import (
+    ChatBody,
+    CompletionBody,
+    EmbeddingBody,
+    ResponseBody,
+)
 from reft_serve.gateway.schemas.request_model import RequestModel
 from reft_serve.testing import FakeEngine
 from tests.support.gateway.harness import Tenant
 
 HELLO: list[Any] = [{"role": "user", "content": "hello there"}]
-TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "default": None}}}
+TOOL = {
+    "type": "function",
+    "function": {"name": "f", "parameters": {"type": "object", "default": None}},
+}
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 BODIES: dict[str, tuple[type[RequestModel], dict[str, Any]]] = {
-    "/v1/completions": (CompletionBody, {"model": "base", "prompt": "x", "stream_options": {}, "metadata": {}}),
+    "/v1/completions": (
+        CompletionBody,
+        {"model": "base", "prompt": "x", "stream_options": {}, "metadata": {}},
+    ),
     "/v1/chat/completions": (
         ChatBody,
         {
@@ -47,14 +64,33 @@ BODIES: dict[str, tuple[type[RequestModel], dict[str, Any]]] = {
             "model": "base",
             "input": [
                 {"role": "user", "content": [{"type": "input_text", "text": "hello"}]},
-                {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "a"}]},
-                {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "b"}]},
+                {
+                    "type": "message",
+                    "role": "assistant",
+                    "content": [{"type": "output_text", "text": "a"}],
+                },
+                {
+                    "type": "reasoning",
+                    "id": "rs_1",
+                    "summary": [{"type": "summary_text", "text": "b"}],
+                },
                 {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"},
-                {"type": "function_call_output", "call_id": "c1", "output": [{"type": "input_text", "text": "c"}]},
+                {
+                    "type": "function_call_output",
+                    "call_id": "c1",
+                    "output": [{"type": "input_text", "text": "c"}],
+                },
                 {"type": "custom_tool_call", "call_id": "c2", "name": "g", "input": "d"},
-                {"type": "custom_tool_call_output", "call_id": "c2", "output": [{"type": "input_text", "text": "e"}]},
+                {
+                    "type": "custom_tool_call_output",
+                    "call_id": "c2",
+                    "output": [{"type": "input_text", "text": "e"}],
+                },
             ],
-            "tools": [{"type": "function", "name": "f", "parameters": {}}, {"type": "custom", "name": "g"}],
+            "tools": [
+                {"type": "function", "name": "f", "parameters": {}},
+                {"type": "custom", "name": "g"},
+            ],
             "tool_choice": {"type": "function", "name": "f"},
             "reasoning": {"effort": "low"},
             "text": {"format": {"type": "text"}},
@@ -83,13 +119,19 @@ def at(body: Any, path: tuple[str | int, ...]) -> Any:
 
 
 def post(tenant: Tenant, path: str, body: Any) -> Any:
-    return tenant.http.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
+    return tenant.http.post(
+        path, content=json.dumps(body), headers={"content-type": "application/json"}
+    )
 
 
 @pytest.mark.parametrize("path", BODIES)
-def test_null_is_not_given_in_any_object_whatever_the_field(engine: FakeEngine, tenant: Tenant, path: str) -> None:
+def test_null_is_not_given_in_any_object_whatever_the_field(
+    engine: FakeEngine, tenant: Tenant, path: str
+) -> None:
     kind, body = BODIES[path]
-    nulls = {name for name, field in kind.model_fields.items() if not field.is_required()} - set(body)
+    nulls = {name for name, field in kind.model_fields.items() if not field.is_required()} - set(
+        body
+    )
     nulls |= set(REFUSED) - set(kind.model_fields) | {"audio", "nobody_knows_it"}
     assert post(tenant, path, body).status_code == 200
     plain = engine.requests[-1]
@@ -114,7 +156,9 @@ def test_an_unknown_field_is_refused_by_its_name_in_any_object(path: str) -> Non
 
 
 def test_null_has_its_own_meaning_inside_a_schema(engine: FakeEngine, tenant: Tenant) -> None:
-    assert post(tenant, "/v1/chat/completions", BODIES["/v1/chat/completions"][1]).status_code == 200
+    assert (
+        post(tenant, "/v1/chat/completions", BODIES["/v1/chat/completions"][1]).status_code == 200
+    )
     assert engine.requests[-1]["tools"] == [TOOL]
 
 
@@ -146,17 +190,23 @@ def test_a_number_that_is_not_finite_is_refused_inside_a_schema(number: str) -> 
             "name": "w", "url": "http://127.0.0.1:9/", "event_types": ["fine_tuning.job.failed"], "x": None}),
     ],
 )  # fmt: skip
-def test_null_is_not_given_in_other_bodies(tenant: Tenant, method: str, path: str, body: Any) -> None:
+def test_null_is_not_given_in_other_bodies(
+    tenant: Tenant, method: str, path: str, body: Any
+) -> None:
     client = tenant.gateway.admin if "admin" in path else tenant.http
     answer = client.request(method, path, json=body)
     # No such file, and no webhook to a private address: what was found after the schema.
     assert "unknown field" not in answer.text
-    assert answer.status_code in (200, 201) or answer.json()["error"]["code"] != "invalid_value", answer.text
+    assert answer.status_code in (200, 201) or answer.json()["error"]["code"] != "invalid_value", (
+        answer.text
+    )
     if "keys" in path:
         assert client.post(path, json={"x": 1}).status_code == 400
 
 
-def test_the_marks_of_clients_are_taken_and_reach_no_engine(engine: FakeEngine, tenant: Tenant) -> None:
+def test_the_marks_of_clients_are_taken_and_reach_no_engine(
+    engine: FakeEngine, tenant: Tenant
+) -> None:
     kinds: dict[str, list[tuple[str | int, ...]]] = {
         "request": [()], "message": [("messages", 0), ("messages", 2)], "content part": [("messages", 0, "content", 0)],
         "tool": [("tools", 0), ("tools", 0, "function")],
@@ -182,7 +232,9 @@ def check_marks(engine: FakeEngine, tenant: Tenant, path: str, kinds: dict[str, 
     plain, sent = engine.requests[-1], copy.deepcopy(body)
     for kind, where in kinds.items():
         for place in where:
-            at(sent, place).update({name: {"type": "ephemeral", "url": URL} for name in IGNORED[kind]})
+            at(sent, place).update(
+                {name: {"type": "ephemeral", "url": URL} for name in IGNORED[kind]}
+            )
     answer = post(tenant, path, sent)
     assert answer.status_code == 200, answer.text
     assert without_id(engine.requests[-1]) == without_id(plain)
@@ -190,12 +242,18 @@ def check_marks(engine: FakeEngine, tenant: Tenant, path: str, kinds: dict[str, 
 
 def test_an_answer_can_be_sent_back_as_it_came(engine: FakeEngine, tenant: Tenant) -> None:
     said = tenant.openai.chat.completions.create(model="base", messages=HELLO).choices[0].message
-    back = [*HELLO, said.model_dump() | {"tool_calls": []}, {"role": "user", "content": "and then?"}]
+    back = [
+        *HELLO,
+        said.model_dump() | {"tool_calls": []},
+        {"role": "user", "content": "and then?"},
+    ]
     tenant.openai.chat.completions.create(model="base", messages=back)
     assert engine.requests[-1]["messages"][1] == {"role": "assistant", "content": said.content}
     first = tenant.openai.responses.create(model="base", input="hello there")
     items: Any = [item.model_dump() for item in first.output]
-    tenant.openai.responses.create(model="base", input=[*items, {"role": "user", "content": "and then?"}])
+    tenant.openai.responses.create(
+        model="base", input=[*items, {"role": "user", "content": "and then?"}]
+    )
     sent = engine.requests[-1]["input"]
     assert sent[0] == {"type": "message", "role": "assistant", "content": first.output_text}
 
@@ -230,7 +288,9 @@ def test_no_reference_reaches_an_engine_from_any_place_of_a_body(path: str) -> N
                 except ValidationError:
                     refused += 1
                     continue
-                assert URL not in json.dumps(given.model_dump(exclude_unset=True, exclude_none=True)), sent
+                assert URL not in json.dumps(
+                    given.model_dump(exclude_unset=True, exclude_none=True)
+                ), sent
     assert refused > 0.8 * tried > 0
 
 
@@ -270,7 +330,11 @@ def literals(typed: Any) -> set[str]:
 
     def inside(hint: Any) -> set[str]:
         found = get_args(hint)
-        return set().union(*(({each} if isinstance(each, str) else inside(each)) for each in found)) if found else set()
+        return (
+            set().union(*(({each} if isinstance(each, str) else inside(each)) for each in found))
+            if found
+            else set()
+        )
 
     return inside(get_type_hints(typed)["type"])
 
@@ -322,10 +386,16 @@ def test_every_field_of_the_client_is_served_ignored_or_refused_with_a_reason(
 
 
 def test_every_item_of_the_client_is_served_or_refused_by_its_type(tenant: Tenant) -> None:
-    kinds = {kind for item in get_args(response_input_item_param.ResponseInputItemParam) for kind in literals(item)}
+    kinds = {
+        kind
+        for item in get_args(response_input_item_param.ResponseInputItemParam)
+        for kind in literals(item)
+    }
     assert len(kinds) > 20
     assert set(messages._ITEMS) <= kinds
     for kind in sorted(kinds - set(messages._ITEMS)):
-        answer = post(tenant, "/v1/responses", {"model": "base", "input": [{"type": kind, "id": "x"}]})
+        answer = post(
+            tenant, "/v1/responses", {"model": "base", "input": [{"type": kind, "id": "x"}]}
+        )
         assert answer.status_code == 400
         assert f"items of type '{kind}' are not supported" in answer.json()["error"]["message"]

@@ -10,7 +10,10 @@ import pytest
 from tests.support.gateway.harness import Gateway, running
 
 _PAGE = "https://app.example.com"
-_ASK = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,x-stainless-os"}
+_ASK = {
+    "access-control-request-method": "POST",
+    "access-control-request-headers": "authorization,x-stainless-os",
+}
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +36,13 @@ def test_a_listed_origin_asks_without_a_key_and_reads_answers(open_gateway: Gate
     assert "x-request-id" in answer.headers["access-control-expose-headers"]
 
 
-def test_other_origins_get_what_callers_without_one_get(open_gateway: Gateway, tmp_path: Path) -> None:
+def test_other_origins_get_what_callers_without_one_get(
+    open_gateway: Gateway, tmp_path: Path
+) -> None:
     with open_gateway.http(None) as client:
-        asked = client.options("/v1/chat/completions", headers={"origin": "https://evil.example", **_ASK})
+        asked = client.options(
+            "/v1/chat/completions", headers={"origin": "https://evil.example", **_ASK}
+        )
     assert asked.status_code == 401
     assert not [name for name in asked.headers if name.startswith("access-control")]
 

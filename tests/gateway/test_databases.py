@@ -20,7 +20,9 @@ def test_a_tenants_life_is_the_same_on_both(tmp_path: Path, url: str) -> None:
         owner, guest = gateway.tenant("owner"), gateway.tenant("guest")
         for seed in (1, 2):
             assert owner.upload("birds", seed, alias="production").status_code == 201
-        assert owner.http.post("/v1/adapters/birds/aliases/production/rollback").json()["version"] == 1
+        assert (
+            owner.http.post("/v1/adapters/birds/aliases/production/rollback").json()["version"] == 1
+        )
         assert owner.say("birds", max_tokens=3) == owner.say("birds@1", max_tokens=3)
         for name in ("owner/birds", "a\0b", "x" * 500):
             with pytest.raises(openai.NotFoundError):
@@ -44,7 +46,9 @@ def test_a_jobs_life_is_the_same_on_both(tmp_path: Path, url: str) -> None:
             name="w", url="https://localhost:1025/", event_types=["fine_tuning.job.succeeded"]
         )
         made = [
-            fine_tuning.jobs.create(model="base", training_file=data.id, suffix="birds", metadata={'k"[]': str(k)})
+            fine_tuning.jobs.create(
+                model="base", training_file=data.id, suffix="birds", metadata={'k"[]': str(k)}
+            )
             for k in range(2)
         ]
         (found,) = fine_tuning.jobs.list(metadata={'k"[]': "1"})
@@ -61,15 +65,25 @@ def test_a_jobs_life_is_the_same_on_both(tmp_path: Path, url: str) -> None:
         with pytest.raises(openai.NotFoundError):
             guest.say(earlier.fine_tuned_model_checkpoint)
         assert [each.id for each in owner.openai.webhooks.list(limit=1)] == [webhook.id]
-        wait_for(lambda: 'reft_webhook_deliveries_total{result="retried"}' in gateway.admin.get("/metrics").text, 10)
-        listed = gateway.admin.get("/v1/admin/jobs", params={"tenant": "owner", "status": "succeeded"}).json()["data"]
+        wait_for(
+            lambda: (
+                'reft_webhook_deliveries_total{result="retried"}'
+                in gateway.admin.get("/metrics").text
+            ),
+            10,
+        )
+        listed = gateway.admin.get(
+            "/v1/admin/jobs", params={"tenant": "owner", "status": "succeeded"}
+        ).json()["data"]
         assert [each["id"] for each in listed] == [done.id]
         gateway.admin.delete("/v1/admin/tenants/owner")
         wait_for(lambda: not any(path.is_file() for path in (tmp_path / "blobs").rglob("*")))
 
 
 @pytest.mark.postgres
-def test_connections_that_are_cut_in_the_middle_lose_no_record(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_connections_that_are_cut_in_the_middle_lose_no_record(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     server = request.getfixturevalue("postgres")
     name = f"cut_{secrets.token_hex(6)}"
     _execute(server, f"CREATE DATABASE {name}")
@@ -77,9 +91,14 @@ def test_connections_that_are_cut_in_the_middle_lose_no_record(tmp_path: Path, r
         tenant = gateway.tenant("acme")
         engine.token_seconds = 0.02
         for _ in range(4):
-            stream = tenant.openai.completions.create(model="base", prompt="x", max_tokens=10, stream=True)
+            stream = tenant.openai.completions.create(
+                model="base", prompt="x", max_tokens=10, stream=True
+            )
             next(stream)
-            _execute(server, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")
+            _execute(
+                server,
+                f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'",
+            )
             assert len(list(stream)) == 9
         (counted,) = usage_of(tenant, "status")
         assert (counted["group"]["status"], counted["requests"]) == ("completed", 4)

@@ -1,4 +1,6 @@
-"""Callers that leave before the end are charged for what the engine did: in the ledger, in the minute and in the queue."""
+"""Callers that leave before the end are charged for what the engine did: in the ledger, in the
+minute and in the queue.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,10 @@ def test_who_leaves_a_whole_answer_pays_for_it(
 def _remaining(tenant: Tenant) -> int:
     """What one more request, refused or not, is told."""
     body = {"model": "base", "prompt": "x", "max_tokens": 1000}
-    return int(tenant.http.post("/v1/completions", json=body).headers["x-ratelimit-remaining-tokens"]) - 1
+    return (
+        int(tenant.http.post("/v1/completions", json=body).headers["x-ratelimit-remaining-tokens"])
+        - 1
+    )
 
 
 class _Forgetful(dict[str, Any]):
@@ -61,7 +66,9 @@ class _Forgetful(dict[str, Any]):
         pass
 
 
-def test_who_leaves_a_stream_of_responses_pays_for_the_input(engine: FakeEngine, tenant: Tenant) -> None:
+def test_who_leaves_a_stream_of_responses_pays_for_the_input(
+    engine: FakeEngine, tenant: Tenant
+) -> None:
     engine.token_seconds = 0.02
     body = {"model": "base", "stream": True, **REQUESTS["responses"]}
     with tenant.http.stream("POST", "/v1/responses", json=body) as answer:
@@ -76,10 +83,17 @@ def test_who_leaves_a_stream_of_responses_pays_for_the_input(engine: FakeEngine,
     assert 5 <= counted["completion_tokens"] < 100
 
 
-def test_who_leaves_the_queue_pays_nothing(gateway: Gateway, engine: FakeEngine, tenant: Tenant) -> None:
+def test_who_leaves_the_queue_pays_nothing(
+    gateway: Gateway, engine: FakeEngine, tenant: Tenant
+) -> None:
     gateway.admin.post("/v1/admin/engines/engine-0/drain")
     try:
-        assert tenant.http.post("/v1/completions", json={"model": "base", **REQUESTS["completions"]}).status_code == 503
+        assert (
+            tenant.http.post(
+                "/v1/completions", json={"model": "base", **REQUESTS["completions"]}
+            ).status_code
+            == 503
+        )
     finally:
         gateway.admin.post("/v1/admin/engines/engine-0/resume")
     (counted,) = usage_of(tenant)
@@ -95,7 +109,9 @@ def test_an_estimate_is_bounded_by_time_and_by_what_was_asked_for() -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_cached_tokens_are_reported_and_counted(engine: FakeEngine, tenant: Tenant, stream: bool) -> None:
+def test_cached_tokens_are_reported_and_counted(
+    engine: FakeEngine, tenant: Tenant, stream: bool
+) -> None:
     engine.cached_tokens = 2
     body = {"model": "base", "prompt": "a b c", "max_tokens": 4, "stream": stream}
     options: dict[str, Any] = {"stream_options": {"include_usage": True}} if stream else {}
@@ -105,4 +121,8 @@ def test_cached_tokens_are_reported_and_counted(engine: FakeEngine, tenant: Tena
         engine.cached_tokens = 0
     assert '"prompt_tokens_details":{"cached_tokens":2}' in answer
     (counted,) = usage_of(tenant)
-    assert (counted["prompt_tokens"], counted["cached_tokens"], counted["completion_tokens"]) == (3, 2, 4)
+    assert (counted["prompt_tokens"], counted["cached_tokens"], counted["completion_tokens"]) == (
+        3,
+        2,
+        4,
+    )

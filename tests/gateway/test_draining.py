@@ -55,7 +55,9 @@ def test_it_says_that_it_leaves_serves_on_and_finishes_what_it_has_begun(
         assert running.wait(10) == -signal.SIGTERM
 
 
-def test_what_an_engine_gives_up_as_it_ends_is_no_answer(tmp_path: Path, behind: tuple[FakeEngine, str]) -> None:
+def test_what_an_engine_gives_up_as_it_ends_is_no_answer(
+    tmp_path: Path, behind: tuple[FakeEngine, str]
+) -> None:
     """Where vLLM says 200 and finish_reason "abort", a caller would take that for a short answer."""
     engine, engine_url = behind
     engine.token_seconds = 0.02
@@ -73,7 +75,9 @@ def test_what_an_engine_gives_up_as_it_ends_is_no_answer(tmp_path: Path, behind:
             assert "[DONE]" not in rest
             for stream in (False, True):
                 answer = client.post("/v1/completions", json=BODY | {"stream": stream})
-                assert (answer.status_code, "retry-after" in answer.headers) == (503, True), answer.text
+                assert (answer.status_code, "retry-after" in answer.headers) == (503, True), (
+                    answer.text
+                )
             found = client.get("/v1/usage?group_by=status").json()["data"]
         assert {each["group"]["status"] for each in found} == {"failed"}
     finally:
@@ -89,12 +93,16 @@ def test_a_second_signal_skips_the_notice(tmp_path: Path, behind: tuple[FakeEngi
         running.wait(10)
 
 
-def test_without_leave_to_migrate_it_asks_for_a_migration(tmp_path: Path, behind: tuple[FakeEngine, str]) -> None:
+def test_without_leave_to_migrate_it_asks_for_a_migration(
+    tmp_path: Path, behind: tuple[FakeEngine, str]
+) -> None:
     settings = os.environ | {
         "REFT_DATABASE": f"sqlite:///{tmp_path}/reft.db", "REFT_STORE": str(tmp_path / "store"),
         "REFT_MIGRATE": "false", "REFT_ENGINES": behind[1],
     }  # fmt: skip
     run = [sys.executable, "-m", "reft_serve.cli.gateway", "--port", str(free_port())]
-    ended = subprocess.run(run, env=settings, capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run(
+        run, env=settings, capture_output=True, text=True, timeout=60, check=False
+    )
     assert ended.returncode == 3
     assert "reft-serve admin migrate" in ended.stderr

@@ -1,4 +1,6 @@
-"""What an engine answers instead of loading an adapter is read as data, whatever its sentences say."""
+"""What an engine answers instead of loading an adapter is read as data, whatever its sentences
+say.
+"""
 
 from __future__ import annotations
 
@@ -37,12 +39,18 @@ def load(url: str, name: str, path: Path) -> None:
     asyncio.run(once())
 
 
-def test_each_fault_comes_whole_and_without_the_path(served: tuple[FakeEngine, str], tmp_path: Path) -> None:
+def test_each_fault_comes_whole_and_without_the_path(
+    served: tuple[FakeEngine, str], tmp_path: Path
+) -> None:
     fake, url = served
-    fake.refuse_adapters = f"R holds NaN; {tmp_path} has been cannot be used: or already been loaded"
+    fake.refuse_adapters = (
+        f"R holds NaN; {tmp_path} has been cannot be used: or already been loaded"
+    )
     with pytest.raises(AdapterInvalid) as refused:
         load(url, "v", tmp_path)
-    assert refused.value.faults == ("R holds NaN; it has been cannot be used: or already been loaded",)
+    assert refused.value.faults == (
+        "R holds NaN; it has been cannot be used: or already been loaded",
+    )
 
 
 def test_an_engine_of_the_previous_release_has_vllm_s_type_for_a_name_that_is_taken(tmp_path: Path) -> None:

@@ -50,7 +50,10 @@ def guarded() -> Iterator[tuple[Guarded, str]]:
 def changes(caplog: pytest.LogCaptureFixture) -> list[str]:
     """The sentences logged about engines, with the reason of each."""
     own = [each for each in caplog.records if each.name == "reft_serve.gateway.engines.state"]
-    return [f"{each.levelname} {getattr(each, 'data', {}).get('reason', each.getMessage())}" for each in own]
+    return [
+        f"{each.levelname} {getattr(each, 'data', {}).get('reason', each.getMessage())}"
+        for each in own
+    ]
 
 
 def test_each_change_is_logged_once_with_its_reason(
@@ -87,7 +90,9 @@ def test_each_change_is_logged_once_with_its_reason(
     assert "wrong" not in caplog.text
 
 
-def test_addresses_without_an_engine_have_reasons_of_their_own(caplog: pytest.LogCaptureFixture) -> None:
+def test_addresses_without_an_engine_have_reasons_of_their_own(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     async def trouble(url: str) -> str | None:
         engine = Engine(0, url, None)
         try:
@@ -102,7 +107,9 @@ def test_addresses_without_an_engine_have_reasons_of_their_own(caplog: pytest.Lo
     async def broken() -> str | None:
         server = await asyncio.start_server(hanging_up, "127.0.0.1", 0)
         async with server:
-            return await trouble(f"http://user:hidden@127.0.0.1:{server.sockets[0].getsockname()[1]}")
+            return await trouble(
+                f"http://user:hidden@127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            )
 
     assert asyncio.run(trouble(f"http://127.0.0.1:{free_port()}")) == "unreachable"
     assert asyncio.run(trouble("unix:/nowhere/engine.sock")) == "unreachable"
@@ -111,7 +118,9 @@ def test_addresses_without_an_engine_have_reasons_of_their_own(caplog: pytest.Lo
     assert "hidden" not in caplog.text
 
 
-def test_an_engine_that_refuses_the_key_in_service_is_taken_out(tmp_path: Path, guarded: tuple[Guarded, str]) -> None:
+def test_an_engine_that_refuses_the_key_in_service_is_taken_out(
+    tmp_path: Path, guarded: tuple[Guarded, str]
+) -> None:
     fake, url = guarded
     gateway = Gateway(tmp_path, url, engine_key="right", probe_seconds=60)
     try:
@@ -120,7 +129,9 @@ def test_an_engine_that_refuses_the_key_in_service_is_taken_out(tmp_path: Path, 
         (state,) = gateway.admin.get("/v1/admin/engines").json()["data"]
         assert (state["healthy"], state["reason"], state["message"]) == (True, None, None)
         fake.key = "another"
-        answer = tenant.http.post("/v1/completions", json={"model": "base", "prompt": "x", "max_tokens": 1})
+        answer = tenant.http.post(
+            "/v1/completions", json={"model": "base", "prompt": "x", "max_tokens": 1}
+        )
         assert answer.status_code == 503  # not the engine's 401: the caller's own key is right
         (state,) = gateway.admin.get("/v1/admin/engines").json()["data"]
         assert (state["healthy"], state["reason"]) == (False, "key_refused")

@@ -1,4 +1,6 @@
-"""One tenant at fifty times its limit, beside another: benchmarks/fairness.py in small, which also holds times together."""
+"""One tenant at fifty times its limit, beside another: benchmarks/fairness.py in small, which also
+holds times together.
+"""
 
 from __future__ import annotations
 

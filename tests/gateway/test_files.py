@@ -116,13 +116,19 @@ def test_a_large_file_is_checked_as_a_small_one_is(tenant: Tenant) -> None:
     made = upload(tenant, large)
     assert {"format": "chat", "rows": 20_000}.items() <= (made.model_extra or {}).items()
     assert tenant.openai.files.content(made.id).read() == large
-    with pytest.raises(openai.BadRequestError, match=r"data file d\.jsonl cannot be used: line 20001: is not JSON"):
+    with pytest.raises(
+        openai.BadRequestError, match=r"data file d\.jsonl cannot be used: line 20001: is not JSON"
+    ):
         upload(tenant, large + b"{x}\n", "d.jsonl")
 
 
-@pytest.mark.parametrize("purpose", ["batch", "assistants", "vision", "user_data", "evals", "fine-tune\0"])
+@pytest.mark.parametrize(
+    "purpose", ["batch", "assistants", "vision", "user_data", "evals", "fine-tune\0"]
+)
 def test_other_purposes_are_refused_with_a_sentence(tenant: Tenant, purpose: Any) -> None:
-    with pytest.raises(openai.BadRequestError, match="only the purpose fine-tune is supported") as caught:
+    with pytest.raises(
+        openai.BadRequestError, match="only the purpose fine-tune is supported"
+    ) as caught:
         tenant.openai.files.create(file=("a.jsonl", jsonl()), purpose=purpose)
     assert caught.value.param == "purpose"
 
@@ -150,7 +156,9 @@ def test_half_a_form_is_refused(tenant: Tenant, form: dict[str, str]) -> None:
         ('q"\r\n.x', 'q".x'),
     ],
 )  # fmt: skip
-def test_a_filename_is_for_show_only(gateway: Gateway, tenant: Tenant, name: str, shown: str) -> None:
+def test_a_filename_is_for_show_only(
+    gateway: Gateway, tenant: Tenant, name: str, shown: str
+) -> None:
     made = upload(tenant, name=name)
     assert made.filename.replace("%22", '"').replace("%0D%0A", "") == shown
     assert made.id in blobs(gateway)
@@ -191,7 +199,12 @@ def test_room_is_limited_by_bytes_of_files_and_versions_together(
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda _: _status(full), range(8)))
     assert sorted(answers) == [200] * 3 + [429] * 5
-    wait_for(lambda: set(rows_of(gateway).values()) == {"processed"} and blobs(gateway) == set(rows_of(gateway)))
+    wait_for(
+        lambda: (
+            set(rows_of(gateway).values()) == {"processed"}
+            and blobs(gateway) == set(rows_of(gateway))
+        )
+    )
 
 
 def _status(tenant: Tenant) -> int:
@@ -245,7 +258,9 @@ def test_a_caller_that_leaves_half_way_leaves_nothing(gateway: Gateway, tenant: 
     assert len(blobs(gateway)) == len(before[0]) + 1
 
 
-def test_a_gateway_that_is_killed_during_uploads_leaves_no_blob_without_a_row(tmp_path: Path) -> None:
+def test_a_gateway_that_is_killed_during_uploads_leaves_no_blob_without_a_row(
+    tmp_path: Path,
+) -> None:
     with running(tmp_path) as (gateway, _):  # only to make the database, a tenant and a key
         tenant = gateway.tenant("acme")
     process = Process(tmp_path)
@@ -255,11 +270,16 @@ def test_a_gateway_that_is_killed_during_uploads_leaves_no_blob_without_a_row(tm
 
     def send(k: int) -> None:
         content = jsonl(*[ROW] * 3_000)
-        with httpx.Client(base_url=f"http://127.0.0.1:{process.port}", headers=headers, trust_env=False) as http:
+        with httpx.Client(
+            base_url=f"http://127.0.0.1:{process.port}", headers=headers, trust_env=False
+        ) as http:
             while not stop.is_set():
                 try:
                     answer = http.post(
-                        "/v1/files", data={"purpose": "fine-tune"}, files={"file": ("a", content)}, timeout=30
+                        "/v1/files",
+                        data={"purpose": "fine-tune"},
+                        files={"file": ("a", content)},
+                        timeout=30,
                     )
                     told.add(answer.json()["id"])
                 except httpx.HTTPError:
@@ -275,10 +295,16 @@ def test_a_gateway_that_is_killed_during_uploads_leaves_no_blob_without_a_row(tm
         process.start()
         stop.set()
     with sqlite3.connect(tmp_path / "reft.db") as database:  # as if an hour had gone by
-        database.execute("UPDATE files SET created_ms = created_ms - 7200000 WHERE status = 'uploading'")
+        database.execute(
+            "UPDATE files SET created_ms = created_ms - 7200000 WHERE status = 'uploading'"
+        )
     try:
         wait_for(
-            lambda: set(rows_of(gateway).values()) == {"processed"} and blobs(gateway) == set(rows_of(gateway)), 60
+            lambda: (
+                set(rows_of(gateway).values()) == {"processed"}
+                and blobs(gateway) == set(rows_of(gateway))
+            ),
+            60,
         )
         assert told <= set(rows_of(gateway))
     finally:

@@ -45,19 +45,33 @@ def test_a_job_from_its_file_to_answers(
         held_out,
         [],
     )
-    assert (job.error, job.finished_at, job.trained_tokens, job.estimated_finish) == (None, None, None, None)
+    assert (job.error, job.finished_at, job.trained_tokens, job.estimated_finish) == (
+        None,
+        None,
+        None,
+        None,
+    )
     assert (job.hyperparameters.n_epochs, job.hyperparameters.batch_size) == (2, "auto")
     assert job.method is not None
     assert job.method.supervised is not None
     settings = job.method.supervised.hyperparameters
     assert settings is not None
     assert settings.model_extra is not None
-    assert (settings.n_epochs, settings.model_extra["rank"], settings.model_extra["positions"]) == (2, 4, "auto")
+    assert (settings.n_epochs, settings.model_extra["rank"], settings.model_extra["positions"]) == (
+        2,
+        4,
+        "auto",
+    )
     assert job.integrations is not None
     assert job.integrations[0].wandb.project == "p"
 
     mine = worker.claim()
-    assert (mine.id, mine.hyperparameters, mine.method, mine.seed) == (job.id, asked, {"type": "supervised"}, 7)
+    assert (mine.id, mine.hyperparameters, mine.method, mine.seed) == (
+        job.id,
+        asked,
+        {"type": "supervised"},
+        7,
+    )
     worker.beat(mine, 2)
     running_ = client.fine_tuning.jobs.retrieve(job.id)
     assert (running_.status, running_.estimated_finish) == ("running", mine.created_ms // 1000 + 60)
@@ -73,7 +87,9 @@ def test_a_job_from_its_file_to_answers(
     assert client.files.content(done.result_files[0]).read() == CSV
     assert client.files.retrieve(done.result_files[0]).purpose == "fine-tune-results"
     points = list(client.fine_tuning.jobs.checkpoints.list(job.id, limit=1))
-    assert [(point.step_number, point.metrics.step, point.metrics.train_loss) for point in points] == [
+    assert [
+        (point.step_number, point.metrics.step, point.metrics.train_loss) for point in points
+    ] == [
         (2, 2, 1.0),
         (1, 1, 2.0),
     ]
@@ -89,7 +105,9 @@ def test_a_job_from_its_file_to_answers(
 
 
 @pytest.mark.parametrize(("what", "outcome"), [("cancel", Cancelled()), ("pause", Paused())])
-def test_a_running_job_is_told_to_stop(worker: FakeWorker, tenant: Tenant, what: str, outcome: Any) -> None:
+def test_a_running_job_is_told_to_stop(
+    worker: FakeWorker, tenant: Tenant, what: str, outcome: Any
+) -> None:
     jobs = tenant.openai.fine_tuning.jobs
     job = create(tenant)
     mine = worker.claim()
@@ -104,7 +122,9 @@ def test_a_running_job_is_told_to_stop(worker: FakeWorker, tenant: Tenant, what:
     assert f"job.{what}" in actions
 
 
-def test_a_waiting_job_stops_at_once_and_an_ended_one_does_not(worker: FakeWorker, tenant: Tenant) -> None:
+def test_a_waiting_job_stops_at_once_and_an_ended_one_does_not(
+    worker: FakeWorker, tenant: Tenant
+) -> None:
     jobs = tenant.openai.fine_tuning.jobs
     job = create(tenant)
     assert jobs.pause(job.id).status == "paused"
@@ -129,13 +149,22 @@ def test_a_failed_job_tells_its_owner_a_sentence_and_the_operator_the_rest(
     )
     assert "secret" not in everything
     seen = gateway.admin.get(f"/v1/admin/jobs/{job.id}").json()
-    assert (seen["traceback"], seen["attempts"], seen["tenant"]) == ("Traceback 2: /srv/secret/path", 3, tenant.name)
-    listed = gateway.admin.get("/v1/admin/jobs", params={"tenant": tenant.name, "status": "failed"}).json()["data"]
+    assert (seen["traceback"], seen["attempts"], seen["tenant"]) == (
+        "Traceback 2: /srv/secret/path",
+        3,
+        tenant.name,
+    )
+    listed = gateway.admin.get(
+        "/v1/admin/jobs", params={"tenant": tenant.name, "status": "failed"}
+    ).json()["data"]
     assert [each["id"] for each in listed] == [job.id]
     assert tenant.http.get("/v1/admin/jobs").status_code == 403
 
     other = create(tenant, training_file=job.training_file)
-    worker.finish(worker.claim(), Failed("file_invalid", "the file changed after it was uploaded", "training_file"))
+    worker.finish(
+        worker.claim(),
+        Failed("file_invalid", "the file changed after it was uploaded", "training_file"),
+    )
     told = tenant.openai.fine_tuning.jobs.retrieve(other.id).error
     assert told is not None
     assert (told.code, told.message, told.param) == (
@@ -174,10 +203,15 @@ def test_only_an_admin_pushes_other_tenants_jobs_back(gateway: Gateway, tenant: 
     data = upload(tenant).id
     body = {"model": "base", "training_file": data}
     assert tenant.http.post("/v1/fine_tuning/jobs", json=body | {"priority": 1}).status_code == 403
-    assert tenant.http.post("/v1/fine_tuning/jobs", json=body | {"priority": -1}).json()["priority"] == -1
+    assert (
+        tenant.http.post("/v1/fine_tuning/jobs", json=body | {"priority": -1}).json()["priority"]
+        == -1
+    )
 
 
-def test_one_version_is_shared_and_taken_back(worker: FakeWorker, make_tenant: Callable[..., Tenant]) -> None:
+def test_one_version_is_shared_and_taken_back(
+    worker: FakeWorker, make_tenant: Callable[..., Tenant]
+) -> None:
     owner, guest, third = make_tenant(), make_tenant(), make_tenant()
     job = create(owner, suffix="birds")
     worker.succeed(worker.claim(), 900)
@@ -189,7 +223,13 @@ def test_one_version_is_shared_and_taken_back(worker: FakeWorker, make_tenant: C
     assert guest.say(name) == owner.say(name)
     assert name in {model.id for model in guest.openai.models.list()}
     wider = owner.openai.fine_tuning.jobs.retrieve(job.id).fine_tuned_model
-    for beyond in (earlier.fine_tuned_model_checkpoint, wider, "birds", f"{owner.name}/birds", f"{owner.name}/birds@2"):
+    for beyond in (
+        earlier.fine_tuned_model_checkpoint,
+        wider,
+        "birds",
+        f"{owner.name}/birds",
+        f"{owner.name}/birds@2",
+    ):
         with pytest.raises(openai.NotFoundError):
             guest.say(str(beyond))
     page = permissions.list(name, limit=1, order="ascending")
@@ -233,9 +273,17 @@ def test_the_notebook_runs_from_its_first_cell_to_its_last(
     notebook = json.loads((ROOT / "examples" / "fine_tune.ipynb").read_text())
     cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert not any(cell.get("outputs") for cell in notebook["cells"])
-    environment = os.environ | {"OPENAI_BASE_URL": f"{gateway.url}/v1", "OPENAI_API_KEY": tenant.key, "NO_PROXY": "*"}
+    environment = os.environ | {
+        "OPENAI_BASE_URL": f"{gateway.url}/v1",
+        "OPENAI_API_KEY": tenant.key,
+        "NO_PROXY": "*",
+    }
     running_ = subprocess.Popen(
-        [sys.executable, "-c", "\n".join(cells)], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", "\n".join(cells)],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     wait_for(lambda: len(tenant.http.get("/v1/fine_tuning/jobs").json()["data"]) == 1, 30)
     worker.succeed(worker.claim())

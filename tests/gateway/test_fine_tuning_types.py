@@ -18,7 +18,9 @@ from tests.support.gateway.uploads import PAIR, jsonl, upload
 
 
 @pytest.mark.parametrize("method", ["supervised", "dpo"])
-def test_a_jobs_whole_life(gateway: Gateway, make_tenant: Callable[..., Tenant], method: str) -> None:
+def test_a_jobs_whole_life(
+    gateway: Gateway, make_tenant: Callable[..., Tenant], method: str
+) -> None:
     tenant, guest, worker = make_tenant(), make_tenant(), FakeWorker(gateway.settings)
     client, content = tenant.openai, jsonl(PAIR, PAIR) if method == "dpo" else jsonl()
     data = strict(upload(tenant, content, expires_after={"anchor": "created_at", "seconds": 3600}))
@@ -57,7 +59,9 @@ def test_a_jobs_whole_life(gateway: Gateway, make_tenant: Callable[..., Tenant],
     for name in (done.fine_tuned_model, points[0].fine_tuned_model_checkpoint, points[0].id):
         (given,) = strict_each(permissions.create(name, project_ids=[guest.id]))
         assert [each.id for each in strict_each(permissions.list(name))] == [given.id]
-        assert strict(permissions.delete(given.id, fine_tuned_model_checkpoint=name)).deleted is True
+        assert (
+            strict(permissions.delete(given.id, fine_tuned_model_checkpoint=name)).deleted is True
+        )
     assert strict(client.files.delete(data.id)).deleted is True
 
     asked = {"model": "base", "training_file": upload(tenant, content).id}
@@ -77,7 +81,9 @@ def test_a_webhook_endpoints_whole_life(tenant: Tenant) -> None:
     assert strict(webhooks.delete(made.id)).deleted is True
 
 
-def test_every_failure_is_the_sdks_own_exception(tenant: Tenant, make_tenant: Callable[..., Tenant]) -> None:
+def test_every_failure_is_the_sdks_own_exception(
+    tenant: Tenant, make_tenant: Callable[..., Tenant]
+) -> None:
     client, inference = tenant.openai, make_tenant(role="inference").openai
     data = upload(tenant).id
     files: Any = client.files
@@ -105,7 +111,10 @@ def test_every_failure_is_the_sdks_own_exception(tenant: Tenant, make_tenant: Ca
         (openai.ConflictError, lambda: jobs.resume(made.id)),
         (openai.NotFoundError, lambda: jobs.list_events("ftjob-0")),
         (openai.NotFoundError, lambda: jobs.checkpoints.list("ftjob-0")),
-        (openai.NotFoundError, lambda: permissions.create("ft:base:x:y:z", project_ids=["tnt_" + "0" * 24])),
+        (
+            openai.NotFoundError,
+            lambda: permissions.create("ft:base:x:y:z", project_ids=["tnt_" + "0" * 24]),
+        ),
         (openai.PermissionDeniedError, inference.files.list),
         (openai.PermissionDeniedError, inference.fine_tuning.jobs.list),
         (openai.PermissionDeniedError, inference.webhooks.list),

@@ -1,4 +1,6 @@
-"""The example of fine-tuning, as a stranger runs it: one command for the servers, one script with the `openai` client."""
+"""The example of fine-tuning, as a stranger runs it: one command for the servers, one script with
+the `openai` client.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,13 @@ def test_a_script_trains_and_asks_a_tuned_model_within_three_minutes(tmp_path: P
         script = [sys.executable, str(ROOT / "examples" / "fine_tune.py")]
         begun = time.monotonic()
         ended = subprocess.run(
-            script, cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True, timeout=240, check=False
+            script,
+            cwd=tmp_path,
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
         )
         took = time.monotonic() - begun
         _refuses_what_the_engine_would(up.openai)
@@ -43,7 +51,9 @@ def test_a_script_trains_and_asks_a_tuned_model_within_three_minutes(tmp_path: P
     ):
         assert told in ended.stdout
     for question, answer in ANSWERS.items():
-        before, after = re.findall(rf"{re.escape(question)}\n  before: (.*)\n  after:  (.*)\n", ended.stdout)[0]
+        before, after = re.findall(
+            rf"{re.escape(question)}\n  before: (.*)\n  after:  (.*)\n", ended.stdout
+        )[0]
         assert before != answer
         assert after == answer
     assert took < 180
@@ -53,6 +63,10 @@ def _refuses_what_the_engine_would(client: openai.OpenAI) -> None:
     file = next(iter(client.files.list(purpose="fine-tune")))
     wrong: tuple[Any, ...] = ({"rank": 17}, {"lora_rank": 1}, {"layers": [99]})
     for setting in wrong:
-        with pytest.raises(openai.BadRequestError, match=r"the engines support|the base model has") as refused:
-            client.fine_tuning.jobs.create(model="base", training_file=file.id, hyperparameters=setting)
+        with pytest.raises(
+            openai.BadRequestError, match=r"the engines support|the base model has"
+        ) as refused:
+            client.fine_tuning.jobs.create(
+                model="base", training_file=file.id, hyperparameters=setting
+            )
         assert refused.value.param == f"hyperparameters.{next(iter(setting))}"

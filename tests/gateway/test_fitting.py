@@ -21,10 +21,14 @@ from reft_serve.testing import FakeEngine
 from tests.support.gateway.harness import Gateway, Served, Tenant
 from tests.support.gateway.uploads import upload
 
-BASE = BaseFacts(name="/models/tiny", architecture="LlamaForCausalLM", hidden_size=24, num_hidden_layers=4)
+BASE = BaseFacts(
+    name="/models/tiny", architecture="LlamaForCausalLM", hidden_size=24, num_hidden_layers=4
+)
 CARD = EngineCard(base=BASE, limits=Limits(max_rank=16, max_interventions=6), max_lora_rank=8)
 NO_LORA = CARD.model_copy(update={"max_lora_rank": 0})
-NARROW = CARD.model_copy(update={"limits": Limits(max_rank=4, components=frozenset({"mlp_output"}))})
+NARROW = CARD.model_copy(
+    update={"limits": Limits(max_rank=4, components=frozenset({"mlp_output"}))}
+)
 NARROWEST = CARD.model_copy(update={"limits": Limits(max_rank=1, max_interventions=1)})
 
 REFUSED: dict[str, tuple[dict[str, Any], EngineCard, str, str]] = {
@@ -81,18 +85,30 @@ def test_what_is_told_is_what_the_engine_finds(
     }  # fmt: skip
     parts: tuple[Part, ...] = ("both",) if tied else ("prefix", "suffix")
     specs = tuple(
-        InterventionSpec(layer=layer, component="block_output", kind=kind, rank=rank, activation=activation, part=part)
+        InterventionSpec(
+            layer=layer,
+            component="block_output",
+            kind=kind,
+            rank=rank,
+            activation=activation,
+            part=part,
+        )
         for layer in layers
         for part in parts
     )
-    limits = Limits(max_rank=max_rank, max_interventions=max_interventions, components=frozenset({component}))
+    limits = Limits(
+        max_rank=max_rank, max_interventions=max_interventions, components=frozenset({component})
+    )
     manifest = Manifest(base_model=BASE, interventions=specs, positions=PositionRule("f1+l1", tied))
     card = CARD.model_copy(update={"limits": limits})
-    assert (why_infeasible(read_hyperparameters(asked), 1, card) is None) == (limits.faults(manifest, BASE) == [])
+    assert (why_infeasible(read_hyperparameters(asked), 1, card) is None) == (
+        limits.faults(manifest, BASE) == []
+    )
 
 
 @pytest.mark.parametrize(
-    "card", [None, {}, {"reft": None}, {"reft": {"base": 1}}, {"reft": {"limits": {"max_rank": "x"}}}]
+    "card",
+    [None, {}, {"reft": None}, {"reft": {"base": 1}}, {"reft": {"limits": {"max_rank": "x"}}}],
 )
 def test_a_card_that_says_nothing_is_none(card: object) -> None:
     assert read_card(card) is None
@@ -116,15 +132,21 @@ def test_the_job_is_refused_with_the_place_of_what_cannot_be(tenant: Tenant) -> 
     file = upload(tenant).id
 
     def asked(**body: Any) -> Any:
-        answer = tenant.http.post("/v1/fine_tuning/jobs", json={"model": "base", "training_file": file, **body})
+        answer = tenant.http.post(
+            "/v1/fine_tuning/jobs", json={"model": "base", "training_file": file, **body}
+        )
         return answer.status_code, answer.json()
 
-    status, told = asked(method={"type": "supervised", "supervised": {"hyperparameters": {"rank": 17}}})
+    status, told = asked(
+        method={"type": "supervised", "supervised": {"hyperparameters": {"rank": 17}}}
+    )
     error = told["error"]
     assert (status, error["type"], error["param"]) == (
         400, "invalid_request_error", "method.supervised.hyperparameters.rank"
     )  # fmt: skip
     assert "use at most 16" in error["message"]
-    assert asked(hyperparameters={"lora_rank": 9})[1]["error"]["param"] == "hyperparameters.lora_rank"
+    assert (
+        asked(hyperparameters={"lora_rank": 9})[1]["error"]["param"] == "hyperparameters.lora_rank"
+    )
     assert tenant.http.get("/v1/fine_tuning/jobs").json()["data"] == []
     assert asked(hyperparameters={"rank": 16, "lora_rank": 8})[0] == 200

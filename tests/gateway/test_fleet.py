@@ -24,7 +24,8 @@ def shares(engines: list[FakeEngine]) -> list[int]:
 def test_requests_of_one_version_go_to_one_engine_and_many_versions_spread(tmp_path: Path) -> None:
     with running(tmp_path, engines=3) as (gateway, engines):
         tenant = gateway.tenant("acme")
-        for k in range(40):  # which engine each calls home is chance: of 40 an engine lacks one in four million runs
+        # which engine each calls home is chance: of 40 an engine lacks one in four million runs
+        for k in range(40):
             tenant.upload(f"a{k}", k + 1)
         homes = []
         for k in range(40):
@@ -43,7 +44,12 @@ def test_a_busy_engine_lets_others_help(tmp_path: Path) -> None:
         for engine in engines:
             engine.token_seconds = 0.05
         with ThreadPoolExecutor(30) as pool:
-            list(pool.map(lambda _: tenant.http.post("/v1/completions", json=BODY | {"max_tokens": 20}), range(30)))
+            list(
+                pool.map(
+                    lambda _: tenant.http.post("/v1/completions", json=BODY | {"max_tokens": 20}),
+                    range(30),
+                )
+            )
         assert min(shares(engines)) >= 3
         assert sum(shares(engines)) == 30
 
@@ -92,14 +98,19 @@ def test_an_engine_that_dies_costs_no_request_that_has_not_begun(tmp_path: Path)
         for k in range(6):
             assert tenant.say(f"a{k}", max_tokens=1)
         assert sum(shares(fakes)) == 7
-        healthy = [each["healthy"] for each in gateway.admin.get("/v1/admin/engines").json()["data"]]
+        healthy = [
+            each["healthy"] for each in gateway.admin.get("/v1/admin/engines").json()["data"]
+        ]
         assert healthy == [k != home for k in range(2)]
         served[1 - home].stop()
         with pytest.raises(openai.InternalServerError) as caught:
             tenant.say("base")
         assert caught.value.status_code == 503
         assert caught.value.response.headers["retry-after"]
-        assert {each["group"]["status"] for each in usage_of(tenant, "status")} == {"completed", "failed"}
+        assert {each["group"]["status"] for each in usage_of(tenant, "status")} == {
+            "completed",
+            "failed",
+        }
     finally:
         gateway.stop()
 
@@ -109,7 +120,9 @@ def test_a_drained_engine_gets_nothing_new_and_finishes_what_it_has(tmp_path: Pa
         tenant = gateway.tenant("acme")
         for engine in engines:
             engine.token_seconds = 0.02
-        streaming = tenant.openai.completions.create(model="base", prompt="x", max_tokens=20, stream=True)
+        streaming = tenant.openai.completions.create(
+            model="base", prompt="x", max_tokens=20, stream=True
+        )
         next(streaming)
         busy = next(k for k, engine in enumerate(engines) if engine.running)
         gateway.admin.post(f"/v1/admin/engines/engine-{busy}/drain")
@@ -128,7 +141,9 @@ def test_what_waits_too_long_is_told_when_to_come_back(tmp_path: Path) -> None:
     with running(tmp_path, in_flight_per_engine=1, queue_seconds=0.3) as (gateway, (engine,)):
         tenant = gateway.tenant("acme")
         engine.token_seconds = 0.05
-        first = threading.Thread(target=lambda: tenant.http.post("/v1/completions", json=BODY | {"max_tokens": 30}))
+        first = threading.Thread(
+            target=lambda: tenant.http.post("/v1/completions", json=BODY | {"max_tokens": 30})
+        )
         first.start()
         wait_for(lambda: engine.running == 1)
         answer = gateway.http(tenant.key).post("/v1/completions", json=BODY)
@@ -143,7 +158,9 @@ def test_who_leaves_the_queue_takes_no_place_with_it(tmp_path: Path) -> None:
     with running(tmp_path, in_flight_per_engine=1) as (gateway, (engine,)):
         tenant = gateway.tenant("acme")
         engine.token_seconds = 0.05
-        first = threading.Thread(target=lambda: tenant.http.post("/v1/completions", json=BODY | {"max_tokens": 20}))
+        first = threading.Thread(
+            target=lambda: tenant.http.post("/v1/completions", json=BODY | {"max_tokens": 20})
+        )
         first.start()
         wait_for(lambda: engine.running == 1)
         for _ in range(5):
@@ -162,7 +179,9 @@ def test_a_request_may_not_take_for_ever(tmp_path: Path) -> None:
         engine.token_seconds = 0.1
         with pytest.raises(openai.InternalServerError):
             tenant.say("base", max_tokens=50)
-        stream = tenant.openai.completions.create(model="base", prompt="x", max_tokens=50, stream=True)
+        stream = tenant.openai.completions.create(
+            model="base", prompt="x", max_tokens=50, stream=True
+        )
         with pytest.raises(openai.APIError, match="timed out"):
             list(stream)
         wait_for(lambda: engine.running == 0)

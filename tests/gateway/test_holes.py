@@ -17,10 +17,14 @@ def test_unloading_frees_the_engine(engine: FakeEngine, tenant: Tenant) -> None:
     tenant.upload("birds", 101)
     held = set(engine.adapters)
     tenant.http.delete("/v1/adapters/birds")
-    wait_for(lambda: engine.counts["unload"] == before + 1 and len(engine.adapters) == len(held) - 1)
+    wait_for(
+        lambda: engine.counts["unload"] == before + 1 and len(engine.adapters) == len(held) - 1
+    )
 
 
-def test_new_weights_under_an_old_name_never_meet_the_old_ones_cache(engine: FakeEngine, tenant: Tenant) -> None:
+def test_new_weights_under_an_old_name_never_meet_the_old_ones_cache(
+    engine: FakeEngine, tenant: Tenant
+) -> None:
     tenant.upload("birds", 102)
     tenant.say("birds")
     tenant.upload("birds", 103)
@@ -30,7 +34,9 @@ def test_new_weights_under_an_old_name_never_meet_the_old_ones_cache(engine: Fak
     assert engine.adapters[first] != engine.adapters[second]
 
 
-def test_a_version_is_read_from_disk_once_and_not_for_every_request(engine: FakeEngine, tenant: Tenant) -> None:
+def test_a_version_is_read_from_disk_once_and_not_for_every_request(
+    engine: FakeEngine, tenant: Tenant
+) -> None:
     before = engine.counts["load"]
     tenant.upload("birds", 104)
     for _ in range(5):
@@ -40,11 +46,17 @@ def test_a_version_is_read_from_disk_once_and_not_for_every_request(engine: Fake
 
 def test_an_adapter_that_fits_nothing_is_refused_and_not_served_as_the_base(tenant: Tenant) -> None:
     files = adapter_files()
-    files["reft_model.safetensors"] = files["reft_model.safetensors"].replace(b"interventions.0.", b"interventions.9.")
-    answer = tenant.http.post("/v1/adapters", data={"name": "x"}, files=[("files", item) for item in files.items()])
+    files["reft_model.safetensors"] = files["reft_model.safetensors"].replace(
+        b"interventions.0.", b"interventions.9."
+    )
+    answer = tenant.http.post(
+        "/v1/adapters", data={"name": "x"}, files=[("files", item) for item in files.items()]
+    )
     assert answer.status_code == 400
     assert "belongs to no intervention" in answer.json()["error"]["message"]
-    assert tenant.http.post("/v1/completions", json={"model": "x", "prompt": "x"}).status_code == 404
+    assert (
+        tenant.http.post("/v1/completions", json={"model": "x", "prompt": "x"}).status_code == 404
+    )
 
 
 @pytest.mark.parametrize(
@@ -61,7 +73,9 @@ def test_an_adapter_that_fits_nothing_is_refused_and_not_served_as_the_base(tena
         "' OR 1=1 --",
     ],
 )
-def test_a_models_name_is_never_a_path_an_engines_name_or_sql(engine: FakeEngine, tenant: Tenant, name: str) -> None:
+def test_a_models_name_is_never_a_path_an_engines_name_or_sql(
+    engine: FakeEngine, tenant: Tenant, name: str
+) -> None:
     before = engine.counts["requests"]
     answer = tenant.http.post("/v1/completions", json={"model": name, "prompt": "x"})
     assert answer.status_code == 404
@@ -69,10 +83,15 @@ def test_a_models_name_is_never_a_path_an_engines_name_or_sql(engine: FakeEngine
     assert engine.counts["requests"] == before
 
 
-def test_an_engines_own_name_for_a_version_is_nobodys_model(engine: FakeEngine, tenant: Tenant) -> None:
+def test_an_engines_own_name_for_a_version_is_nobodys_model(
+    engine: FakeEngine, tenant: Tenant
+) -> None:
     tenant.upload("birds")
     for name in engine.adapters:
-        assert tenant.http.post("/v1/completions", json={"model": name, "prompt": "x"}).status_code == 404
+        assert (
+            tenant.http.post("/v1/completions", json={"model": name, "prompt": "x"}).status_code
+            == 404
+        )
 
 
 @pytest.mark.parametrize(
@@ -80,14 +99,18 @@ def test_an_engines_own_name_for_a_version_is_nobodys_model(engine: FakeEngine, 
     ["/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/tokenize", "/detokenize", "/invocations", "/adapters", "/pause",
      "/scale_elastic_ep", "/sleep", "/collective_rpc", "/reset_prefix_cache", "/version", "/ping", "/load", "/server_info"],
 )  # fmt: skip
-def test_only_listed_routes_exist_even_for_an_admin(gateway: Gateway, engine: FakeEngine, path: str) -> None:
+def test_only_listed_routes_exist_even_for_an_admin(
+    gateway: Gateway, engine: FakeEngine, path: str
+) -> None:
     for method in ("GET", "POST"):
         answer = gateway.admin.request(method, path, json={})
         assert answer.status_code == 404
         assert answer.json()["error"]["type"] == "not_found_error"
 
 
-def test_no_answer_tells_a_server_path(gateway: Gateway, make_tenant: Callable[..., Tenant]) -> None:
+def test_no_answer_tells_a_server_path(
+    gateway: Gateway, make_tenant: Callable[..., Tenant]
+) -> None:
     tenant = make_tenant()
     tenant.upload("birds")
     for path in (
@@ -103,7 +126,9 @@ def test_no_answer_tells_a_server_path(gateway: Gateway, make_tenant: Callable[.
         assert "fake-base" not in text
 
 
-def test_a_secret_is_in_no_file_of_the_gateways(gateway: Gateway, make_tenant: Callable[..., Tenant]) -> None:
+def test_a_secret_is_in_no_file_of_the_gateways(
+    gateway: Gateway, make_tenant: Callable[..., Tenant]
+) -> None:
     tenant = make_tenant()
     tenant.upload("birds")
     tenant.say("birds")
@@ -120,8 +145,14 @@ def test_metrics_name_tenants_and_adapters_up_to_a_bound(tmp_path: Path) -> None
             tenant.upload("birds", k + 1)
             tenant.say("birds", max_tokens=2)
         lines = gateway.admin.get("/metrics").text.splitlines()
-        tokens = [line for line in lines if line.startswith("reft_tokens_total") and 'kind="completion"' in line]
+        tokens = [
+            line
+            for line in lines
+            if line.startswith("reft_tokens_total") and 'kind="completion"' in line
+        ]
         named = [line for line in tokens if "bounded" in line]
-        assert any('adapter="bounded0:birds@1"' in line and 'tenant="bounded0"' in line for line in named)
+        assert any(
+            'adapter="bounded0:birds@1"' in line and 'tenant="bounded0"' in line for line in named
+        )
         assert not any("bounded4" in line for line in tokens)
         assert any('tenant="other"' in line for line in tokens)

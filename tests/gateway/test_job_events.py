@@ -21,7 +21,9 @@ from tests.support.gateway.uploads import create
 from tests.support.waiting import wait_for
 
 
-def test_events_are_listed_by_pages_and_followed_as_they_come(worker: FakeWorker, tenant: Tenant) -> None:
+def test_events_are_listed_by_pages_and_followed_as_they_come(
+    worker: FakeWorker, tenant: Tenant
+) -> None:
     job = create(tenant)
     client, mine = tenant.openai, worker.claim()
     seen: list[FineTuningJobEvent] = []
@@ -29,7 +31,13 @@ def test_events_are_listed_by_pages_and_followed_as_they_come(worker: FakeWorker
 
     def stream(**query: str) -> Stream[FineTuningJobEvent]:
         options = {"params": {"stream": "true", **query}}
-        return client.get(path, cast_to=object, stream=True, stream_cls=Stream[FineTuningJobEvent], options=options)  # type: ignore[arg-type, return-value]
+        return client.get(
+            path,
+            cast_to=object,
+            stream=True,
+            stream_cls=Stream[FineTuningJobEvent],
+            options=options,
+        )  # type: ignore[arg-type, return-value]
 
     following = threading.Thread(target=take, args=(stream(), seen))
     following.start()
@@ -77,10 +85,14 @@ def test_a_stream_ends_when_its_reader_leaves_or_the_gateway_does(tmp_path: Any)
 
 
 def stream_of(tenant: Tenant, job_id: str) -> Any:
-    return tenant.http.stream("GET", f"/v1/fine_tuning/jobs/{job_id}/events", params={"stream": "true"})
+    return tenant.http.stream(
+        "GET", f"/v1/fine_tuning/jobs/{job_id}/events", params={"stream": "true"}
+    )
 
 
-def test_streams_are_bounded_for_each_tenant(worker: FakeWorker, make_tenant: Callable[..., Tenant]) -> None:
+def test_streams_are_bounded_for_each_tenant(
+    worker: FakeWorker, make_tenant: Callable[..., Tenant]
+) -> None:
     few, other = make_tenant(limits={"event_streams": 3}), make_tenant()
     job, theirs = create(few), create(other)
     with ExitStack() as stack:
@@ -111,14 +123,18 @@ def test_a_stream_ends_with_its_key(
         if how == "revoked":
             tenant.http.delete(f"/v1/keys/{made['id']}").raise_for_status()
         else:
-            gateway.admin.patch(f"/v1/admin/tenants/{tenant.id}", json={"disabled": True}).raise_for_status()
+            gateway.admin.patch(
+                f"/v1/admin/tenants/{tenant.id}", json={"disabled": True}
+            ).raise_for_status()
         rest = list(lines)
     assert time.monotonic() - begun < 5
     assert "invalid_api_key" in "".join(rest)
     assert "[DONE]" not in "".join(rest)
 
 
-def test_one_look_serves_all_streams(worker: FakeWorker, make_tenant: Callable[..., Tenant], gateway: Gateway) -> None:
+def test_one_look_serves_all_streams(
+    worker: FakeWorker, make_tenant: Callable[..., Tenant], gateway: Gateway
+) -> None:
     tenants = [make_tenant() for _ in range(3)]
     statements: list[str] = []
     held: list[Any] = []

@@ -13,8 +13,13 @@ from tests.support.gateway.harness import Tenant
 
 
 def ask(tenant: Tenant, rows: int, **hyperparameters: Any) -> Any:
-    content = b"".join(json.dumps({"prompt": f"p{k}", "completion": "c" * 99}).encode() + b"\n" for k in range(rows))
-    file = tenant.http.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("rows.jsonl", content)}).json()
+    content = b"".join(
+        json.dumps({"prompt": f"p{k}", "completion": "c" * 99}).encode() + b"\n"
+        for k in range(rows)
+    )
+    file = tenant.http.post(
+        "/v1/files", data={"purpose": "fine-tune"}, files={"file": ("rows.jsonl", content)}
+    ).json()
     body = {"model": "base", "training_file": file["id"], "hyperparameters": hyperparameters}
     return tenant.http.post("/v1/fine_tuning/jobs", json=body)
 
@@ -27,13 +32,24 @@ def ask(tenant: Tenant, rows: int, **hyperparameters: Any) -> Any:
             {"n_epochs": 4},
             "about 40 examples in 4 epochs of 10 rows, and the limit job_examples is 39",
         ),
-        ({"job_examples": 119}, {}, "about 120 examples in 12 epochs of 10 rows, and the limit job_examples is 119"),
-        ({"job_tokens": 100}, {"n_epochs": 4}, "tokens in 4 epochs of 10 rows, and the limit job_tokens is 100"),
+        (
+            {"job_examples": 119},
+            {},
+            "about 120 examples in 12 epochs of 10 rows, and the limit job_examples is 119",
+        ),
+        (
+            {"job_tokens": 100},
+            {"n_epochs": 4},
+            "tokens in 4 epochs of 10 rows, and the limit job_tokens is 100",
+        ),
     ],
     ids=["examples", "auto", "tokens"],
 )
 def test_a_job_beyond_a_limit_is_refused(
-    make_tenant: Callable[..., Tenant], limits: dict[str, int], hyperparameters: dict[str, int], told: str
+    make_tenant: Callable[..., Tenant],
+    limits: dict[str, int],
+    hyperparameters: dict[str, int],
+    told: str,
 ) -> None:
     answer = ask(make_tenant(limits=limits), 10, **hyperparameters)
     assert answer.status_code == 400

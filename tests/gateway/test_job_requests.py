@@ -47,7 +47,9 @@ def test_what_does_not_fit_is_refused_with_its_place(tenant: Tenant, case: str) 
     assert tenant.http.get("/v1/fine_tuning/jobs").json()["data"] == []
 
 
-def test_models_and_files_must_be_there_and_the_callers(worker: FakeWorker, make_tenant: Callable[..., Tenant]) -> None:
+def test_models_and_files_must_be_there_and_the_callers(
+    worker: FakeWorker, make_tenant: Callable[..., Tenant]
+) -> None:
     one, two = make_tenant(), make_tenant()
     data = upload(one).id
     for param, options in (
@@ -62,16 +64,30 @@ def test_models_and_files_must_be_there_and_the_callers(worker: FakeWorker, make
     worker.succeed(worker.claim())
     done = one.openai.fine_tuning.jobs.retrieve(job.id)
     for name in ("birds", "birds@1", done.fine_tuned_model):
-        with pytest.raises(openai.BadRequestError, match="cannot be trained further: use the base model, 'base'"):
+        with pytest.raises(
+            openai.BadRequestError, match="cannot be trained further: use the base model, 'base'"
+        ):
             create(one, training_file=data, model=name)
     with pytest.raises(openai.BadRequestError, match="is the result of a job"):
         create(one, training_file=done.result_files[0])
     jobs = two.openai.fine_tuning.jobs
-    for act in (jobs.retrieve, jobs.cancel, jobs.pause, jobs.resume, jobs.list_events, jobs.checkpoints.list):
+    for act in (
+        jobs.retrieve,
+        jobs.cancel,
+        jobs.pause,
+        jobs.resume,
+        jobs.list_events,
+        jobs.checkpoints.list,
+    ):
         with pytest.raises(openai.NotFoundError):
             act(job.id)
     assert list(jobs.list()) == []
-    assert one.gateway.http(two.key).get(f"/v1/fine_tuning/jobs/{job.id}/events?stream=true").status_code == 404
+    assert (
+        one.gateway.http(two.key)
+        .get(f"/v1/fine_tuning/jobs/{job.id}/events?stream=true")
+        .status_code
+        == 404
+    )
     weak = make_tenant(role="inference")
     with pytest.raises(openai.PermissionDeniedError):
         weak.openai.fine_tuning.jobs.list()
@@ -80,7 +96,11 @@ def test_models_and_files_must_be_there_and_the_callers(worker: FakeWorker, make
 def test_the_method_is_the_datas_own_where_none_is_given(tenant: Tenant) -> None:
     pairs = upload(tenant, jsonl(PAIR)).id
     assert create(tenant, training_file=pairs).method.type == "dpo"  # type: ignore[union-attr]
-    asked = create(tenant, training_file=pairs, method={"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2}}})
+    asked = create(
+        tenant,
+        training_file=pairs,
+        method={"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2}}},
+    )
     assert asked.method is not None
     assert asked.method.dpo is not None
     assert asked.method.dpo.hyperparameters is not None
@@ -92,7 +112,9 @@ def test_the_method_is_the_datas_own_where_none_is_given(tenant: Tenant) -> None
         create(tenant, training_file=words, validation_file=pairs, method={"type": "supervised"})
 
 
-def test_unfinished_jobs_and_adapters_are_limited(worker: FakeWorker, make_tenant: Callable[..., Tenant]) -> None:
+def test_unfinished_jobs_and_adapters_are_limited(
+    worker: FakeWorker, make_tenant: Callable[..., Tenant]
+) -> None:
     few = make_tenant(limits={"jobs": 2, "adapters": 1})
     data = upload(few).id
     create(few, training_file=data, suffix="a")

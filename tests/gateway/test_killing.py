@@ -1,4 +1,6 @@
-"""kill -9 of each process, and of the database's connections, in the middle of streams: benchmarks/chaos.py in small."""
+"""kill -9 of each process, and of the database's connections, in the middle of streams:
+benchmarks/chaos.py in small.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +26,17 @@ def running(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Scene]:
         yield found
 
 
-def test_no_answer_is_wrong_no_record_lost_or_doubled_and_nothing_left_at_work(running: Scene) -> None:
+def test_no_answer_is_wrong_no_record_lost_or_doubled_and_nothing_left_at_work(
+    running: Scene,
+) -> None:
     undisturbed = asyncio.run(running.play(STREAMS, None, 0))
     assert undisturbed.ended == {"whole": STREAMS}
     assert undisturbed.faults == []
     for kill in (running.gateway.kill, running.engine.kill, running.cut_connections):
         killed = asyncio.run(running.play(STREAMS, kill, 0.5))
         assert killed.faults == []
-        if kill == running.cut_connections:  # nobody waits for the database but at the beginning and at the end
+        # nobody waits for the database but at the beginning and at the end
+        if kill == running.cut_connections:
             assert killed.ended == {"whole": STREAMS}
         else:
             assert killed.ended["whole"] < STREAMS

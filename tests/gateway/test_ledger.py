@@ -50,7 +50,10 @@ async def admitted(database: Database) -> set[str]:
 
 async def counted(database: Database) -> dict[str, int]:
     async with database.reading() as session:
-        return {row.request_id: row.completion_tokens for row in (await session.scalars(select(Usage))).all()}
+        return {
+            row.request_id: row.completion_tokens
+            for row in (await session.scalars(select(Usage))).all()
+        }
 
 
 async def test_a_stream_is_on_disk_before_it_may_be_seen_and_once_when_it_has_ended(
@@ -64,7 +67,9 @@ async def test_a_stream_is_on_disk_before_it_may_be_seen_and_once_when_it_has_en
     assert await counted(database) == {"stream": 3}
 
 
-async def test_a_whole_answer_that_is_quick_is_written_once(database: Database, ledger: Ledger) -> None:
+async def test_a_whole_answer_that_is_quick_is_written_once(
+    database: Database, ledger: Ledger
+) -> None:
     begun = [opening(f"quick {k}") for k in range(20)]
     for each in begun:
         ledger.note(each)
@@ -74,7 +79,9 @@ async def test_a_whole_answer_that_is_quick_is_written_once(database: Database, 
     assert await admitted(database) == set()
 
 
-async def test_a_whole_answer_that_takes_long_is_known_of_while_it_does(database: Database, ledger: Ledger) -> None:
+async def test_a_whole_answer_that_takes_long_is_known_of_while_it_does(
+    database: Database, ledger: Ledger
+) -> None:
     begun = opening("slow")
     ledger.note(begun)
     assert await admitted(database) == set()

@@ -36,7 +36,9 @@ def _complete(**fields: Any) -> _Attempt:
 def _at_once(tenant: Tenant) -> int:
     body = BODY | {"prompt": "slow", "max_tokens": 20}
     with ThreadPoolExecutor(2) as pool:
-        codes = list(pool.map(lambda _: tenant.http.post("/v1/completions", json=body).status_code, range(2)))
+        codes = list(
+            pool.map(lambda _: tenant.http.post("/v1/completions", json=body).status_code, range(2))
+        )
     return max(codes)
 
 
@@ -100,7 +102,9 @@ def test_a_limit_refuses_what_is_beyond_it(
     assert [attempt(tenant) for _ in expected] == expected
 
 
-def test_jobs_that_run_at_once_are_limited(worker: FakeWorker, make_tenant: Callable[..., Tenant]) -> None:
+def test_jobs_that_run_at_once_are_limited(
+    worker: FakeWorker, make_tenant: Callable[..., Tenant]
+) -> None:
     tenant = make_tenant(limits={"running_jobs": 1})
     assert [_job(tenant) for _ in range(2)] == [200, 200]
     first = worker.claim()
@@ -116,12 +120,20 @@ def test_jobs_that_run_at_once_are_limited(worker: FakeWorker, make_tenant: Call
     ("path", "body", "field"),
     [
         ("completions", {"prompt": "x"}, "max_tokens"),
-        ("chat/completions", {"messages": [{"role": "user", "content": "x"}]}, "max_completion_tokens"),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": "x"}]},
+            "max_completion_tokens",
+        ),
         ("responses", {"input": "x"}, "max_output_tokens"),
     ],
 )
 def test_the_length_of_an_answer_is_limited_if_none_is_asked_for(
-    engine: FakeEngine, make_tenant: Callable[..., Tenant], path: str, body: dict[str, Any], field: str
+    engine: FakeEngine,
+    make_tenant: Callable[..., Tenant],
+    path: str,
+    body: dict[str, Any],
+    field: str,
 ) -> None:
     tenant = make_tenant(limits={"output_tokens": 5})
     answer = tenant.http.post(f"/v1/{path}", json={"model": "base", **body}).json()["usage"]
@@ -188,7 +200,9 @@ async def _use(counted: Quotas, caller: Principal, estimate: int, tokens: int) -
 
 
 @pytest.mark.anyio
-async def test_tokens_beyond_several_minutes_are_paid_in_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_tokens_beyond_several_minutes_are_paid_in_as_many(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     counted, caller = _quotas(), _caller(tokens_per_minute=100)
     await _use(counted, caller, 10, 350)
     with pytest.raises(RateLimited) as caught:
@@ -198,21 +212,34 @@ async def test_tokens_beyond_several_minutes_are_paid_in_as_many(monkeypatch: py
 
 
 @pytest.mark.anyio
-async def test_tokens_that_are_learnt_after_the_minute_go_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    counted, caller, real, ahead = _quotas(), _caller(tokens_per_minute=100), (time.time, time.monotonic), 0.0
+async def test_tokens_that_are_learnt_after_the_minute_go_to_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counted, caller, real, ahead = (
+        _quotas(),
+        _caller(tokens_per_minute=100),
+        (time.time, time.monotonic),
+        0.0,
+    )
     monkeypatch.setattr(quotas.time, "time", lambda: real[0]() + ahead)
     monkeypatch.setattr(quotas.time, "monotonic", lambda: real[1]() + ahead)
     async with counted.spend(caller, 10) as spending, counted.spend(caller, 50) as refunded:
         ahead = 61.0
         await counted.settle(spending, 90)
-        await counted.settle(refunded, 0)  # what was taken of the minute before is not given back to this one
+        # what was taken of the minute before is not given back to this one
+        await counted.settle(refunded, 0)
     async with counted.spend(caller, 1) as later:
         assert later.headers["x-ratelimit-remaining-tokens"] == "19"
 
 
 @pytest.mark.anyio
 async def test_a_clock_that_is_set_back_shuts_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    counted, caller, real, ahead = _quotas(), _caller(requests_per_minute=1, tokens_per_minute=100), time.time, 0.0
+    counted, caller, real, ahead = (
+        _quotas(),
+        _caller(requests_per_minute=1, tokens_per_minute=100),
+        time.time,
+        0.0,
+    )
     monkeypatch.setattr(quotas.time, "time", lambda: real() + ahead)
     await _use(counted, caller, 10, 100)
     with pytest.raises(RateLimited):
@@ -226,7 +253,12 @@ async def test_a_clock_that_is_set_back_shuts_nobody_out(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    "url", ["redis+wrong://:hunter2@host/0", "async+redis://:hunter2@host:port/0", "async+redis://:hunter2@[bad/0"]
+    "url",
+    [
+        "redis+wrong://:hunter2@host/0",
+        "async+redis://:hunter2@host:port/0",
+        "async+redis://:hunter2@[bad/0",
+    ],
 )
 def test_a_storage_that_cannot_be_used_shows_no_password(url: str) -> None:
     with pytest.raises(ServiceError, match="REFT_LIMITS_STORAGE") as caught:

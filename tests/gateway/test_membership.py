@@ -34,7 +34,10 @@ class Zone:
                 return real(host, port, *rest, **options)
             if self.error is not None or not self.addresses:
                 raise socket.gaierror(self.error or socket.EAI_NONAME, "no such name")
-            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in self.addresses]
+            return [
+                (socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port))
+                for address in self.addresses
+            ]
 
         patch.setattr(socket, "getaddrinfo", answer)
 
@@ -52,14 +55,19 @@ def replicas(count: int) -> Iterator[tuple[int, list[FakeEngine], list[Served]]]
     fakes = [FakeEngine() for _ in range(count)]
     served = [Served(fakes[0].app)]
     try:
-        served += [Served(fake.app, f"127.0.0.{k + 1}", served[0].port) for k, fake in enumerate(fakes[1:], 1)]
+        served += [
+            Served(fake.app, f"127.0.0.{k + 1}", served[0].port)
+            for k, fake in enumerate(fakes[1:], 1)
+        ]
         yield served[0].port, fakes, served
     finally:
         for each in served:
             each.stop()
 
 
-def test_engines_come_with_the_name_and_leave_when_their_last_answer_has_ended(tmp_path: Path, zone: Zone) -> None:
+def test_engines_come_with_the_name_and_leave_when_their_last_answer_has_ended(
+    tmp_path: Path, zone: Zone
+) -> None:
     with replicas(2) as (port, (first, second), _):
         gateway = Gateway(tmp_path, f"dns+http://{NAME}:{port}")
         try:
@@ -69,10 +77,17 @@ def test_engines_come_with_the_name_and_leave_when_their_last_answer_has_ended(t
             wait_for(lambda: gateway.http(None).get("/health/ready").status_code == 200)
             assert tenant.upload("birds").status_code == 201
             first.token_seconds = 0.05
-            streaming = tenant.openai.completions.create(model="birds", prompt="x", max_tokens=20, stream=True)
+            streaming = tenant.openai.completions.create(
+                model="birds", prompt="x", max_tokens=20, stream=True
+            )
             next(streaming)
             zone.addresses = ["127.0.0.2"]
-            wait_for(lambda: [e["name"] for e in engines(gateway)] == ["engine-1"] and engines(gateway)[0]["healthy"])
+            wait_for(
+                lambda: (
+                    [e["name"] for e in engines(gateway)] == ["engine-1"]
+                    and engines(gateway)[0]["healthy"]
+                )
+            )
             before = first.counts["requests"]
             assert all(tenant.say("birds", max_tokens=1) for _ in range(5))
             assert (first.counts["requests"], second.counts["requests"]) == (before, 5)
@@ -103,12 +118,15 @@ def test_names_and_fixed_engines_go_together_and_the_real_resolver_is_asked(tmp_
         gateway = Gateway(tmp_path, f"http://127.0.0.1:{port},dns+http://localhost:{port}")
         try:
             healthy = [e for e in engines(gateway) if e["healthy"]]
-            assert [e["name"] for e in healthy] == ["engine-0"]  # the same address is the same engine
+            # the same address is the same engine
+            assert [e["name"] for e in healthy] == ["engine-0"]
         finally:
             gateway.stop()
 
 
-@pytest.mark.parametrize("url", ["dns+http://name", "dns+https://name:1", "dns+http://:8000", "dns+http://a:x", "dns+"])
+@pytest.mark.parametrize(
+    "url", ["dns+http://name", "dns+https://name:1", "dns+http://:8000", "dns+http://a:x", "dns+"]
+)
 def test_a_name_that_cannot_be_looked_up_is_told_at_start(url: str) -> None:
     with pytest.raises(ServiceError, match=r"dns\+http://NAME:PORT"):
         Discovery([url], None)

@@ -56,7 +56,10 @@ def test_it_starts_answers_and_logs_json_without_torch_vllm_or_transformers(
     with process(tmp_path, served[1], _WITHOUT) as (_, url):
         headers = {"authorization": f"Bearer {key}"}
         answer = httpx.post(
-            f"{url}/v1/completions", json={"model": "base", "prompt": "private words"}, headers=headers, trust_env=False
+            f"{url}/v1/completions",
+            json={"model": "base", "prompt": "private words"},
+            headers=headers,
+            trust_env=False,
         )
         assert answer.status_code == 200
         written = tmp_path / "gateway.log"
@@ -76,7 +79,10 @@ def test_what_it_writes_is_readable_by_its_owner_alone(
     headers = {"authorization": f"Bearer {key}"}
     for name in ("store", "blobs"):  # those of the gateway, in this process, that made the key
         shutil.rmtree(tmp_path / name, ignore_errors=True)
-    files = [("files", (file.name, file.read_bytes())) for file in sorted((DEMO / "adapters" / "cats").iterdir())]
+    files = [
+        ("files", (file.name, file.read_bytes()))
+        for file in sorted((DEMO / "adapters" / "cats").iterdir())
+    ]
     with (
         process(tmp_path, served[1]) as (_, url),
         httpx.Client(base_url=url, trust_env=False, headers=headers) as client,
@@ -84,7 +90,12 @@ def test_what_it_writes_is_readable_by_its_owner_alone(
         made = client.post("/v1/adapters", data={"name": "cats"}, files=files)
         assert made.status_code == 201, made.text
         rows = ("rows.jsonl", b'{"prompt": "a", "completion": "b"}')
-        assert client.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": rows}).status_code == 200
+        assert (
+            client.post(
+                "/v1/files", data={"purpose": "fine-tune"}, files={"file": rows}
+            ).status_code
+            == 200
+        )
         new = [each for each in readable_by_others(tmp_path) if not each.startswith("gateway.log")]
     assert not new
 
@@ -96,10 +107,18 @@ def test_what_it_writes_is_readable_by_its_owner_alone(
         ("REFT_DATABASE", "postgresql://u:hidden@127.0.0.1:1/x", "cannot be used"), ("REFT_STORE", "/proc/x", "store"),
     ],
 )  # fmt: skip
-def test_a_setting_that_cannot_be_used_is_told_at_start(tmp_path: Path, name: str, value: str, phrase: str) -> None:
-    settings = {"REFT_DATABASE": f"sqlite:///{tmp_path}/x.db", "REFT_STORE": str(tmp_path / "store"), name: value}
+def test_a_setting_that_cannot_be_used_is_told_at_start(
+    tmp_path: Path, name: str, value: str, phrase: str
+) -> None:
+    settings = {
+        "REFT_DATABASE": f"sqlite:///{tmp_path}/x.db",
+        "REFT_STORE": str(tmp_path / "store"),
+        name: value,
+    }
     command = [sys.executable, "-m", "reft_serve.cli.gateway", "--port", str(free_port())]
-    ended = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run(
+        command, env=os.environ | settings, capture_output=True, text=True, timeout=60, check=False
+    )
     assert ended.returncode != 0
     assert phrase in ended.stderr
     assert "hidden" not in ended.stderr
@@ -115,7 +134,10 @@ def test_killed_in_the_middle_of_streams_it_loses_and_doubles_no_record(
     begun: list[str] = []
     finished: list[str] = []
     for _ in range(2):
-        with process(tmp_path, engine_url) as (running, url), httpx.Client(trust_env=False, headers=headers) as client:
+        with (
+            process(tmp_path, engine_url) as (running, url),
+            httpx.Client(trust_env=False, headers=headers) as client,
+        ):
             done = _streams(client, url, 12, 5)
             finished += done
             begun += done
@@ -128,7 +150,9 @@ def test_killed_in_the_middle_of_streams_it_loses_and_doubles_no_record(
                     list(rest)
         wait_for(lambda: engine.running == 0)
     with process(tmp_path, engine_url) as (_, url):
-        found = httpx.get(f"{url}/v1/usage?group_by=status", headers=headers, trust_env=False).json()["data"]
+        found = httpx.get(
+            f"{url}/v1/usage?group_by=status", headers=headers, trust_env=False
+        ).json()["data"]
         rows = {each["group"]["status"]: each for each in found}
     assert rows["completed"]["requests"] == len(finished) == 24
     assert rows["completed"]["completion_tokens"] == 24 * 5
@@ -138,7 +162,9 @@ def test_killed_in_the_middle_of_streams_it_loses_and_doubles_no_record(
 
 def _open(client: httpx.Client, url: str, tokens: int) -> tuple[httpx.Response, Iterator[bytes]]:
     body = {"model": "base", "prompt": "x", "max_tokens": tokens, "stream": True}
-    response = client.send(client.build_request("POST", f"{url}/v1/completions", json=body), stream=True)
+    response = client.send(
+        client.build_request("POST", f"{url}/v1/completions", json=body), stream=True
+    )
     rest = response.iter_raw()
     next(rest)
     return response, rest
@@ -147,7 +173,12 @@ def _open(client: httpx.Client, url: str, tokens: int) -> tuple[httpx.Response, 
 def _streams(client: httpx.Client, url: str, count: int, tokens: int) -> list[str]:
     done = []
     for _ in range(count):
-        body: dict[str, Any] = {"model": "base", "prompt": "x", "max_tokens": tokens, "stream": True}
+        body: dict[str, Any] = {
+            "model": "base",
+            "prompt": "x",
+            "max_tokens": tokens,
+            "stream": True,
+        }
         answer = client.post(f"{url}/v1/completions", json=body)
         assert answer.text.endswith("data: [DONE]\n\n")
         done.append(answer.headers["x-request-id"])

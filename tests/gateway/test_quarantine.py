@@ -64,5 +64,11 @@ def test_a_tenant_that_ended_engines_alone_with_ever_new_requests_has_to_wait() 
 def test_only_small_requests_without_special_fields_are_plain() -> None:
     assert is_plain(body(max_tokens=5, temperature=0.5, stream=True), 100)
     assert not is_plain(body(), quarantine.PLAIN_BYTES + 1)
-    for fields in ({"tools": []}, {"response_format": {}}, {"logit_bias": {}}, {"n": 2}, {"structured_outputs": {}}):
+    for fields in (
+        {"tools": []},
+        {"response_format": {}},
+        {"logit_bias": {}},
+        {"n": 2},
+        {"structured_outputs": {}},
+    ):
         assert not is_plain(body(**fields), 100)

@@ -21,7 +21,9 @@ def ready(gateway: Gateway) -> tuple[int, str]:
     return answer.status_code, answer.json().get("error", {}).get("code", "")
 
 
-def test_a_gateway_whose_database_or_store_cannot_be_written_to_is_not_ready(tmp_path: Path) -> None:
+def test_a_gateway_whose_database_or_store_cannot_be_written_to_is_not_ready(
+    tmp_path: Path,
+) -> None:
     with running(tmp_path) as (gateway, _):
         wait_for(lambda: ready(gateway) == (200, ""))
         holder = sqlite3.connect(tmp_path / "reft.db", isolation_level=None)

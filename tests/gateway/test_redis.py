@@ -1,4 +1,6 @@
-"""Limits counted in a real Redis: one count for several gateways, and what happens when it goes away."""
+"""Limits counted in a real Redis: one count for several gateways, and what happens when it goes
+away.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,17 @@ class Redis:
         self.start()
 
     def start(self) -> None:
-        command = ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+        command = [
+            "redis-server",
+            "--port",
+            str(self.port),
+            "--bind",
+            "127.0.0.1",
+            "--save",
+            "",
+            "--appendonly",
+            "no",
+        ]
         self._running = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 20
         while True:
@@ -56,7 +68,9 @@ def redis() -> Iterator[Redis]:
     server.stop()
 
 
-def test_two_gateways_count_as_one_and_survive_the_end_of_what_they_count_in(tmp_path: Path, redis: Redis) -> None:
+def test_two_gateways_count_as_one_and_survive_the_end_of_what_they_count_in(
+    tmp_path: Path, redis: Redis
+) -> None:
     with running(tmp_path, gateway_name="one", limits_storage=redis.url) as (one, (engine,)):
         two = Gateway(tmp_path, one.settings.engines, gateway_name="two", limits_storage=redis.url)
         try:
@@ -66,12 +80,17 @@ def test_two_gateways_count_as_one_and_survive_the_end_of_what_they_count_in(tmp
             _requests_at_once_are_counted_together(one, two, engine)
             tenant = one.tenant("steady", limits={"tokens_per_minute": 1000})
             engine.token_seconds = 0.05
-            stream = tenant.openai.completions.create(model="base", prompt="x", max_tokens=20, stream=True)
+            stream = tenant.openai.completions.create(
+                model="base", prompt="x", max_tokens=20, stream=True
+            )
             next(stream)
             redis.stop()
             assert len(list(stream)) == 19  # what is under way is answered
             refused = tenant.http.post("/v1/completions", json=BODY)
-            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "database_unusable")
+            assert (refused.status_code, refused.json()["error"]["code"]) == (
+                503,
+                "database_unusable",
+            )
             assert refused.headers["retry-after"]
             assert one.tenant("free").http.post("/v1/completions", json=BODY).status_code == 200
             redis.start()
@@ -87,7 +106,9 @@ def at(gateway: Gateway, tenant: Tenant) -> Tenant:
 def _requests_are_counted_together(one: Gateway, two: Gateway) -> None:
     tenant = one.tenant("few", limits={"requests_per_minute": 4})
     both = [tenant, at(two, tenant)] * 3
-    assert [each.http.post("/v1/completions", json=BODY).status_code for each in both] == [200] * 4 + [429] * 2
+    assert [each.http.post("/v1/completions", json=BODY).status_code for each in both] == [
+        200
+    ] * 4 + [429] * 2
 
 
 def _tokens_are_settled(one: Gateway, two: Gateway) -> None:
@@ -100,11 +121,31 @@ def _tokens_are_settled(one: Gateway, two: Gateway) -> None:
 
 def _token_debts_are_carried_over(gateway: Gateway) -> None:
     tenant = gateway.tenant("chatty", limits={"tokens_per_minute": 100})
-    ask = {"model": "base", "messages": [{"role": "user", "content": "x"}], "max_tokens": 90, "n": 1}
-    assert tenant.http.post("/v1/chat/completions", json=ask | {"messages": [*ask["messages"]] * 60}).status_code == 429
+    ask = {
+        "model": "base",
+        "messages": [{"role": "user", "content": "x"}],
+        "max_tokens": 90,
+        "n": 1,
+    }
+    assert (
+        tenant.http.post(
+            "/v1/chat/completions", json=ask | {"messages": [*ask["messages"]] * 60}
+        ).status_code
+        == 429
+    )
     words = " ".join(["x"] * 160)  # estimated at 79 tokens, and 160 to the engine
-    assert tenant.http.post("/v1/completions", json=BODY | {"prompt": words, "max_tokens": 20}).status_code == 200
-    assert tenant.http.post("/v1/completions", json=BODY | {"prompt": words, "max_tokens": 20}).status_code == 429
+    assert (
+        tenant.http.post(
+            "/v1/completions", json=BODY | {"prompt": words, "max_tokens": 20}
+        ).status_code
+        == 200
+    )
+    assert (
+        tenant.http.post(
+            "/v1/completions", json=BODY | {"prompt": words, "max_tokens": 20}
+        ).status_code
+        == 429
+    )
     refused = tenant.http.post("/v1/completions", json=BODY)
     assert refused.headers["x-ratelimit-remaining-tokens"] == "0"
 
@@ -114,15 +155,22 @@ def _requests_at_once_are_counted_together(one: Gateway, two: Gateway, engine: F
     there = at(two, tenant)
     engine.token_seconds = 0.05
     streams = [
-        each.openai.completions.create(model="base", prompt="x", max_tokens=40, stream=True) for each in (tenant, there)
+        each.openai.completions.create(model="base", prompt="x", max_tokens=40, stream=True)
+        for each in (tenant, there)
     ]
-    assert [each.http.post("/v1/completions", json=BODY).status_code for each in (tenant, there)] == [429, 429]
+    assert [
+        each.http.post("/v1/completions", json=BODY).status_code for each in (tenant, there)
+    ] == [429, 429]
     assert [len(list(stream)) for stream in streams] == [40, 40]
     engine.token_seconds = 0.0
-    assert [each.http.post("/v1/completions", json=BODY).status_code for each in (tenant, there)] == [200, 200]
+    assert [
+        each.http.post("/v1/completions", json=BODY).status_code for each in (tenant, there)
+    ] == [200, 200]
 
 
-def test_the_places_of_a_gateway_that_died_expire(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_places_of_a_gateway_that_died_expire(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(concurrency, "LEASE_SECONDS", 1)
 
     async def scene() -> None:

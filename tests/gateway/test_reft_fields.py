@@ -31,7 +31,9 @@ def owner(tenant: Tenant) -> Tenant:
 
 
 @pytest.mark.parametrize("path", ASKS)
-def test_a_strength_reaches_the_engines_plugin(engine: FakeEngine, owner: Tenant, path: str) -> None:
+def test_a_strength_reaches_the_engines_plugin(
+    engine: FakeEngine, owner: Tenant, path: str
+) -> None:
     for strength in (0, -0.0, 0.5, -2, 100):
         assert post(owner, path, reft_strength=strength).status_code == 200
         assert engine.requests[-1]["vllm_xargs"] == {"reft_strength": strength}
@@ -50,7 +52,9 @@ def test_the_openai_client_sends_ours_as_extra_body(engine: FakeEngine, owner: T
 
 @pytest.mark.parametrize("path", ASKS)
 @pytest.mark.parametrize("strength", [100.1, -1e9, 1e400, float("nan"), "1", True, [1], {}])
-def test_a_strength_that_is_no_factor_is_refused(engine: FakeEngine, owner: Tenant, path: str, strength: Any) -> None:
+def test_a_strength_that_is_no_factor_is_refused(
+    engine: FakeEngine, owner: Tenant, path: str, strength: Any
+) -> None:
     before = engine.counts["requests"]
     answer = post(owner, path, reft_strength=strength)
     assert answer.status_code == 400
@@ -60,7 +64,13 @@ def test_a_strength_that_is_no_factor_is_refused(engine: FakeEngine, owner: Tena
 
 @pytest.mark.parametrize(
     ("prompt", "ends"),
-    [("one text", 1), ([5, 6, 7], 3), ([[5, 6], [7]], [1, 1]), (["a b", "c"], [2, 1]), (["a b", "c"], 1)],
+    [
+        ("one text", 1),
+        ([5, 6, 7], 3),
+        ([[5, 6], [7]], [1, 1]),
+        (["a b", "c"], [2, 1]),
+        (["a b", "c"], 1),
+    ],
 )
 def test_the_ends_of_prompts_reach_the_engines_plugin(
     engine: FakeEngine, owner: Tenant, prompt: Any, ends: Any
@@ -76,7 +86,9 @@ def test_the_ends_of_prompts_reach_the_engines_plugin(
         (["a", "b"], [1]), ([[5, 6], [7]], [1, 2]), ([[5, 6], [7]], 2), ("x", [None]), ("x", 1 << 40),
     ],
 )  # fmt: skip
-def test_ends_that_are_none_are_refused(engine: FakeEngine, owner: Tenant, prompt: Any, ends: Any) -> None:
+def test_ends_that_are_none_are_refused(
+    engine: FakeEngine, owner: Tenant, prompt: Any, ends: Any
+) -> None:
     before = engine.counts["requests"]
     answer = post(owner, "/v1/completions", prompt=prompt, reft_prompt_tokens=ends)
     assert answer.status_code == 400
@@ -98,9 +110,14 @@ def test_a_scored_answer_without_the_prompts_end_carries_a_warning(owner: Tenant
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
-def test_the_chat_template_is_given_what_is_allowed(engine: FakeEngine, tenant: Tenant, path: str) -> None:
+def test_the_chat_template_is_given_what_is_allowed(
+    engine: FakeEngine, tenant: Tenant, path: str
+) -> None:
     given = {"enable_thinking": False, "thinking": True}
-    assert post(tenant, path, model="base", chat_template_kwargs={**given, "x": None}).status_code == 200
+    assert (
+        post(tenant, path, model="base", chat_template_kwargs={**given, "x": None}).status_code
+        == 200
+    )
     assert engine.requests[-1]["chat_template_kwargs"] == given
     before = engine.counts["requests"]
     for wrong in (
@@ -115,19 +132,28 @@ def test_the_chat_template_is_given_what_is_allowed(engine: FakeEngine, tenant: 
 
 
 def test_an_operator_allows_other_arguments_and_bounds_the_strength(tmp_path: Any) -> None:
-    with running(tmp_path, chat_template_kwargs="reasoning_budget", max_strength=2) as (gateway, (engine,)):
+    with running(tmp_path, chat_template_kwargs="reasoning_budget", max_strength=2) as (
+        gateway,
+        (engine,),
+    ):
         tenant = gateway.tenant("one")
         tenant.upload("birds")
         budget: Any = {"chat_template_kwargs": {"reasoning_budget": 5}}
-        tenant.openai.chat.completions.create(model="birds", messages=HELLO, extra_body=budget | {"reft_strength": -2})
+        tenant.openai.chat.completions.create(
+            model="birds", messages=HELLO, extra_body=budget | {"reft_strength": -2}
+        )
         assert engine.requests[-1]["chat_template_kwargs"] == {"reasoning_budget": 5}
         for wrong in ({"chat_template_kwargs": {"enable_thinking": True}}, {"reft_strength": 2.1}):
             with pytest.raises(openai.BadRequestError):
-                tenant.openai.chat.completions.create(model="birds", messages=HELLO, extra_body=wrong)
+                tenant.openai.chat.completions.create(
+                    model="birds", messages=HELLO, extra_body=wrong
+                )
 
 
 @pytest.mark.parametrize("name", ["chat_template", "tools", "add_generation_prompt", "tokenize"])
-def test_what_decides_what_is_rendered_cannot_be_allowed(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_what_decides_what_is_rendered_cannot_be_allowed(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     monkeypatch.setenv("REFT_CHAT_TEMPLATE_KWARGS", f"thinking, {name}")
     with pytest.raises(ServiceError, match=name):
         read_settings(GatewaySettings)

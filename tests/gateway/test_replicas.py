@@ -16,7 +16,9 @@ from tests.support.waiting import wait_for
 
 
 @pytest.fixture(scope="module")
-def replicas(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Gateway, Gateway, list[FakeEngine]]]:
+def replicas(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[Gateway, Gateway, list[FakeEngine]]]:
     folder = tmp_path_factory.mktemp("replicas")
     with running(folder, engines=2, gateway_name="one") as (one, engines):
         two = Gateway(folder, one.settings.engines, gateway_name="two")
@@ -30,7 +32,9 @@ def at(gateway: Gateway, tenant: Tenant) -> Tenant:
 
 
 def version_of(tenant: Tenant, model: str) -> str:
-    answer = tenant.http.post("/v1/completions", json={"model": model, "prompt": "x", "max_tokens": 1})
+    answer = tenant.http.post(
+        "/v1/completions", json={"model": model, "prompt": "x", "max_tokens": 1}
+    )
     return str(answer.headers["x-reft-version"])
 
 
@@ -93,19 +97,27 @@ def test_what_one_gateway_deletes_or_takes_back_is_gone_at_the_other_without_a_f
     tenant.http.delete(f"/v1/adapters/birds/shares/{guest.id}")
     body = {"model": "gone/birds", "prompt": "x"}
     wait_for(lambda: there.http.post("/v1/completions", json=body).status_code == 404, 2)
-    for seed in range(2, 6):  # each time the other gateway remembers a version that is being removed
+    for seed in range(
+        2, 6
+    ):  # each time the other gateway remembers a version that is being removed
         tenant.upload("birds", seed)
         assert here.say(f"birds@{seed}")
         assert tenant.http.delete("/v1/adapters/birds/versions/" + str(seed)).status_code == 200
         seen = set()
         deadline = time.monotonic() + 2
         while 404 not in seen and time.monotonic() < deadline:
-            seen.add(here.http.post("/v1/completions", json={"model": f"birds@{seed}", "prompt": "x"}).status_code)
+            seen.add(
+                here.http.post(
+                    "/v1/completions", json={"model": f"birds@{seed}", "prompt": "x"}
+                ).status_code
+            )
         assert seen <= {200, 404}
         assert 404 in seen
 
 
-def test_a_key_that_one_gateway_ends_is_dead_at_the_other(replicas: tuple[Gateway, Gateway, list[FakeEngine]]) -> None:
+def test_a_key_that_one_gateway_ends_is_dead_at_the_other(
+    replicas: tuple[Gateway, Gateway, list[FakeEngine]],
+) -> None:
     one, two, _ = replicas
     tenant = one.tenant("keys")
     made = tenant.http.post("/v1/keys", json={"role": "inference"}).json()
@@ -115,20 +127,26 @@ def test_a_key_that_one_gateway_ends_is_dead_at_the_other(replicas: tuple[Gatewa
     wait_for(lambda: client.get("/v1/models").status_code == 401, 2)
 
 
-def test_a_version_that_is_deleted_while_a_request_waits_for_an_engine_is_a_404(tmp_path: Path) -> None:
+def test_a_version_that_is_deleted_while_a_request_waits_for_an_engine_is_a_404(
+    tmp_path: Path,
+) -> None:
     with running(tmp_path, in_flight_per_engine=1) as (gateway, (engine,)):
         tenant = gateway.tenant("acme")
         tenant.upload("birds", 1)
         engine.token_seconds = 0.05
         body = {"model": "base", "prompt": "x", "max_tokens": 20}
-        first = threading.Thread(target=lambda: gateway.http(tenant.key).post("/v1/completions", json=body))
+        first = threading.Thread(
+            target=lambda: gateway.http(tenant.key).post("/v1/completions", json=body)
+        )
         first.start()
         wait_for(lambda: engine.running == 1)
         caught: list[Exception] = []
 
         def ask() -> None:
             try:
-                gateway.openai(tenant.key).completions.create(model="birds", prompt="x", max_tokens=1)
+                gateway.openai(tenant.key).completions.create(
+                    model="birds", prompt="x", max_tokens=1
+                )
             except openai.OpenAIError as exc:
                 caught.append(exc)
 

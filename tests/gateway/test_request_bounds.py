@@ -98,7 +98,9 @@ class _Lab:
             assert pulse.stdout.readline() == b"begun\n"
             yield
             took = json.loads(pulse.communicate(timeout=60)[0])
-        busy = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))  # others' work takes its part of each core
+        busy = max(
+            1.0, os.getloadavg()[0] / (os.cpu_count() or 1)
+        )  # others' work takes its part of each core
         assert sorted(took)[int(len(took) * 0.99) - 1] < 0.2 * busy
         assert self.peak_mib() - before < mib
 
@@ -179,7 +181,12 @@ def test_silent_and_half_connections_are_closed_and_shut_nobody_out(lab: _Lab) -
         held = [lab.connect(_HEAD if number % 2 else b"") for number in range(150)]
         with lab.http("inference") as client:
             for _ in range(5):
-                assert client.post("/v1/completions", json={"model": "base", "prompt": "x"}).status_code == 200
+                assert (
+                    client.post(
+                        "/v1/completions", json={"model": "base", "prompt": "x"}
+                    ).status_code
+                    == 200
+                )
         for sock in held:
             sock.close()
 
@@ -199,7 +206,12 @@ def test_slow_headers_end_in_time(lab: _Lab) -> None:
 
 def test_requests_that_are_sent_before_the_first_is_answered_are_few(lab: _Lab) -> None:
     with lab.steady(60):
-        assert _answer(lab.connect(b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n" * 20_000)).count(b"HTTP/1.1") < 100
+        assert (
+            _answer(lab.connect(b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n" * 20_000)).count(
+                b"HTTP/1.1"
+            )
+            < 100
+        )
 
 
 @pytest.mark.parametrize(
@@ -227,7 +239,11 @@ def test_a_large_body_that_is_wrong_costs_little(lab: _Lab, path: str, body: byt
 
 def test_many_large_sound_bodies_at_once_are_served_by_turns(lab: _Lab) -> None:
     """Small requests of another tenant pass meanwhile."""
-    body = {"model": "base", "messages": [{"role": "user", "content": "word " * 800_000}], "max_tokens": 1}
+    body = {
+        "model": "base",
+        "messages": [{"role": "user", "content": "word " * 800_000}],
+        "max_tokens": 1,
+    }
     content = json.dumps(body).encode()
 
     def ask(_: int) -> int:
@@ -238,7 +254,9 @@ def test_many_large_sound_bodies_at_once_are_served_by_turns(lab: _Lab) -> None:
         asked = pool.map(ask, range(20))
         with lab.http("other") as other:
             for _ in range(10):
-                small = other.post("/v1/completions", json={"model": "base", "prompt": "x", "max_tokens": 1})
+                small = other.post(
+                    "/v1/completions", json={"model": "base", "prompt": "x", "max_tokens": 1}
+                )
                 assert small.status_code == 200
         statuses = set(asked)
     assert 200 in statuses
@@ -252,7 +270,9 @@ def test_many_large_sound_bodies_at_once_are_served_by_turns(lab: _Lab) -> None:
         ("POST", "/v1/webhook_endpoints"), ("POST", "/v1/adapters"), ("POST", "/v1/files"),
     ],
 )  # fmt: skip
-def test_a_key_without_the_scope_is_refused_before_its_body_comes(lab: _Lab, method: str, path: str) -> None:
+def test_a_key_without_the_scope_is_refused_before_its_body_comes(
+    lab: _Lab, method: str, path: str
+) -> None:
     key = lab.keys["inference"]
     head = f"{method} {path} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key}\r\ncontent-length: 30000000\r\n"
     sock = lab.connect(head.encode() + b"content-type: application/json\r\n\r\n")
@@ -261,20 +281,29 @@ def test_a_key_without_the_scope_is_refused_before_its_body_comes(lab: _Lab, met
 
 
 @pytest.mark.parametrize(
-    ("method", "path"), [("PUT", "/v1/adapters/a/aliases/b"), ("POST", "/v1/keys"), ("POST", "/v1/fine_tuning/jobs")]
+    ("method", "path"),
+    [("PUT", "/v1/adapters/a/aliases/b"), ("POST", "/v1/keys"), ("POST", "/v1/fine_tuning/jobs")],
 )
 def test_management_routes_take_little_json(lab: _Lab, method: str, path: str) -> None:
     with lab.http("owner") as client, lab.steady():
-        large = client.request(method, path, content=b"[" + b"{}," * 1_000_000 + b"0]", headers=_JSON)
-        many = client.request(method, path, content=b'{"version":[' + b"{}," * 20_000 + b"0]}", headers=_JSON)
-        some = client.request(method, path, content=b'{"a":[' + b"{}," * 2_000 + b"0]}", headers=_JSON)
+        large = client.request(
+            method, path, content=b"[" + b"{}," * 1_000_000 + b"0]", headers=_JSON
+        )
+        many = client.request(
+            method, path, content=b'{"version":[' + b"{}," * 20_000 + b"0]}", headers=_JSON
+        )
+        some = client.request(
+            method, path, content=b'{"a":[' + b"{}," * 2_000 + b"0]}", headers=_JSON
+        )
     assert (large.status_code, many.status_code, some.status_code) == (413, 400, 400)
     assert len(some.content) < 5000
 
 
 def test_long_queries_are_refused(lab: _Lab) -> None:
     with lab.http("owner") as client, lab.steady():
-        few = client.get("/v1/fine_tuning/jobs?" + "&".join(f"metadata[k{n}]=v" for n in range(200)))
+        few = client.get(
+            "/v1/fine_tuning/jobs?" + "&".join(f"metadata[k{n}]=v" for n in range(200))
+        )
         many = lab.connect(b"GET /v1/files?" + b"a=b&" * 100_000 + b" HTTP/1.1\r\nhost: x\r\n\r\n")
     assert few.status_code == 400
     assert _answer(many).startswith(b"HTTP/1.1 431 ")
@@ -301,7 +330,9 @@ def test_an_upload_that_stops_is_given_up_and_removed(lab: _Lab) -> None:
 
 def test_uploads_share_the_disk_and_no_tenant_takes_all_of_it(lab: _Lab) -> None:
     with lab.http("owner") as owner:
-        too_large = owner.post("/v1/adapters", data={"name": "x"}, files=[("files", ("x.tar", bytes(9 << 20)))])
+        too_large = owner.post(
+            "/v1/adapters", data={"name": "x"}, files=[("files", ("x.tar", bytes(9 << 20)))]
+        )
     assert too_large.status_code == 413
     first = _begin_upload(lab, "owner", 6 << 20)
     first.sendall(b"x")
@@ -315,7 +346,9 @@ def test_uploads_share_the_disk_and_no_tenant_takes_all_of_it(lab: _Lab) -> None
 
 def test_a_form_has_few_parts_and_is_multipart(lab: _Lab) -> None:
     with lab.http("owner") as client, lab.steady():
-        many = client.post("/v1/adapters", data={"name": "x"}, files=[("files", (f"{n}", b"")) for n in range(40)])
+        many = client.post(
+            "/v1/adapters", data={"name": "x"}, files=[("files", (f"{n}", b"")) for n in range(40)]
+        )
         fields = client.post("/v1/adapters", files={f"f{n}": (None, "x") for n in range(40)})
         plain = client.post("/v1/adapters", data={"name": "x"})
     assert [answer.status_code for answer in (many, fields, plain)] == [400, 400, 400]
@@ -323,7 +356,9 @@ def test_a_form_has_few_parts_and_is_multipart(lab: _Lab) -> None:
 
 def test_a_slow_body_is_given_up(lab: _Lab) -> None:
     head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {lab.keys['inference']}\r\n"
-    sock = lab.connect(head.encode() + b"content-type: application/json\r\ncontent-length: 1000\r\n\r\n{")
+    sock = lab.connect(
+        head.encode() + b"content-type: application/json\r\ncontent-length: 1000\r\n\r\n{"
+    )
     assert _answer(sock).startswith(b"HTTP/1.1 408 ")
 
 
@@ -336,7 +371,9 @@ def test_it_ends_once_a_slow_caller_has_taken_the_end_of_its_answer(
         sock = socket.socket()
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.connect((place.hostname, place.port))
-        sock.sendall(f"GET /openapi.json HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {prepared_key}\r\n\r\n".encode())
+        sock.sendall(
+            f"GET /openapi.json HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {prepared_key}\r\n\r\n".encode()
+        )
         assert place.port is not None
         wait_for(lambda: unsent_bytes({place.port or 0}) > 10_000)
         running.send_signal(signal.SIGTERM)

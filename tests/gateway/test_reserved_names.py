@@ -1,4 +1,6 @@
-"""An adapter, a job's suffix or an alias cannot have a name that means something else where a model is named."""
+"""An adapter, a job's suffix or an alias cannot have a name that means something else where a model
+is named.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def test_a_job_cannot_take_a_reserved_suffix(tenant: Tenant, name: str) -> None:
     file = tenant.http.post(
         "/v1/files", data={"purpose": "fine-tune"}, files={"file": ("rows.jsonl", io.BytesIO(rows))}
     ).json()["id"]
-    answer = tenant.http.post("/v1/fine_tuning/jobs", json={"model": "base", "training_file": file, "suffix": name})
+    answer = tenant.http.post(
+        "/v1/fine_tuning/jobs", json={"model": "base", "training_file": file, "suffix": name}
+    )
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "suffix"
 
@@ -53,7 +57,9 @@ def test_the_name_that_other_tenants_use_cannot_be_the_base_models(tmp_path: Pat
         assert acme.upload("base").status_code == 400, "the default public name stays reserved"
 
 
-def test_an_adapter_that_has_such_a_name_already_can_be_read_and_deleted(gateway: Gateway, tenant: Tenant) -> None:
+def test_an_adapter_that_has_such_a_name_already_can_be_read_and_deleted(
+    gateway: Gateway, tenant: Tenant
+) -> None:
     assert tenant.upload("older", 5).status_code == 201
     asyncio.run(_rename(gateway.settings.database, tenant.id, "older", "base"))
     assert tenant.http.get("/v1/adapters/base").json()["name"] == "base"
@@ -65,5 +71,7 @@ def test_an_adapter_that_has_such_a_name_already_can_be_read_and_deleted(gateway
 async def _rename(url: str, tenant: str, old: str, new: str) -> None:
     database = Database(url)
     async with database.writing() as session:
-        await session.execute(update(Adapter).where(Adapter.tenant_id == tenant, Adapter.name == old).values(name=new))
+        await session.execute(
+            update(Adapter).where(Adapter.tenant_id == tenant, Adapter.name == old).values(name=new)
+        )
     await database.close()

@@ -21,7 +21,11 @@ TOOL = {"type": "function", "function": {"name": "x", "parameters": HUGE}}
     [
         ("chat/completions", {"messages": MESSAGES, "response_format": FORMAT}, "response_format"),
         ("chat/completions", {"messages": MESSAGES, "tools": [TOOL]}, "tools[0]"),
-        ("completions", {"prompt": "hi", "structured_outputs": {"json": HUGE}}, "structured_outputs.json"),
+        (
+            "completions",
+            {"prompt": "hi", "structured_outputs": {"json": HUGE}},
+            "structured_outputs.json",
+        ),
         (
             "completions",
             {"prompt": "hi", "structured_outputs": {"choice": ["x"] * 60_000}},
@@ -47,5 +51,8 @@ def test_a_schema_of_ordinary_size_reaches_the_engine(tenant: Tenant, engine: Fa
         "messages": MESSAGES,
         "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}},
     }
-    assert tenant.http.post("/v1/chat/completions", json={"model": "base", **fields}).status_code == 200
+    assert (
+        tenant.http.post("/v1/chat/completions", json={"model": "base", **fields}).status_code
+        == 200
+    )
     assert engine.requests[-1]["response_format"] == fields["response_format"]

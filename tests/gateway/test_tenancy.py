@@ -20,7 +20,17 @@ from tests.support.waiting import wait_for
 
 @pytest.mark.parametrize(
     "header",
-    [None, "", "Bearer", "Bearer rk-wrong", "Basic abc", "bearer\txx", "Bearer é", "Bearer ' OR '1'='1", "Bearer %"],
+    [
+        None,
+        "",
+        "Bearer",
+        "Bearer rk-wrong",
+        "Basic abc",
+        "bearer\txx",
+        "Bearer é",
+        "Bearer ' OR '1'='1",
+        "Bearer %",
+    ],
 )
 def test_no_path_passes_without_a_key_but_the_probes(gateway: Gateway, header: str | None) -> None:
     headers = {} if header is None else {"authorization": header.encode("latin-1")}
@@ -59,38 +69,58 @@ def test_an_inference_key_only_infers(gateway: Gateway, make_tenant: Callable[..
     assert tenant.http.delete("/v1/models/base").status_code == 403
 
 
-def test_a_metrics_key_reads_metrics_and_nothing_else(gateway: Gateway, make_tenant: Callable[..., Tenant]) -> None:
+def test_a_metrics_key_reads_metrics_and_nothing_else(
+    gateway: Gateway, make_tenant: Callable[..., Tenant]
+) -> None:
     reader = make_tenant(role="metrics")
-    for path, metric in (("/metrics", "reft_requests_total"), ("/v1/admin/engines/engine-0/metrics", "vllm:")):
+    for path, metric in (
+        ("/metrics", "reft_requests_total"),
+        ("/v1/admin/engines/engine-0/metrics", "vllm:"),
+    ):
         answer = reader.http.get(path)
         assert answer.status_code == 200
         assert metric in answer.text
     for method, path in operations(gateway):
-        if path not in (*OPEN_PATHS, "/metrics", "/v1/admin/engines/{engine}/metrics", "/v1/tenant"):
+        if path not in (
+            *OPEN_PATHS,
+            "/metrics",
+            "/v1/admin/engines/{engine}/metrics",
+            "/v1/tenant",
+        ):
             assert_refused(reader, method, path)
 
 
 def test_only_an_admin_makes_or_ends_a_metrics_key(gateway: Gateway, tenant: Tenant) -> None:
     for body in ({"role": "metrics"}, {"role": "owner", "scopes": ["metrics"]}):
         assert tenant.http.post("/v1/keys", json=body).status_code == 403
-    made = gateway.admin.post(f"/v1/admin/tenants/{tenant.id}/keys", json={"role": "metrics"}).json()
+    made = gateway.admin.post(
+        f"/v1/admin/tenants/{tenant.id}/keys", json={"role": "metrics"}
+    ).json()
     assert made["scopes"] == ["metrics"]
     assert tenant.http.delete(f"/v1/keys/{made['id']}").status_code == 403
     assert tenant.http.post(f"/v1/keys/{made['id']}/rotate").status_code == 403
     assert gateway.http(made["secret"]).get("/metrics").status_code == 200
-    narrow = gateway.admin.post("/v1/keys", json={"role": "admin", "scopes": ["admin"]}).json()["secret"]
+    narrow = gateway.admin.post("/v1/keys", json={"role": "admin", "scopes": ["admin"]}).json()[
+        "secret"
+    ]
     assert gateway.http(narrow).get("/metrics").status_code == 200
 
 
 def assert_refused(tenant: Tenant, method: str, path: str) -> None:
-    """The tenant's key may not do this; what reads a form before it asks who sent it may refuse the form instead."""
+    """The tenant's key may not do this; what reads a form before it asks who sent it may refuse the
+    form instead.
+    """
     values = {"name": "a", "alias": "b", "version": "1", "engine": "engine-0"}
     values |= {"tenant": "tnt_" + "0" * 24, "key": "key_" + "0" * 24}
     filled = re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), path)
-    answer = tenant.http.request(method, filled, json={"name": "x", "version": "1", "role": "owner"})
+    answer = tenant.http.request(
+        method, filled, json={"name": "x", "version": "1", "role": "owner"}
+    )
     assert answer.status_code in (400, 403), (method, path, answer.status_code)
     if answer.status_code == 400:
-        assert "multipart" in str(tenant.gateway.served.app.openapi()["paths"][path][method]["requestBody"])
+        assert "multipart" in str(
+            tenant.gateway.served.app.openapi()["paths"][path][method]["requestBody"]
+        )
 
 
 def _tags(gateway: Gateway, method: str, path: str) -> list[str]:
@@ -143,9 +173,15 @@ def test_scopes_narrow_a_role(gateway: Gateway, tenant: Tenant) -> None:
 
 def test_a_narrow_key_comes_to_no_wider_one(gateway: Gateway, tenant: Tenant) -> None:
     wide = tenant.http.post("/v1/keys", json={"role": "owner"}).json()
-    narrow = tenant.http.post("/v1/keys", json={"role": "owner", "scopes": ["keys", "models"]}).json()
+    narrow = tenant.http.post(
+        "/v1/keys", json={"role": "owner", "scopes": ["keys", "models"]}
+    ).json()
     client = gateway.http(narrow["secret"])
-    for body in ({"role": "owner"}, {"role": "inference"}, {"role": "owner", "scopes": ["keys", "adapters"]}):
+    for body in (
+        {"role": "owner"},
+        {"role": "inference"},
+        {"role": "owner", "scopes": ["keys", "adapters"]},
+    ):
         assert client.post("/v1/keys", json=body).status_code == 403
     assert client.post(f"/v1/keys/{wide['id']}/rotate").status_code == 403
     made = client.post("/v1/keys", json={"role": "owner", "scopes": ["models"]})
@@ -154,32 +190,50 @@ def test_a_narrow_key_comes_to_no_wider_one(gateway: Gateway, tenant: Tenant) ->
     assert client.post(f"/v1/keys/{narrow['id']}/rotate").status_code == 201
 
 
-def test_a_key_makes_no_key_with_a_later_end_or_larger_limits(gateway: Gateway, tenant: Tenant) -> None:
+def test_a_key_makes_no_key_with_a_later_end_or_larger_limits(
+    gateway: Gateway, tenant: Tenant
+) -> None:
     end = int(time.time()) + 1000
     given = {"role": "owner", "expires_at": end, "limits": {"requests_per_minute": 5, "choices": 2}}
     maker = tenant.http.post("/v1/keys", json=given).json()
     client = gateway.http(maker["secret"])
-    for beyond in ({"expires_at": end + 1}, {"limits": {"requests_per_minute": 6}}, {"limits": {"choices": 3}}):
+    for beyond in (
+        {"expires_at": end + 1},
+        {"limits": {"requests_per_minute": 6}},
+        {"limits": {"choices": 3}},
+    ):
         assert client.post("/v1/keys", json=beyond).status_code == 403
     made = client.post("/v1/keys", json={"role": "owner", "limits": {"choices": 1}}).json()
-    assert (made["expires_at"], made["limits"]["requests_per_minute"], made["limits"]["choices"]) == (end, 5, 1)
+    assert (
+        made["expires_at"],
+        made["limits"]["requests_per_minute"],
+        made["limits"]["choices"],
+    ) == (end, 5, 1)
     wide = tenant.http.post("/v1/keys", json={"role": "owner"}).json()
     assert client.post(f"/v1/keys/{wide['id']}/rotate").status_code == 403
     assert client.post(f"/v1/keys/{made['id']}/rotate").json()["expires_at"] == end
     rotated = client.post(f"/v1/keys/{maker['id']}/rotate").json()
     assert (rotated["expires_at"], rotated["limits"]) == (end, maker["limits"])
-    grandchild = gateway.http(rotated["secret"]).post("/v1/keys", json={"expires_at": end - 1}).json()
+    grandchild = (
+        gateway.http(rotated["secret"]).post("/v1/keys", json={"expires_at": end - 1}).json()
+    )
     assert (grandchild["expires_at"], grandchild["limits"]["choices"]) == (end - 1, 2)
 
 
-def test_a_key_the_keys_it_made_and_its_successors_are_counted_together(gateway: Gateway, tenant: Tenant) -> None:
+def test_a_key_the_keys_it_made_and_its_successors_are_counted_together(
+    gateway: Gateway, tenant: Tenant
+) -> None:
     body = {"model": "base", "prompt": "x", "max_tokens": 1}
-    secret = tenant.http.post("/v1/keys", json={"role": "owner", "limits": {"requests_per_minute": 4}}).json()["secret"]
+    secret = tenant.http.post(
+        "/v1/keys", json={"role": "owner", "limits": {"requests_per_minute": 4}}
+    ).json()["secret"]
     used = []
     for _ in range(2):
         client = gateway.http(secret)
         used.append(client.post("/v1/completions", json=body).status_code)
-        made = gateway.http(client.post("/v1/keys", json={"limits": {"requests_per_minute": 2}}).json()["secret"])
+        made = gateway.http(
+            client.post("/v1/keys", json={"limits": {"requests_per_minute": 2}}).json()["secret"]
+        )
         used.append(made.post("/v1/completions", json=body).status_code)
         own = client.get("/v1/keys").json()["data"]
         mine = next(key["id"] for key in reversed(own) if secret.startswith(key["prefix"]))
@@ -189,7 +243,9 @@ def test_a_key_the_keys_it_made_and_its_successors_are_counted_together(gateway:
     assert tenant.http.post("/v1/completions", json=body).status_code == 200
 
 
-def test_keys_with_limits_make_keys_a_bounded_number_of_times(gateway: Gateway, tenant: Tenant) -> None:
+def test_keys_with_limits_make_keys_a_bounded_number_of_times(
+    gateway: Gateway, tenant: Tenant
+) -> None:
     client, codes = tenant.http, []
     for _ in range(MAKERS + 2):
         made = client.post("/v1/keys", json={"role": "owner", "limits": {"choices": 4}})
@@ -202,7 +258,9 @@ def test_keys_with_limits_make_keys_a_bounded_number_of_times(gateway: Gateway, 
 def test_an_admins_key_makes_no_admins_key_with_more_than_it_has(gateway: Gateway) -> None:
     url = "/v1/admin/tenants/operator/keys"
     end = int(time.time()) + 1000
-    narrow = gateway.admin.post(url, json={"role": "admin", "scopes": ["admin", "keys"], "expires_at": end}).json()
+    narrow = gateway.admin.post(
+        url, json={"role": "admin", "scopes": ["admin", "keys"], "expires_at": end}
+    ).json()
     client = gateway.http(narrow["secret"])
     assert client.post(url, json={"role": "admin"}).status_code == 403
     assert client.post(url, json={"role": "admin", "scopes": ["admin"]}).json()["expires_at"] == end
@@ -218,7 +276,9 @@ def test_a_key_that_is_over_is_not_rotated_into_a_new_one(gateway: Gateway, tena
 
 
 def test_a_key_expires_by_itself(gateway: Gateway, tenant: Tenant) -> None:
-    soon = tenant.http.post("/v1/keys", json={"role": "inference", "expires_at": int(time.time()) + 2}).json()
+    soon = tenant.http.post(
+        "/v1/keys", json={"role": "inference", "expires_at": int(time.time()) + 2}
+    ).json()
     client = gateway.http(soon["secret"])
     assert client.get("/v1/models").status_code == 200
     time.sleep(max(0.0, soon["expires_at"] - time.time()) + 0.05)
@@ -240,7 +300,10 @@ def test_a_disabled_tenant_is_shut_out_and_comes_back(gateway: Gateway, tenant: 
     assert tenant.http.get("/v1/models").status_code == 401
     gateway.admin.patch(url, json={"disabled": False})
     assert tenant.http.get("/v1/models").status_code == 200
-    assert gateway.admin.patch("/v1/admin/tenants/operator", json={"disabled": True}).status_code == 409
+    assert (
+        gateway.admin.patch("/v1/admin/tenants/operator", json={"disabled": True}).status_code
+        == 409
+    )
     assert gateway.admin.delete("/v1/admin/tenants/operator").status_code == 409
 
 
@@ -276,23 +339,33 @@ def test_a_minutes_requests_may_not_all_come_at_once(make_tenant: Callable[..., 
     assert 1 <= int(answers[12].headers["retry-after"]) <= 10
 
 
-def test_tokens_are_reserved_before_and_settled_after(engine: FakeEngine, make_tenant: Callable[..., Tenant]) -> None:
+def test_tokens_are_reserved_before_and_settled_after(
+    engine: FakeEngine, make_tenant: Callable[..., Tenant]
+) -> None:
     tenant = make_tenant(limits={"tokens_per_minute": 100})
     engine.default_tokens = 16
     body = {"model": "base", "prompt": "x", "max_tokens": 60}
     first = tenant.http.post("/v1/completions", json=body)
     assert first.headers["x-ratelimit-remaining-tokens"] == "40"
-    # 1 prompt token and 60 generated ones were used: 39 are left, so 60 more cannot be reserved, and 30 can.
+    # 1 prompt token and 60 generated ones were used: 39 are left, so 60 more cannot be reserved,
+    # and 30 can.
     assert tenant.http.post("/v1/completions", json=body).status_code == 429
     assert tenant.http.post("/v1/completions", json=body | {"max_tokens": 30}).status_code == 200
     spare = make_tenant(limits={"tokens_per_minute": 100})
     long = "y" * 200  # estimated at 50 tokens, and one word to the engine
     for _ in range(3):
-        assert spare.http.post("/v1/completions", json=body | {"prompt": long, "max_tokens": 1}).status_code == 200
+        assert (
+            spare.http.post(
+                "/v1/completions", json=body | {"prompt": long, "max_tokens": 1}
+            ).status_code
+            == 200
+        )
 
 
 def test_a_keys_own_limits_bind_it_besides_its_tenants(gateway: Gateway, tenant: Tenant) -> None:
-    made = tenant.http.post("/v1/keys", json={"limits": {"requests_per_minute": 1}}).json()["secret"]
+    made = tenant.http.post("/v1/keys", json={"limits": {"requests_per_minute": 1}}).json()[
+        "secret"
+    ]
     limited = gateway.http(made)
     body = {"model": "base", "prompt": "x", "max_tokens": 1}
     assert [limited.post("/v1/completions", json=body).status_code for _ in range(2)] == [200, 429]
@@ -306,18 +379,26 @@ def test_requests_at_once_are_limited_and_places_come_back(
     engine.token_seconds = 0.05
     body = {"model": "base", "prompt": "x", "max_tokens": 10}
     with ThreadPoolExecutor(4) as pool:
-        codes = list(pool.map(lambda _: tenant.http.post("/v1/completions", json=body).status_code, range(4)))
+        codes = list(
+            pool.map(lambda _: tenant.http.post("/v1/completions", json=body).status_code, range(4))
+        )
     assert sorted(codes) == [200, 200, 429, 429]
     engine.token_seconds = 0.0
     assert tenant.http.post("/v1/completions", json=body).status_code == 200
 
 
-def test_what_a_key_is_refused_costs_its_tenant_no_tokens(make_tenant: Callable[..., Tenant]) -> None:
+def test_what_a_key_is_refused_costs_its_tenant_no_tokens(
+    make_tenant: Callable[..., Tenant],
+) -> None:
     tenant = make_tenant(limits={"tokens_per_minute": 1000})
-    made = tenant.http.post("/v1/keys", json={"limits": {"requests_per_minute": 1}}).json()["secret"]
+    made = tenant.http.post("/v1/keys", json={"limits": {"requests_per_minute": 1}}).json()[
+        "secret"
+    ]
     limited = tenant.gateway.http(made)
     body = {"model": "base", "prompt": "x", "max_tokens": 200}
-    assert [limited.post("/v1/completions", json=body).status_code for _ in range(9)] == [200] + [429] * 8
+    assert [limited.post("/v1/completions", json=body).status_code for _ in range(9)] == [200] + [
+        429
+    ] * 8
     assert tenant.http.post("/v1/completions", json=body).status_code == 200
 
 
@@ -330,7 +411,9 @@ def test_choices_and_output_tokens_are_limited(make_tenant: Callable[..., Tenant
 
 
 def test_a_tenant_that_floods_does_not_hold_up_another(tmp_path: Path) -> None:
-    """One engine, four places, and 20 requests that wait for one before one request of another tenant: it is next in line."""
+    """One engine, four places, and 20 requests that wait for one before one request of another
+    tenant: it is next in line.
+    """
     with running(tmp_path, in_flight_per_engine=4) as (gateway, (engine,)):
         loud, quiet = gateway.tenant("loud"), gateway.tenant("quiet")
         engine.token_seconds = 0.2

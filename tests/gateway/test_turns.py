@@ -12,7 +12,9 @@ from reft_serve.gateway.engines.fleet import Fleet
 
 
 def test_a_tenant_that_is_behind_gets_what_it_lacks_and_no_more() -> None:
-    """Answers of 100 tokens, six places, and a tenant that lacks three answers: the rest is shared out."""
+    """Answers of 100 tokens, six places, and a tenant that lacks three answers: the rest is shared
+    out.
+    """
 
     async def shares() -> Counter[str]:
         members = Discovery(("http://127.0.0.1:9",), None)

@@ -1,4 +1,6 @@
-"""A database that can be read and not written: requests are refused before an engine is asked, and none is billed."""
+"""A database that can be read and not written: requests are refused before an engine is asked, and
+none is billed.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ def test_while_the_database_is_locked_no_request_is_computed_in_vain(tmp_path: P
         lock = sqlite3.connect(tmp_path / "reft.db", isolation_level=None)
         lock.execute("BEGIN IMMEDIATE")
         asked = [tenant.http.post("/v1/completions", json=BODY) for _ in range(3)]
-        assert [(each.status_code, each.json()["error"]["code"]) for each in asked] == [(503, "database_unusable")] * 3
+        assert [(each.status_code, each.json()["error"]["code"]) for each in asked] == [
+            (503, "database_unusable")
+        ] * 3
         assert engine.counts["requests"] == 2  # the first one was computed before it could be known
         assert gateway.http(None).get("/health/ready").status_code == 503
         lock.execute("ROLLBACK")

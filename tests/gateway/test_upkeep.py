@@ -11,7 +11,9 @@ from tests.support.gateway.uploads import create
 from tests.support.waiting import wait_for
 
 
-def test_a_job_that_loses_its_workers_has_as_many_attempts_as_the_settings_say(tmp_path: Path) -> None:
+def test_a_job_that_loses_its_workers_has_as_many_attempts_as_the_settings_say(
+    tmp_path: Path,
+) -> None:
     with running(tmp_path, upkeep_seconds=0.05, train_attempts=5) as (gateway, _):
         tenant, worker = gateway.tenant("one"), FakeWorker(gateway.settings)
         job = create(tenant)
@@ -20,7 +22,9 @@ def test_a_job_that_loses_its_workers_has_as_many_attempts_as_the_settings_say(t
             return tenant.openai.fine_tuning.jobs.retrieve(job.id).status
 
         for attempt in range(1, 6):
-            claim = worker.act(lambda session: queue.claim(session, "dying", 0.001, most_attempts=5))
+            claim = worker.act(
+                lambda session: queue.claim(session, "dying", 0.001, most_attempts=5)
+            )
             assert claim is not None
             assert claim.attempts == attempt
             wait_for(lambda: status() != "running")

@@ -27,7 +27,11 @@ from tests.support.gateway.harness import Gateway, Tenant, running
 from tests.support.gateway.uploads import upload
 from tests.support.waiting import wait_for
 
-ALL: list[Any] = ["fine_tuning.job.succeeded", "fine_tuning.job.failed", "fine_tuning.job.cancelled"]
+ALL: list[Any] = [
+    "fine_tuning.job.succeeded",
+    "fine_tuning.job.failed",
+    "fine_tuning.job.cancelled",
+]
 
 
 class Receiver:
@@ -41,7 +45,9 @@ class Receiver:
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["content-length"]))
-                outer.got.append(({name.lower(): value for name, value in self.headers.items()}, body))
+                outer.got.append(
+                    ({name.lower(): value for name, value in self.headers.items()}, body)
+                )
                 self.send_response(outer.answers.pop(0) if outer.answers else 200)
                 self.send_header("location", outer.url + "/elsewhere")
                 self.end_headers()
@@ -68,7 +74,10 @@ def receiver() -> Iterator[Receiver]:
 @pytest.fixture(scope="module")
 def lax(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     """A gateway whose webhooks may go to loopback."""
-    settings: dict[str, Any] = {"webhooks_to_private_addresses": True, "webhook_retry_seconds": 0.05}
+    settings: dict[str, Any] = {
+        "webhooks_to_private_addresses": True,
+        "webhook_retry_seconds": 0.05,
+    }
     with running(tmp_path_factory.mktemp("webhooks"), **settings) as (gateway, _):
         yield gateway
 
@@ -87,8 +96,12 @@ def end_one(tenant: Tenant, how: str) -> str:
 
 def test_each_end_of_a_job_is_told_and_signed(lax: Gateway, receiver: Receiver) -> None:
     tenant = lax.tenant("told")
-    made = tenant.openai.webhooks.create(name="all", url=receiver.url + "/hook?a=b", event_types=ALL)
-    tenant.openai.webhooks.create(name="bad news", url=receiver.url + "/bad", event_types=["fine_tuning.job.failed"])
+    made = tenant.openai.webhooks.create(
+        name="all", url=receiver.url + "/hook?a=b", event_types=ALL
+    )
+    tenant.openai.webhooks.create(
+        name="bad news", url=receiver.url + "/bad", event_types=["fine_tuning.job.failed"]
+    )
     expected = []
     for how in ("succeeded", "failed", "cancelled", "waiting"):
         kind = f"fine_tuning.job.{'cancelled' if how == 'waiting' else how}"
@@ -108,7 +121,9 @@ def test_each_end_of_a_job_is_told_and_signed(lax: Gateway, receiver: Receiver) 
     assert 'reft_webhook_deliveries_total{result="delivered"} 5.0' in metrics
 
 
-def test_an_event_is_sent_again_until_it_is_taken_with_the_same_id(lax: Gateway, receiver: Receiver) -> None:
+def test_an_event_is_sent_again_until_it_is_taken_with_the_same_id(
+    lax: Gateway, receiver: Receiver
+) -> None:
     tenant = lax.tenant("patient")
     made = tenant.openai.webhooks.create(name="w", url=receiver.url, event_types=ALL)
     receiver.answers = [500, 302, 429]
@@ -126,7 +141,9 @@ def test_an_event_is_sent_again_until_it_is_taken_with_the_same_id(lax: Gateway,
     assert len(receiver.got) == 5
 
 
-def test_endpoints_are_made_listed_changed_rotated_and_deleted(lax: Gateway, receiver: Receiver) -> None:
+def test_endpoints_are_made_listed_changed_rotated_and_deleted(
+    lax: Gateway, receiver: Receiver
+) -> None:
     tenant, other = lax.tenant("owner"), lax.tenant("other")
     client = tenant.openai.webhooks
     made = [client.create(name=f"w{k}", url=receiver.url, event_types=ALL) for k in range(3)]
@@ -137,8 +154,14 @@ def test_endpoints_are_made_listed_changed_rotated_and_deleted(lax: Gateway, rec
     assert [each.id for each in page] == [each.id for each in made[::-1]]
     assert secret not in "".join(each.to_json() for each in client.list())
     assert secret not in tenant.http.get("/v1/audit").text
-    changed = client.update(made[0].id, name="new", event_types=["fine_tuning.job.failed", "fine_tuning.job.failed"])
-    assert (changed.name, changed.event_types, changed.url) == ("new", ["fine_tuning.job.failed"], receiver.url)
+    changed = client.update(
+        made[0].id, name="new", event_types=["fine_tuning.job.failed", "fine_tuning.job.failed"]
+    )
+    assert (changed.name, changed.event_types, changed.url) == (
+        "new",
+        ["fine_tuning.job.failed"],
+        receiver.url,
+    )
     rotated = client.rotate_secret(made[0].id, keep_old_secret_active_for_24_hours=True)
     result = client.test(made[0].id, event_type="fine_tuning.job.failed")
     assert (result.status_code, result.success) == (200, True)
@@ -192,16 +215,22 @@ def test_a_url_that_is_not_public_is_refused(tenant: Tenant, url: str) -> None:
         tenant.openai.webhooks.update(made.id, url=url)
 
 
-def test_a_name_that_stands_for_a_private_address_is_not_sent_to(tenant: Tenant, receiver: Receiver) -> None:
+def test_a_name_that_stands_for_a_private_address_is_not_sent_to(
+    tenant: Tenant, receiver: Receiver
+) -> None:
     """`localhost` is a name: only its address tells, and it is asked for at each attempt."""
     port = receiver.url.rpartition(":")[2]
-    made = tenant.openai.webhooks.create(name="w", url=f"https://localhost:{port}/", event_types=ALL)
+    made = tenant.openai.webhooks.create(
+        name="w", url=f"https://localhost:{port}/", event_types=ALL
+    )
     with pytest.raises(openai.BadRequestError, match="only be sent to public addresses"):
         tenant.openai.webhooks.test(made.id, event_type="fine_tuning.job.failed")
     assert receiver.got == []
 
 
-@pytest.mark.parametrize("address", ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"])
+@pytest.mark.parametrize(
+    "address", ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"]
+)
 def test_public_addresses_are_taken(address: str) -> None:
     settings = GatewaySettings()
     assert is_public(ipaddress.ip_address(address))
@@ -225,8 +254,14 @@ def test_a_test_reports_the_answer_and_has_a_limit(lax: Gateway, receiver: Recei
     tenant = lax.tenant("tester")
     made = tenant.openai.webhooks.create(name="w", url=receiver.url, event_types=ALL)
     receiver.answers = [204, 307, 500]
-    told = [tenant.openai.webhooks.test(made.id, event_type="fine_tuning.job.failed") for _ in range(3)]
-    assert [(each.status_code, each.success) for each in told] == [(204, True), (307, False), (500, False)]
+    told = [
+        tenant.openai.webhooks.test(made.id, event_type="fine_tuning.job.failed") for _ in range(3)
+    ]
+    assert [(each.status_code, each.success) for each in told] == [
+        (204, True),
+        (307, False),
+        (500, False),
+    ]
     for _ in range(TESTS_PER_MINUTE - 3):
         tenant.openai.webhooks.test(made.id, event_type="fine_tuning.job.failed")
     with pytest.raises(openai.RateLimitError):
@@ -272,7 +307,10 @@ def test_silent_endpoints_of_one_tenant_delay_no_other(
 
 
 def test_senders_are_shared_between_tenants_and_endpoints() -> None:
-    due = [DueWebhook(f"a{k}", "a", k) for k in range(20)] + [DueWebhook("b0", "b", 50), DueWebhook("c0", "c", 60)]
+    due = [DueWebhook(f"a{k}", "a", k) for k in range(20)] + [
+        DueWebhook("b0", "b", 50),
+        DueWebhook("c0", "c", 60),
+    ]
     assert choose(due, (), {}, 3) == ["a0", "b0", "c0"]
     assert choose(due, {"a0"}, {"a": 1}, 100) == ["b0", "c0", "a1", "a2", "a3"]
     assert choose(due, (), {"a": SENDERS_PER_TENANT}, 100) == ["b0", "c0"]
@@ -286,13 +324,21 @@ def test_events_that_wait_for_a_webhook_are_bounded(gateway: Gateway, tenant: Te
     async def fill(session: Any) -> None:
         later = now_ms() + 3_600_000
         rows = [
-            {"id": f"msg_{made.id}{k}", "webhook_id": made.id, "event_type": ALL[0], "body": "{}", "next_ms": later}
+            {
+                "id": f"msg_{made.id}{k}",
+                "webhook_id": made.id,
+                "event_type": ALL[0],
+                "body": "{}",
+                "next_ms": later,
+            }
             for k in range(PENDING_PER_WEBHOOK)
         ]
         await session.execute(insert(Delivery), rows)
 
     async def count(session: Any) -> Any:
-        return await session.scalar(select(func.count()).select_from(Delivery).where(Delivery.webhook_id == made.id))
+        return await session.scalar(
+            select(func.count()).select_from(Delivery).where(Delivery.webhook_id == made.id)
+        )
 
     worker.act(fill)
     end_one(tenant, "waiting")

@@ -72,7 +72,10 @@ def test_every_pass_rounds_to_the_dtype_of_the_stream() -> None:
     pool.write(1, Unit(torch.zeros(1, 4), torch.ones(1), torch.full((1, 4), 0.003)))
     hidden = torch.ones(1, 4, dtype=torch.bfloat16)
     tiles = Tiles(
-        *map(torch.from_numpy, tile_rows(np.zeros(1, np.int32), np.zeros(1, np.int32), np.ones(1, np.float32)))
+        *map(
+            torch.from_numpy,
+            tile_rows(np.zeros(1, np.int32), np.zeros(1, np.int32), np.ones(1, np.float32)),
+        )
     )
     edit_tiles(hidden, None, tiles, pool, torch.ones(4, 1, dtype=torch.int32))
     # 0.003 is less than half of bfloat16's spacing at 1, four times 0.003 is more.
@@ -98,7 +101,12 @@ def test_strength_zero_keeps_the_stream_and_strength_one_is_the_edit() -> None:
     hidden = torch.randn(3, 24)
     edited = hidden.clone()
     strengths = np.array([0, 1, 0.5], np.float32)
-    tiles = Tiles(*map(torch.from_numpy, tile_rows(np.arange(3, dtype=np.int32), np.zeros(3, np.int32), strengths)))
+    tiles = Tiles(
+        *map(
+            torch.from_numpy,
+            tile_rows(np.arange(3, dtype=np.int32), np.zeros(3, np.int32), strengths),
+        )
+    )
     edit_tiles(edited, None, tiles, pool, torch.ones(1, 1, dtype=torch.int32))
     full = edit(hidden, weights)
     assert torch.equal(edited[0], hidden[0])
@@ -118,7 +126,9 @@ def test_rows_may_have_any_stride() -> None:
         torch.ones(1, TILE),
     )
     edit_tiles(wide[:, :16], None, tiles, pool, torch.ones(1, 1, dtype=torch.int32))
-    torch.testing.assert_close(wide[[2, 4], :16], edit(before[[2, 4], :16], weights), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        wide[[2, 4], :16], edit(before[[2, 4], :16], weights), rtol=1e-5, atol=1e-5
+    )
     assert torch.equal(wide[:, 16:], before[:, 16:])
 
 

@@ -1,4 +1,6 @@
-"""`fused`: equal to `batched` in Triton's interpreter, and a kernel that compiles for the GPUs it is meant for."""
+"""`fused`: equal to `batched` in Triton's interpreter, and a kernel that compiles for the GPUs it
+is meant for.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,13 @@ POINTERS = {
 def compiled(rank: int, dtype: str, residual: bool, capability: int) -> Any:
     options = fused.launch_options(rank)
     launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
-    constants = options | {"HAS_RESIDUAL": residual, "PASSES": 2, "TILE": 16, "hidden_step": 1, "residual_step": 1}
+    constants = options | {
+        "HAS_RESIDUAL": residual,
+        "PASSES": 2,
+        "TILE": 16,
+        "hidden_step": 1,
+        "residual_step": 1,
+    }
     kernel = fused._edit_tile
     signature, aligned = {}, {}
     for place, name in enumerate(kernel.arg_names):
@@ -96,8 +104,12 @@ def test_bfloat16_is_rounded_to_nearest() -> None:
 
 def test_no_launch_without_tiles() -> None:
     """A launch would fail here: there is no GPU driver to launch with, or no row to edit."""
-    empty = fused.Tiles(torch.zeros(0, 16, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), torch.zeros(0, 16))
+    empty = fused.Tiles(
+        torch.zeros(0, 16, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), torch.zeros(0, 16)
+    )
     hidden = torch.randn(3, 8)
     before = hidden.clone()
-    fused.edit_tiles(hidden, None, empty, fused.UnitPool(1, 2, 8), torch.zeros(1, 1, dtype=torch.int32))
+    fused.edit_tiles(
+        hidden, None, empty, fused.UnitPool(1, 2, 8), torch.zeros(1, 1, dtype=torch.int32)
+    )
     assert torch.equal(hidden, before)

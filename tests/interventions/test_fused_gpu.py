@@ -33,7 +33,9 @@ def fused() -> Any:
 @pytest.fixture(scope="module")
 def pool() -> UnitPool:
     """A unit of every kind and activation, of ranks 1 to 8."""
-    choices = [(k, a) for k in KINDS for a in ACTIVATION_CODES if has_activation(k) or a == "linear"]
+    choices = [
+        (k, a) for k in KINDS for a in ACTIVATION_CODES if has_activation(k) or a == "linear"
+    ]
     pool = UnitPool(len(choices), 16, WIDTH, "cuda")
     for index, (kind, activation) in enumerate(choices, 1):
         pool.write(index, fold(random_weights(kind, WIDTH, 1 + index % 8, activation, index)))
@@ -57,7 +59,9 @@ def states(seed: int, dtype: torch.dtype) -> Tensor:
 def tolerances(dtype: torch.dtype) -> dict[str, float]:
     """Two orders of a float32 sum over D 4096; a narrower stream may round either way, once per pass."""
     return (
-        {"rtol": 2e-5, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 2 * torch.finfo(dtype).eps, "atol": 2e-2}
+        {"rtol": 2e-5, "atol": 2e-5}
+        if dtype == torch.float32
+        else {"rtol": 2 * torch.finfo(dtype).eps, "atol": 2e-2}
     )
 
 
@@ -72,7 +76,9 @@ def test_the_kernel_is_the_batched_edit(
     units[:, 3] = 0
     tiles = tiles_of(1, 450, keys)
     want, got = states(2, dtype), states(2, dtype)
-    want_residual, got_residual = (states(3, dtype), states(3, dtype)) if with_residual else (None, None)
+    want_residual, got_residual = (
+        (states(3, dtype), states(3, dtype)) if with_residual else (None, None)
+    )
     batched.edit_tiles(want, want_residual, tiles, pool, units)
     fused.edit_tiles(got, got_residual, tiles, pool, units)
     torch.testing.assert_close(got, want, **tolerances(dtype))

@@ -1,4 +1,6 @@
-"""`kinds` and `activations` against what pyreft computed, and the folded form against the reference."""
+"""`kinds` and `activations` against what pyreft computed, and the folded form against the
+reference.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ from reft_serve.interventions.vocabulary import (
 from tests.support.interventions.edit_cases import random_weights
 
 OPS = Path(__file__).parents[1] / "golden" / "ops"
-GOLDEN = [op for op in json.loads((OPS / "ops.json").read_text())["ops"] if "pyreft_error" not in op]
+GOLDEN = [
+    op for op in json.loads((OPS / "ops.json").read_text())["ops"] if "pyreft_error" not in op
+]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +42,9 @@ def golden() -> dict[str, Tensor]:
 @pytest.mark.parametrize("op", GOLDEN, ids=lambda op: op["id"])
 def test_the_reference_edit_is_pyrefts(op: dict[str, Any], golden: dict[str, Tensor]) -> None:
     prefix = f"{op['id']}/param/"
-    tensors = {name.removeprefix(prefix): t for name, t in golden.items() if name.startswith(prefix)}
+    tensors = {
+        name.removeprefix(prefix): t for name, t in golden.items() if name.startswith(prefix)
+    }
     weights = Weights.of(op["type"], tensors, op["act_fn"] or "linear")
     out = edit(golden[f"{op['id']}/h"], weights)
     want = golden[f"{op['id']}/out"]
@@ -58,14 +64,18 @@ def test_every_activation_of_transformers_is_known_but_those_with_weights_of_the
 @pytest.mark.parametrize("name", sorted(ACTIVATION_CODES))
 def test_an_activation_is_that_of_transformers(name: str) -> None:
     x = torch.linspace(-30, 30, 4001)
-    torch.testing.assert_close(activate(x, ACTIVATION_CODES[name]), ACT2FN[name](x), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        activate(x, ACTIVATION_CODES[name]), ACT2FN[name](x), rtol=1e-6, atol=1e-6
+    )
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.sampled_from(KINDS), st.sampled_from(sorted(ACTIVATION_CODES)), st.integers(1, 9), st.integers(0, 1 << 20))
 def test_the_folded_unit_is_the_edit(kind: Kind, name: str, rank: int, seed: int) -> None:
     weights = random_weights(kind, 12, rank, name if has_activation(kind) else "linear", seed)
-    weights = Weights.of(kind, {n: t.double() for n, t in weights.tensors().items()}, weights.activation)
+    weights = Weights.of(
+        kind, {n: t.double() for n, t in weights.tensors().items()}, weights.activation
+    )
     h = torch.randn(5, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     unit = fold(weights, torch.float64)
     z = h @ unit.A.T + unit.b
@@ -105,8 +115,16 @@ def test_weights_name_their_tensors() -> None:
         (Unit(torch.zeros(1, 3), torch.zeros(1), torch.ones(1, 3)), True),
         (Unit(torch.zeros(1, 3), torch.ones(1), torch.ones(1, 3)), False),
         (Unit(torch.ones(1, 3), torch.zeros(1), torch.ones(1, 3)), False),
-        (Unit(torch.zeros(1, 3), torch.zeros(1), torch.ones(1, 3), ACTIVATION_CODES["sigmoid"], 1), False),
-        (Unit(torch.zeros(1, 3), -torch.ones(1), torch.ones(1, 3), ACTIVATION_CODES["relu"], 1), True),
+        (
+            Unit(
+                torch.zeros(1, 3), torch.zeros(1), torch.ones(1, 3), ACTIVATION_CODES["sigmoid"], 1
+            ),
+            False,
+        ),
+        (
+            Unit(torch.zeros(1, 3), -torch.ones(1), torch.ones(1, 3), ACTIVATION_CODES["relu"], 1),
+            True,
+        ),
     ],
 )
 def test_a_unit_knows_whether_it_does_nothing(unit: Unit, nothing: bool) -> None:

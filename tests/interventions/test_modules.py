@@ -1,4 +1,6 @@
-"""`modules`: what is trained is what is served, and R stays orthonormal whatever the optimiser does."""
+"""`modules`: what is trained is what is served, and R stays orthonormal whatever the optimiser
+does.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ RANKS = (1, 4, 12)
 
 def new(kind: Kind, rank: int = 4, activation: str = "gelu", **kwargs: Any) -> Intervention:
     torch.manual_seed(rank)
-    return Intervention(kind, WIDTH, rank, activation if has_activation(kind) else "linear", **kwargs)
+    return Intervention(
+        kind, WIDTH, rank, activation if has_activation(kind) else "linear", **kwargs
+    )
 
 
 def train(module: Intervention, steps: int = 20, weight_decay: float = 0.3) -> list[float]:
@@ -63,7 +67,9 @@ def test_what_a_trained_module_gives_is_what_its_weights_give_when_served(kind: 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_those_of_the_edit(kind: Kind) -> None:
     module = new(kind, activation="tanh").double()
-    names, values = zip(*((name, p.detach().clone()) for name, p in module.named_parameters()), strict=True)
+    names, values = zip(
+        *((name, p.detach().clone()) for name, p in module.named_parameters()), strict=True
+    )
     h = torch.randn(3, WIDTH, dtype=torch.float64, requires_grad=True)
 
     def forward(h: Tensor, *values: Tensor) -> Any:

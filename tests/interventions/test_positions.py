@@ -45,7 +45,11 @@ def rules(draw: st.DrawFn, phases: tuple[Phase, ...] = ("prompt", "all", "genera
 
 def edited(rule: PositionRule, prompt_len: int, start: int, stop: int) -> list[int]:
     """What an engine edits of a chunk of tokens."""
-    return [i for span in rule.spans(prompt_len) for i in range(max(span.start, start), min(span.stop, stop))]
+    return [
+        i
+        for span in rule.spans(prompt_len)
+        for i in range(max(span.start, start), min(span.stop, stop))
+    ]
 
 
 def untiable(spec: str) -> bool:
@@ -53,7 +57,9 @@ def untiable(spec: str) -> bool:
 
 
 @pytest.mark.parametrize(
-    "row", ROWS, ids=lambda r: f"{r['positions']}-{r['share_weights']}-{r['last_position']}-{r['pad_mode']}"
+    "row",
+    ROWS,
+    ids=lambda r: f"{r['positions']}-{r['share_weights']}-{r['last_position']}-{r['pad_mode']}",
 )
 def test_the_edited_tokens_are_pyrefts(row: dict[str, Any]) -> None:
     length = row["last_position"]
@@ -119,7 +125,9 @@ def test_any_split_into_chunks_edits_the_same_tokens(rule: PositionRule, length:
 @given(st.integers(1, 40), st.integers(1, 40), lengths, st.integers(0, 3))
 def test_no_half_edits_more_than_half_of_the_prompt(first: int, last: int, length: int, offset: int) -> None:
     usable = max(length - offset, 0)
-    prefix, suffix = PositionRule(f"f{first}+l{last}", tied=False, last_offset=offset).indices(length)
+    prefix, suffix = PositionRule(f"f{first}+l{last}", tied=False, last_offset=offset).indices(
+        length
+    )
     assert prefix == list(range(min(first, usable // 2)))
     assert suffix == list(range(usable - min(last, usable // 2), usable))
     assert PositionRule(f"f{first}", last_offset=offset).indices(length)[0] == prefix

@@ -23,7 +23,9 @@ def checkout(tmp_path: Path) -> Path:
     for name in ("reft_serve/__init__.py", "scripts/release.py"):
         (tmp_path / name).parent.mkdir()
         shutil.copy(ROOT / name, tmp_path / name)
-    (tmp_path / "CHANGELOG.md").write_text(f"# Changelog\n\n## Unreleased\n\n## {VERSION} - 2026-11-30\n\n### Added\n")
+    (tmp_path / "CHANGELOG.md").write_text(
+        f"# Changelog\n\n## Unreleased\n\n## {VERSION} - 2026-11-30\n\n### Added\n"
+    )
     return tmp_path
 
 
@@ -40,7 +42,9 @@ def test_versions_that_agree_have_no_faults(checkout: Path) -> None:
 
 
 def test_the_changelog_begins_with_this_version_or_with_unreleased_changes() -> None:
-    headings = [line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line.startswith("## ")]
+    headings = [
+        line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line.startswith("## ")
+    ]
     assert headings[0] == "## Unreleased"
     assert headings[1].startswith(f"## {VERSION} - ")
 
@@ -48,10 +52,25 @@ def test_the_changelog_begins_with_this_version_or_with_unreleased_changes() -> 
 @pytest.mark.parametrize(
     ("path", "old", "new", "fault"),
     [
-        ("CHANGELOG.md", f"## {VERSION} - 2026-11-30", "## 9.9.9 - 2026-11-30", "the newest in CHANGELOG.md is 9.9.9"),
+        (
+            "CHANGELOG.md",
+            f"## {VERSION} - 2026-11-30",
+            "## 9.9.9 - 2026-11-30",
+            "the newest in CHANGELOG.md is 9.9.9",
+        ),
         ("CHANGELOG.md", " - 2026-11-30", "", "CHANGELOG.md needs a date"),
-        ("CHANGELOG.md", "## Unreleased\n", "## Unreleased\n\n- A change.\n", "CHANGELOG.md has unreleased changes"),
-        ("docker/compose.yaml", f"gateway:{VERSION}", "gateway:9.9.9", "docker/compose.yaml has the tag 9.9.9"),
+        (
+            "CHANGELOG.md",
+            "## Unreleased\n",
+            "## Unreleased\n\n- A change.\n",
+            "CHANGELOG.md has unreleased changes",
+        ),
+        (
+            "docker/compose.yaml",
+            f"gateway:{VERSION}",
+            "gateway:9.9.9",
+            "docker/compose.yaml has the tag 9.9.9",
+        ),
         (
             "deploy/base/kustomization.yaml",
             f"newTag: {VERSION}",
@@ -60,7 +79,9 @@ def test_the_changelog_begins_with_this_version_or_with_unreleased_changes() -> 
         ),
     ],
 )
-def test_a_version_that_disagrees_is_named(checkout: Path, path: str, old: str, new: str, fault: str) -> None:
+def test_a_version_that_disagrees_is_named(
+    checkout: Path, path: str, old: str, new: str, fault: str
+) -> None:
     file = checkout / path
     assert old in file.read_text()
     file.write_text(file.read_text().replace(old, new, 1))

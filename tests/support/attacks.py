@@ -49,7 +49,15 @@ class Attacker:
     def __post_init__(self) -> None:
         self.http = httpx.Client(base_url=self.url, timeout=_SECONDS, trust_env=False)
 
-    def ask(self, path: str, body: Any = None, *, key: str | None = None, method: str = "POST", **options: Any) -> str:
+    def ask(
+        self,
+        path: str,
+        body: Any = None,
+        *,
+        key: str | None = None,
+        method: str = "POST",
+        **options: Any,
+    ) -> str:
         """Send a request with the inference key, or another, and return its status."""
         headers = {"authorization": f"Bearer {self.inference if key is None else key}"}
         if body is not None:
@@ -57,7 +65,9 @@ class Attacker:
             headers["content-type"] = "application/json"
         return str(self.http.request(method, path, headers=headers, **options).status_code)
 
-    def upload(self, path: str, files: Mapping[str, bytes], part: str = "files", **form: str) -> str:
+    def upload(
+        self, path: str, files: Mapping[str, bytes], part: str = "files", **form: str
+    ) -> str:
         """Send files with the owner's key and return the status."""
         parts = [(part, item) for item in files.items()]
         return self.ask(path, key=self.owner, data=form, files=parts)
@@ -74,7 +84,9 @@ class Attacker:
         """Send bytes over a connection of its own and return how the server answers."""
         parts = urlsplit(self.url)
         try:
-            with socket.create_connection((parts.hostname or "", parts.port or 80), timeout=wait) as sock:
+            with socket.create_connection(
+                (parts.hostname or "", parts.port or 80), timeout=wait
+            ) as sock:
                 for piece in pieces:
                     sock.sendall(piece)
                     time.sleep(pause)
@@ -83,12 +95,17 @@ class Attacker:
             return "no answer"
         except OSError:
             return "closed"
-        return answer.split(b" ")[1].decode(errors="replace") if answer.startswith(b"HTTP/") else "closed"
+        return (
+            answer.split(b" ")[1].decode(errors="replace")
+            if answer.startswith(b"HTTP/")
+            else "closed"
+        )
 
     def words(self, count: int) -> str:
         """Text of so many words."""
         return " ".join(
-            self.rng.choice(("once", "upon", "a", "time", "cat", "\u4f60", "\U0001f431", "<s>")) for _ in range(count)
+            self.rng.choice(("once", "upon", "a", "time", "cat", "\u4f60", "\U0001f431", "<s>"))
+            for _ in range(count)
         )
 
     def close(self) -> None:
@@ -127,7 +144,9 @@ def many_headers(a: Attacker) -> str:
 @_attack
 def endless_header(a: Attacker) -> str:
     size = a.rng.randrange(1 << 10, 4 << 20)
-    return a.raw(iter((b"GET /v1/models HTTP/1.1\r\nhost: x\r\nx: ", *[b"a" * 65_536] * (size >> 16))))
+    return a.raw(
+        iter((b"GET /v1/models HTTP/1.1\r\nhost: x\r\nx: ", *[b"a" * 65_536] * (size >> 16)))
+    )
 
 
 @_attack
@@ -141,9 +160,18 @@ def idle_connections(a: Attacker) -> str:
     held = []
     try:
         for _ in range(40):
-            held.append(socket.create_connection((parts.hostname or "", parts.port or 80), timeout=2))
+            held.append(
+                socket.create_connection((parts.hostname or "", parts.port or 80), timeout=2)
+            )
             held[-1].sendall(
-                a.rng.choice((b"", b"GET /v1", b"POST /v1/completions HTTP/1.1\r\ncontent-length: 100\r\n\r\n{")) or b""
+                a.rng.choice(
+                    (
+                        b"",
+                        b"GET /v1",
+                        b"POST /v1/completions HTTP/1.1\r\ncontent-length: 100\r\n\r\n{",
+                    )
+                )
+                or b""
             )
         time.sleep(2)
         return "held"
@@ -163,7 +191,10 @@ def odd_requests(a: Attacker) -> str:
 
 @_attack
 def unknown_keys(a: Attacker) -> str:
-    return [a.ask("/v1/models", key=f"rk-{a.rng.getrandbits(256):064x}"[:46], method="GET") for _ in range(5)][-1]
+    return [
+        a.ask("/v1/models", key=f"rk-{a.rng.getrandbits(256):064x}"[:46], method="GET")
+        for _ in range(5)
+    ][-1]
 
 
 @_attack
@@ -206,7 +237,10 @@ def json_without_the_scope(a: Attacker) -> str:
 
 @_attack
 def upload_without_the_scope(a: Attacker) -> str:
-    return a.ask("/v1/adapters", files=[("files", ("reft_model.safetensors", bytes(a.rng.randrange(1 << 22))))])
+    return a.ask(
+        "/v1/adapters",
+        files=[("files", ("reft_model.safetensors", bytes(a.rng.randrange(1 << 22))))],
+    )
 
 
 @_attack
@@ -220,7 +254,13 @@ def upload_that_stops(a: Attacker) -> str:
 @_attack
 def huge_prompts(a: Attacker) -> str:
     prompt = a.rng.choice(
-        (a.words(a.rng.choice((2_000, 200_000))), [1] * 100_000, ["x"] * 2_000, [[1, 2]] * 2_000, "\x00" * 10_000)
+        (
+            a.words(a.rng.choice((2_000, 200_000))),
+            [1] * 100_000,
+            ["x"] * 2_000,
+            [[1, 2]] * 2_000,
+            "\x00" * 10_000,
+        )
     )
     return a.ask(_COMPLETIONS, {"model": "base", "prompt": prompt, "max_tokens": 1})
 
@@ -243,13 +283,16 @@ def odd_numbers(a: Attacker) -> str:
             "reft_strength",
         )
     )
-    return a.ask(_COMPLETIONS, {"model": "base", "prompt": a.words(3), "max_tokens": 2, name: number})
+    return a.ask(
+        _COMPLETIONS, {"model": "base", "prompt": a.words(3), "max_tokens": 2, name: number}
+    )
 
 
 @_attack
 def many_choices(a: Attacker) -> str:
     return a.ask(
-        _COMPLETIONS, {"model": "base", "prompt": [a.words(2)] * 8, "n": a.rng.choice((2, 17)), "max_tokens": 8}
+        _COMPLETIONS,
+        {"model": "base", "prompt": [a.words(2)] * 8, "n": a.rng.choice((2, 17)), "max_tokens": 8},
     )
 
 
@@ -283,7 +326,10 @@ def costly_grammars(a: Attacker) -> str:
         {"choice": [str(k) for k in range(a.rng.choice((10, 60_000)))]}, {"structural_tag": "{" * 100},
         {"grammar": "root ::= " + "(" * 1_000}, {"json": "{" * 1_000},
     ))  # fmt: skip
-    return a.ask(_COMPLETIONS, {"model": "base", "prompt": "hi", "max_tokens": 16, "structured_outputs": structured})
+    return a.ask(
+        _COMPLETIONS,
+        {"model": "base", "prompt": "hi", "max_tokens": 16, "structured_outputs": structured},
+    )
 
 
 @_attack
@@ -315,7 +361,9 @@ def leaving_early(a: Attacker) -> str:
 
 @_attack
 def slow_reader(a: Attacker) -> str:
-    body = json.dumps({"model": "base", "prompt": "x", "max_tokens": 100, "stream": True, "ignore_eos": True})
+    body = json.dumps(
+        {"model": "base", "prompt": "x", "max_tokens": 100, "stream": True, "ignore_eos": True}
+    )
     head = f"POST {_COMPLETIONS} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {a.inference}\r\n"
     head += "content-type: application/json\r\n"
     return a.raw(iter((f"{head}content-length: {len(body)}\r\n\r\n{body}".encode(),)), pause=1.0)
@@ -323,9 +371,17 @@ def slow_reader(a: Attacker) -> str:
 
 @_attack
 def list_floods(a: Attacker) -> str:
-    path = a.rng.choice(("/v1/models", "/v1/adapters", "/v1/files", "/v1/fine_tuning/jobs", "/v1/usage", "/v1/keys"))
+    path = a.rng.choice(
+        ("/v1/models", "/v1/adapters", "/v1/files", "/v1/fine_tuning/jobs", "/v1/usage", "/v1/keys")
+    )
     query = a.rng.choice(
-        ("", "?limit=100", "?limit=1000000000", "?after=x", "?" + "&".join(f"k{k}=1" for k in range(500)))
+        (
+            "",
+            "?limit=100",
+            "?limit=1000000000",
+            "?after=x",
+            "?" + "&".join(f"k{k}=1" for k in range(500)),
+        )
     )
     return [a.ask(path + query, key=a.owner, method="GET") for _ in range(5)][-1]
 
@@ -358,7 +414,9 @@ def many_adapters(a: Attacker) -> str:
 
 @_attack
 def many_keys(a: Attacker) -> str:
-    status, key = a.made("/v1/keys", {"role": a.rng.choice(("owner", "inference", "admin")), "name": a.words(2)})
+    status, key = a.made(
+        "/v1/keys", {"role": a.rng.choice(("owner", "inference", "admin")), "name": a.words(2)}
+    )
     if status == "201" and a.rng.random() < 0.8:
         a.ask(f"/v1/keys/{key['id']}", key=a.owner, method="DELETE")
     return status
@@ -375,7 +433,10 @@ def many_webhooks(a: Attacker) -> str:
             "https://x@y:z/",
         )
     )
-    status, made = a.made("/v1/webhook_endpoints", {"name": "x", "url": url, "event_types": ["fine_tuning.job.failed"]})
+    status, made = a.made(
+        "/v1/webhook_endpoints",
+        {"name": "x", "url": url, "event_types": ["fine_tuning.job.failed"]},
+    )
     if "id" in made:
         a.ask(f"/v1/webhook_endpoints/{made['id']}/test", {}, key=a.owner)
         a.ask(f"/v1/webhook_endpoints/{made['id']}", key=a.owner, method="DELETE")
@@ -386,7 +447,10 @@ def many_webhooks(a: Attacker) -> str:
 def jobs_made_and_cancelled(a: Attacker) -> str:
     headers = {"authorization": f"Bearer {a.owner}"}
     sent = a.http.post(
-        "/v1/files", data={"purpose": "fine-tune"}, files={"file": ("rows.jsonl", _ROWS)}, headers=headers
+        "/v1/files",
+        data={"purpose": "fine-tune"},
+        files={"file": ("rows.jsonl", _ROWS)},
+        headers=headers,
     )
     if sent.status_code != 200:
         return str(sent.status_code)
@@ -427,10 +491,22 @@ def fuzzed_json(a: Attacker) -> str:
 
 
 _SOUND: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("POST", _COMPLETIONS, {"model": "base", "prompt": "once", "max_tokens": 2, "stop": ["x"], "logit_bias": {"5": 1}}),
-    ("POST", _CHAT, {"model": "base", "messages": [{"role": "user", "content": "once"}], "max_tokens": 2}),
+    (
+        "POST",
+        _COMPLETIONS,
+        {"model": "base", "prompt": "once", "max_tokens": 2, "stop": ["x"], "logit_bias": {"5": 1}},
+    ),
+    (
+        "POST",
+        _CHAT,
+        {"model": "base", "messages": [{"role": "user", "content": "once"}], "max_tokens": 2},
+    ),
     ("POST", _RESPONSES, {"model": "base", "input": "once", "max_output_tokens": 2}),
-    ("POST", "/v1/fine_tuning/jobs", {"model": "base", "training_file": "file-none", "suffix": "x", "seed": 1}),
+    (
+        "POST",
+        "/v1/fine_tuning/jobs",
+        {"model": "base", "training_file": "file-none", "suffix": "x", "seed": 1},
+    ),
     ("PUT", "/v1/adapters/none/aliases/production", {"version": "sha256:0"}),
     ("PUT", "/v1/adapters/none/shares/none", {}),
     ("POST", "/v1/keys", {"role": "nobody", "name": "x", "limits": {"choices": 1}}),

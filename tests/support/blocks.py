@@ -1,5 +1,6 @@
-"""Code blocks of the pages. A comment before a block says how it runs: `<!-- runs -->` as it stands; `<!-- runs: up -->`
-against a running `reft-serve up`; `<!-- runs: false (why) -->` not in a test.
+"""Code blocks of the pages. A comment before a block says how it runs: `<!-- runs -->` as it
+stands; `<!-- runs: up -->` against a running `reft-serve up`; `<!-- runs: false (why) -->` not in a
+test.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from dataclasses import dataclass
 from tests.support.paths import ROOT
 
 _BLOCK = re.compile(
-    r"(?:<!-- runs(?P<how>[^>]*?) -->\n)?```(?P<language>\w+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+    r"(?:<!-- runs(?P<how>[^>]*?) -->\n)?```(?P<language>\w+)\n(?P<code>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
 )
 
 

@@ -29,7 +29,9 @@ def s3_bucket() -> Iterator[str]:
     """The URL of a place in a new bucket; what the AWS_* variables must say is set for this process."""
     # It ends when its standard input does, however this process ends.
     command = [sys.executable, "-c", _SERVER]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as server:
         assert server.stdout is not None
         port = int(server.stdout.readline())
         with pytest.MonkeyPatch.context() as patch:

@@ -41,7 +41,10 @@ def completion(**changes: Any) -> dict[str, Any]:
 
 def lines(*rows: Any) -> bytes:
     """JSONL; bytes stand for themselves."""
-    return b"\n".join(row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows) + b"\n"
+    return (
+        b"\n".join(row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows)
+        + b"\n"
+    )
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,9 @@ GOOD = chat()
 
 def _row(name: str, row: Any, *faults: str) -> Damaged:
     """A file whose third line is damaged."""
-    return Damaged(name, lines(GOOD, GOOD, row, GOOD), tuple(f"line 3: {fault}" for fault in faults))
+    return Damaged(
+        name, lines(GOOD, GOOD, row, GOOD), tuple(f"line 3: {fault}" for fault in faults)
+    )
 
 
 def _pair(name: str, fault: str, **changes: Any) -> Damaged:
@@ -68,7 +73,11 @@ TOOL = {"type": "function", "function": {"name": "open_hours", "parameters": {"t
 
 
 def call(number: int = 1, arguments: str = '{"day": "Monday"}') -> dict[str, Any]:
-    return {"id": f"call_{number}", "type": "function", "function": {"name": "open_hours", "arguments": arguments}}
+    return {
+        "id": f"call_{number}",
+        "type": "function",
+        "function": {"name": "open_hours", "arguments": arguments},
+    }
 
 
 def tool(call_id: str, content: str = "9 to 5") -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""Archives, adapters and data files that are large, damaged or made to cost much: each is made when it is called for."""
+"""Archives, adapters and data files that are large, damaged or made to cost much: each is made when
+it is called for.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ __all__ = ["archives", "damaged_adapters", "data_files"]
 _MIB = 1 << 20
 
 
-def archives(rng: random.Random, adapter: Mapping[str, bytes]) -> list[Callable[[], tuple[str, bytes]]]:
+def archives(
+    rng: random.Random, adapter: Mapping[str, bytes]
+) -> list[Callable[[], tuple[str, bytes]]]:
     """(name, content) of an archive."""
     size = rng.choice((1, 16, 64)) * _MIB
     return [
@@ -23,7 +27,10 @@ def archives(rng: random.Random, adapter: Mapping[str, bytes]) -> list[Callable[
         lambda: ("x.tar.gz", _tar_header(b"x", size)),
         lambda: ("x.tar.gz", gzip.compress(bytes(size), 1)),
         lambda: ("x.zip", _zip({"reft_config.json": bytes(size)})),
-        lambda: ("x.zip", _zip(dict.fromkeys((f"d{k}/" for k in range(rng.choice((100, 20_000)))), b""))),
+        lambda: (
+            "x.zip",
+            _zip(dict.fromkeys((f"d{k}/" for k in range(rng.choice((100, 20_000)))), b"")),
+        ),
         lambda: ("x.zip", _zip({"../x": b"x", "/etc/x": b"x", **adapter})),
         lambda: ("x.tar", _tar({"../x": b"x", **adapter})),
         lambda: ("x.tar", _damaged(rng, _tar(adapter))),
@@ -33,14 +40,18 @@ def archives(rng: random.Random, adapter: Mapping[str, bytes]) -> list[Callable[
     ]
 
 
-def damaged_adapters(rng: random.Random, adapter: Mapping[str, bytes]) -> list[Callable[[], dict[str, bytes]]]:
+def damaged_adapters(
+    rng: random.Random, adapter: Mapping[str, bytes]
+) -> list[Callable[[], dict[str, bytes]]]:
     """The files of an adapter."""
     count = rng.choice((10, 1_000, 100_000))
     header = {"__metadata__": {}} | {
         f"t{k}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for k in range(count)
     }
     numbers = (
-        b'{"x":{"dtype":"F32","shape":[' + b",".join([b"9" * 4_000] * min(count, 700)) + b'],"data_offsets":[0,0]}}'
+        b'{"x":{"dtype":"F32","shape":['
+        + b",".join([b"9" * 4_000] * min(count, 700))
+        + b'],"data_offsets":[0,0]}}'
     )
     return [
         lambda: {**adapter, "reft_config.json": b'{"interventions":[' + b"{}," * count + b"{}]}"},
@@ -68,7 +79,13 @@ def data_files(rng: random.Random) -> list[Callable[[], bytes]]:
         lambda: b"[" * count,
         lambda: b'{"prompt":"' + b"a" * count * 20 + b'","completion":"b"}\n',
         lambda: b'{"messages":[' + b'{"role":"user","content":"a"},' * count + b"{}]}\n",
-        lambda: b'{"messages":[],"tools":' + b'{"a":' * min(count, 5_000) + b"1" + b"}" * min(count, 5_000) + b"}\n",
+        lambda: (
+            b'{"messages":[],"tools":'
+            + b'{"a":' * min(count, 5_000)
+            + b"1"
+            + b"}" * min(count, 5_000)
+            + b"}\n"
+        ),
         lambda: _damaged(rng, (row + b"\n") * 50),
         lambda: bytes(count),
     ]

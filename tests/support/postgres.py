@@ -22,7 +22,9 @@ _USER = "postgres"
 
 @contextmanager
 def postgres_server() -> Iterator[str]:
-    """The URL of a server's maintenance database: the one that REFT_TEST_POSTGRES names, or a private one."""
+    """The URL of a server's maintenance database: the one that REFT_TEST_POSTGRES names, or a
+    private one.
+    """
     given = os.environ.get("REFT_TEST_POSTGRES")
     if given:
         yield given
@@ -44,18 +46,44 @@ def _running(binaries: Path, folder: Path) -> Iterator[str]:
         account = pwd.getpwnam(_USER)
         user = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
         shutil.chown(folder, _USER)
-    initdb = [binaries / "initdb", "-D", data, "-U", _USER, "--auth=trust", "--no-sync", "-E", "UTF8", "--locale=C"]
+    initdb = [
+        binaries / "initdb",
+        "-D",
+        data,
+        "-U",
+        _USER,
+        "--auth=trust",
+        "--no-sync",
+        "-E",
+        "UTF8",
+        "--locale=C",
+    ]
     subprocess.run(initdb, check=True, capture_output=True, cwd=folder, **user)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c fsync=off -c max_connections=200"
+    options = (
+        f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c fsync=off -c "
+        "max_connections=200"
+    )
     control = [binaries / "pg_ctl", "-D", data, "-w", "-l", folder / "log"]
-    subprocess.run([*control, "-o", options, "start"], check=True, stdout=subprocess.DEVNULL, cwd=folder, **user)
+    subprocess.run(
+        [*control, "-o", options, "start"],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        cwd=folder,
+        **user,
+    )
     try:
         yield f"postgresql://{_USER}@127.0.0.1:{port}/postgres"
     finally:
-        subprocess.run([*control, "-m", "immediate", "stop"], check=True, stdout=subprocess.DEVNULL, cwd=folder, **user)
+        subprocess.run(
+            [*control, "-m", "immediate", "stop"],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            cwd=folder,
+            **user,
+        )
 
 
 def create_database(server: str, name: str) -> str:
@@ -82,7 +110,9 @@ def execute(url: str, statement: str) -> list[tuple[object, ...]]:
     """One statement on a PostgreSQL server; its rows."""
 
     async def executed() -> list[tuple[object, ...]]:
-        engine = create_async_engine(url.replace("postgresql:", "postgresql+asyncpg:"), isolation_level="AUTOCOMMIT")
+        engine = create_async_engine(
+            url.replace("postgresql:", "postgresql+asyncpg:"), isolation_level="AUTOCOMMIT"
+        )
         async with engine.connect() as connection:
             found = await connection.execute(text(statement))
             rows = [tuple(row) for row in found] if found.returns_rows else []

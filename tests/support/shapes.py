@@ -1,4 +1,6 @@
-"""Base models with random weights and adapters with random weights, made on the spot in a directory."""
+"""Base models with random weights and adapters with random weights, made on the spot in a
+directory.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,10 @@ from reft_serve.adapters.manifest import BaseFacts, InterventionSpec, Manifest
 from reft_serve.interventions.kinds import Weights
 from reft_serve.interventions.positions import PositionRule
 
-LORA_TARGETS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
+LORA_TARGETS = {
+    "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "mlp": ("gate_proj", "up_proj", "down_proj"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +70,23 @@ def reft_adapter(path: Path, shape: Shape, rank: int, positions: str, seed: int)
     generator = torch.Generator().manual_seed(seed)
     specs, weights = [], []
     for layer in range(shape.layers):
-        specs.append(InterventionSpec(layer=layer, component="block_output", kind="loreft", rank=rank))
+        specs.append(
+            InterventionSpec(layer=layer, component="block_output", kind="loreft", rank=rank)
+        )
         R = torch.linalg.qr(torch.randn(shape.hidden, rank, generator=generator))[0].T.contiguous()
         W = R + 0.02 * torch.randn(rank, shape.hidden, generator=generator)
         weights.append(Weights("loreft", R=R, W=W, b=0.02 * torch.randn(rank, generator=generator)))
     base = BaseFacts(
-        name="random", architecture="LlamaForCausalLM", hidden_size=shape.hidden, num_hidden_layers=shape.layers
+        name="random",
+        architecture="LlamaForCausalLM",
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
     )
-    publish(path, Manifest(base_model=base, interventions=tuple(specs), positions=PositionRule(positions)), weights)
+    publish(
+        path,
+        Manifest(base_model=base, interventions=tuple(specs), positions=PositionRule(positions)),
+        weights,
+    )
     return path
 
 
@@ -95,11 +109,21 @@ def lora_adapter(path: Path, shape: Shape, rank: int, seed: int) -> Path:
             for name in names:
                 d_in, d_out = widths[name]
                 key = f"base_model.model.model.layers.{layer}.{block}.{name}"
-                tensors[f"{key}.lora_A.weight"] = (0.02 * torch.randn(rank, d_in, generator=generator)).bfloat16()
-                tensors[f"{key}.lora_B.weight"] = (0.02 * torch.randn(d_out, rank, generator=generator)).bfloat16()
+                tensors[f"{key}.lora_A.weight"] = (
+                    0.02 * torch.randn(rank, d_in, generator=generator)
+                ).bfloat16()
+                tensors[f"{key}.lora_B.weight"] = (
+                    0.02 * torch.randn(d_out, rank, generator=generator)
+                ).bfloat16()
     path.mkdir(parents=True)
     save_file(tensors, path / "adapter_model.safetensors")
     targets = [name for names in LORA_TARGETS.values() for name in names]
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": targets, "task_type": "CAUSAL_LM"}
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": targets,
+        "task_type": "CAUSAL_LM",
+    }
     (path / "adapter_config.json").write_text(json.dumps(config))
     return path

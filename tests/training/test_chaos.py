@@ -1,4 +1,6 @@
-"""Killed workers, gateways and connections: a short run of what `scripts/bench jobs` does at length."""
+"""Killed workers, gateways and connections: a short run of what `scripts/bench jobs` does at
+length.
+"""
 
 from __future__ import annotations
 

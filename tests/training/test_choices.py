@@ -19,17 +19,28 @@ WIDE = BaseFacts(name="x", architecture="LlamaForCausalLM", hidden_size=4096, nu
 NARROW = BaseFacts(name="x", architecture="LlamaForCausalLM", hidden_size=6, num_hidden_layers=2)
 
 
-def chosen(base: BaseFacts = WIDE, examples: int = 1000, longest: int = 100, **asked: object) -> dict[str, object]:
+def chosen(
+    base: BaseFacts = WIDE, examples: int = 1000, longest: int = 100, **asked: object
+) -> dict[str, object]:
     data = DataFacts(examples, longest)
     return resolve(read_hyperparameters(asked), "supervised", base, data, 2048, "float32", 7)
 
 
 def test_auto_is_the_papers_choice_sized_by_model_and_data() -> None:
     found = chosen()
-    assert (found["kind"], found["positions"], found["tied"], found["layers"]) == ("loreft", "f7+l7", True, "all")
+    assert (found["kind"], found["positions"], found["tied"], found["layers"]) == (
+        "loreft",
+        "f7+l7",
+        True,
+        "all",
+    )
     assert (found["learning_rate"], found["batch_size"], found["rank"]) == (9e-4, 16, 4)
     assert chosen(examples=12)["batch_size"] == 4
-    assert (chosen(examples=12)["n_epochs"], chosen()["n_epochs"], chosen(examples=200_000)["n_epochs"]) == (12, 3, 1)
+    assert (
+        chosen(examples=12)["n_epochs"],
+        chosen()["n_epochs"],
+        chosen(examples=200_000)["n_epochs"],
+    ) == (12, 3, 1)
     assert (chosen(NARROW, examples=5000)["rank"], chosen(examples=5000)["rank"]) == (6, 8)
     assert chosen(NARROW)["learning_rate"] == 4e-3
     assert chosen(learning_rate_multiplier=2.0)["learning_rate"] == pytest.approx(1.8e-3)
@@ -61,12 +72,20 @@ def test_no_example_is_longer_than_the_context() -> None:
     assert context_of(MODEL) == 1024
 
 
-def test_memory_grows_with_what_a_step_holds_and_is_not_told_for_what_is_not_there(tmp_path: Path) -> None:
-    little = estimate(MODEL, read_hyperparameters({"batch_size": 1, "accumulation": 1, "max_tokens": 64}), gpu=False)
+def test_memory_grows_with_what_a_step_holds_and_is_not_told_for_what_is_not_there(
+    tmp_path: Path,
+) -> None:
+    little = estimate(
+        MODEL,
+        read_hyperparameters({"batch_size": 1, "accumulation": 1, "max_tokens": 64}),
+        gpu=False,
+    )
     much = estimate(MODEL, read_hyperparameters({"batch_size": 64, "accumulation": 1}), gpu=False)
     assert 700 << 20 < little < 1 << 30
     assert much > 3 * little
-    few = read_hyperparameters({"batch_size": 1, "accumulation": 1, "max_tokens": 64, "layers": [1]})
+    few = read_hyperparameters(
+        {"batch_size": 1, "accumulation": 1, "max_tokens": 64, "layers": [1]}
+    )
     assert (estimate(MODEL, few, gpu=False) - little) == 1 << 30
     for wrong in ("", "{", '{"hidden_size": "x"}'):
         (tmp_path / "config.json").write_text(wrong)

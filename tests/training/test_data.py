@@ -33,14 +33,20 @@ TEMPLATES = {
     "ChatML": CHATML,
     "with a start token": "{{ bos_token }}" + CHATML,
     "with names": CHATML.replace("{{ m.role }}", "{{ m.name if m.name else m.role }}"),
-    "of developers": CHATML.replace("{{ m.role }}", "{{ 'boss' if m.role == 'developer' else m.role }}"),
-    "of parts": CHATML.replace("{{ m.content }}", "{% for part in m.content %}{{ part.text }}{% endfor %}"),
+    "of developers": CHATML.replace(
+        "{{ m.role }}", "{{ 'boss' if m.role == 'developer' else m.role }}"
+    ),
+    "of parts": CHATML.replace(
+        "{{ m.content }}", "{% for part in m.content %}{{ part.text }}{% endfor %}"
+    ),
     "of text or parts": CHATML.replace(
         "{{ m.content }}",
         "{% if m.content is string %}{{ m.content }}{% else %}"
         "{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}",
     ),
-    "that thinks": CHATML.replace("<|im_start|>assistant\n{% endif", "<|im_start|>assistant\n<think>{% endif"),
+    "that thinks": CHATML.replace(
+        "<|im_start|>assistant\n{% endif", "<|im_start|>assistant\n<think>{% endif"
+    ),
 }
 CONVERSATIONS: list[list[dict[str, Any]]] = [
     [user()],
@@ -55,7 +61,9 @@ CALLS = (
     '{% for c in m.tool_calls or [] %}<call>{"name": "{{ c.function.name }}", '
     '"arguments": {{ c.function.arguments | tojson }}}</call>{% endfor %}'
 )
-TOOLED = "{% for t in tools or [] %}{{ t | tojson }}\n{% endfor %}" + CHATML.replace("}}</s>", "}}" + CALLS + "</s>")
+TOOLED = "{% for t in tools or [] %}{{ t | tojson }}\n{% endfor %}" + CHATML.replace(
+    "}}</s>", "}}" + CALLS + "</s>"
+)
 TOOL_TEMPLATES = {
     "of tools": TOOLED,
     "of tools and parts": TOOLED.replace(
@@ -68,7 +76,12 @@ TOOL_TEMPLATES = {
 OPEN_HOURS = {"type": "object", "properties": {"day": {"type": "string"}}}
 TOOLS: list[list[dict[str, Any]]] = [
     [{"type": "function", "function": {"name": "open_hours", "parameters": OPEN_HOURS}}],
-    [{"type": "function", "function": {"name": "open_hours", "description": "When.", "strict": True}}],
+    [
+        {
+            "type": "function",
+            "function": {"name": "open_hours", "description": "When.", "strict": True},
+        }
+    ],
     [{"type": "function", "function": {"name": "open_hours"}}] * 2,
 ]
 ASKED = [
@@ -89,7 +102,9 @@ def tokenizer() -> Any:
 def encoded(tokenizer: Any, tmp_path: Path) -> Any:
     """Encode rows with the tiny Llama's tokenizer and a chat template."""
 
-    def encode_rows(*rows: Any, max_tokens: int = 10_000, template: str | None = None, **more: Any) -> TrainingData:
+    def encode_rows(
+        *rows: Any, max_tokens: int = 10_000, template: str | None = None, **more: Any
+    ) -> TrainingData:
         path = tmp_path / "data.jsonl"
         path.write_bytes(lines(*rows))
         own = tokenizer.chat_template
@@ -116,7 +131,9 @@ def answer_of(example: Example) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_a_chats_prompt_is_the_one_that_vllm_serves(encoded: Any, vllm_renderer: Any, template: str) -> None:
+def test_a_chats_prompt_is_the_one_that_vllm_serves(
+    encoded: Any, vllm_renderer: Any, template: str
+) -> None:
     from vllm.renderers.params import ChatParams
 
     # vLLM merges several system turns into a text, of which a template that takes only parts shows nothing.
@@ -143,12 +160,18 @@ def test_a_prompt_with_tools_is_the_one_that_vllm_serves(
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionToolsParam
     from vllm.renderers.params import ChatParams
 
-    row = chat(ASKED[0], ASKED[1] | {"weight": 0}, ASKED[2], assistant("From nine to five."), tools=tools)
+    row = chat(
+        ASKED[0], ASKED[1] | {"weight": 0}, ASKED[2], assistant("From nine to five."), tools=tools
+    )
     example = encoded(row, template=TOOL_TEMPLATES[template]).examples[0]
     shown = [ChatCompletionToolsParam(**tool).model_dump() for tool in tools]
     params = ChatParams(
         chat_template=TOOL_TEMPLATES[template],
-        chat_template_kwargs={"add_generation_prompt": True, "continue_final_message": False, "tools": shown},
+        chat_template_kwargs={
+            "add_generation_prompt": True,
+            "continue_final_message": False,
+            "tools": shown,
+        },
     )
     _, served = vllm_renderer.render_messages(json.loads(json.dumps(ASKED)), params)
     assert list(example.input_ids[: example.prompt_len]) == served["prompt_token_ids"]
@@ -163,13 +186,21 @@ def test_calls_of_tools_are_learnt_and_their_results_are_not(encoded: Any, token
     prompt = tokenizer.decode(told.input_ids[: told.prompt_len])
     assert prompt.startswith('{"type": "function", "function": {"name": "open_hours"')
     assert "9 to 5" in prompt
-    skipped = chat(ASKED[0], ASKED[1] | {"weight": 0}, ASKED[2], assistant("From nine to five."), tools=TOOLS[0])
+    skipped = chat(
+        ASKED[0],
+        ASKED[1] | {"weight": 0},
+        ASKED[2],
+        assistant("From nine to five."),
+        tools=TOOLS[0],
+    )
     assert encoded(skipped, template=TOOLED).examples == (told,)
 
 
 def test_tool_calls_of_preferences_are_learnt(encoded: Any, tokenizer: Any) -> None:
     question = {"messages": ASKED[:1], "tools": TOOLS[0]}
-    preference = encoded(pair(input=question, preferred_output=ASKED[1:2]), template=TOOLED).preferences[0]
+    preference = encoded(
+        pair(input=question, preferred_output=ASKED[1:2]), template=TOOLED
+    ).preferences[0]
     assert tokenizer.decode(preference.chosen_ids).startswith('<call>{"name": "open_hours"')
 
 
@@ -182,8 +213,19 @@ def test_a_template_that_writes_no_calls_is_a_fault_of_each_row(encoded: Any) ->
                           "'open_hours' after the prompt")  # fmt: skip
 
 
-TEXTS = st.text(min_size=1, max_size=60).filter(lambda text: text.strip() and text.isprintable()) | st.sampled_from(
-    ["a </s> b", "<s>", " leading", "trailing ", "two\nlines\n", "\u200b\u0301", "🐕", "### Response:\n"]
+TEXTS = st.text(min_size=1, max_size=60).filter(
+    lambda text: text.strip() and text.isprintable()
+) | st.sampled_from(
+    [
+        "a </s> b",
+        "<s>",
+        " leading",
+        "trailing ",
+        "two\nlines\n",
+        "\u200b\u0301",
+        "🐕",
+        "### Response:\n",
+    ]
 )
 
 
@@ -196,19 +238,30 @@ def test_a_completions_prompt_is_the_one_that_vllm_serves(
 
     path = tmp_path_factory.mktemp("data") / "data.jsonl"
     path.write_bytes(lines(completion(prompt=prompt, completion=answer)))
-    example = encode(read_rows(path), AutoTokenizer.from_pretrained(LLAMA), max_tokens=10_000).examples[0]
-    served = vllm_renderer.tokenize_prompt({"prompt": prompt}, TokenizeParams(max_total_tokens=10_000))
+    example = encode(
+        read_rows(path), AutoTokenizer.from_pretrained(LLAMA), max_tokens=10_000
+    ).examples[0]
+    served = vllm_renderer.tokenize_prompt(
+        {"prompt": prompt}, TokenizeParams(max_total_tokens=10_000)
+    )
     assert list(example.input_ids[: example.prompt_len]) == served["prompt_token_ids"]
 
 
 def test_the_edited_tokens_are_those_of_serving(encoded: Any) -> None:
     """The rule sees the prompt's length alone, whatever the answer's."""
-    data = encoded(completion(completion=" woof"), completion(completion=" woof woof woof woof, and woof again"))
+    data = encoded(
+        completion(completion=" woof"),
+        completion(completion=" woof woof woof woof, and woof again"),
+    )
     short, long = data.examples
     rule = PositionRule("f7+l7", tied=False)
     assert short.prompt_len == long.prompt_len
     assert rule.spans(short.prompt_len) == rule.spans(long.prompt_len)
-    assert max(span.stop for span in rule.spans(long.prompt_len)) == long.prompt_len < len(long.input_ids)
+    assert (
+        max(span.stop for span in rule.spans(long.prompt_len))
+        == long.prompt_len
+        < len(long.input_ids)
+    )
 
 
 def test_only_the_answer_and_its_end_are_learnt(encoded: Any, tokenizer: Any) -> None:
@@ -227,11 +280,21 @@ def test_an_end_that_the_row_brings_is_not_doubled(encoded: Any, tokenizer: Any)
 
 def test_each_turn_to_learn_is_an_example_of_its_own(encoded: Any, tokenizer: Any) -> None:
     row = chat(
-        user("1"), assistant("one"), user("2"), assistant("two", weight=0), user("3"), assistant("three", weight=1)
+        user("1"),
+        assistant("one"),
+        user("2"),
+        assistant("two", weight=0),
+        user("3"),
+        assistant("three", weight=1),
     )
     data = encoded(row, template=CHATML)
-    assert [tokenizer.decode(answer_of(example)) for example in data.examples] == ["one</s>", "three</s>"]
-    prompts = [tokenizer.decode(example.input_ids[: example.prompt_len]) for example in data.examples]
+    assert [tokenizer.decode(answer_of(example)) for example in data.examples] == [
+        "one</s>",
+        "three</s>",
+    ]
+    prompts = [
+        tokenizer.decode(example.input_ids[: example.prompt_len]) for example in data.examples
+    ]
     assert prompts[0] == "<|im_start|>user\n1</s>\n<|im_start|>assistant\n"
     assert prompts[1].startswith(prompts[0] + "one</s>\n")
     assert prompts[1].endswith("two</s>\n<|im_start|>user\n3</s>\n<|im_start|>assistant\n")
@@ -245,13 +308,17 @@ def test_an_answer_ends_where_generation_does(encoded: Any, tokenizer: Any) -> N
     assert tokenizer.decode(answer_of(without_end)) == "The dog.\n</s>"
 
 
-def test_a_template_that_rewrites_what_came_before_leaves_the_bare_answer(encoded: Any, tokenizer: Any) -> None:
+def test_a_template_that_rewrites_what_came_before_leaves_the_bare_answer(
+    encoded: Any, tokenizer: Any
+) -> None:
     example = encoded(chat(), template=TEMPLATES["that thinks"]).examples[0]
     assert tokenizer.decode(example.input_ids[: example.prompt_len]).endswith("assistant\n<think>")
     assert tokenizer.decode(answer_of(example)) == "The dog.</s>"
 
 
-def test_tokens_that_merge_across_the_edge_leave_the_prompt_as_it_is_served(encoded: Any, tokenizer: Any) -> None:
+def test_tokens_that_merge_across_the_edge_leave_the_prompt_as_it_is_served(
+    encoded: Any, tokenizer: Any
+) -> None:
     """'the' is one token, but a prompt that ends in 't' is served with its own 't'."""
     assert len(tokenizer("the", add_special_tokens=False).input_ids) < 3
     example = encoded(completion(prompt="It was t", completion="he dog.")).examples[0]
@@ -271,7 +338,12 @@ def test_a_preference_has_one_prompt_and_two_answers(encoded: Any, tokenizer: An
 
 
 def test_over_long_examples_are_left_out_whole_counted_and_told(encoded: Any) -> None:
-    rows = [completion(), completion(prompt="woof " * 50), completion(completion="woof " * 50), completion()]
+    rows = [
+        completion(),
+        completion(prompt="woof " * 50),
+        completion(completion="woof " * 50),
+        completion(),
+    ]
     exact = len(encoded(completion()).examples[0].input_ids)
     data = encoded(*rows, max_tokens=exact)
     assert len(data.examples) == 2
@@ -291,11 +363,21 @@ def test_an_over_long_answer_of_a_pair_leaves_the_pair_out(encoded: Any) -> None
 
 
 def test_a_template_that_refuses_a_conversation_is_told_with_the_line(encoded: Any) -> None:
-    strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns, please') }}{% endif %}" + CHATML
+    strict = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns, please') }}{% endif %}"
+        + CHATML
+    )
     with pytest.raises(DataInvalid) as caught:
-        encoded(chat(), chat(SYSTEM, user(), assistant()), chat(), chat(SYSTEM, user(), assistant()), template=strict)
+        encoded(
+            chat(),
+            chat(SYSTEM, user(), assistant()),
+            chat(),
+            chat(SYSTEM, user(), assistant()),
+            template=strict,
+        )
     assert caught.value.faults == tuple(
-        f"line {line}: the base's chat template refuses the conversation: no system turns, please" for line in (2, 4)
+        f"line {line}: the base's chat template refuses the conversation: no system turns, please"
+        for line in (2, 4)
     )
 
 
@@ -304,11 +386,15 @@ def test_chats_need_a_chat_template(tmp_path: Path) -> None:
     path.write_bytes(lines(chat()))
     bare = AutoTokenizer.from_pretrained(LLAMA)
     bare.chat_template = None
-    with pytest.raises(DataInvalid, match="it holds chats, but the base's tokenizer has no chat template"):
+    with pytest.raises(
+        DataInvalid, match="it holds chats, but the base's tokenizer has no chat template"
+    ):
         encode(read_rows(path), bare, max_tokens=512)
 
 
-def test_instruction_rows_take_alpacas_prompts_unless_a_task_says_otherwise(encoded: Any, tokenizer: Any) -> None:
+def test_instruction_rows_take_alpacas_prompts_unless_a_task_says_otherwise(
+    encoded: Any, tokenizer: Any
+) -> None:
     row = {"instruction": "Bark.", "input": "At a cat.", "output": "Woof.", "answer": "woof"}
     alpaca = tokenizer.decode(encoded(row).examples[0].input_ids)
     assert "### Instruction:\nBark.\n\n### Input:\nAt a cat.\n\n### Response:\nWoof.</s>" in alpaca
@@ -324,16 +410,22 @@ def test_rows_that_lack_what_the_task_names_are_told_with_their_lines(encoded: A
     ]
     with pytest.raises(DataInvalid) as caught:
         encoded(*rows, task=load_recipe("commonsense").task)
-    assert caught.value.faults == tuple(f'line {line}: has no "answer", which the recipe needs' for line in (2, 3))
+    assert caught.value.faults == tuple(
+        f'line {line}: has no "answer", which the recipe needs' for line in (2, 3)
+    )
 
 
 def test_glue_rows_need_a_task_and_take_its_words(encoded: Any, tokenizer: Any) -> None:
     row = {"sentence": "Dog the barks.", "label": 0}
-    with pytest.raises(DataInvalid, match="its rows are GLUE's: name the task with a recipe, such as glue-cola"):
+    with pytest.raises(
+        DataInvalid, match="its rows are GLUE's: name the task with a recipe, such as glue-cola"
+    ):
         encoded(row)
     example = encoded(row, task=load_recipe("glue-cola").task).examples[0]
     assert tokenizer.decode(answer_of(example)) == "unacceptable</s>"
-    with pytest.raises(DataInvalid, match="line 1: label is 2, but the recipe has the classes 0 to 1"):
+    with pytest.raises(
+        DataInvalid, match="line 1: label is 2, but the recipe has the classes 0 to 1"
+    ):
         encoded(row | {"label": 2}, task=load_recipe("glue-cola").task)
     with pytest.raises(DataInvalid, match='line 1: has no "sentence1", which the recipe needs'):
         encoded(row, task=load_recipe("glue-rte").task)
@@ -341,7 +433,9 @@ def test_glue_rows_need_a_task_and_take_its_words(encoded: Any, tokenizer: Any) 
 
 def test_text_that_looks_like_a_template_stays_text(encoded: Any, tokenizer: Any) -> None:
     task = Task(prompt="Q: {instruction}\n", answer="{output}")
-    example = encoded({"instruction": "{output} {0} %s {{", "output": "{instruction}"}, task=task).examples[0]
+    example = encoded(
+        {"instruction": "{output} {0} %s {{", "output": "{instruction}"}, task=task
+    ).examples[0]
     assert tokenizer.decode(example.input_ids) == "<s>Q: {output} {0} %s {{\n{instruction}</s>"
 
 

@@ -45,7 +45,9 @@ class Api(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def asked(self) -> Counter[str]:
-        return Counter(body["prompt"].split("Instruction:\n")[1].split("\n")[0] for body in self.bodies)
+        return Counter(
+            body["prompt"].split("Instruction:\n")[1].split("\n")[0] for body in self.bodies
+        )
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -62,7 +64,9 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with server.lock:
             server.bodies.append(body)
-            statuses = next((left for part, left in server.script.items() if part in body["prompt"]), [])
+            statuses = next(
+                (left for part, left in server.script.items() if part in body["prompt"]), []
+            )
             status = statuses.pop(0) if statuses else 200
             server.busy += 1
             server.most_busy = max(server.most_busy, server.busy)
@@ -73,14 +77,33 @@ class _Handler(BaseHTTPRequestHandler):
         if body["model"] != "adder":
             status = 404
         text = str(eval(body["prompt"].split("Instruction:\n")[1].split("?")[0]))
-        choice = {"index": 0, "text": f"The answer is {text}.", "finish_reason": "stop", "logprobs": None}
+        choice = {
+            "index": 0,
+            "text": f"The answer is {text}.",
+            "finish_reason": "stop",
+            "logprobs": None,
+        }
         self._send(
-            status, {"id": "1", "object": "text_completion", "created": 1, "model": "adder", "choices": [choice]}
+            status,
+            {
+                "id": "1",
+                "object": "text_completion",
+                "created": 1,
+                "model": "adder",
+                "choices": [choice],
+            },
         )
 
     def _send(self, status: int, answer: dict[str, Any]) -> None:
         if status != 200:
-            answer = {"error": {"message": f"refused with {status}", "type": "x", "param": None, "code": None}}
+            answer = {
+                "error": {
+                    "message": f"refused with {status}",
+                    "type": "x",
+                    "param": None,
+                    "code": None,
+                }
+            }
         data = json.dumps(answer).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -111,7 +134,16 @@ def sums(tmp_path: Path) -> Path:
 
 
 def run(api: Api, *arguments: object, model: str = "adder", recipe: str = "math") -> Any:
-    given = ["evaluate", "--recipe", recipe, "--model", model, "--url", api.url, *map(str, arguments)]
+    given = [
+        "evaluate",
+        "--recipe",
+        recipe,
+        "--model",
+        model,
+        "--url",
+        api.url,
+        *map(str, arguments),
+    ]
     result = CliRunner().invoke(app, given, env={"COLUMNS": "160"})
     if isinstance(result.exception, ReftError):
         raise result.exception
@@ -123,7 +155,9 @@ def predictions(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_the_score_of_each_set_is_told_with_its_interval(api: Api, sums: Path, tmp_path: Path) -> None:
+def test_the_score_of_each_set_is_told_with_its_interval(
+    api: Api, sums: Path, tmp_path: Path
+) -> None:
     wrong = json.loads(sums.read_text())
     wrong[3]["answer"] = "8"
     sums.write_text(json.dumps(wrong))
@@ -150,15 +184,29 @@ def test_the_request_is_the_recipes(api: Api, sums: Path, tmp_path: Path) -> Non
         }
     ]
     assert api.keys == {"Bearer secret"}
-    run(api, sums, "--out", tmp_path / "two.jsonl", "--limit", 1, "--max-tokens", 9, recipe="instruct")
+    run(
+        api,
+        sums,
+        "--out",
+        tmp_path / "two.jsonl",
+        "--limit",
+        1,
+        "--max-tokens",
+        9,
+        recipe="instruct",
+    )
     assert (api.bodies[1]["max_tokens"], api.bodies[1]["repetition_penalty"]) == (9, 1.1)
 
 
-def test_every_prediction_is_written_in_the_order_of_the_file(api: Api, sums: Path, tmp_path: Path) -> None:
+def test_every_prediction_is_written_in_the_order_of_the_file(
+    api: Api, sums: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out.jsonl"
     run(api, sums, "--out", out)
     written = predictions(out)
-    assert [prediction["instruction"] for prediction in written] == [row["instruction"] for row in SUMS]
+    assert [prediction["instruction"] for prediction in written] == [
+        row["instruction"] for row in SUMS
+    ]
     assert "### Instruction:\n20 + 30?\n" in written[2].pop("prompt")
     assert written[2] == {
         "file": str(sums), "row": 3, "line": 1, "task": "large", "instruction": "20 + 30?", "reference": "50.0",
@@ -173,7 +221,9 @@ def test_requests_run_at_once_up_to_the_concurrency(api: Api, sums: Path, tmp_pa
     assert api.most_busy == 2
 
 
-def test_a_request_that_fails_for_a_moment_is_tried_again(api: Api, sums: Path, tmp_path: Path) -> None:
+def test_a_request_that_fails_for_a_moment_is_tried_again(
+    api: Api, sums: Path, tmp_path: Path
+) -> None:
     api.script = {"2 + 2": [500, 429, 503]}
     result = run(api, sums, "--out", tmp_path / "out.jsonl")
     assert result.exit_code == 0
@@ -196,12 +246,16 @@ def test_a_request_that_fails_for_good_is_told_counted_as_wrong_and_written(
     assert (failed["error"], failed["correct"], failed["output"]) == ("refused with 400", False, "")
 
 
-def test_a_run_that_was_broken_off_goes_on_where_it_stopped(api: Api, sums: Path, tmp_path: Path) -> None:
+def test_a_run_that_was_broken_off_goes_on_where_it_stopped(
+    api: Api, sums: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out.jsonl"
     api.script = {"2 + 2": [400]}
     run(api, sums, "--out", out)
     lines = out.read_text().splitlines(keepends=True)
-    out.write_text("".join(lines[:2]) + lines[2][:40])  # one answered, one failed, one cut off, one never asked
+    out.write_text(
+        "".join(lines[:2]) + lines[2][:40]
+    )  # one answered, one failed, one cut off, one never asked
     api.bodies.clear()
     result = run(api, sums, "--out", out, "--resume")
     assert result.exit_code == 0
@@ -220,10 +274,14 @@ def test_a_resume_asks_again_what_has_changed(api: Api, sums: Path, tmp_path: Pa
     assert api.asked() == {"1 + 3?": 1}
 
 
-def test_predictions_that_are_there_already_are_not_overwritten(api: Api, sums: Path, tmp_path: Path) -> None:
+def test_predictions_that_are_there_already_are_not_overwritten(
+    api: Api, sums: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out.jsonl"
     out.write_text("precious")
-    with pytest.raises(ClientError, match="already exists: continue with --resume, or choose another --out"):
+    with pytest.raises(
+        ClientError, match="already exists: continue with --resume, or choose another --out"
+    ):
         run(api, sums, "--out", out)
     assert out.read_text() == "precious"
     assert api.bodies == []
@@ -242,14 +300,18 @@ def test_a_key_that_is_refused_stops_the_run(api: Api, sums: Path, tmp_path: Pat
 
 def test_a_server_that_is_not_there_stops_the_run(api: Api, sums: Path, tmp_path: Path) -> None:
     api.url = "http://127.0.0.1:1/v1"
-    with pytest.raises(ServiceError, match=r"http://127\.0\.0\.1:1/v1 does not behave like an OpenAI server"):
+    with pytest.raises(
+        ServiceError, match=r"http://127\.0\.0\.1:1/v1 does not behave like an OpenAI server"
+    ):
         run(api, sums, "--out", tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_a_damaged_file_is_told_before_anything_is_asked(api: Api, tmp_path: Path) -> None:
     path = tmp_path / "sums.jsonl"
-    path.write_text('{"instruction": "1 + 1?", "output": "", "answer": "2"}\n{"instruction": "1 + 1?"}\n')
+    path.write_text(
+        '{"instruction": "1 + 1?", "output": "", "answer": "2"}\n{"instruction": "1 + 1?"}\n'
+    )
     with pytest.raises(DataInvalid, match='line 2: has neither an "output" nor an "answer"'):
         run(api, path, "--out", tmp_path / "out.jsonl")
     path.write_text('{"instruction": "1 + 1?", "output": "", "answer": "2"}\n')
@@ -258,7 +320,9 @@ def test_a_damaged_file_is_told_before_anything_is_asked(api: Api, tmp_path: Pat
     assert api.bodies == []
 
 
-def test_answers_without_a_metric_are_written_in_alpacaevals_names(api: Api, sums: Path, tmp_path: Path) -> None:
+def test_answers_without_a_metric_are_written_in_alpacaevals_names(
+    api: Api, sums: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out.jsonl"
     result = run(api, sums, "--out", out, recipe="instruct")
     assert "judge the predictions with AlpacaEval's annotator" in result.stdout

@@ -18,7 +18,9 @@ from tests.support.training.evaluation import table
 
 STARTS = ("Once upon a time, there was a girl.", "Tom and Mia went to the park.", "One day, it was very hot.",
           "A little boy had a red ball.", "Every morning, Max ate an egg.", "Ben and his mom went to the shop.")  # fmt: skip
-RECIPE = '[task]\nprompt = "{instruction}"\nanswer = "{answer}"\nmetric = "exact"\nmax_new_tokens = 12\n'
+RECIPE = (
+    '[task]\nprompt = "{instruction}"\nanswer = "{answer}"\nmetric = "exact"\nmax_new_tokens = 12\n'
+)
 FLAGS = ["--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "8", "--enforce-eager"]
 
 
@@ -36,18 +38,37 @@ def answers(folder: Path) -> dict[str, Any]:
     app.command()(evaluate)
 
     def score(url: str, model: str, data: Path, out: Path) -> Any:
-        arguments = [data, "--recipe", folder / "recipe.toml", "--model", model, "--url", url, "--out", out]
-        return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "120"})
+        arguments = [
+            data,
+            "--recipe",
+            folder / "recipe.toml",
+            "--model",
+            model,
+            "--url",
+            url,
+            "--out",
+            out,
+        ]
+        return CliRunner().invoke(
+            app, [str(argument) for argument in arguments], env={"COLUMNS": "120"}
+        )
 
     async def run() -> dict[str, Any]:
         first, second = folder / "first.json", folder / "second.json"
-        first.write_text(json.dumps([{"instruction": start, "answer": "unknown"} for start in STARTS]))
+        first.write_text(
+            json.dumps([{"instruction": start, "answer": "unknown"} for start in STARTS])
+        )
         adapter = f"speech={ADAPTERS / 'speech'}"
-        async with serving([str(MODEL), "--served-model-name", "base", "--adapter", adapter, *FLAGS]) as client:
+        async with serving(
+            [str(MODEL), "--served-model-name", "base", "--adapter", adapter, *FLAGS]
+        ) as client:
             url = str(client.base_url)
             taken = await asyncio.to_thread(score, url, "base", first, folder / "taken.jsonl")
             assert taken.exit_code == 0, taken.output
-            outputs = [json.loads(line)["output"] for line in (folder / "taken.jsonl").read_text().splitlines()]
+            outputs = [
+                json.loads(line)["output"]
+                for line in (folder / "taken.jsonl").read_text().splitlines()
+            ]
             rows = [{"instruction": s, "answer": o} for s, o in zip(STARTS, outputs, strict=True)]
             second.write_text(json.dumps(rows, indent=1))
             results = {
@@ -55,9 +76,15 @@ def answers(folder: Path) -> dict[str, Any]:
                 for model in ("base", "speech")
             }
             long = folder / "long.json"
-            long.write_text(json.dumps([*rows[:1], {"instruction": "A bird sang. " * 200, "answer": "a"}]))
-            results["long"] = await asyncio.to_thread(score, url, "base", long, folder / "long.jsonl")
-            results["nobody"] = await asyncio.to_thread(score, url, "nobody", second, folder / "nobody.jsonl")
+            long.write_text(
+                json.dumps([*rows[:1], {"instruction": "A bird sang. " * 200, "answer": "a"}])
+            )
+            results["long"] = await asyncio.to_thread(
+                score, url, "base", long, folder / "long.jsonl"
+            )
+            results["nobody"] = await asyncio.to_thread(
+                score, url, "nobody", second, folder / "nobody.jsonl"
+            )
         return results
 
     return asyncio.run(run())
@@ -72,7 +99,9 @@ def test_a_served_model_answers_alike_each_time_it_is_scored(answers: dict[str, 
     assert table(answers["base"].stdout) == [["second", "6", "6", "100.0%", "61.0% to 100.0%", ""]]
 
 
-def test_a_served_adapter_is_scored_by_its_own_answers(answers: dict[str, Any], folder: Path) -> None:
+def test_a_served_adapter_is_scored_by_its_own_answers(
+    answers: dict[str, Any], folder: Path
+) -> None:
     """The speech adapter begins every answer with a quotation mark; the base begins none of these so."""
     assert answers["speech"].exit_code == 0
     assert all(output.lstrip().startswith('"') for output in outputs(folder / "speech.jsonl"))

@@ -38,7 +38,9 @@ def check_equal(model: EditedModel, *, packed: bool) -> None:
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("lowest", [0, 1, 3])
 @pytest.mark.parametrize("name", ["tiny-gpt2", "tiny-llama"])
-def test_answers_and_gradients_are_those_of_the_whole_model(name: str, lowest: int, packed: bool) -> None:
+def test_answers_and_gradients_are_those_of_the_whole_model(
+    name: str, lowest: int, packed: bool
+) -> None:
     model = edited(GOLDEN / "models" / name, lowest)
     assert model.can_pack(64)
     check_equal(model, packed=packed)
@@ -82,8 +84,12 @@ def test_a_run_computes_each_example_once_and_learns_the_same(
         train(BASE, replace(plan, keep_states=keep), items[:8], out, held_out=items[8:])
         weights.append([each.tensors() for each in read_adapter(out / "adapter").weights])
     assert counts == [0, 24 if method == "dpo" else 12]
-    assert metrics(tmp_path / "1.0", "loss") == pytest.approx(metrics(tmp_path / "0.0", "loss"), rel=1e-5)
-    assert metrics(tmp_path / "1.0", "eval_loss") == pytest.approx(metrics(tmp_path / "0.0", "eval_loss"), rel=1e-5)
+    assert metrics(tmp_path / "1.0", "loss") == pytest.approx(
+        metrics(tmp_path / "0.0", "loss"), rel=1e-5
+    )
+    assert metrics(tmp_path / "1.0", "eval_loss") == pytest.approx(
+        metrics(tmp_path / "0.0", "eval_loss"), rel=1e-5
+    )
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-4, atol=1e-5)
 
 
@@ -91,7 +97,11 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path: Path) -> None:
     plan = Plan(UPPER, epochs=3, batch=4, learning_rate=1e-2)
     whole = train(BASE, plan, examples(16), tmp_path / "whole")
     train(BASE, plan, examples(16), tmp_path / "run", watchers=[StopsAt(6)])
-    assert train(BASE, plan, examples(16), tmp_path / "run", resume=True).digest == whole.digest is not None
+    assert (
+        train(BASE, plan, examples(16), tmp_path / "run", resume=True).digest
+        == whole.digest
+        is not None
+    )
 
 
 @pytest.mark.parametrize(
@@ -109,7 +119,9 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path: Path) -> None:
         ({"dtype": "float16"}, 1, False),
     ],
 )
-def test_states_are_kept_where_they_come_again_and_fit(change: dict[str, Any], processes: int, kept: bool) -> None:
+def test_states_are_kept_where_they_come_again_and_fit(
+    change: dict[str, Any], processes: int, kept: bool
+) -> None:
     model = build(BASE, Plan(UPPER))
     assert model.state_bytes == 64 * 4
     plan = replace(Plan(UPPER, epochs=3, batch=16), **change)

@@ -30,7 +30,12 @@ def edited(name: str, rule: PositionRule) -> EditedModel:
     parts = [Part.PREFIX] if rule.tied else list(Part)
     layers = range(config.num_hidden_layers)
     return EditedModel(
-        lm, [Edit(layer, part, Intervention("loreft", config.hidden_size, 3)) for part in parts for layer in layers]
+        lm,
+        [
+            Edit(layer, part, Intervention("loreft", config.hidden_size, 3))
+            for part in parts
+            for layer in layers
+        ],
     )
 
 
@@ -111,7 +116,9 @@ def test_only_the_interventions_learn() -> None:
 def test_what_is_left_out_changes_no_familys_answers(name: str, tmp_path: Path) -> None:
     FAMILIES[name].build(tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    width, vocabulary = (getattr(plain.config.get_text_config(), key) for key in ("hidden_size", "vocab_size"))
+    width, vocabulary = (
+        getattr(plain.config.get_text_config(), key) for key in ("hidden_size", "vocab_size")
+    )
     model = EditedModel(
         AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32),
         [Edit(1, Part.PREFIX, Intervention("loreft", width, 3))],
@@ -119,11 +126,15 @@ def test_what_is_left_out_changes_no_familys_answers(name: str, tmp_path: Path) 
     some = []
     for each in examples()[:3]:
         ids = tuple(i % vocabulary for i in each.input_ids)
-        some.append(Example(ids, (IGNORED,) * each.prompt_len + ids[each.prompt_len :], each.prompt_len))
+        some.append(
+            Example(ids, (IGNORED,) * each.prompt_len + ids[each.prompt_len :], each.prompt_len)
+        )
     expected = []
     for each in some:
         with torch.no_grad():
             logprobs = plain(torch.tensor([each.input_ids])).logits[0].log_softmax(-1)
-        expected += [logprobs[t - 1, each.input_ids[t]] for t in range(each.prompt_len, len(each.input_ids))]
+        expected += [
+            logprobs[t - 1, each.input_ids[t]] for t in range(each.prompt_len, len(each.input_ids))
+        ]
     got = model.base_score(collate(some, PositionRule("f1"), packed=model.can_pack(64)))
     assert torch.allclose(got, torch.stack(expected), atol=1e-4)

@@ -1,4 +1,6 @@
-"""RMSNorm and rotary embeddings in few passes: equal to transformers' own, and only where they are such."""
+"""RMSNorm and rotary embeddings in few passes: equal to transformers' own, and only where they are
+such.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,11 @@ from torch import nn
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.configuration_llama import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaRMSNorm,
+    apply_rotary_pos_emb,
+)
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from reft_serve.training.data.batching import collate
@@ -32,7 +38,9 @@ def test_answers_and_gradients_are_those_of_transformers(kind: Any, shape: tuple
     torch.manual_seed(0)
     theirs, ours = frozen(kind(24)).double(), frozen(kind(24))
     assert fuse(nn.Sequential(ours)) == 1
-    h = (torch.randn(shape) * torch.logspace(-4, 3, shape[0])[(...,) + (None,) * (len(shape) - 1)]).requires_grad_()
+    h = (
+        torch.randn(shape) * torch.logspace(-4, 3, shape[0])[(...,) + (None,) * (len(shape) - 1)]
+    ).requires_grad_()
     exact = h.detach().double().requires_grad_()
     grad = torch.randn(shape)
     out, expected = ours(h), theirs(exact)
@@ -48,14 +56,18 @@ def test_answers_and_gradients_are_those_of_transformers(kind: Any, shape: tuple
 
 def test_other_norms_are_left_as_they_are() -> None:
     learning, half = LlamaRMSNorm(8), frozen(LlamaRMSNorm(8)).bfloat16()
-    others = nn.Sequential(frozen(Gemma2RMSNorm(8)), learning, half, nn.LayerNorm(8), nn.Linear(8, 8))
+    others = nn.Sequential(
+        frozen(Gemma2RMSNorm(8)), learning, half, nn.LayerNorm(8), nn.Linear(8, 8)
+    )
     assert fuse(others) == 0
     assert not any("forward" in vars(module) for module in others)
 
 
 def test_rotary_embeddings_and_their_gradients_are_those_of_transformers() -> None:
     torch.manual_seed(0)
-    module = LlamaAttention(LlamaConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2), 0)
+    module = LlamaAttention(
+        LlamaConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2), 0
+    )
     assert fuse(module) == 1
     ours = module.forward.__globals__["apply_rotary_pos_emb"]
     assert ours is not apply_rotary_pos_emb is modeling_llama.apply_rotary_pos_emb
@@ -75,7 +87,16 @@ def test_rotary_embeddings_and_their_gradients_are_those_of_transformers() -> No
 def test_joined_passes_change_no_answer_of_any_family(name: str, tmp_path: Path) -> None:
     FAMILIES[name].build(tmp_path)
     model, joined = edited(tmp_path, 1), edited(tmp_path, 1)
-    neither = ("gpt2", "opt", "opt_350m", "bloom", "cohere", "gptj", "gpt_neox", "gpt_neox_sequential")
+    neither = (
+        "gpt2",
+        "opt",
+        "opt_350m",
+        "bloom",
+        "cohere",
+        "gptj",
+        "gpt_neox",
+        "gpt_neox_sequential",
+    )
     assert (fuse(joined.lm) == 0) == (name in neither)
     batch = collate(examples_of(model, 5), RULE, packed=False)
     expected, got = learnt(model, batch), learnt(joined, batch)

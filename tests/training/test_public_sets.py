@@ -17,7 +17,9 @@ from tests.support.paths import SHARED
 
 SETS = SHARED / "data" / "reft_paper"
 FILES = sorted(
-    path for folder in ("commonsense", "math", "instruct", "glue") for path in (SETS / folder).glob("*.json*")
+    path
+    for folder in ("commonsense", "math", "instruct", "glue")
+    for path in (SETS / folder).glob("*.json*")
 )
 # Files that hold nothing to learn, and what is said of them first.
 NO_ANSWER = 'has neither an "output" nor an "answer", so there is nothing to learn'
@@ -32,7 +34,9 @@ REFUSED = {
 
 pytestmark = [
     pytest.mark.shared,
-    pytest.mark.skipif(not FILES, reason="the shared data folder does not lie beside the repository"),
+    pytest.mark.skipif(
+        not FILES, reason="the shared data folder does not lie beside the repository"
+    ),
 ]
 
 
@@ -50,7 +54,9 @@ def plain(tmp_path: Path) -> Callable[[Path], Path]:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_a_public_set_is_read_whole_and_its_recipe_asks_every_row(path: Path, plain: Callable[[Path], Path]) -> None:
+def test_a_public_set_is_read_whole_and_its_recipe_asks_every_row(
+    path: Path, plain: Callable[[Path], Path]
+) -> None:
     if path.name in REFUSED:
         with pytest.raises(DataInvalid) as caught:
             read_rows(plain(path))
@@ -59,7 +65,9 @@ def test_a_public_set_is_read_whole_and_its_recipe_asks_every_row(path: Path, pl
     rows = read_rows(plain(path))
     folder, name = path.parent.name, path.name.split("_")[0]
     assert rows.format == ("glue" if folder == "glue" else "instruction")
-    assert [line for line, _ in rows.rows] == list(range(1, plain(path).read_bytes().count(b"\n") + 1))
+    assert [line for line, _ in rows.rows] == list(
+        range(1, plain(path).read_bytes().count(b"\n") + 1)
+    )
     task = load_recipe(f"glue-{name}" if folder == "glue" else folder).task
     assert task
     asked = questions(rows, task)
@@ -68,7 +76,9 @@ def test_a_public_set_is_read_whole_and_its_recipe_asks_every_row(path: Path, pl
     assert folder == "instruct" or all(question.reference.strip() for question in asked)
 
 
-@pytest.mark.parametrize("name", ["alpaca_instructions_5k.jsonl", "alpaca_eval_davinci003_805.jsonl", "emoji_10.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["alpaca_instructions_5k.jsonl", "alpaca_eval_davinci003_805.jsonl", "emoji_10.jsonl"]
+)
 def test_instructions_without_answers_can_be_asked_for_alpacaeval(name: str) -> None:
     rows = read_rows(SETS / "instruct" / name, Limits(unanswered=True))
     task = load_recipe("instruct").task

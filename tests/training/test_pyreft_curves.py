@@ -48,7 +48,9 @@ CASES = [(kind, tied, True) for kind in ("loreft", "direft", "noreft") for tied 
 
 
 @pytest.mark.parametrize(("kind", "tied", "packed"), [*CASES, ("loreft", False, False)])
-def test_fifty_steps_are_those_of_pyreft(kind: Kind, tied: bool, packed: bool, tmp_path: Path) -> None:
+def test_fifty_steps_are_those_of_pyreft(
+    kind: Kind, tied: bool, packed: bool, tmp_path: Path
+) -> None:
     case = f"{kind}_{'tied' if tied else 'untied'}"
     plan = Plan(
         adapter=AdapterPlan(kind, 4, (0, 3), PositionRule("f3+l3", tied)),
@@ -72,7 +74,9 @@ def test_fifty_steps_are_those_of_pyreft(kind: Kind, tied: bool, packed: bool, t
     print(f"{case}: loss within {relative:.1e} relative, weights within {furthest:.1e}")
     assert relative < 1e-5
     assert furthest < 1e-4
-    assert theirs[-6:].mean() < theirs[:6].mean() - 0.1, "nothing was learnt, so nothing was compared"
+    assert theirs[-6:].mean() < theirs[:6].mean() - 0.1, (
+        "nothing was learnt, so nothing was compared"
+    )
 
 
 def _examples() -> Iterator[Example]:
@@ -85,7 +89,9 @@ def _begin_as_pyreft(model: EditedModel, case: str) -> None:
     rotation = "rotation.parametrizations.weight"
     names = {"original": f"{rotation}.original", "base": f"{rotation}.0.base"}
     for k, edit in enumerate(model.edits):
-        state = {names.get(name, name): tensor for name, tensor in _recorded(case, "initial", k).items()}
+        state = {
+            names.get(name, name): tensor for name, tensor in _recorded(case, "initial", k).items()
+        }
         edit.module.load_state_dict(state)
 
 
@@ -98,4 +104,8 @@ def _distances(model: EditedModel, case: str) -> Iterator[float]:
 
 def _recorded(case: str, stage: str, k: int) -> dict[str, Tensor]:
     prefix = f"{case}/{stage}/{k}/"
-    return {name.removeprefix(prefix): tensor for name, tensor in CURVES.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in CURVES.items()
+        if name.startswith(prefix)
+    }

@@ -40,7 +40,11 @@ def test_a_named_recipe_has_the_papers_settings(name: str) -> None:
         "learning_rate": run.learning_rate, "warmup_ratio": run.warmup_ratio, "max_tokens": run.max_tokens,
         "new": recipe.task.max_new_tokens,
     }  # fmt: skip
-    assert (adapter.kind, adapter.component, adapter.activation) == ("loreft", "block_output", "linear")
+    assert (adapter.kind, adapter.component, adapter.activation) == (
+        "loreft",
+        "block_output",
+        "linear",
+    )
     assert (run.schedule, run.weight_decay, run.max_grad_norm) == ("linear", 0.0, 1.0)
 
 
@@ -53,9 +57,14 @@ def test_every_recipe_that_is_listed_loads_with_a_task_and_a_source() -> None:
         assert recipe.adapter.rule
 
 
-@pytest.mark.parametrize("name", ["commonsence", "glue", "glue-cats", "math-x", "", "instruct.", "-"])
+@pytest.mark.parametrize(
+    "name", ["commonsence", "glue", "glue-cats", "math-x", "", "instruct.", "-"]
+)
 def test_an_unknown_recipe_is_told_what_there_is(name: str) -> None:
-    with pytest.raises(ClientError, match=r"there is no recipe .*commonsense, glue-cola.*, or a path ending in \.toml"):
+    with pytest.raises(
+        ClientError,
+        match=r"there is no recipe .*commonsense, glue-cola.*, or a path ending in \.toml",
+    ):
         load_recipe(name)
 
 
@@ -64,15 +73,27 @@ def test_an_unknown_recipe_is_told_what_there_is(name: str) -> None:
     [
         ("[adapter]\nrank = 0\n", "adapter.rank: Input should be greater than or equal to 1"),
         ("[adapter]\nrang = 4\n", "adapter.rang: Extra inputs are not permitted"),
-        ("[adapter]\npositions = 'x7'\n", "adapter: Value error, positions 'x7' are not understood"),
-        ("[adapter]\npositions = 'l1'\ntied = false\n", "adapter: Value error, positions 'l1' cannot be untied"),
+        (
+            "[adapter]\npositions = 'x7'\n",
+            "adapter: Value error, positions 'x7' are not understood",
+        ),
+        (
+            "[adapter]\npositions = 'l1'\ntied = false\n",
+            "adapter: Value error, positions 'l1' cannot be untied",
+        ),
         ("[adapter]\nlayers = []\n", "adapter.layers"),
         ("[adapter]\nactivation = 'bark'\n", "activation 'bark' is not one of linear, relu"),
-        ("[training]\nlearning_rate = nan\n", "training.learning_rate: Input should be a finite number"),
+        (
+            "[training]\nlearning_rate = nan\n",
+            "training.learning_rate: Input should be a finite number",
+        ),
         ("[training]\nepochs = 0\nbatch_size = 0\n", "training.epochs.*training.batch_size"),
         ("[task]\nprompt = '{instruction'\nanswer = 'a'\n", "expected '}'"),
         ("[task]\nprompt = '{headline}'\nanswer = 'a'\n", "names 'headline', which no row has"),
-        ("[task]\nprompt = '{instruction.__class__}'\nanswer = 'a'\n", "is not the plain name of a field"),
+        (
+            "[task]\nprompt = '{instruction.__class__}'\nanswer = 'a'\n",
+            "is not the plain name of a field",
+        ),
         ("[task]\nprompt = '{}'\nanswer = 'a'\n", "is not the plain name of a field"),
         ("[adapter\n", "is not TOML"),
     ],
@@ -88,7 +109,12 @@ def test_a_recipe_of_ones_own_needs_to_say_only_what_differs(tmp_path: Path) -> 
     path = tmp_path / "mine.toml"
     path.write_text("[adapter]\nrank = 2\nlayers = [0, 3]\n[training]\nepochs = 1\n")
     recipe = load_recipe(str(path))
-    assert (recipe.adapter.rank, recipe.adapter.layers, recipe.training.epochs, recipe.task) == (2, (0, 3), 1, None)
+    assert (recipe.adapter.rank, recipe.adapter.layers, recipe.training.epochs, recipe.task) == (
+        2,
+        (0, 3),
+        1,
+        None,
+    )
 
 
 def task(name: str) -> Task:
@@ -98,7 +124,12 @@ def task(name: str) -> Task:
 
 
 def test_prompts_and_answers_are_the_papers() -> None:
-    row = Instruction(instruction="Which barks?", input="", output="\nA: A dog barks. The answer is 4.", answer="4.0")
+    row = Instruction(
+        instruction="Which barks?",
+        input="",
+        output="\nA: A dog barks. The answer is 4.",
+        answer="4.0",
+    )
     assert task("commonsense").question(row) == "Which barks?\n"
     assert task("commonsense").reply(row) == "the correct answer is 4.0"
     alpaca = (
@@ -184,7 +215,10 @@ def test_wilsons_interval_is_the_textbooks() -> None:
 
 
 def verdicts(right: list[bool], references: list[str]) -> list[tuple[Verdict, str]]:
-    return [(Verdict("", correct), reference) for correct, reference in zip(right, references, strict=True)]
+    return [
+        (Verdict("", correct), reference)
+        for correct, reference in zip(right, references, strict=True)
+    ]
 
 
 def test_a_score_counts_what_was_asked() -> None:
@@ -201,7 +235,8 @@ def test_matthews_correlation_is_that_of_the_table_of_confusion() -> None:
     tp, fn, fp, tn = 90, 5, 3, 2
     expected = (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
     found = score(
-        "matthews", [(Verdict(word, word == wanted), wanted) for word, wanted in zip(said, true, strict=True)]
+        "matthews",
+        [(Verdict(word, word == wanted), wanted) for word, wanted in zip(said, true, strict=True)],
     )
     assert found.correlation == pytest.approx(expected)
     assert found.accuracy
@@ -211,7 +246,10 @@ def test_matthews_correlation_is_that_of_the_table_of_confusion() -> None:
 @pytest.mark.parametrize("word", ["acceptable", "", "nonsense"])
 def test_matthews_correlation_of_answers_that_never_vary_is_0(word: str) -> None:
     true = ["acceptable"] * 7 + ["unacceptable"] * 3
-    assert score("matthews", [(Verdict(word, word == wanted), wanted) for wanted in true]).correlation == 0.0
+    assert (
+        score("matthews", [(Verdict(word, word == wanted), wanted) for wanted in true]).correlation
+        == 0.0
+    )
 
 
 def test_matthews_correlation_of_many_classes_is_that_of_their_indicators() -> None:
@@ -226,12 +264,16 @@ def test_matthews_correlation_of_many_classes_is_that_of_their_indicators() -> N
 
     spread = covariance(predicted_NC, predicted_NC) * covariance(true_NC, true_NC)
     found = score(
-        "matthews", [(Verdict(word, word == wanted), wanted) for word, wanted in zip(said, true, strict=True)]
+        "matthews",
+        [(Verdict(word, word == wanted), wanted) for word, wanted in zip(said, true, strict=True)],
     )
     assert found.correlation == pytest.approx(covariance(predicted_NC, true_NC) / math.sqrt(spread))
 
 
 def test_pearsons_correlation_is_of_the_numbers() -> None:
-    judged = [(Verdict(answer, None), reference) for answer, reference in (("1", "2"), ("2", "4"), ("3", "6"))]
+    judged = [
+        (Verdict(answer, None), reference)
+        for answer, reference in (("1", "2"), ("2", "4"), ("3", "6"))
+    ]
     assert score("pearson", judged).correlation == pytest.approx(1.0)
     assert score("pearson", judged).accuracy is None

@@ -67,7 +67,15 @@ class Reporter:
 
 
 def run(out: Path, pipe: object) -> None:
-    train(BASE, PLAN, examples(0, 22), out, held_out=examples(1, 5), resume=True, watchers=[Reporter(pipe)])
+    train(
+        BASE,
+        PLAN,
+        examples(0, 22),
+        out,
+        held_out=examples(1, 5),
+        resume=True,
+        watchers=[Reporter(pipe)],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +97,9 @@ def test_killed_at_random_moments_it_ends_in_the_same_bits(unbroken: Path, tmp_p
         theirs.close()
         try:
             resumed_from.append(ours.recv())
-            for _ in range(choose.randint(3, 4)):  # steps, however fast the machine is: at least one checkpoint farther
+            for _ in range(
+                choose.randint(3, 4)
+            ):  # steps, however fast the machine is: at least one checkpoint farther
                 ours.recv()
         except EOFError:  # it came to its end
             break
@@ -108,7 +118,9 @@ def test_killed_at_random_moments_it_ends_in_the_same_bits(unbroken: Path, tmp_p
         if name.endswith("safetensors"):
             assert mine.read_bytes() == theirs_.read_bytes(), name
     steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [json.loads(line)["step"] for line in (unbroken / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [
+        json.loads(line)["step"] for line in (unbroken / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def test_every_checkpoint_can_be_served(unbroken: Path) -> None:
@@ -136,7 +148,14 @@ def test_a_checkpoint_without_its_seal_does_not_count(unbroken: Path, tmp_path: 
 
 def test_only_the_same_run_is_resumed(unbroken: Path) -> None:
     with pytest.raises(ClientError, match="holds another run: its plan differ"):
-        train(BASE, replace(PLAN, seed=1), examples(0, 22), unbroken, held_out=examples(1, 5), resume=True)
+        train(
+            BASE,
+            replace(PLAN, seed=1),
+            examples(0, 22),
+            unbroken,
+            held_out=examples(1, 5),
+            resume=True,
+        )
     with pytest.raises(ClientError, match="holds another run: its data and held_out differ"):
         train(BASE, PLAN, examples(2, 22), unbroken, held_out=examples(3, 5), resume=True)
     with pytest.raises(AdapterExists, match="is not empty"):
@@ -146,9 +165,7 @@ def test_only_the_same_run_is_resumed(unbroken: Path) -> None:
 def test_a_run_goes_on_on_another_day(tmp_path: Path) -> None:
     """The chat template writes the date: a run keeps that of its start, and its rows and template are what must be equal."""
     tokenizer = AutoTokenizer.from_pretrained(BASE)
-    tokenizer.chat_template = (
-        "Today is {{ strftime_now('%d %b %Y') }}. {% for m in messages %}<s>{{ m.content }}</s>{% endfor %}"
-    )
+    tokenizer.chat_template = "Today is {{ strftime_now('%d %b %Y') }}. {% for m in messages %}<s>{{ m.content }}</s>{% endfor %}"
     turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "The dog."}]
     data = tmp_path / "rows.jsonl"
     data.write_text(json.dumps({"messages": turns}) + "\n")

@@ -15,7 +15,9 @@ def plainly(h_ND: Tensor, rows_E: Tensor, edit: nn.Module) -> Tensor:
 
 @pytest.mark.parametrize("rows", [[], [3], [7, 0, 4], list(range(9))], ids=str)
 @pytest.mark.parametrize("learns_below", [True, False])
-def test_values_and_gradients_are_those_of_plain_indexing(rows: list[int], learns_below: bool) -> None:
+def test_values_and_gradients_are_those_of_plain_indexing(
+    rows: list[int], learns_below: bool
+) -> None:
     torch.manual_seed(0)
     edit = nn.Sequential(nn.Linear(5, 5), nn.Tanh()).double()
     start = torch.randn(9, 5, dtype=torch.float64, requires_grad=learns_below)
@@ -25,7 +27,8 @@ def test_values_and_gradients_are_those_of_plain_indexing(rows: list[int], learn
     for how in (edit_rows, plainly):
         h_ND = 2 * start
         before = h_ND.detach().clone()
-        out = how(how(h_ND, rows_E, edit), rows_E.flip(0)[:2], edit)  # twice, as the two parts of a rule do
+        # twice, as the two parts of a rule do
+        out = how(how(h_ND, rows_E, edit), rows_E.flip(0)[:2], edit)
         assert torch.equal(h_ND, before)
         learning = [*edit.parameters(), *([start] if learns_below else [])]
         found.append([out, *torch.autograd.grad((out * pull).sum(), learning)])

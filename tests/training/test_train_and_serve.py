@@ -30,7 +30,9 @@ PROMPTS = (
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("training")
     data = folder / "data.jsonl"
-    rows = [{"prompt": prompt, "completion": " The cat said hello to the moon."} for prompt in PROMPTS]
+    rows = [
+        {"prompt": prompt, "completion": " The cat said hello to the moon."} for prompt in PROMPTS
+    ]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     app = typer.Typer()
     app.command()(train)
@@ -40,7 +42,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]  # fmt: skip
     out = folder / "run"
     result = CliRunner().invoke(
-        app, [str(data), "--base", str(MODEL), "--out", str(out), "--validation", str(data), *options]
+        app,
+        [str(data), "--base", str(MODEL), "--out", str(out), "--validation", str(data), *options],
     )
     assert result.exit_code == 0, result.output
     return out
@@ -58,16 +61,25 @@ def test_the_engine_gives_the_trainers_logprobs(run: Path, engine: Any) -> None:
 
     params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, logprobs=1)
     outputs = engine.generate(
-        list(PROMPTS), params, lora_request=LoRARequest("trained", 1, str(run / "adapter")), use_tqdm=False
+        list(PROMPTS),
+        params,
+        lora_request=LoRARequest("trained", 1, str(run / "adapter")),
+        use_tqdm=False,
     )
     model, rule = restore(MODEL, run / "adapter")
     worst = moved = 0.0
     for output in outputs:
         (answer,) = output.outputs
         prompt, tokens = tuple(output.prompt_token_ids), tuple(answer.token_ids)
-        batch = collate([Example(prompt + tokens, (IGNORED,) * len(prompt) + tokens, len(prompt))], rule, packed=False)
+        batch = collate(
+            [Example(prompt + tokens, (IGNORED,) * len(prompt) + tokens, len(prompt))],
+            rule,
+            packed=False,
+        )
         ours, base = model.score(batch)[0], model.base_score(batch)
-        served = torch.tensor([step[token].logprob for step, token in zip(answer.logprobs, tokens, strict=True)])
+        served = torch.tensor(
+            [step[token].logprob for step, token in zip(answer.logprobs, tokens, strict=True)]
+        )
         worst = max(worst, (ours - served).abs().max().item())
         moved = max(moved, (ours - base).abs().max().item())
     print(f"largest difference {worst:.1e}; the adapter moved logprobs by up to {moved:.1f}")
@@ -96,4 +108,6 @@ def test_the_trainers_held_out_loss_is_the_published_adapters(run: Path) -> None
     examples = encode(rows, AutoTokenizer.from_pretrained(MODEL), max_tokens=512).examples
     model, rule = restore(MODEL, run / "adapter")
     loss = -model.score(collate(examples, rule, packed=False))[0].mean().item()
-    assert loss == pytest.approx(json.loads((run / "summary.json").read_text())["best_loss"], rel=1e-4)
+    assert loss == pytest.approx(
+        json.loads((run / "summary.json").read_text())["best_loss"], rel=1e-4
+    )

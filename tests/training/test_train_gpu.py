@@ -1,4 +1,6 @@
-"""The training step on a GPU: the measurement says why it cannot run here, and measures where it can."""
+"""The training step on a GPU: the measurement says why it cannot run here, and measures where it
+can.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,10 @@ import torch
 
 from tests.support.training import gpu_step
 
-GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"))
+GPU = (
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+)
 TINY = argparse.Namespace(shape="tiny", batch=2, length=32, steps=2, pyreft=None, pyreft_batch=2)
 
 

@@ -48,7 +48,9 @@ async def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return found
 
 
-async def test_a_job_becomes_versions_that_can_be_called_and_leaves_nothing_else(place: Place) -> None:
+async def test_a_job_becomes_versions_that_can_be_called_and_leaves_nothing_else(
+    place: Place,
+) -> None:
     async with place.worker():
         job_id = await place.job(held_out=rows(1, 5))
         job = await place.until(job_id, "succeeded")
@@ -71,14 +73,25 @@ async def test_a_job_becomes_versions_that_can_be_called_and_leaves_nothing_else
             assert read_adapter(place.store.path(digest)).digest == digest
         assert job.result_file_id
         lines = (
-            b"".join([part async for part in place.blobs.read(key_of_blob(job.result_file_id))]).decode().splitlines()
+            b"".join([part async for part in place.blobs.read(key_of_blob(job.result_file_id))])
+            .decode()
+            .splitlines()
         )
         assert lines[0] == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
         assert [line.split(",")[0] for line in lines[1:]] == list("123456")
         assert all(0 <= float(line.split(",")[2]) <= 1 for line in lines[1:])
-        assert [bool(line.split(",")[3]) for line in lines[1:]] == [False, True, False, True, False, True]
+        assert [bool(line.split(",")[3]) for line in lines[1:]] == [
+            False,
+            True,
+            False,
+            True,
+            False,
+            True,
+        ]
         told = await place.told(job_id)
-        assert [line.partition(":")[0] for line in told if line.startswith("Step")].count("Step 6/6") == 2
+        assert [line.partition(":")[0] for line in told if line.startswith("Step")].count(
+            "Step 6/6"
+        ) == 2
         assert told[-2:] == [
             f"New fine-tuned model created: {job.fine_tuned_model}", "The job has successfully completed"
         ]  # fmt: skip
@@ -98,7 +111,9 @@ async def test_preferences_are_learnt_from(place: Place) -> None:
     assert (job.resolved["method"], job.resolved["beta"]) == ("dpo", 0.2)
 
 
-async def test_a_paused_job_goes_on_at_another_worker_to_the_same_bits(place: Place, undisturbed: list[str]) -> None:
+async def test_a_paused_job_goes_on_at_another_worker_to_the_same_bits(
+    place: Place, undisturbed: list[str]
+) -> None:
     async with place.worker():
         job_id = await place.job(content=SLOW_ROWS, **SLOW)
         await place.wait(job_id, lambda job: job.step >= 3)
@@ -106,7 +121,9 @@ async def test_a_paused_job_goes_on_at_another_worker_to_the_same_bits(place: Pl
         at = place.steps_done("one")
         paused = await place.until(job_id, "paused", seconds=30)
         assert paused.worker is None
-        assert at <= paused.step <= at + 2, "it stopped at the end of the step that it was in, or of the next"
+        assert at <= paused.step <= at + 2, (
+            "it stopped at the end of the step that it was in, or of the next"
+        )
         (kept,) = await place.blobs.list(f"checkpoints/{job_id}")
         assert kept.key.endswith(f"step-{paused.step:09}.tar")
     await place.ask(job_id, "resume")
@@ -124,7 +141,10 @@ async def test_a_job_goes_on_on_another_day_whatever_the_chat_template_writes(pl
     config = json.loads((base / "tokenizer_config.json").read_text())
     config["chat_template"] = "Now: {{ strftime_now('%H:%M:%S %f') }}.\n" + config["chat_template"]
     (base / "tokenizer_config.json").write_text(json.dumps(config))
-    turns = [{"role": "user", "content": "Tell me of %d"}, {"role": "assistant", "content": " ".join(["a bird"] * 99)}]
+    turns = [
+        {"role": "user", "content": "Tell me of %d"},
+        {"role": "assistant", "content": " ".join(["a bird"] * 99)},
+    ]
     content = "".join(json.dumps({"messages": turns}) % k + "\n" for k in range(12)).encode()
     async with place.worker(model=str(base)):
         job_id = await place.job(content=content, **SLOW)
@@ -143,7 +163,12 @@ async def test_a_job_whose_name_is_reserved_fails_before_it_is_trained(place: Pl
     async with place.worker():
         job = await place.wait(job_id, lambda job: job.finished_ms is not None)
     assert job.error is not None
-    assert (job.status, job.error["code"], job.error["param"], job.step) == ("failed", "reserved_name", "suffix", 0)
+    assert (job.status, job.error["code"], job.error["param"], job.step) == (
+        "failed",
+        "reserved_name",
+        "suffix",
+        0,
+    )
 
 
 async def test_a_cancelled_job_stops_in_its_step_and_leaves_nothing(place: Place) -> None:
@@ -159,7 +184,9 @@ async def test_a_cancelled_job_stops_in_its_step_and_leaves_nothing(place: Place
     assert await place.orphans() == []
 
 
-async def test_a_worker_that_is_told_to_end_gives_its_job_back_with_a_checkpoint(place: Place) -> None:
+async def test_a_worker_that_is_told_to_end_gives_its_job_back_with_a_checkpoint(
+    place: Place,
+) -> None:
     async with place.worker():
         job_id = await place.job(content=SLOW_ROWS, **SLOW)
         await place.wait(job_id, lambda job: job.step >= 3)
@@ -177,7 +204,9 @@ async def test_a_job_whose_process_dies_is_tried_again_and_a_poison_one_fails_wi
     model = place.folder / "model"
     shutil.copytree(MODEL, model)
     config = (model / "config.json").read_text()
-    (model / "config.json").write_text(config.replace('"intermediate_size": 512', '"intermediate_size": 500'))
+    (model / "config.json").write_text(
+        config.replace('"intermediate_size": 512', '"intermediate_size": 500')
+    )
     async with place.worker(model=str(model)):
         job_id = await place.job()
         job = await place.until(job_id, "failed")
@@ -199,7 +228,9 @@ async def test_a_job_whose_process_dies_is_tried_again_and_a_poison_one_fails_wi
     assert await place.orphans() == []
 
 
-async def test_data_and_settings_that_cannot_be_used_fail_at_once_with_a_sentence(place: Place) -> None:
+async def test_data_and_settings_that_cannot_be_used_fail_at_once_with_a_sentence(
+    place: Place,
+) -> None:
     tenant = await place.tenant()
     asked = {
         "damaged": await place.job(tenant), "missing": await place.job(tenant),
@@ -211,7 +242,9 @@ async def test_data_and_settings_that_cannot_be_used_fail_at_once_with_a_sentenc
     (place.folder / "blobs" / key).write_bytes(b'{"prompt": "other", "completion": "bytes"}\n')
     await place.blobs.delete(key_of_blob((await place.find(asked["missing"])).training_file_id))
     async with place.worker():
-        ended = {name: await place.until(job_id, "failed", "succeeded") for name, job_id in asked.items()}
+        ended = {
+            name: await place.until(job_id, "failed", "succeeded") for name, job_id in asked.items()
+        }
     told = {
         name: (job.error or {}).get("code", "") + ": " + (job.error or {}).get("message", "")
         for name, job in ended.items()
@@ -232,14 +265,18 @@ async def test_data_and_settings_that_cannot_be_used_fail_at_once_with_a_sentenc
     assert await place.orphans() == []
 
 
-async def test_a_base_model_that_vanished_holds_jobs_back_until_it_is_there_again(place: Place) -> None:
+async def test_a_base_model_that_vanished_holds_jobs_back_until_it_is_there_again(
+    place: Place,
+) -> None:
     model = place.folder / "model"
     shutil.copytree(MODEL, model)
     async with place.worker(model=str(model)) as worker:
         await until(lambda: worker.unready is None)
         os.rename(model / "model.safetensors", place.folder / "weights")
         job_id = await place.job()
-        await until_told(place, job_id, "returned to the queue and will continue from its last checkpoint")
+        await until_told(
+            place, job_id, "returned to the queue and will continue from its last checkpoint"
+        )
         os.rename(model, place.folder / "elsewhere")
         await until(lambda: worker.unready is not None and "is not a directory" in worker.unready)
         assert (await place.find(job_id)).status == "queued"
@@ -287,10 +324,15 @@ async def test_a_full_disk_sends_a_job_back_and_holds_the_others(
     async with place.worker(work=small_disk / "work") as worker:
         job_id = await place.job(content=SLOW_ROWS, **SLOW)
         await place.wait(job_id, lambda job: job.step >= 3)
-        with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as filler:
+        with (
+            contextlib.suppress(OSError),
+            (small_disk / "filler").open("wb", buffering=0) as filler,
+        ):
             while True:
                 filler.write(bytes(1 << 20))
-        await until_told(place, job_id, "returned to the queue and will continue from its last checkpoint")
+        await until_told(
+            place, job_id, "returned to the queue and will continue from its last checkpoint"
+        )
         await place.until(job_id, "queued")
         await until(lambda: worker.unready is not None and "No space left" in worker.unready)
         await asyncio.sleep(0.5)
@@ -355,7 +397,9 @@ async def test_jobs_run_beside_each_other_as_memory_allows(place: Place) -> None
     assert most == 2
 
 
-async def test_a_sweep_removes_what_nobody_names_and_leaves_what_is_young_or_alive(place: Place) -> None:
+async def test_a_sweep_removes_what_nobody_names_and_leaves_what_is_young_or_alive(
+    place: Place,
+) -> None:
     async with place.worker() as worker:
         job_id = await place.job()
         await place.until(job_id, "succeeded")
@@ -376,7 +420,9 @@ async def test_a_sweep_removes_what_nobody_names_and_leaves_what_is_young_or_ali
     await sweep(around)
     assert not place.store.path(orphan).exists()
     assert {digest for digest, _ in place.store.digests()} == set(kept)
-    assert [blob.key for blob in await place.blobs.list("checkpoints")] == [f"checkpoints/{paused}/step-000000002.tar"]
+    assert [blob.key for blob in await place.blobs.list("checkpoints")] == [
+        f"checkpoints/{paused}/step-000000002.tar"
+    ]
 
 
 async def until(what: object, seconds: float = 30) -> None:

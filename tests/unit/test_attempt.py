@@ -1,4 +1,6 @@
-"""One claimed job and a process that says what a test gives it to say: how each end is recorded, without training."""
+"""One claimed job and a process that says what a test gives it to say: how each end is recorded,
+without training.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,9 @@ class Process:
         return -signal.SIGKILL if "kill" in self.calls and self.waits else self.code
 
 
-async def attempt_of(place: Place, process: Process, device: Device = HUGE, **changed: Any) -> Attempt:
+async def attempt_of(
+    place: Place, process: Process, device: Device = HUGE, **changed: Any
+) -> Attempt:
     job_id = await place.job()
     begun = time.monotonic()
     async with place.database.writing() as session:
@@ -77,7 +81,9 @@ async def attempt_of(place: Place, process: Process, device: Device = HUGE, **ch
     return Attempt(ctx, claim, device, begun)
 
 
-async def ended(place: Place, *says: Message, code: int | None = 0, **changed: Any) -> tuple[str, Attempt, Job]:
+async def ended(
+    place: Place, *says: Message, code: int | None = 0, **changed: Any
+) -> tuple[str, Attempt, Job]:
     attempt = await attempt_of(place, Process((*BEGIN, *says), code), **changed)
     result = await attempt.run()
     assert list((place.folder / "work").iterdir()) == []
@@ -86,7 +92,13 @@ async def ended(place: Place, *says: Message, code: int | None = 0, **changed: A
 
 def broken(cause: Any) -> Broken:
     return Broken.model_validate(
-        {_CAUSE: cause, "code": "training_diverged", "message": "it is so", "param": "rank", "traceback": "at line 1"}
+        {
+            _CAUSE: cause,
+            "code": "training_diverged",
+            "message": "it is so",
+            "param": "rank",
+            "traceback": "at line 1",
+        }
     )
 
 
@@ -98,7 +110,11 @@ async def test_the_users_fault_ends_the_job_with_its_sentence(place: Place) -> N
     result, attempt, job = await ended(place, broken("user"))
     assert (result, job.status) == ("failed", "failed")
     assert job.error is not None
-    assert {"code": "training_diverged", "message": "it is so", "param": "rank"}.items() <= job.error.items()
+    assert {
+        "code": "training_diverged",
+        "message": "it is so",
+        "param": "rank",
+    }.items() <= job.error.items()
     assert not attempt.troubled
 
 
@@ -121,7 +137,9 @@ async def test_after_the_last_attempt_it_has_failed(place: Place) -> None:
 
 
 @pytest.mark.parametrize("says", [(broken("memory"),), ()], ids=["it said so", "it was killed"])
-async def test_a_lack_of_memory_raises_the_estimate(place: Place, says: tuple[Message, ...]) -> None:
+async def test_a_lack_of_memory_raises_the_estimate(
+    place: Place, says: tuple[Message, ...]
+) -> None:
     result, attempt, job = await ended(place, *says, code=-signal.SIGKILL)
     assert (result, job.attempts) == ("queued", 1)
     assert job.memory_bytes == int(1.5 * attempt.memory)
@@ -177,7 +195,9 @@ async def test_a_worker_that_drains_stops_the_run_and_gives_the_job_back(place: 
     assert (await place.find(attempt.claim.id)).attempts == 0
 
 
-async def test_a_worker_that_gives_up_kills_the_run_and_the_attempt_does_not_count(place: Place) -> None:
+async def test_a_worker_that_gives_up_kills_the_run_and_the_attempt_does_not_count(
+    place: Place,
+) -> None:
     process = Process(BEGIN, waits=True)
     attempt = await attempt_of(place, process)
     running = asyncio.create_task(attempt.run())
@@ -188,8 +208,12 @@ async def test_a_worker_that_gives_up_kills_the_run_and_the_attempt_does_not_cou
     assert (await place.find(attempt.claim.id)).attempts == 0
 
 
-@pytest.mark.parametrize(("asked", "call", "status"), [("cancel", "kill", "cancelled"), ("pause", "stop", "paused")])
-async def test_what_the_owner_wants_is_done(place: Place, asked: str, call: str, status: str) -> None:
+@pytest.mark.parametrize(
+    ("asked", "call", "status"), [("cancel", "kill", "cancelled"), ("pause", "stop", "paused")]
+)
+async def test_what_the_owner_wants_is_done(
+    place: Place, asked: str, call: str, status: str
+) -> None:
     process = Process(BEGIN, waits=True)
     attempt = await attempt_of(place, process)
     running = asyncio.create_task(attempt.run())
@@ -224,7 +248,9 @@ async def test_a_job_that_another_worker_has_is_let_go_of(place: Place) -> None:
 
 
 @pytest.mark.parametrize("param", ["training_file", "validation_file"])
-async def test_a_file_that_is_gone_ends_the_job_and_names_the_field(place: Place, param: str) -> None:
+async def test_a_file_that_is_gone_ends_the_job_and_names_the_field(
+    place: Place, param: str
+) -> None:
     process = Process(BEGIN)
     job_id = await place.job(held_out=b'{"prompt": "a", "completion": "b"}\n')
     file_id = getattr(await place.find(job_id), f"{param}_id")

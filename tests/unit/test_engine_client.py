@@ -23,9 +23,12 @@ from reft_serve.gateway.engines.client import EngineClient, EngineResponse
 pytestmark = pytest.mark.anyio
 # Not of `ClientError`, and not raised by what the gateway asks of an engine, each with the reason.
 NOT_RAISED = {
-    **dict.fromkeys(("WSMessageTypeError", "WSHandshakeError", "WebSocketError"), "there are no WebSockets"),
     **dict.fromkeys(
-        ("BadHttpMethod", "HttpBadRequest", "InvalidURLError"), "raised for requests, which aiohttp's server parses"
+        ("WSMessageTypeError", "WSHandshakeError", "WebSocketError"), "there are no WebSockets"
+    ),
+    **dict.fromkeys(
+        ("BadHttpMethod", "HttpBadRequest", "InvalidURLError"),
+        "raised for requests, which aiohttp's server parses",
     ),
     **dict.fromkeys(
         ("BadHttpMessage", "BadStatusLine", "HttpProcessingError", "InvalidHeader", "LineTooLong"),
@@ -49,14 +52,26 @@ def foreign() -> list[type[Exception]]:
     """Every exception class of aiohttp's client, and those of sockets and TLS below it."""
     modules = (client_exceptions, http_exceptions, http_websocket, streams)
     found = {each for module in modules for _, each in inspect.getmembers(module, inspect.isclass)}
-    theirs = {each for each in found if issubclass(each, Exception) and each.__module__.startswith("aiohttp.")}
+    theirs = {
+        each
+        for each in found
+        if issubclass(each, Exception) and each.__module__.startswith("aiohttp.")
+    }
     theirs |= {socket.gaierror, socket.herror, ssl.SSLError, ssl.SSLCertVerificationError}
-    theirs |= {TimeoutError, ConnectionResetError, BrokenPipeError, ConnectionRefusedError, ConnectionAbortedError}
+    theirs |= {
+        TimeoutError,
+        ConnectionResetError,
+        BrokenPipeError,
+        ConnectionRefusedError,
+        ConnectionAbortedError,
+    }
     return sorted(theirs, key=lambda each: each.__name__)
 
 
 @pytest.mark.parametrize("raised", foreign(), ids=lambda each: each.__name__)
-def test_every_class_that_a_connection_raises_is_the_engines_trouble(raised: type[Exception]) -> None:
+def test_every_class_that_a_connection_raises_is_the_engines_trouble(
+    raised: type[Exception],
+) -> None:
     """A version of aiohttp with another class fails here until it is decided what the class means."""
     assert issubclass(raised, upstream._BROKEN) != (raised.__name__ in NOT_RAISED)
 
@@ -178,7 +193,9 @@ class Raising:
         raise self._raised
 
 
-@pytest.mark.parametrize("raised", [raised for raised, _ in TROUBLES], ids=lambda each: type(each).__name__)
+@pytest.mark.parametrize(
+    "raised", [raised for raised, _ in TROUBLES], ids=lambda each: type(each).__name__
+)
 async def test_an_answer_that_breaks_off_is_the_engines_failure(raised: Exception) -> None:
     answer = EngineResponse(Breaking(raised))  # type: ignore[arg-type]
     for reading in (answer.read, answer.chunk):

@@ -1,4 +1,6 @@
-"""Which engine a request gets, and whose turn it is: the fleet over engines that are only attributes."""
+"""Which engine a request gets, and whose turn it is: the fleet over engines that are only
+attributes.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,9 @@ class Requests:
         self.turns: list[str] = []
         self.tasks: list[asyncio.Task[None]] = []
 
-    async def hold(self, stack: AsyncExitStack, tenant: str, affinity: str = "a", excluded: Any = NOBODY) -> Engine:
+    async def hold(
+        self, stack: AsyncExitStack, tenant: str, affinity: str = "a", excluded: Any = NOBODY
+    ) -> Engine:
         engine: Any = await stack.enter_async_context(self.fleet.engine(tenant, affinity, excluded))
         return engine  # type: ignore[no-any-return]
 
@@ -216,7 +220,9 @@ async def test_nothing_is_kept_of_tenants_and_engines_without_requests() -> None
         await requests.queue(f"t{k}")
     await requests.join()
     fleet = requests.fleet
-    assert [dict(kept) for kept in (fleet._queues, fleet._reserved, fleet._held, fleet._active)] == [{}] * 4
+    assert [
+        dict(kept) for kept in (fleet._queues, fleet._reserved, fleet._held, fleet._active)
+    ] == [{}] * 4
 
 
 async def test_a_version_is_in_every_engine_that_is_up_or_in_none(tmp_path: Path) -> None:

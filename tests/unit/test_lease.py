@@ -1,4 +1,6 @@
-"""A job's lease, over a database that a test takes away: what is kept, what is said once, and when it is given up."""
+"""A job's lease, over a database that a test takes away: what is kept, what is said once, and when
+it is given up.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ SECONDS = 0.6
 
 
 class Flaky:
-    """The database of a place; while `away`, no transaction begins, and with `breaks` none is committed."""
+    """The database of a place; while `away`, no transaction begins, and with `breaks` none is
+    committed.
+    """
 
     def __init__(self, place: Place) -> None:
         self._database = place.database
@@ -128,7 +132,8 @@ async def test_a_job_is_let_go_of_before_its_lease_ends_if_the_database_is_away(
     database.away = True
     with pytest.raises(LeaseLost, match="away for too long"):
         await lease.keep(lambda wanted: None)
-    assert 0 < time.monotonic() - lease.until() < 2  # it looks every 0.2 s, and others may use the machine
+    # it looks every 0.2 s, and others may use the machine
+    assert 0 < time.monotonic() - lease.until() < 2
     assert database.tries > 1
 
 
@@ -158,7 +163,9 @@ async def test_a_job_of_another_worker_is_lost_at_once(place: Place) -> None:
         await lease.keep(lambda wanted: None)
 
 
-async def test_a_write_is_tried_until_the_database_is_there_but_not_past_the_lease(place: Place) -> None:
+async def test_a_write_is_tried_until_the_database_is_there_but_not_past_the_lease(
+    place: Place,
+) -> None:
     lease, database, claim = await claimed(place)
     database.away = True
     asyncio.get_running_loop().call_later(0.1, setattr, database, "away", False)

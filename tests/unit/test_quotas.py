@@ -20,7 +20,18 @@ pytestmark = pytest.mark.anyio
 
 def caller(tenant: str = "t1", key: dict[str, Any] | None = None, **limits: Any) -> Principal:
     counters = (("k1", key),) if key else ()
-    return Principal(tenant, tenant, "k1", "owner", frozenset({"inference"}), "", limits, key or {}, None, counters)
+    return Principal(
+        tenant,
+        tenant,
+        "k1",
+        "owner",
+        frozenset({"inference"}),
+        "",
+        limits,
+        key or {},
+        None,
+        counters,
+    )
 
 
 @pytest.fixture
@@ -28,7 +39,9 @@ def quotas() -> Quotas:
     return Quotas(TenantLimits(), "async+memory://", BoundedNames(10))
 
 
-async def spend(quotas: Quotas, who: Principal, estimate: int = 1, used: int | None = None) -> dict[str, str]:
+async def spend(
+    quotas: Quotas, who: Principal, estimate: int = 1, used: int | None = None
+) -> dict[str, str]:
     async with quotas.spend(who, estimate) as spending:
         headers = dict(spending.headers)
         await quotas.settle(spending, estimate if used is None else used)

@@ -1,4 +1,6 @@
-"""An engine's answer made the caller's: names, usage, ends and failures of a stream, without a server."""
+"""An engine's answer made the caller's: names, usage, ends and failures of a stream, without a
+server.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ DONE = b"data: [DONE]\n\n"
 
 def event(**body: Any) -> bytes:
     """As vLLM writes it: no spaces, non-ASCII as it is."""
-    return b"data: " + json.dumps(body, separators=(",", ":"), ensure_ascii=False).encode() + b"\n\n"
+    return (
+        b"data: " + json.dumps(body, separators=(",", ":"), ensure_ascii=False).encode() + b"\n\n"
+    )
 
 
 def usage(prompt: int, completion: int, cached: int = 0) -> dict[str, Any]:
@@ -53,7 +57,9 @@ def test_a_stream_has_the_public_name_and_usage_only_if_asked(wants_usage: bool)
     events = parsed(rewriter.feed(STREAM))
     assert {each["model"] for each in events} == {PUBLIC}
     assert [each["choices"][0]["text"] for each in events[:2]] == ["one", "deux é"]
-    assert [each.get("usage") for each in events] == [None, None, usage(7, 2, 3)][: 3 if wants_usage else 2]
+    assert [each.get("usage") for each in events] == [None, None, usage(7, 2, 3)][
+        : 3 if wants_usage else 2
+    ]
     assert rewriter.complete
     assert rewriter.ending == DONE
     assert rewriter.tokens == Tokens(7, 3, 2)
@@ -70,14 +76,22 @@ def test_where_the_network_cuts_a_stream_changes_nothing(cuts: list[int]) -> Non
 
 
 def test_text_that_looks_like_structure_stays_text() -> None:
-    text = f'"model":"{ENGINES_NAME}" ,"usage":{{"prompt_tokens":9}} "finish_reason":"abort" data: [DONE]'
+    text = (
+        f'"model":"{ENGINES_NAME}" ,"usage":{{"prompt_tokens":9}} "finish_reason":"abort" data: '
+        "[DONE]"
+    )
     rewriter = Rewriter(ENGINES_NAME, PUBLIC, False)
     (only,) = parsed(rewriter.feed(chunk(text, 1)))
     assert only["choices"][0]["text"] == text
     assert only["model"] == PUBLIC
     assert rewriter.error is None
     assert not rewriter.complete
-    assert parsed(rewrite_whole(chunk(text, 1)[6:-2], ENGINES_NAME, PUBLIC)[0])[0]["choices"][0]["text"] == text
+    assert (
+        parsed(rewrite_whole(chunk(text, 1)[6:-2], ENGINES_NAME, PUBLIC)[0])[0]["choices"][0][
+            "text"
+        ]
+        == text
+    )
 
 
 def test_a_stream_that_breaks_off_has_the_tokens_of_each_choices_latest_chunk() -> None:
@@ -110,7 +124,9 @@ def typed(name: str, **body: Any) -> bytes:
     return b"event: " + name.encode() + b"\n" + event(type=name, **body)
 
 
-@pytest.mark.parametrize(("status", "name"), [("completed", "completed"), ("incomplete", "incomplete")])
+@pytest.mark.parametrize(
+    ("status", "name"), [("completed", "completed"), ("incomplete", "incomplete")]
+)
 def test_a_responses_stream_ends_with_its_status(status: str, name: str) -> None:
     """VLLM names the last event `completed` in both cases."""
     rewriter = Rewriter(ENGINES_NAME, PUBLIC, True)
@@ -133,8 +149,14 @@ def test_a_responses_stream_ends_with_its_status(status: str, name: str) -> None
 
 
 def test_a_whole_answer_is_renamed_and_counted() -> None:
-    answer = {"model": ENGINES_NAME, "choices": [{"finish_reason": "stop"}], "usage": usage(5, 6, 2)}
-    content, tokens = rewrite_whole(json.dumps(answer, separators=(",", ":")).encode(), ENGINES_NAME, PUBLIC)
+    answer = {
+        "model": ENGINES_NAME,
+        "choices": [{"finish_reason": "stop"}],
+        "usage": usage(5, 6, 2),
+    }
+    content, tokens = rewrite_whole(
+        json.dumps(answer, separators=(",", ":")).encode(), ENGINES_NAME, PUBLIC
+    )
     assert json.loads(content) == answer | {"model": PUBLIC}
     assert tokens == Tokens(5, 2, 6)
     assert tokens.work == 5 - 2 + 6
@@ -143,7 +165,9 @@ def test_a_whole_answer_is_renamed_and_counted() -> None:
 def test_a_whole_answer_that_the_engine_gave_up_is_none() -> None:
     with pytest.raises(EngineUnavailable):
         rewrite_whole(
-            chunk("x", 1)[6:-2].replace(b'"finish_reason":null', b'"finish_reason":"abort"'), ENGINES_NAME, "b"
+            chunk("x", 1)[6:-2].replace(b'"finish_reason":null', b'"finish_reason":"abort"'),
+            ENGINES_NAME,
+            "b",
         )
 
 
@@ -157,7 +181,9 @@ def test_a_whole_answer_that_the_engine_gave_up_is_none() -> None:
         ({"input_tokens": 3, "output_tokens": 4}, Tokens(3, 0, 4)),
     ],
 )
-def test_usage_is_read_from_each_of_openais_shapes(told: dict[str, Any] | None, tokens: Tokens) -> None:
+def test_usage_is_read_from_each_of_openais_shapes(
+    told: dict[str, Any] | None, tokens: Tokens
+) -> None:
     assert Tokens.of(told) == tokens
 
 

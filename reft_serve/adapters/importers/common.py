@@ -1,4 +1,6 @@
-"""Shared code of the importers: facts that a save does not record, and safe reading of its files."""
+"""Shared code of the importers: facts that a save does not record, and safe reading of its
+files.
+"""
 
 from __future__ import annotations
 
@@ -76,12 +78,14 @@ class ImportFlags:
         """
         if self.positions is None:
             raise ImportFlagMissing(
-                "this save does not record which tokens are edited: give --positions. pyreft's recipes: f7+l7 (paper, "
-                "--share_weights), f5+l5 --untied (instruct), f1+l1, last (README); add --last-offset 1 for an adapter "
-                "trained with ReftSupervisedDataset"
+                "this save does not record which tokens are edited: give --positions. pyreft's "
+                "recipes: f7+l7 (paper, --share_weights), f5+l5 --untied (instruct), f1+l1, last "
+                "(README); add --last-offset 1 for an adapter trained with ReftSupervisedDataset"
             )
         phase: Any = self.phase
-        return PositionRule(self.positions, tied=not self.untied, last_offset=self.last_offset, phase=phase)
+        return PositionRule(
+            self.positions, tied=not self.untied, last_offset=self.last_offset, phase=phase
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,7 +100,9 @@ class Imported:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Row:
-    """One intervention of a save: `tensors` named as in `vocabulary.required_tensors`, as they were saved."""
+    """One intervention of a save: `tensors` named as in `vocabulary.required_tensors`, as they were
+    saved.
+    """
 
     layer: int
     component: Component
@@ -107,7 +113,9 @@ class Row:
     part: Part = "both"
 
 
-def assemble(rows: Sequence[Row], manifest: dict[str, object], where: str, warnings: Sequence[str]) -> Imported:
+def assemble(
+    rows: Sequence[Row], manifest: dict[str, object], where: str, warnings: Sequence[str]
+) -> Imported:
     """Make an adapter of a save's rows. `manifest` holds the manifest's other fields.
 
     Raises:
@@ -116,13 +124,20 @@ def assemble(rows: Sequence[Row], manifest: dict[str, object], where: str, warni
     faults = [f"{row.origin}: {fault}" for row in rows for fault in _row_faults(row)]
     if faults:
         raise AdapterInvalid(where, faults)
-    kept = [{name: _kept(row.kind, name, tensor) for name, tensor in row.tensors.items()} for row in rows]
+    kept = [
+        {name: _kept(row.kind, name, tensor) for name, tensor in row.tensors.items()}
+        for row in rows
+    ]
     specs = tuple(_spec(row, tensors) for row, tensors in zip(rows, kept, strict=True))
     made = Manifest.model_validate({**manifest, "interventions": specs})
     faults = manifest_faults(made)
     if faults:
         raise AdapterInvalid(where, faults)
-    named = {f"interventions.{k}.{name}": t for k, tensors in enumerate(kept) for name, t in tensors.items()}
+    named = {
+        f"interventions.{k}.{name}": t
+        for k, tensors in enumerate(kept)
+        for name, t in tensors.items()
+    }
     weights, found = check_tensors(made, named, where)
     return Imported(made, weights, (*warnings, *found))
 
@@ -130,8 +145,15 @@ def assemble(rows: Sequence[Row], manifest: dict[str, object], where: str, warni
 def _row_faults(row: Row) -> list[str]:
     required = required_tensors(row.kind)
     allowed = {*required, *optional_tensors(row.kind)}
-    faults = [f"a {row.kind} needs {name}, which is missing" for name in required if name not in row.tensors]
-    faults += [f"a {row.kind} has no {name}, but the save holds one" for name in sorted(row.tensors.keys() - allowed)]
+    faults = [
+        f"a {row.kind} needs {name}, which is missing"
+        for name in required
+        if name not in row.tensors
+    ]
+    faults += [
+        f"a {row.kind} has no {name}, but the save holds one"
+        for name in sorted(row.tensors.keys() - allowed)
+    ]
     if faults:
         return faults
     faults = [
@@ -143,7 +165,10 @@ def _row_faults(row: Row) -> list[str]:
         return faults
     projection = row.tensors[required[0]]
     if projection.ndim != 2 or not len(projection):
-        return [f"{required[0]} has shape {tuple(projection.shape)} and must be a matrix of rank by hidden size"]
+        return [
+            f"{required[0]} has shape {tuple(projection.shape)} and must be a matrix of rank by "
+            "hidden size"
+        ]
     trained = row.tensors.get("W", row.tensors["b"])
     if trained.dtype not in DTYPES.values():
         return [f"its tensors are {str(trained.dtype)[6:]} and must be one of {', '.join(DTYPES)}"]
@@ -189,28 +214,38 @@ def read_torch(file: Path, max_bytes: int, where: str) -> dict[str, Tensor]:
     """The tensors that `torch.save` wrote as a dictionary, without running what the pickle names.
 
     Raises:
-        AdapterInvalid: not a regular file, too large (unpacked too), not a torch archive, or not named dense tensors.
+        AdapterInvalid: not a regular file, too large (unpacked too), not a torch archive, or not
+            named dense tensors.
     """
     content = read_regular_file(file, max_bytes, where)
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             unpacked = sum(member.file_size for member in archive.infolist())
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as exc:
-        raise AdapterInvalid(where, [f"{file.name} is damaged or was not written by torch.save"]) from exc
+        raise AdapterInvalid(
+            where, [f"{file.name} is damaged or was not written by torch.save"]
+        ) from exc
     if unpacked > max_bytes:
-        raise AdapterInvalid(where, [f"{file.name} unpacks to {unpacked} bytes and at most {max_bytes} are taken"])
+        raise AdapterInvalid(
+            where, [f"{file.name} unpacks to {unpacked} bytes and at most {max_bytes} are taken"]
+        )
     try:
         data = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as exc:  # a hostile pickle can raise anything
         first = str(exc).split("\n", 1)[0][:200]
-        raise AdapterInvalid(where, [f"{file.name} cannot be loaded as plain tensors ({first})"]) from exc
-    if not isinstance(data, dict) or not all(isinstance(k, str) and _is_plain(t) for k, t in data.items()):
+        raise AdapterInvalid(
+            where, [f"{file.name} cannot be loaded as plain tensors ({first})"]
+        ) from exc
+    if not isinstance(data, dict) or not all(
+        isinstance(k, str) and _is_plain(t) for k, t in data.items()
+    ):
         raise AdapterInvalid(where, [f"{file.name} holds objects other than named, dense tensors"])
     return {name: tensor.detach() for name, tensor in data.items()}
 
 
 def _is_plain(value: object) -> bool:
-    # A view can claim more elements than its storage holds, which any copy of it would then allocate.
+    # A view can claim more elements than its storage holds, which any copy of it would then
+    # allocate.
     return (
         isinstance(value, Tensor)
         and value.layout is torch.strided
@@ -220,15 +255,20 @@ def _is_plain(value: object) -> bool:
     )
 
 
-def rotation(saved: dict[str, Tensor], prefix: str, transposed: bool, origin: str, where: str) -> Tensor | None:
-    """R (rank, hidden) of a `torch.nn.utils.parametrizations.orthogonal` weight; None where the save has none.
+def rotation(
+    saved: dict[str, Tensor], prefix: str, transposed: bool, origin: str, where: str
+) -> Tensor | None:
+    """R (rank, hidden) of a `torch.nn.utils.parametrizations.orthogonal` weight; None where the
+    save has none.
 
-    The weight is base @ Q(original), neither of the two alone. Q is a product of Householder reflections, or a matrix
-    exponential where original is square (`torch/nn/utils/parametrizations.py`, `_Orthogonal.forward`).
+    The weight is base @ Q(original), neither of the two alone. Q is a product of Householder
+    reflections, or a matrix exponential where original is square
+    (`torch/nn/utils/parametrizations.py`, `_Orthogonal.forward`).
 
     Args:
         saved: a state dict; the two tensors are popped.
-        transposed: the weight itself is (rank, hidden), so original is too; else they are (hidden, rank).
+        transposed: the weight itself is (rank, hidden), so original is too; else they are (hidden,
+            rank).
 
     Raises:
         AdapterInvalid: one is missing or their shapes do not agree.
@@ -237,11 +277,15 @@ def rotation(saved: dict[str, Tensor], prefix: str, transposed: bool, origin: st
     if original is None and base is None:
         return None
     if original is None or base is None:
-        raise AdapterInvalid(where, [f"{origin}: {prefix}{_BASE if base is None else _ROTATION} is missing"])
+        raise AdapterInvalid(
+            where, [f"{origin}: {prefix}{_BASE if base is None else _ROTATION} is missing"]
+        )
     X = original.mT if transposed and original.ndim == 2 else original
     if X.ndim != 2 or not 1 <= X.shape[1] <= X.shape[0] or base.shape != (X.shape[0], X.shape[0]):
         shapes = f"{tuple(original.shape)} and {tuple(base.shape)}"
-        raise AdapterInvalid(where, [f"{origin}: the shapes of {prefix}original and base do not agree ({shapes})"])
+        raise AdapterInvalid(
+            where, [f"{origin}: the shapes of {prefix}original and base do not agree ({shapes})"]
+        )
     if not (X.is_floating_point() and base.is_floating_point() and X.isfinite().all()):
         raise AdapterInvalid(where, [f"{origin}: {prefix}original must hold finite floats"])
     return (base.float() @ _orthogonal(X.float())).mT.contiguous()
@@ -253,6 +297,7 @@ def _orthogonal(X: Tensor) -> Tensor:
         return torch.matrix_exp(lower - lower.mT)
     A = X.tril(diagonal=-1)
     Q = torch.linalg.householder_product(A, 2.0 / (1.0 + (A * A).sum(dim=-2)))
-    # torch truncates the signs to integers, so a diagonal that weight decay moved off -1 gives a zero column there too.
+    # torch truncates the signs to integers, so a diagonal that weight decay moved off -1 gives a
+    # zero column there too.
     signed: Tensor = Q * X.diagonal().int()
     return signed

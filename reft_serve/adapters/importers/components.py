@@ -1,8 +1,8 @@
 """Places of a model in pyreft's words, turned into ours. No torch.
 
-pyreft names a place by a component and a layer (`block_output`, 15), or by the path of a module and one of its sides
-(`model.layers[15].output`, pyvene `models/intervenable_modelcard.py`); a path says everything, so the layer next to it is
-ignored.
+pyreft names a place by a component and a layer (`block_output`, 15), or by the path of a module and
+one of its sides (`model.layers[15].output`, pyvene `models/intervenable_modelcard.py`); a path says
+everything, so the layer next to it is ignored.
 """
 
 from __future__ import annotations
@@ -26,7 +26,16 @@ _SIDES: dict[str, Component] = {"output": "block_output", "input": "block_input"
 # The last module of each sub-layer, and the sub-layer itself if it does nothing after that module.
 _MODULES: dict[Component, frozenset[str]] = {
     "mlp_output": frozenset(
-        {"mlp", "mlp.down_proj", "mlp.c_proj", "mlp.dropout", "mlp.dense_4h_to_h", "mlp.fc2", "fc2", "block_sparse_moe"}
+        {
+            "mlp",
+            "mlp.down_proj",
+            "mlp.c_proj",
+            "mlp.dropout",
+            "mlp.dense_4h_to_h",
+            "mlp.fc2",
+            "fc2",
+            "block_sparse_moe",
+        }
     ),
     "attention_output": frozenset(
         {
@@ -52,7 +61,8 @@ def resolve_component(component: str, layer: object, architecture: str) -> tuple
     Args:
         component: pyreft's component or module path.
         layer: the layer next to it; ignored where the component is a path.
-        architecture: the base model's class, which decides whether its embeddings are what layer 0 reads.
+        architecture: the base model's class, which decides whether its embeddings are what layer 0
+            reads.
 
     Raises:
         PlaceUnknown: the place is not one that we edit, or not one at all.
@@ -62,7 +72,9 @@ def resolve_component(component: str, layer: object, architecture: str) -> tuple
     for ours in COMPONENTS:
         if component == ours:
             if type(layer) is not int or layer < 0:
-                raise PlaceUnknown(f"layer {str(layer)[:40]!r} of {component} is not a layer number")
+                raise PlaceUnknown(
+                    f"layer {str(layer)[:40]!r} of {component} is not a layer number"
+                )
             return layer, ours
     raise PlaceUnknown(f"{component[:80]!r} is not an editable component ({', '.join(COMPONENTS)})")
 
@@ -76,14 +88,17 @@ def _resolve_path(path: str, named: str, architecture: str) -> tuple[int, Compon
         for component, modules in _MODULES.items():
             if side == "output" and module in modules:
                 return layer, component
-    if _EMBEDDINGS.fullmatch(path) or path.removeprefix("transformer.") in ("wte.output", "wpe.output"):
+    if _EMBEDDINGS.fullmatch(path) or path.removeprefix("transformer.") in (
+        "wte.output",
+        "wpe.output",
+    ):
         if _PLAIN_EMBEDDINGS.fullmatch(architecture) and "decoder." not in path:
             return 0, "block_input"
         raise PlaceUnknown(
-            f"{named[:80]!r} is not the input of layer 0 of a {architecture} reads: it adds to the embeddings or scales "
-            "them, or is not known not to"
+            f"{named[:80]!r} is not the input of layer 0 of a {architecture} reads: it adds to "
+            "the embeddings or scales them, or is not known not to"
         )
     raise PlaceUnknown(
-        f"{named[:80]!r} is not an editable component (a layer's input or output, or the output of its MLP or "
-        "attention)"
+        f"{named[:80]!r} is not an editable component (a layer's input or output, or the output "
+        "of its MLP or attention)"
     )

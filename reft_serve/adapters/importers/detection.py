@@ -24,12 +24,14 @@ def import_adapter(
     max_bytes: int = 1 << 30,
     modules: Callable[[], Mapping[str, tuple[int, int]]] | None = None,
 ) -> Adapter:
-    """Read `source`, regardless of its format, and publish it at `out`. The adapter's `warnings` are for its owner.
+    """Read `source`, regardless of its format, and publish it at `out`. The adapter's `warnings`
+    are for its owner.
 
     Args:
         source, base, flags, max_bytes: as for `read_any`.
         out: a path at which nothing exists yet.
-        modules: gives the base's linear modules, for a save that holds a LoRA too; without it the LoRA is not compared.
+        modules: gives the base's linear modules, for a save that holds a LoRA too; without it the
+            LoRA is not compared.
 
     Raises:
         ClientError: as `read_any` and `publish` do; a LoRA does not fit the base.
@@ -43,7 +45,9 @@ def import_adapter(
     return replace(made, warnings=imported.warnings)
 
 
-def read_any(source: Path, base: BaseFacts, flags: ImportFlags, max_bytes: int = 1 << 30) -> Imported:
+def read_any(
+    source: Path, base: BaseFacts, flags: ImportFlags, max_bytes: int = 1 << 30
+) -> Imported:
     """Read a reft-serve adapter, a save or a checkpoint of pyreft, or a save of AdapterHub.
 
     Args:
@@ -68,15 +72,17 @@ def read_any(source: Path, base: BaseFacts, flags: ImportFlags, max_bytes: int =
     raise AdapterUnsupported(
         str(source),
         [
-            "unknown format: looked for reft_config.json (ours), intkey_*.bin or intervenable_model/ (pyreft), "
-            "and adapter_config.json (AdapterHub)"
+            "unknown format: looked for reft_config.json (ours), intkey_*.bin or "
+            "intervenable_model/ (pyreft), and adapter_config.json (AdapterHub)"
         ],
     )
 
 
 def _read_ours(source: Path, base: BaseFacts, flags: ImportFlags, max_bytes: int) -> Imported:
     if flags != ImportFlags():
-        raise ClientError(f"{source} is a reft-serve adapter, which records everything: use only --base and --out")
+        raise ClientError(
+            f"{source} is a reft-serve adapter, which records everything: use only --base and --out"
+        )
     adapter = read_adapter(source, max_bytes)
     faults = Limits().faults(adapter.manifest, base)
     if faults:

@@ -1,4 +1,6 @@
-"""Writing an adapter as `ReftModel.save` of pyreft 0.1.0 with pyvene 0.1.8 would, for pyreft to load."""
+"""Writing an adapter as `ReftModel.save` of pyreft 0.1.0 with pyvene 0.1.8 would, for pyreft to
+load.
+"""
 
 from __future__ import annotations
 
@@ -23,29 +25,38 @@ __all__ = ["export_pyreft", "import_flags"]
 
 
 def export_pyreft(adapter: Adapter, out: Path) -> None:
-    """Write the directory `out`: `config.json` and one `intkey_*.bin` for each intervention, whole or not at all.
+    """Write the directory `out`: `config.json` and one `intkey_*.bin` for each intervention, whole
+    or not at all.
 
-    The parametrised layouts get `original` = -I and a `base` whose first columns are R transposed, so that torch's
-    product gives R exactly, orthonormal or not; the other columns complete it.
+    The parametrised layouts get `original` = -I and a `base` whose first columns are R transposed,
+    so that torch's product gives R exactly, orthonormal or not; the other columns complete it.
 
     Raises:
         AdapterExists: something is at `out` already.
-        AdapterUnsupported: its prefix and suffix have different interventions, which pyreft cannot distinguish.
+        AdapterUnsupported: its prefix and suffix have different interventions, which pyreft cannot
+            distinguish.
     """
     rows = list(_rows(adapter))
     keys = _keys([spec for spec, _ in rows])
-    lora = {} if adapter.lora is None else adapter.lora.files  # PEFT's files, as its users load them
-    write_directory(out, [*_files(rows, keys, adapter.manifest.base_model.hidden_size), *lora.items()])
+    # PEFT's files, as its users load them
+    lora = {} if adapter.lora is None else adapter.lora.files
+    write_directory(
+        out, [*_files(rows, keys, adapter.manifest.base_model.hidden_size), *lora.items()]
+    )
 
 
 def import_flags(adapter: Adapter) -> str:
-    """What to say to `adapter import` when the export comes back: pyreft's directory does not hold it."""
+    """What to say to `adapter import` when the export comes back: pyreft's directory does not hold
+    it.
+    """
     rule = adapter.manifest.positions
     said = [f"--positions={rule.spec}"]
     said += ["--untied"] if not rule.tied else []
     said += [f"--last-offset {rule.last_offset}"] if rule.last_offset else []
     said += [f"--phase {rule.phase}"] if rule.phase != "prompt" else []
-    names = {spec.activation for spec in adapter.manifest.interventions if has_activation(spec.kind)}
+    names = {
+        spec.activation for spec in adapter.manifest.interventions if has_activation(spec.kind)
+    }
     said += [f"--activation {name}" for name in sorted(names - {"linear"})]
     return " ".join(said)
 
@@ -56,12 +67,17 @@ def _rows(adapter: Adapter) -> Iterator[tuple[InterventionSpec, Weights]]:
     if adapter.manifest.positions.tied:
         yield from rows
         return
-    halves = [[row for row in rows if row[0].part in ("both", half)] for half in ("prefix", "suffix")]
+    halves = [
+        [row for row in rows if row[0].part in ("both", half)] for half in ("prefix", "suffix")
+    ]
     places = [[(spec.layer, spec.component) for spec, _ in half] for half in halves]
     if places[0] != places[1]:
         raise AdapterUnsupported(
             "being exported",
-            ["pyreft needs the same layers for the prefix and for the suffix, in the same order, and here they differ"],
+            [
+                "pyreft needs the same layers for the prefix and for the suffix, in the same "
+                "order, and here they differ"
+            ],
         )
     for half in halves:
         yield from half
@@ -77,14 +93,19 @@ def _keys(specs: list[InterventionSpec]) -> list[str]:
     return keys
 
 
-def _files(rows: list[tuple[InterventionSpec, Weights]], keys: list[str], width: int) -> Iterator[tuple[str, bytes]]:
+def _files(
+    rows: list[tuple[InterventionSpec, Weights]], keys: list[str], width: int
+) -> Iterator[tuple[str, bytes]]:
     config = {
         "intervention_constant_sources": [True] * len(rows),
         "intervention_dimensions": [width] * len(rows),
-        "intervention_types": [f"<class 'pyreft.interventions.{s.kind.capitalize()}Intervention'>" for s, _ in rows],
+        "intervention_types": [
+            f"<class 'pyreft.interventions.{s.kind.capitalize()}Intervention'>" for s, _ in rows
+        ],
         "mode": "parallel",
         "representations": [
-            [spec.layer, spec.component, "pos", 1, spec.rank, *[None] * (len(FIELDS) - 5)] for spec, _ in rows
+            [spec.layer, spec.component, "pos", 1, spec.rank, *[None] * (len(FIELDS) - 5)]
+            for spec, _ in rows
         ],
         "sorted_keys": keys,
     }
@@ -116,6 +137,8 @@ def _state_dict(weights: Weights) -> OrderedDict[str, Tensor]:
 
 
 def _completed(R: Tensor) -> Tensor:
-    """(hidden, hidden) with R transposed as its first columns and an orthonormal basis of the rest."""
+    """(hidden, hidden) with R transposed as its first columns and an orthonormal basis of the
+    rest.
+    """
     basis, _ = torch.linalg.qr(R.double().mT, mode="complete")
     return torch.cat([R.mT, basis[:, len(R) :].float()], dim=1).contiguous()

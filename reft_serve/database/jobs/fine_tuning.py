@@ -1,4 +1,6 @@
-"""Fine-tuning jobs as their owners see them: asked for, looked at, stopped. What workers do is in `jobs`."""
+"""Fine-tuning jobs as their owners see them: asked for, looked at, stopped. What workers do is in
+`jobs`.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ _LABEL = len(":00000000:ckpt-step-0000000")
 
 @dataclass(frozen=True, slots=True)
 class NewJob:
-    """A requested job. `model`: the base model's public name; `method` and `hyperparameters` keep their "auto"."""
+    """A requested job. `model`: the base model's public name; `method` and `hyperparameters` keep
+    their "auto".
+    """
 
     model: str
     training_file_id: str
@@ -60,12 +64,15 @@ class JobState:
     latest: int
 
 
-async def create_job(session: AsyncSession, tenant: Tenant, key_id: str | None, wanted: NewJob) -> Job:
+async def create_job(
+    session: AsyncSession, tenant: Tenant, key_id: str | None, wanted: NewJob
+) -> Job:
     """Put a job into the queue. Its files are kept for it until it has ended.
 
     Raises:
         NotFound: a file is not there.
-        RequestInvalid: the suffix is not an adapter's name, is reserved, or is too long for the names here.
+        RequestInvalid: the suffix is not an adapter's name, is reserved, or is too long for the
+            names here.
     """
     for file_id in (wanted.training_file_id, wanted.validation_file_id):
         if file_id is not None:
@@ -75,7 +82,10 @@ async def create_job(session: AsyncSession, tenant: Tenant, key_id: str | None, 
     check_adapter_name(adapter, wanted.model, tenant.name, "suffix")
     longest = _MODEL_ID - len(f"ft:{wanted.model}:{tenant.name}:") - _LABEL
     if len(adapter) > longest:
-        raise RequestInvalid(f"the suffix makes the model's name too long: use at most {longest} characters", "suffix")
+        raise RequestInvalid(
+            f"the suffix makes the model's name too long: use at most {longest} characters",
+            "suffix",
+        )
     job = Job(id=job_id, tenant=tenant, key_id=key_id, adapter=adapter, **asdict(wanted))
     session.add(job)
     await session.flush()
@@ -85,7 +95,9 @@ async def create_job(session: AsyncSession, tenant: Tenant, key_id: str | None, 
     return job
 
 
-async def find_job(session: AsyncSession, tenant_id: str | None, job_id: str, *, locked: bool = False) -> Job:
+async def find_job(
+    session: AsyncSession, tenant_id: str | None, job_id: str, *, locked: bool = False
+) -> Job:
     """A job of a tenant, or (None) of any.
 
     Raises:
@@ -107,7 +119,8 @@ async def list_jobs(
     metadata: Mapping[str, str] | None = None,
     statuses: Sequence[str] | None = None,
 ) -> tuple[Sequence[Job], bool]:
-    """A page of the jobs of a tenant or (None) of all, the newest first, and whether there are more.
+    """A page of the jobs of a tenant or (None) of all, the newest first, and whether there are
+    more.
 
     Args:
         session: any.
@@ -134,10 +147,13 @@ async def list_jobs(
 
 
 async def ask(
-    session: AsyncSession, tenant_id: str | None, job_id: str, what: Literal["cancel", "pause", "resume"]
+    session: AsyncSession,
+    tenant_id: str | None,
+    job_id: str,
+    what: Literal["cancel", "pause", "resume"],
 ) -> Job:
-    """Stop a job, of a tenant or (None) of any, or let it continue. What does not run stops at once; what runs is stopped by
-    its worker, within a step.
+    """Stop a job, of a tenant or (None) of any, or let it continue. What does not run stops at
+    once; what runs is stopped by its worker, within a step.
 
     Raises:
         NotFound: there is no such job.
@@ -192,9 +208,16 @@ async def list_events(
     return found[:limit], len(found) > limit
 
 
-async def events_since(session: AsyncSession, job_id: str, number: int, limit: int = 500) -> Sequence[Event]:
+async def events_since(
+    session: AsyncSession, job_id: str, number: int, limit: int = 500
+) -> Sequence[Event]:
     """A job's events after that of this number, the oldest first."""
-    query = select(Event).where(Event.job_id == job_id, Event.number > number).order_by(Event.number).limit(limit)
+    query = (
+        select(Event)
+        .where(Event.job_id == job_id, Event.number > number)
+        .order_by(Event.number)
+        .limit(limit)
+    )
     return (await session.scalars(query)).all()
 
 
@@ -204,7 +227,9 @@ async def number_of_event(session: AsyncSession, job_id: str, event_id: str) -> 
     Raises:
         NotFound: the job has no such event.
     """
-    found = await session.scalar(select(Event.number).where(Event.job_id == job_id, Event.id == event_id))
+    found = await session.scalar(
+        select(Event.number).where(Event.job_id == job_id, Event.id == event_id)
+    )
     if found is None:
         raise NotFound(f"job {job_id} has no event {event_id[:80]!r}")
     return found
@@ -214,13 +239,17 @@ async def states_of(session: AsyncSession, job_ids: Collection[str]) -> dict[str
     """States of the jobs that still exist."""
     latest = select(func.max(Event.number)).where(Event.job_id == Job.id).scalar_subquery()
     query = select(Job.id, Job.status, func.coalesce(latest, 0)).where(Job.id.in_(job_ids))
-    return {job_id: JobState(status, number) for job_id, status, number in (await session.execute(query)).all()}
+    return {
+        job_id: JobState(status, number)
+        for job_id, status, number in (await session.execute(query)).all()
+    }
 
 
 async def list_checkpoints(
     session: AsyncSession, job_id: str, *, after: str | None = None, limit: int = 10
 ) -> tuple[Sequence[Checkpoint], bool]:
-    """A page of a job's checkpoints that can be called, the latest step first, and whether there are more.
+    """A page of a job's checkpoints that can be called, the latest step first, and whether there
+    are more.
 
     Raises:
         NotFound: the job has no checkpoint `after`.
@@ -238,12 +267,18 @@ async def list_checkpoints(
 
 async def unfinished_of(session: AsyncSession, job_ids: Collection[str]) -> set[str]:
     """Those of these jobs that have not ended, of any tenant."""
-    return set(await session.scalars(select(Job.id).where(Job.id.in_(job_ids), Job.status.not_in(FINAL))))
+    return set(
+        await session.scalars(select(Job.id).where(Job.id.in_(job_ids), Job.status.not_in(FINAL)))
+    )
 
 
 async def unfinished_jobs_of(session: AsyncSession, tenant_id: str) -> int:
     """Number of a tenant's jobs that are queued, running or paused."""
-    query = select(func.count()).select_from(Job).where(Job.tenant_id == tenant_id, Job.status.not_in(FINAL))
+    query = (
+        select(func.count())
+        .select_from(Job)
+        .where(Job.tenant_id == tenant_id, Job.status.not_in(FINAL))
+    )
     return await session.scalar(query) or 0
 
 
@@ -257,7 +292,9 @@ def _jobs(tenant_id: str | None) -> Select[Job]:
     return select(Job) if tenant_id is None else select(Job).where(Job.tenant_id == tenant_id)
 
 
-def _with_metadata(session: AsyncSession, query: Select[Job], metadata: Mapping[str, str]) -> Select[Job]:
+def _with_metadata(
+    session: AsyncSession, query: Select[Job], metadata: Mapping[str, str]
+) -> Select[Job]:
     # Not Job.metadata_[key]: SQLite would read a key with a quote in it as a path.
     each = func.json_each if session.get_bind().dialect.name == "sqlite" else func.json_each_text
     if not metadata:
@@ -265,5 +302,7 @@ def _with_metadata(session: AsyncSession, query: Select[Job], metadata: Mapping[
         return query.where(~exists(select(pairs.c.key)))
     for key, value in metadata.items():
         pairs = each(Job.metadata_).table_valued("key", "value")
-        query = query.where(exists(select(pairs.c.key).where(pairs.c.key == key, pairs.c.value == value)))
+        query = query.where(
+            exists(select(pairs.c.key).where(pairs.c.key == key, pairs.c.value == value))
+        )
     return query

@@ -1,4 +1,6 @@
-"""The outcome of a job's run: the worker's result, and the rows that record it in one transaction."""
+"""The outcome of a job's run: the worker's result, and the rows that record it in one
+transaction.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,9 @@ class NewVersion:
 
 @dataclass(frozen=True, slots=True)
 class NewCheckpoint:
-    """A state on the way, with metrics as OpenAI names them (`train_loss`, `valid_loss`, `valid_mean_token_accuracy` ...)."""
+    """A state on the way, with metrics as OpenAI names them (`train_loss`, `valid_loss`,
+    `valid_mean_token_accuracy` ...).
+    """
 
     step: int
     metrics: Mapping[str, float]
@@ -66,7 +70,9 @@ class NewCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class Succeeded:
-    """The job is done. `result`: the file of its metrics, begun by `files.start_file`, whose blob is written."""
+    """The job is done. `result`: the file of its metrics, begun by `files.start_file`, whose blob
+    is written.
+    """
 
     version: NewVersion
     checkpoints: Sequence[NewCheckpoint]
@@ -98,18 +104,33 @@ Outcome = Succeeded | Failed | Cancelled | Paused
 
 
 def tell(
-    session: AsyncSession, job: Job, message: str, level: Level = "info", metrics: Mapping[str, Any] | None = None
+    session: AsyncSession,
+    job: Job,
+    message: str,
+    level: Level = "info",
+    metrics: Mapping[str, Any] | None = None,
 ) -> None:
     """Add an event of a job whose row this transaction has locked or made."""
     kind = "message" if metrics is None else "metrics"
     data = None if metrics is None else dict(metrics)
     session.add(
-        Event(id=new_id("ftevent", "-"), job_id=job.id, level=level, type=kind, message=message[:4000], data=data)
+        Event(
+            id=new_id("ftevent", "-"),
+            job_id=job.id,
+            level=level,
+            type=kind,
+            message=message[:4000],
+            data=data,
+        )
     )
 
 
-async def end(session: AsyncSession, job: Job, status: Literal["succeeded", "failed", "cancelled"]) -> None:
-    """Bring a job whose row this transaction has locked to its final state: event, audit entry and webhooks with it."""
+async def end(
+    session: AsyncSession, job: Job, status: Literal["succeeded", "failed", "cancelled"]
+) -> None:
+    """Bring a job whose row this transaction has locked to its final state: event, audit entry and
+    webhooks with it.
+    """
     job.status, job.wanted, job.worker, job.lease_until_ms = status, "none", None, None
     job.finished_ms, job.estimated_finish_ms = now_ms(), None
     if status == "succeeded":
@@ -117,7 +138,12 @@ async def end(session: AsyncSession, job: Job, status: Literal["succeeded", "fai
     elif status == "cancelled":
         tell(session, job, "The job was cancelled")
     else:
-        tell(session, job, f"The job failed: {(job.error or {}).get('message', 'no reason is known')}", "error")
+        tell(
+            session,
+            job,
+            f"The job failed: {(job.error or {}).get('message', 'no reason is known')}",
+            "error",
+        )
     facts = {"model": job.fine_tuned_model, "code": (job.error or {}).get("code")}
     told = {name: value for name, value in facts.items() if value is not None}
     audit.record(session, audit.Actor(job.key_id), f"job.{status}", job.id, job.tenant_id, **told)
@@ -125,9 +151,16 @@ async def end(session: AsyncSession, job: Job, status: Literal["succeeded", "fai
 
 
 def requeue(job: Job) -> None:
-    """Return a job to the queue without a worker; behind the waiting jobs if it yielded to one of them."""
+    """Return a job to the queue without a worker; behind the waiting jobs if it yielded to one of
+    them.
+    """
     waits_since = now_ms() if job.wanted == "yield" else None
-    job.status, job.worker, job.lease_until_ms, job.estimated_finish_ms = "queued", None, waits_since, None
+    job.status, job.worker, job.lease_until_ms, job.estimated_finish_ms = (
+        "queued",
+        None,
+        waits_since,
+        None,
+    )
     job.wanted = "none" if job.wanted == "yield" else job.wanted
 
 
@@ -158,16 +191,20 @@ async def put_checkpoint(
     session: AsyncSession, job: Job, step: int, metrics: Mapping[str, float], version_id: str | None
 ) -> None:
     """Record a checkpoint; a job that went back to an earlier one comes by the same step again."""
-    found = await session.scalar(select(Checkpoint).where(Checkpoint.job_id == job.id, Checkpoint.step == step))
+    found = await session.scalar(
+        select(Checkpoint).where(Checkpoint.job_id == job.id, Checkpoint.step == step)
+    )
     if found is None:
         found = Checkpoint(id=new_id("ftckpt", "-"), job_id=job.id, step=step)
         session.add(found)
     found.metrics, found.version_id = dict(metrics), version_id
 
 
-async def fit(session: AsyncSession, job: Job, outcome: Succeeded, limits: TenantLimits) -> Succeeded | Failed:
-    """Select the part of a run's result that fits into the tenant's limits, latest checkpoints first. It is a failure if not
-    even the result itself fits.
+async def fit(
+    session: AsyncSession, job: Job, outcome: Succeeded, limits: TenantLimits
+) -> Succeeded | Failed:
+    """Select the part of a run's result that fits into the tenant's limits, latest checkpoints
+    first. It is a failure if not even the result itself fits.
 
     Args:
         session: a writing one.
@@ -187,10 +224,17 @@ async def fit(session: AsyncSession, job: Job, outcome: Succeeded, limits: Tenan
         size += checkpoint.version.size_bytes
         try:
             count = len(kept) + 2
-            await check_room(session, job.tenant_id, limits, size=size, adapter=job.adapter, versions=count)
+            await check_room(
+                session, job.tenant_id, limits, size=size, adapter=job.adapter, versions=count
+            )
         except RateLimited as exc:
             left = len(outcome.checkpoints) - len(kept)
-            tell(session, job, f"{left} of {len(outcome.checkpoints)} checkpoints were not published: {exc}", "warn")
+            tell(
+                session,
+                job,
+                f"{left} of {len(outcome.checkpoints)} checkpoints were not published: {exc}",
+                "warn",
+            )
             break
         kept.append(checkpoint)
     return replace(outcome, checkpoints=kept)
@@ -198,6 +242,14 @@ async def fit(session: AsyncSession, job: Job, outcome: Succeeded, limits: Tenan
 
 async def _add_version(session: AsyncSession, job: Job, made: NewVersion, label: str) -> Version:
     return await add_version(
-        session, job.tenant, job.adapter, digest=made.digest, base_model=made.base_model, size_bytes=made.size_bytes,
-        source=job.id, facts=dict(made.facts), base_name=job.model, label=label,
-    )  # fmt: skip
+        session,
+        job.tenant,
+        job.adapter,
+        digest=made.digest,
+        base_model=made.base_model,
+        size_bytes=made.size_bytes,
+        source=job.id,
+        facts=dict(made.facts),
+        base_name=job.model,
+        label=label,
+    )

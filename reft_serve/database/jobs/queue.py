@@ -1,7 +1,9 @@
-"""The queue of fine-tuning jobs, as workers see it: claimed by lease, kept by heartbeat, ended once.
+"""The queue of fine-tuning jobs, as workers see it: claimed by lease, kept by heartbeat, ended
+once.
 
-Every change checks the lease in its own transaction, so a slow worker, or one presumed dead, changes nothing: it gets
-LeaseLost. An event is written in the transaction of the change that it reports.
+Every change checks the lease in its own transaction, so a slow worker, or one presumed dead,
+changes nothing: it gets LeaseLost. An event is written in the transaction of the change that it
+reports.
 """
 
 from __future__ import annotations
@@ -61,7 +63,8 @@ class Claim:
     """A job as the worker that holds it sees it.
 
     Args:
-        worker: the lease; give it to every function here. It differs from claim to claim, also of one worker.
+        worker: the lease; give it to every function here. It differs from claim to claim, also of
+            one worker.
         resolved: what an attempt before found "auto" to be; empty at first.
         step: as far as any attempt has come.
         adapter: the name that the version will have.
@@ -108,23 +111,29 @@ async def claim(
     running_per_tenant: int | None = None,
     most_attempts: int = MOST_ATTEMPTS,
 ) -> Claim | None:
-    """Take the job whose turn it is: of the highest priority, of the tenant with the fewest running, of the tenant whose jobs
-    gave way longest ago or not at all, the oldest.
+    """Take the job whose turn it is: of the highest priority, of the tenant with the fewest
+    running, of the tenant whose jobs gave way longest ago or not at all, the oldest.
 
     Args:
         session: a writing one.
         worker: its name, for people.
         lease_seconds: how long the job is this worker's without a heartbeat.
         memory_bytes: take none that is known to need more.
-        running_per_tenant: the most jobs of a tenant that run at once, if the tenant has no such limit.
+        running_per_tenant: the most jobs of a tenant that run at once, if the tenant has no such
+            limit.
         most_attempts: attempts that may end without progress.
     """
     if session.get_bind().dialect.name == "postgresql":
-        # Rows are claimed by SKIP LOCKED; this only lets each claim count what the one before has taken.
-        await session.execute(text("SELECT pg_advisory_xact_lock(hashtextextended('jobs.claim', 0))"))
+        # Rows are claimed by SKIP LOCKED; this only lets each claim count what the one before has
+        # taken.
+        await session.execute(
+            text("SELECT pg_advisory_xact_lock(hashtextextended('jobs.claim', 0))")
+        )
     await sweep(session, most_attempts)
     busy = await _busy(session)
-    query = _waiting(memory_bytes, await _full(session, busy, running_per_tenant)).order_by(Job.priority.desc())
+    query = _waiting(memory_bytes, await _full(session, busy, running_per_tenant)).order_by(
+        Job.priority.desc()
+    )
     for turns in (busy, await _gave_way(session)):
         if turns:
             query = query.order_by(case(turns, value=Job.tenant_id, else_=0))
@@ -149,10 +158,12 @@ async def make_way(
     running_per_tenant: int | None = None,
     waited_seconds: float = 0.0,
 ) -> str | None:
-    """Ask one of a worker's jobs to give way, if the job of a tenant with fewer running ones waits; the answer is its id.
+    """Ask one of a worker's jobs to give way, if the job of a tenant with fewer running ones waits;
+    the answer is its id.
 
-    It stores a checkpoint, goes back to the queue behind those that wait, and continues when it is its turn. No more jobs are
-    asked than tenants wait, so several workers do not all make way for one job.
+    It stores a checkpoint, goes back to the queue behind those that wait, and continues when it is
+    its turn. No more jobs are asked than tenants wait, so several workers do not all make way for
+    one job.
 
     Args:
         session: a writing one.
@@ -162,13 +173,19 @@ async def make_way(
         waited_seconds: a job that has waited less does not count: a worker with room may take it.
     """
     if session.get_bind().dialect.name == "postgresql":
-        await session.execute(text("SELECT pg_advisory_xact_lock(hashtextextended('jobs.claim', 0))"))
+        await session.execute(
+            text("SELECT pg_advisory_xact_lock(hashtextextended('jobs.claim', 0))")
+        )
     busy = await _busy(session)
     fitting = _waiting(memory_bytes, await _full(session, busy, running_per_tenant))
     fitting = fitting.where(now_ms() - int(waited_seconds * 1000) >= _SINCE)
-    grouped = fitting.with_only_columns(Job.tenant_id, func.max(Job.priority)).group_by(Job.tenant_id)
+    grouped = fitting.with_only_columns(Job.tenant_id, func.max(Job.priority)).group_by(
+        Job.tenant_id
+    )
     waiting: dict[str, int] = dict((await session.execute(grouped)).all())
-    asked = select(func.count()).select_from(Job).where(Job.status == "running", Job.wanted == "yield")
+    asked = (
+        select(func.count()).select_from(Job).where(Job.status == "running", Job.wanted == "yield")
+    )
     if not waiting or (await session.scalar(asked) or 0) >= len(waiting):
         return None
     for job_id in held:
@@ -181,7 +198,12 @@ async def make_way(
             for tenant, priority in waiting.items()
         ):
             job.wanted = "yield"
-            tell(session, job, "Another tenant's job is waiting: this job stores a checkpoint and returns to the queue")
+            tell(
+                session,
+                job,
+                "Another tenant's job is waiting: this job stores a checkpoint and returns to the "
+                "queue",
+            )
             await session.flush()
             return job.id
     return None
@@ -189,7 +211,9 @@ async def make_way(
 
 async def sweep(session: AsyncSession, most_attempts: int = MOST_ATTEMPTS) -> int:
     """Requeue, end or fail the jobs whose leases have expired, and return their number."""
-    lost = select(Job).where(Job.status == "running", Job.lease_until_ms < now_ms()).order_by(Job.id)
+    lost = (
+        select(Job).where(Job.status == "running", Job.lease_until_ms < now_ms()).order_by(Job.id)
+    )
     found = (await session.scalars(lost.with_for_update(of=Job, skip_locked=True))).all()
     for job in found:
         if job.wanted == "cancel":
@@ -200,13 +224,22 @@ async def sweep(session: AsyncSession, most_attempts: int = MOST_ATTEMPTS) -> in
             await _give_up(session, job, "worker lost")
         else:
             requeue(job)
-            tell(session, job, "The worker was lost; the job will continue from its last checkpoint", "warn")
+            tell(
+                session,
+                job,
+                "The worker was lost; the job will continue from its last checkpoint",
+                "warn",
+            )
     await session.flush()
     return len(found)
 
 
 async def heartbeat(
-    session: AsyncSession, job_id: str, worker: str, lease_seconds: float, progress: Progress | None = None
+    session: AsyncSession,
+    job_id: str,
+    worker: str,
+    lease_seconds: float,
+    progress: Progress | None = None,
 ) -> Wanted:
     """Renew the lease, report progress, and return the action that the owner wants.
 
@@ -216,7 +249,8 @@ async def heartbeat(
     job = await _held(session, job_id, worker)
     job.lease_until_ms = now_ms() + int(lease_seconds * 1000)
     if progress is not None:
-        if progress.step > job.step:  # farther than ever: what failed before was not the job's own doing
+        # farther than ever: what failed before was not the job's own doing
+        if progress.step > job.step:
             job.step, job.attempts = progress.step, 1
         job.steps, job.trained_tokens = progress.steps, progress.trained_tokens
         job.estimated_finish_ms = progress.estimated_finish_ms
@@ -231,7 +265,9 @@ async def poll(session: AsyncSession, job_id: str, worker: str) -> Wanted:
     Raises:
         LeaseLost: it is no longer this worker's.
     """
-    query = select(Job.wanted).where(Job.id == job_id, Job.status == "running", Job.worker == worker)
+    query = select(Job.wanted).where(
+        Job.id == job_id, Job.status == "running", Job.worker == worker
+    )
     wanted: Wanted | None = await session.scalar(query)
     if wanted is None:
         raise _lost(job_id, worker)
@@ -283,8 +319,8 @@ async def add_checkpoint(
     metrics: Mapping[str, float],
     limits: TenantLimits = _NO_LIMITS,
 ) -> None:
-    """Record a checkpoint that a job can resume from. It gets its own name, and is listed, when the job succeeds. The
-    event warns if the tenant's limits leave no room for the job's result.
+    """Record a checkpoint that a job can resume from. It gets its own name, and is listed, when the
+    job succeeds. The event warns if the tenant's limits leave no room for the job's result.
 
     Raises:
         LeaseLost: it is no longer this worker's.
@@ -301,13 +337,19 @@ async def add_checkpoint(
 
 
 async def finish(
-    session: AsyncSession, job_id: str, worker: str, outcome: Outcome, limits: TenantLimits = _NO_LIMITS
+    session: AsyncSession,
+    job_id: str,
+    worker: str,
+    outcome: Outcome,
+    limits: TenantLimits = _NO_LIMITS,
 ) -> Status:
-    """End the job's run, with everything that belongs to it, at once; the answer is how it ended. A result that the tenant's
-    limits (default: `limits`) leave no room for is a failure; checkpoints beyond them are left out.
+    """End the job's run, with everything that belongs to it, at once; the answer is how it ended. A
+    result that the tenant's limits (default: `limits`) leave no room for is a failure; checkpoints
+    beyond them are left out.
 
-    A cancel that was asked for before wins over success: then nothing is published, and the answer is "cancelled".
-    The caller of a success holds `Database.lock` of each digest and has seen that its files are there.
+    A cancel that was asked for before wins over success: then nothing is published, and the answer
+    is "cancelled". The caller of a success holds `Database.lock` of each digest and has seen that
+    its files are there.
 
     Raises:
         LeaseLost: it is no longer this worker's.
@@ -365,7 +407,12 @@ async def release(
         if traceback is None:
             job.attempts -= 1
         else:
-            tell(session, job, f"Attempt {job.attempts} of {most_attempts} failed; the job will be retried", "warn")
+            tell(
+                session,
+                job,
+                f"Attempt {job.attempts} of {most_attempts} failed; the job will be retried",
+                "warn",
+            )
         requeue(job)
     await session.flush()
     status: Status = job.status  # type: ignore[assignment]
@@ -375,7 +422,9 @@ async def release(
 async def _held(session: AsyncSession, job_id: str, worker: str) -> Job:
     """The job, locked, if this lease is its."""
     query = select(Job).where(Job.id == job_id, Job.status == "running", Job.worker == worker)
-    found = await session.scalar(query.with_for_update(of=Job).execution_options(populate_existing=True))
+    found = await session.scalar(
+        query.with_for_update(of=Job).execution_options(populate_existing=True)
+    )
     if found is None:
         raise _lost(job_id, worker)
     return found
@@ -387,14 +436,20 @@ def _lost(job_id: str, worker: str) -> LeaseLost:
 
 async def _busy(session: AsyncSession) -> dict[str, int]:
     """Number of running jobs per tenant, for tenants that have any."""
-    query = select(Job.tenant_id, func.count()).where(Job.status == "running").group_by(Job.tenant_id)
+    query = (
+        select(Job.tenant_id, func.count()).where(Job.status == "running").group_by(Job.tenant_id)
+    )
     return dict((await session.execute(query)).all())
 
 
 async def _gave_way(session: AsyncSession) -> dict[str, int]:
-    """When the tenants with jobs that gave way and wait again did so last: the others' jobs come before theirs."""
+    """When the tenants with jobs that gave way and wait again did so last: the others' jobs come
+    before theirs.
+    """
     query = select(Job.tenant_id, func.max(Job.lease_until_ms)).where(Job.status == "queued")
-    found = await session.execute(query.where(Job.lease_until_ms.is_not(None)).group_by(Job.tenant_id))
+    found = await session.execute(
+        query.where(Job.lease_until_ms.is_not(None)).group_by(Job.tenant_id)
+    )
     return {tenant: since or 0 for tenant, since in found.all()}
 
 
@@ -407,7 +462,9 @@ async def _full(session: AsyncSession, busy: Mapping[str, int], default: int | N
 
 def _waiting(memory_bytes: int | None, full: Sequence[str]) -> Select[Job]:
     able = select(Tenant.id).where(Tenant.disabled_ms.is_(None))
-    query = select(Job).where(Job.status == "queued", Job.tenant_id.in_(able), Job.tenant_id.not_in(full))
+    query = select(Job).where(
+        Job.status == "queued", Job.tenant_id.in_(able), Job.tenant_id.not_in(full)
+    )
     if memory_bytes is not None:
         query = query.where(or_(Job.memory_bytes.is_(None), Job.memory_bytes <= memory_bytes))
     return query
@@ -415,7 +472,8 @@ def _waiting(memory_bytes: int | None, full: Sequence[str]) -> Select[Job]:
 
 async def _give_up(session: AsyncSession, job: Job, why: str) -> None:
     sentence = (
-        f"The job failed after {job.attempts} attempts ({why}). It will not be retried; the operator has the details."
+        f"The job failed after {job.attempts} attempts ({why}). It will not be retried; the "
+        "operator has the details."
     )
     job.error = {"code": "too_many_attempts", "message": sentence, "param": None}
     await end(session, job, "failed")
@@ -423,9 +481,23 @@ async def _give_up(session: AsyncSession, job: Job, why: str) -> None:
 
 def _claimed(job: Job) -> Claim:
     return Claim(
-        id=job.id, worker=job.worker or "", tenant_id=job.tenant_id, tenant=job.tenant.name, model=job.model,
-        method=job.method, hyperparameters=job.hyperparameters, resolved=job.resolved,
-        training_file_id=job.training_file_id, validation_file_id=job.validation_file_id, seed=job.seed,
-        metadata=job.metadata_, integrations=job.integrations, adapter=job.adapter, attempts=job.attempts,
-        step=job.step, created_ms=job.created_ms, started_ms=job.started_ms or now_ms(), limits=job.tenant.limits,
-    )  # fmt: skip
+        id=job.id,
+        worker=job.worker or "",
+        tenant_id=job.tenant_id,
+        tenant=job.tenant.name,
+        model=job.model,
+        method=job.method,
+        hyperparameters=job.hyperparameters,
+        resolved=job.resolved,
+        training_file_id=job.training_file_id,
+        validation_file_id=job.validation_file_id,
+        seed=job.seed,
+        metadata=job.metadata_,
+        integrations=job.integrations,
+        adapter=job.adapter,
+        attempts=job.attempts,
+        step=job.step,
+        created_ms=job.created_ms,
+        started_ms=job.started_ms or now_ms(),
+        limits=job.tenant.limits,
+    )

@@ -1,1 +1,3 @@
-"""Alembic's migrations, shipped with the package: `reft_serve.database.connection.migrate` runs them."""
+"""Alembic's migrations, shipped with the package: `reft_serve.database.connection.migrate` runs
+them.
+"""

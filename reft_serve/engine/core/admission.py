@@ -1,8 +1,9 @@
-"""A request enters the scheduler only once every worker holds its adapter, and they hold it until it is finished.
+"""A request enters the scheduler only once every worker holds its adapter, and they hold it until
+it is finished.
 
-A failure in the middle of a step would end the engine for everyone; here it ends one request. Whether files vanish or
-change afterwards do not matter. Files are read and folded off the core's loop, so that a load holds up the steps of others
-only while its units are copied.
+A failure in the middle of a step would end the engine for everyone; here it ends one request.
+Whether files vanish or change afterwards do not matter. Files are read and folded off the core's
+loop, so that a load holds up the steps of others only while its units are copied.
 """
 
 from __future__ import annotations
@@ -46,36 +47,47 @@ class Admission:
     Its methods run on the core's loop, except `read_ahead`.
 
     Args:
-        executor: vLLM's executor, asked to hold versions with unfinished requests and, from time to time, to release them.
-        config: what adapters are read for. As many versions without requests stay held as vLLM's --max-cpu-loras says,
-            least recently used first out.
+        executor: vLLM's executor, asked to hold versions with unfinished requests and, from time to
+            time, to release them.
+        config: what adapters are read for. As many versions without requests stay held as vLLM's
+            --max-cpu-loras says, least recently used first out.
     """
 
     def __init__(self, executor: Any, config: VllmConfig) -> None:
         assert config.lora_config is not None
         self._executor, self._most_idle = executor, config.lora_config.max_cpu_loras
         self._base, self._limits, self._max_bytes = (
-            base_facts(config), limits_of(config), settings_of(config).max_adapter_bytes
-        )  # fmt: skip
+            base_facts(config),
+            limits_of(config),
+            settings_of(config).max_adapter_bytes,
+        )
         self._unfinished: Counter[str] = Counter()
         # The ids that front ends know them by.
         self._idle: OrderedDict[str, int] = OrderedDict()
         self._pinned: set[int] = set()
         self._held: set[str] = set()
         self._ahead: dict[str, Folded] = {}
-        # By identity: two strengths, or two prompt ends, of one version are two adapters to a batch.
+        # By identity: two strengths, or two prompt ends, of one version are two adapters to a
+        # batch.
         self._requests: Counter[AdapterRef] = Counter()
         self._ids: dict[AdapterRef, int] = {}
 
     def read_ahead(self, request: LoRARequest | None) -> None:
-        """Read the adapter of a request that is about to be admitted or loaded. Called off the loop, by any thread.
+        """Read the adapter of a request that is about to be admitted or loaded. Called off the
+        loop, by any thread.
 
         Raises:
-            AdapterNotFound, AdapterInvalid, AdapterChanged, AdapterUnsupported: as `registry.read_folded` does.
+            AdapterNotFound, AdapterInvalid, AdapterChanged, AdapterUnsupported: as
+                `registry.read_folded` does.
         """
         identity = adapter_ref(request)
         # In this order: what is taken from `_ahead` has come to `_held` before.
-        if request is None or identity is None or identity.digest in self._ahead or identity.digest in self._held:
+        if (
+            request is None
+            or identity is None
+            or identity.digest in self._ahead
+            or identity.digest in self._held
+        ):
             return
         folded = read_folded(identity, request.lora_path, self._base, self._limits, self._max_bytes)
         self._ahead[identity.digest] = folded
@@ -83,7 +95,8 @@ class Admission:
             self._ahead.pop(identity.digest, None)
 
     def admit(self, request: Request) -> None:
-        """Have the workers hold the request's adapter, and give the request an id that no other identity has.
+        """Have the workers hold the request's adapter, and give the request an id that no other
+        identity has.
 
         Raises:
             ReftError: what a worker met; the request must not be scheduled then.
@@ -161,13 +174,15 @@ class Admission:
             self._held.discard(digest)
 
     def _free_id(self, identity: AdapterRef) -> int:
-        # Runners find a row's adapter by its id, so two identities in one batch must never share one.
+        # Runners find a row's adapter by its id, so two identities in one batch must never share
+        # one.
         taken, first = set(self._ids.values()), identity.engine_id & ~(IDS - 1)
         tries = (first + (identity.engine_id - first + n) % IDS for n in range(IDS))
         return next(number for number in tries if number not in taken)
 
 
-_admissions: WeakKeyDictionary[Any, Admission] = WeakKeyDictionary()  # by scheduler, which reports what has finished
+# by scheduler, which reports what has finished
+_admissions: WeakKeyDictionary[Any, Admission] = WeakKeyDictionary()
 
 
 def admission_of(core: Any) -> Admission | None:
@@ -175,7 +190,9 @@ def admission_of(core: Any) -> Admission | None:
     admission = _admissions.get(core.scheduler)
     if admission is None and core.vllm_config.lora_config is not None:
         # Two threads may come here first.
-        return _admissions.setdefault(core.scheduler, Admission(core.model_executor, core.vllm_config))
+        return _admissions.setdefault(
+            core.scheduler, Admission(core.model_executor, core.vllm_config)
+        )
     return admission
 
 
@@ -232,7 +249,9 @@ def on_every_worker(executor: Any, method: str, request: LoRARequest, *args: Any
 
 @contextmanager
 def faults_as_text() -> Iterator[None]:
-    """Raise failures with their data as text: vLLM gives a front end the text of the core's exceptions, and no more."""
+    """Raise failures with their data as text: vLLM gives a front end the text of the core's
+    exceptions, and no more.
+    """
     try:
         yield
     except ReftError as exc:
@@ -252,7 +271,9 @@ def wrap_free_request(original: Any) -> Callable[..., Any]:
 
 
 def wrap_preprocess_add_request(original: Any) -> Callable[..., Any]:
-    """Around `EngineCore.preprocess_add_request`, which the core's input thread calls: its failure ends one request."""
+    """Around `EngineCore.preprocess_add_request`, which the core's input thread calls: its failure
+    ends one request.
+    """
 
     def preprocess(self: Any, request: Any) -> Any:
         admission = admission_of(self)
@@ -264,7 +285,9 @@ def wrap_preprocess_add_request(original: Any) -> Callable[..., Any]:
 
 
 def wrap_remove_lora(original: Any) -> Callable[..., bool]:
-    """Around `EngineCore.remove_lora`, which frees the slot: also release what is in host memory."""
+    """Around `EngineCore.remove_lora`, which frees the slot: also release what is in host
+    memory.
+    """
 
     def remove_lora(self: Any, lora_id: int) -> bool:
         removed = bool(original(self, lora_id))
@@ -293,7 +316,9 @@ _READERS = ThreadPoolExecutor(2, thread_name_prefix="reft-read")
 
 
 def read_ahead(self: Any, lora_request: LoRARequest) -> Future[None] | None:
-    """A method for `EngineCore`: what a front end calls before `add_lora`, whose reading would hold up the loop."""
+    """A method for `EngineCore`: what a front end calls before `add_lora`, whose reading would hold
+    up the loop.
+    """
     admission = admission_of(self)
     return None if admission is None else _READERS.submit(_read_ahead, admission, lora_request)
 

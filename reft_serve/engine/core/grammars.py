@@ -1,7 +1,8 @@
 """The engine core's side of structured outputs: llguidance with bounds on every step.
 
-llguidance alone bounds a step by counts (items of its parser, fuel of its lexer), so that a grammar cannot stall it for
-long. The time of a request's matching is counted, and a request that takes too much ends, without the others.
+llguidance alone bounds a step by counts (items of its parser, fuel of its lexer), so that a grammar
+cannot stall it for long. The time of a request's matching is counted, and a request that takes too
+much ends, without the others.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ __all__ = ["BACKEND", "EXCEEDED", "BoundedGrammar"]
 
 BACKEND = "guidance"
 EXCEEDED = "was too costly to match: it is too large or too ambiguous for a request's time limit"
-# If a step takes more than STEP_SECONDS, the costliest requests end, but none that takes less than this.
+# If a step takes more than STEP_SECONDS, the costliest requests end, but none that takes less than
+# this.
 _CHEAP = 0.001
 
 
@@ -67,7 +69,9 @@ class BoundedGrammar(GuidanceGrammar):  # type: ignore[misc]  # vLLM is untyped 
 
 
 def wrap_compile_grammar(_: Any) -> Callable[..., BoundedGrammar]:
-    """In place of `GuidanceBackend.compile_grammar`, which knows no bounds. Runs on threads of vLLM's."""
+    """In place of `GuidanceBackend.compile_grammar`, which knows no bounds. Runs on threads of
+    vLLM's.
+    """
 
     def compile_grammar(
         self: GuidanceBackend, request_type: StructuredOutputOptions, grammar_spec: str, **_: Any
@@ -85,13 +89,16 @@ def wrap_compile_grammar(_: Any) -> Callable[..., BoundedGrammar]:
 
 
 def wrap_manager_init(original: Any) -> Callable[..., None]:
-    """Around `StructuredOutputManager.__init__`: create the backend at start, independent of the first request."""
+    """Around `StructuredOutputManager.__init__`: create the backend at start, independent of the
+    first request.
+    """
 
     def init(self: Any, vllm_config: Any) -> None:
         original(self, vllm_config)
         tokenizer = self.__dict__.get("tokenizer")
-        if vllm_config.structured_outputs_config.backend == BACKEND and GuidanceBackend.is_tokenizer_supported(
-            tokenizer
+        if (
+            vllm_config.structured_outputs_config.backend == BACKEND
+            and GuidanceBackend.is_tokenizer_supported(tokenizer)
         ):
             size = vllm_config.model_config.get_vocab_size()
             self.backend = GuidanceBackend(vllm_config, tokenizer=tokenizer, vocab_size=size)
@@ -100,11 +107,18 @@ def wrap_manager_init(original: Any) -> Callable[..., None]:
 
 
 def wrap_grammar_bitmask(original: Any) -> Callable[..., Any]:
-    """Around `StructuredOutputManager.grammar_bitmask`, which a step calls for all of its requests."""
+    """Around `StructuredOutputManager.grammar_bitmask`, which a step calls for all of its
+    requests.
+    """
 
-    def grammar_bitmask(self: Any, requests: Any, structured_output_request_ids: Any, *args: Any, **kwargs: Any) -> Any:
+    def grammar_bitmask(
+        self: Any, requests: Any, structured_output_request_ids: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         mask = original(self, requests, structured_output_request_ids, *args, **kwargs)
-        held = (requests[request_id].structured_output_request for request_id in structured_output_request_ids)
+        held = (
+            requests[request_id].structured_output_request
+            for request_id in structured_output_request_ids
+        )
         end_costly(request.grammar for request in held)
         return mask
 

@@ -1,4 +1,6 @@
-"""The front end's side: from a LoRA request as users write it to a checked one that carries its identity."""
+"""The front end's side: from a LoRA request as users write it to a checked one that carries its
+identity.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,20 @@ from reft_serve.adapters.directory import CONFIG, is_adapter, read_adapter
 from reft_serve.adapters.engine_card import CARD_KEY
 from reft_serve.adapters.engine_fault import ALREADY_LOADED, CHAT_TEMPLATE, EngineFault
 from reft_serve.adapters.manifest import Manifest
-from reft_serve.engine.adapter_ref import AdapterRef, adapter_ref, bound_request, with_prompt_tokens, with_strength
-from reft_serve.engine.vllm_config import base_facts, engine_card, limits_of, rank_faults, settings_of
+from reft_serve.engine.adapter_ref import (
+    AdapterRef,
+    adapter_ref,
+    bound_request,
+    with_prompt_tokens,
+    with_strength,
+)
+from reft_serve.engine.vllm_config import (
+    base_facts,
+    engine_card,
+    limits_of,
+    rank_faults,
+    settings_of,
+)
 from reft_serve.errors import AdapterUnsupported, ClientError
 
 __all__ = ["PROMPT_TOKENS", "STRENGTH", "Binder", "binder_of"]
@@ -38,8 +52,8 @@ _refusals: ContextVar[list[ClientError] | None] = ContextVar("reft_refusals", de
 class Binder:
     """Binds requests to adapter versions; one per front-end engine object.
 
-    A directory is read once per (name, id, path): like vLLM's own adapters, a name keeps its version until it is loaded
-    again (`load_inplace`) or removed.
+    A directory is read once per (name, id, path): like vLLM's own adapters, a name keeps its
+    version until it is loaded again (`load_inplace`) or removed.
     """
 
     def __init__(self, config: VllmConfig) -> None:
@@ -48,20 +62,28 @@ class Binder:
         self._bound: dict[int, tuple[str, str, LoRARequest]] = {}
 
     def bind(self, request: LoRARequest | None) -> LoRARequest | None:
-        """The request that the engine gets: LoRA and base requests as they are, ReFT ones with their identity.
+        """The request that the engine gets: LoRA and base requests as they are, ReFT ones with
+        their identity.
 
         Raises:
-            AdapterInvalid, AdapterUnsupported: the directory cannot be served; every fault is named.
-            LoRAAdapterNotFoundError: there is none (vLLM's own error, which its server answers with 404).
+            AdapterInvalid, AdapterUnsupported: the directory cannot be served; every fault is
+                named.
+            LoRAAdapterNotFoundError: there is none (vLLM's own error, which its server answers with
+                404).
         """
         if request is None or self._config.lora_config is None:
             return request
         name, path, bound = self._bound.get(request.lora_int_id, ("", "", None))
-        if bound is None or request.load_inplace or (name, path) != (request.lora_name, request.lora_path):
+        if (
+            bound is None
+            or request.load_inplace
+            or (name, path) != (request.lora_name, request.lora_path)
+        ):
             bound = self._read(request)
             self._bound[request.lora_int_id] = request.lora_name, request.lora_path, bound
             if adapter_ref(bound) is not None:
-                # It is loaded again now. vLLM keeps the request object, and would ask for it with every use of the name.
+                # It is loaded again now. vLLM keeps the request object, and would ask for it with
+                # every use of the name.
                 request.load_inplace = False
         return bound
 
@@ -97,7 +119,9 @@ class Binder:
         if faults:
             raise AdapterUnsupported(str(path), faults)
         lora = adapter.lora is not None
-        return bound_request(request, str(path), AdapterRef(adapter.digest, adapter.manifest.positions, lora))
+        return bound_request(
+            request, str(path), AdapterRef(adapter.digest, adapter.manifest.positions, lora)
+        )
 
     def _faults(self, manifest: Manifest) -> list[str]:
         """Why this engine cannot serve the interventions."""
@@ -105,9 +129,14 @@ class Binder:
         return faults + rank_faults(self._config, manifest.interventions)
 
     def _lora_faults(self, path: Path) -> list[str]:
-        """Why this engine cannot serve the LoRA of a directory that holds both, as far as its config shows."""
+        """Why this engine cannot serve the LoRA of a directory that holds both, as far as its
+        config shows.
+        """
         if settings_of(self._config).lora == "off":
-            return ["it also holds a LoRA, and this engine serves ReFT only: set REFT_LORA=on to serve both"]
+            return [
+                "it also holds a LoRA, and this engine serves ReFT only: set REFT_LORA=on to "
+                "serve both"
+            ]
         try:
             helper = PEFTHelper.from_local_dir(str(path), self._config.model_config.max_model_len)
             helper.validate_legal(self._config.lora_config)
@@ -119,14 +148,20 @@ class Binder:
         if any(path.glob("intkey_*.bin")) or any(path.glob("intervenable_model/intkey_*.bin")):
             raise AdapterUnsupported(
                 str(path),
-                ["it is a pyreft save; convert it first: reft-serve adapter import DIR --base MODEL --positions ..."],
+                [
+                    "it is a pyreft save; convert it first: reft-serve adapter import DIR --base "
+                    "MODEL --positions ..."
+                ],
             )
         if not path.is_dir():
             raise LoRAAdapterNotFoundError(request.lora_name, request.lora_path)
         if settings_of(self._config).lora == "off":
             raise AdapterUnsupported(
                 str(path),
-                [f"it holds no {CONFIG}, and this engine serves ReFT only: set REFT_LORA=on to serve LoRA too"],
+                [
+                    f"it holds no {CONFIG}, and this engine serves ReFT only: set REFT_LORA=on to "
+                    "serve LoRA too"
+                ],
             )
         return request
 
@@ -139,7 +174,8 @@ def binder_of(engine: Any) -> Binder:
     processor = getattr(engine, "input_processor", engine)
     binder = _binders.get(processor)
     if binder is None:
-        binder = _binders.setdefault(processor, Binder(processor.vllm_config))  # threads may come here at once
+        # threads may come here at once
+        binder = _binders.setdefault(processor, Binder(processor.vllm_config))
     return binder
 
 
@@ -170,9 +206,11 @@ def strength_of(params: Any) -> float | None:
     given = (getattr(params, "extra_args", None) or {}).get(STRENGTH)
     if given is None:
         return None
-    if isinstance(given, bool) or not isinstance(given, int | float) or not abs(given) <= _MOST:  # NaN too
+    # NaN too
+    if isinstance(given, bool) or not isinstance(given, int | float) or not abs(given) <= _MOST:
         raise VLLMValidationError(
-            f"{STRENGTH} must be a number from -{_MOST:g} to {_MOST:g}: 1 is the adapter as it was trained, 0 the base model",
+            f"{STRENGTH} must be a number from -{_MOST:g} to {_MOST:g}: 1 is the adapter as it "
+            "was trained, 0 the base model",
             parameter=f"vllm_xargs.{STRENGTH}",
             value=str(given)[:100],
         )
@@ -180,20 +218,23 @@ def strength_of(params: Any) -> float | None:
 
 
 def prompt_tokens_of(params: Any, request_id: str) -> int | None:
-    """Length in tokens of a request's prompt for the position rule; None if the request does not say.
+    """Length in tokens of a request's prompt for the position rule; None if the request does not
+    say.
 
     Raises:
         VLLMValidationError: it is not a number of tokens, or the list has none for this prompt.
     """
     given = (getattr(params, "extra_args", None) or {}).get(PROMPT_TOKENS)
     if isinstance(given, list):
-        # One request of the server may have several prompts, with one `extra_args` for all. It numbers their ids.
+        # One request of the server may have several prompts, with one `extra_args` for all. It
+        # numbers their ids.
         at = request_id.rpartition("-")[2] if len(given) > 1 else "0"
         given = given[int(at)] if at.isdecimal() and int(at) < len(given) else given
     if given is None or (isinstance(given, int) and not isinstance(given, bool) and given >= 1):
         return given
     raise _wrong_prompt_tokens(
-        "must be the number of tokens, at least 1, before the answer; a list has one per prompt", given
+        "must be the number of tokens, at least 1, before the answer; a list has one per prompt",
+        given,
     )
 
 
@@ -212,7 +253,9 @@ def _end_prompt(request: Any, prompt_tokens: int) -> None:
 
 def _wrong_prompt_tokens(fault: str, given: object) -> VLLMValidationError:
     parameter = f"vllm_xargs.{PROMPT_TOKENS}"
-    return VLLMValidationError(f"{PROMPT_TOKENS} {fault}", parameter=parameter, value=str(given)[:100])
+    return VLLMValidationError(
+        f"{PROMPT_TOKENS} {fault}", parameter=parameter, value=str(given)[:100]
+    )
 
 
 def _at_strength(bound: LoRARequest | None, strength: float | None) -> LoRARequest | None:
@@ -230,7 +273,9 @@ def _at_strength(bound: LoRARequest | None, strength: float | None) -> LoRAReque
 
 
 def wrap_add_lora(original: Any) -> Callable[..., Any]:
-    """Around `add_lora` of `LLMEngine` and of `AsyncLLM`, whose event loop must not wait for a disk."""
+    """Around `add_lora` of `LLMEngine` and of `AsyncLLM`, whose event loop must not wait for a
+    disk.
+    """
 
     async def add_from_thread(self: Any, request: LoRARequest) -> Any:
         with _faults_of(request.lora_path):
@@ -248,7 +293,9 @@ def wrap_add_lora(original: Any) -> Callable[..., Any]:
 
 @contextmanager
 def _faults_of(path: str) -> Iterator[None]:
-    """Raise what the engine core met, whose exceptions come as text, and note what is the caller's to fix."""
+    """Raise what the engine core met, whose exceptions come as text, and note what is the caller's
+    to fix.
+    """
     try:
         yield
     except Exception as exc:
@@ -280,13 +327,18 @@ def wrap_list_loras(original: Any) -> Callable[..., Any]:
 
     def list_ids(self: Any) -> Any:
         answer = original(self)
-        return listed(answer, binder_of(self)) if inspect.isawaitable(answer) else binder_of(self).front_end_ids(answer)
+        return (
+            listed(answer, binder_of(self))
+            if inspect.isawaitable(answer)
+            else binder_of(self).front_end_ids(answer)
+        )
 
     return list_ids
 
 
 def wrap_load_lora_adapter(original: Any) -> Callable[..., Any]:
-    """Around `OpenAIServingModels.load_lora_adapter`: an adapter's faults are the caller's to fix, so 400 and not 500.
+    """Around `OpenAIServingModels.load_lora_adapter`: an adapter's faults are the caller's to fix,
+    so 400 and not 500.
 
     The error's `type` is the failure's class and its `faults` are all that was found, as data.
     """
@@ -303,7 +355,12 @@ def wrap_load_lora_adapter(original: Any) -> Callable[..., Any]:
             return answer
         if refusals:
             fault = EngineFault.of(refusals[0])
-            error.type, error.code, error.param, error.message = fault.type, 400, "lora_path", fault.message
+            error.type, error.code, error.param, error.message = (
+                fault.type,
+                400,
+                "lora_path",
+                fault.message,
+            )
             error.faults = list(fault.faults)
         elif error.type == "InvalidUserInput" and request.lora_name in self.lora_requests:
             error.type = ALREADY_LOADED
@@ -313,11 +370,15 @@ def wrap_load_lora_adapter(original: Any) -> Callable[..., Any]:
 
 
 class ChatTemplateMissing(VLLMValidationError, ChatTemplateResolutionError):  # type: ignore[misc]  # vLLM is untyped here
-    """vLLM's error for a base model without a chat template, with the field that its answer names."""
+    """vLLM's error for a base model without a chat template, with the field that its answer
+    names.
+    """
 
 
 def wrap_safe_apply_chat_template(original: Any) -> Callable[..., Any]:
-    """Around `safe_apply_chat_template`: the answer's `param` says that the base model has no chat template."""
+    """Around `safe_apply_chat_template`: the answer's `param` says that the base model has no chat
+    template.
+    """
 
     def safe_apply_chat_template(*args: Any, **kwargs: Any) -> Any:
         try:
@@ -329,7 +390,9 @@ def wrap_safe_apply_chat_template(original: Any) -> Callable[..., Any]:
 
 
 def wrap_show_available_models(original: Any) -> Callable[..., Any]:
-    """Around `OpenAIServingModels.show_available_models`: the base model's card says which adapters are taken."""
+    """Around `OpenAIServingModels.show_available_models`: the base model's card says which adapters
+    are taken.
+    """
 
     async def show_available_models(self: Any) -> Any:
         listed = await original(self)
@@ -345,7 +408,9 @@ def wrap_show_available_models(original: Any) -> Callable[..., Any]:
 
 
 def wrap_unload_lora_adapter(original: Any) -> Callable[..., Any]:
-    """Around `OpenAIServingModels.unload_lora_adapter`, which only forgets the name: give the engine its memory back."""
+    """Around `OpenAIServingModels.unload_lora_adapter`, which only forgets the name: give the
+    engine its memory back.
+    """
 
     async def unload_lora_adapter(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         known = self.lora_requests.get(request.lora_name)

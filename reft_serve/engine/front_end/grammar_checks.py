@@ -1,7 +1,8 @@
-"""The front end's side of structured outputs: each is compiled in a child process before the engine core may see it.
+"""The front end's side of structured outputs: each is compiled in a child process before the engine
+core may see it.
 
-A few children run at once, callers take turns, and verdicts are remembered. What passes continues in llguidance's own form,
-so that the core reads neither schemas nor grammars.
+A few children run at once, callers take turns, and verdicts are remembered. What passes continues
+in llguidance's own form, so that the core reads neither schemas nor grammars.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ __all__ = ["GrammarChecks", "checks_of"]
 _KEPT_BYTES = 32 * 1024 * 1024
 _START_SECONDS = 60.0
 _TOO_COSTLY = (
-    f"is too costly: compiling it takes more than {CPU_SECONDS:g} s of processor time or {MAX_MEMORY >> 20} MiB"
+    f"is too costly: compiling it takes more than {CPU_SECONDS:g} s of processor time or "
+    f"{MAX_MEMORY >> 20} MiB"
 )
 
 
@@ -92,7 +94,8 @@ class GrammarChecks:
         threading.Thread(target=self._start, name="reft-grammar-start", daemon=True).start()
 
     def submit(self, params: StructuredOutputsParams, caller: str) -> Future[_Verdict]:
-        """Begin to check a constraint. Cancelling the future ends the work if no other request waits for it.
+        """Begin to check a constraint. Cancelling the future ends the work if no other request
+        waits for it.
 
         Raises:
             VLLMValidationError: a bound of `reft_serve.structured_outputs` is exceeded.
@@ -221,12 +224,23 @@ class GrammarChecks:
     def _start(self) -> socket.socket:
         """The socket of the process, which is started if it does not run."""
         with _STARTING:
-            if self._control is not None and self._process is not None and self._process.poll() is None:
+            if (
+                self._control is not None
+                and self._process is not None
+                and self._process.poll() is None
+            ):
                 return self._control
             ours, theirs = socket.socketpair()
             with theirs:
-                command = [sys.executable, "-m", "reft_serve.engine.grammar_compiler.process", str(theirs.fileno())]
-                self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+                command = [
+                    sys.executable,
+                    "-m",
+                    "reft_serve.engine.grammar_compiler.process",
+                    str(theirs.fileno()),
+                ]
+                self._process = subprocess.Popen(
+                    command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
+                )
             self._control = ours
             weakref.finalize(self, ours.close)
             send_message(ours, self._tokenizer)
@@ -234,7 +248,8 @@ class GrammarChecks:
 
 
 _STARTING = threading.Lock()
-_checks: weakref.WeakKeyDictionary[Any, GrammarChecks] = weakref.WeakKeyDictionary()  # by input processor
+# by input processor
+_checks: weakref.WeakKeyDictionary[Any, GrammarChecks] = weakref.WeakKeyDictionary()
 
 
 def checks_of(processor: Any) -> GrammarChecks | None:
@@ -243,7 +258,9 @@ def checks_of(processor: Any) -> GrammarChecks | None:
 
 
 def wrap_validate_guidance_grammar(_: Any) -> Callable[..., None]:
-    """In place of `validate_guidance_grammar`, which compiles in the front end's own process and without bounds."""
+    """In place of `validate_guidance_grammar`, which compiles in the front end's own process and
+    without bounds.
+    """
     return lambda *_, **__: None
 
 
@@ -288,18 +305,23 @@ def sending_compiled(request: Any, verdict: Future[_Verdict]) -> None:
         raise VLLMValidationError(found.fault)
     params = request.sampling_params
     backend = params.structured_outputs._backend
-    emptied: dict[str, Any] = dict.fromkeys(("json", "regex", "choice", "json_object", "structural_tag"))
+    emptied: dict[str, Any] = dict.fromkeys(
+        ("json", "regex", "choice", "json_object", "structural_tag")
+    )
     params.structured_outputs = replace(params.structured_outputs, grammar=found.grammar, **emptied)
     params.structured_outputs._backend = backend
 
 
 def wrap_process_inputs(original: Any) -> Callable[..., Any]:
-    """Around `InputProcessor.process_inputs`, after vLLM's own checks: only what was compiled continues to the core.
+    """Around `InputProcessor.process_inputs`, after vLLM's own checks: only what was compiled
+    continues to the core.
 
     On a server the verdict is known by now; elsewhere this waits for it.
     """
 
-    def process_inputs(self: Any, request_id: Any, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+    def process_inputs(
+        self: Any, request_id: Any, prompt: Any, params: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         given, checks = _constraint(params), checks_of(self)
         if given is None or checks is None:
             return original(self, request_id, prompt, params, *args, **kwargs)
@@ -317,15 +339,22 @@ def _caller(prompt: Any) -> str:
 
 
 def wrap_generate(original: Any) -> Callable[..., AsyncIterator[Any]]:
-    """Around `AsyncLLM.generate`: await the verdict, and report a bound that was exceeded while matching."""
+    """Around `AsyncLLM.generate`: await the verdict, and report a bound that was exceeded while
+    matching.
+    """
 
-    def generate(self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+    def generate(
+        self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
+    ) -> AsyncIterator[Any]:
         given, checks = _constraint(sampling_params), checks_of(self.input_processor)
         if given is None or checks is None:
             answers: AsyncIterator[Any] = original(self, prompt, sampling_params, *args, **kwargs)
             return answers
         return _checked(
-            checks, given, _caller(prompt), lambda: original(self, prompt, sampling_params, *args, **kwargs)
+            checks,
+            given,
+            _caller(prompt),
+            lambda: original(self, prompt, sampling_params, *args, **kwargs),
         )
 
     return generate

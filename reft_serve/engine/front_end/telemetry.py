@@ -1,5 +1,6 @@
-"""Transport of counters to an engine's metrics. Nothing is counted per token: each finished request adds to a counter once,
-in the front end; the workers keep plain numbers, which the front end polls every few seconds.
+"""Transport of counters to an engine's metrics. Nothing is counted per token: each finished request
+adds to a counter once, in the front end; the workers keep plain numbers, which the front end polls
+every few seconds.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ _block_sizes: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # by output pro
 
 
 def wrap_update_stats_from_finished(original: Any) -> Callable[..., None]:
-    """Around `OutputProcessor._update_stats_from_finished`, which every request with statistics ends in."""
+    """Around `OutputProcessor._update_stats_from_finished`, which every request with statistics
+    ends in.
+    """
 
     def update(self: Any, req_state: Any, finish_reason: Any, iteration_stats: Any) -> None:
         original(self, req_state, finish_reason, iteration_stats)
@@ -49,7 +52,11 @@ def _count_prefix(state: Any, block: int) -> None:
         kind, shared = "reft", shared_tokens(identity, state.prompt_len, cached, block)
     else:
         kind, shared = ("base", cached) if request is None else ("lora", 0)
-    for source, tokens in (("computed", state.prompt_len - cached), ("shared", shared), ("own", cached - shared)):
+    for source, tokens in (
+        ("computed", state.prompt_len - cached),
+        ("shared", shared),
+        ("own", cached - shared),
+    ):
         if tokens > 0:  # a counter refuses less, and that would end the engine's loop
             PREFIX_TOKENS.labels(kind, source).inc(tokens)
 
@@ -65,7 +72,12 @@ def wrap_run_output_handler(original: Any) -> Callable[..., None]:
         original(self)
         _block_sizes[self.output_processor] = self.vllm_config.cache_config.block_size
         core = self.engine_core
-        if begins and self.log_stats and self.vllm_config.lora_config is not None and core.client_index == 0:
+        if (
+            begins
+            and self.log_stats
+            and self.vllm_config.lora_config is not None
+            and core.client_index == 0
+        ):
             task = asyncio.create_task(_sample_forever(core), name="reft-telemetry")
             # Which keeps the task as well, of which the loop has a weak reference only.
             self.output_handler.add_done_callback(lambda _: task.cancel())
@@ -77,9 +89,12 @@ async def _sample_forever(core: Any) -> None:
     last: dict[int, Mapping[str, float]] = {}
     while True:
         try:
-            answers = await core.call_utility_all_async("collective_rpc", "reft_counters", None, (), {})
+            answers = await core.call_utility_all_async(
+                "collective_rpc", "reft_counters", None, (), {}
+            )
             for number, ranks in enumerate(answers):
-                # Ranks do the same work in step, each on its layers: the one that did most speaks for the engine.
+                # Ranks do the same work in step, each on its layers: the one that did most speaks
+                # for the engine.
                 now = {name: max(rank.get(name, 0) for rank in ranks) for name in ranks[0]}
                 take(str(number), now, last.get(number, {}))
                 last[number] = now

@@ -1,4 +1,5 @@
-"""Usage of requests by the id that the gateway assigned: the gateway asks for requests whose callers have left.
+"""Usage of requests by the id that the gateway assigned: the gateway asks for requests whose
+callers have left.
 
 Nothing is counted per token: a request is noted once, when it ends or is aborted.
 """
@@ -23,7 +24,8 @@ __all__ = [
 ]
 
 ENTRIES = 10_000
-# The gateway's own ids, within vLLM's names of completions, chats, responses, their prompts and choices.
+# The gateway's own ids, within vLLM's names of completions, chats, responses, their prompts and
+# choices.
 _ID = re.compile(r"(?:req|resp)_([0-9a-f]{32})")
 _noted: WeakSet[Any] = WeakSet()  # the states of requests that are counted in `_used`
 _used: OrderedDict[str, dict[str, int]] = OrderedDict()
@@ -42,7 +44,9 @@ def wrap_update_stats_from_finished(original: Any) -> Callable[..., None]:
 def wrap_abort_requests(original: Any) -> Callable[..., list[str]]:
     """Around `OutputProcessor.abort_requests`, which calls itself for the choices of a request."""
 
-    def abort_requests(self: Any, request_ids: Iterable[str], *args: Any, **kwargs: Any) -> list[str]:
+    def abort_requests(
+        self: Any, request_ids: Iterable[str], *args: Any, **kwargs: Any
+    ) -> list[str]:
         states = self.request_states.copy()
         aborted: list[str] = original(self, request_ids, *args, **kwargs)
         for request_id in aborted:
@@ -54,7 +58,9 @@ def wrap_abort_requests(original: Any) -> Callable[..., list[str]]:
 
 
 def wrap_serving_init(original: Any) -> Callable[..., None]:
-    """Around `__init__` of the serving classes: usage says how many tokens of the prompt were cached, without a flag."""
+    """Around `__init__` of the serving classes: usage says how many tokens of the prompt were
+    cached, without a flag.
+    """
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
@@ -70,7 +76,9 @@ def _note(state: Any) -> None:
     _noted.add(state)
     first = not state.parent_req or not state.request_index  # the choices of a prompt share it
     generated = state.detokenizer.num_output_tokens() if state.detokenizer is not None else 0
-    used = _used.pop(found[1], None) or dict.fromkeys(("prompt_tokens", "cached_tokens", "completion_tokens"), 0)
+    used = _used.pop(found[1], None) or dict.fromkeys(
+        ("prompt_tokens", "cached_tokens", "completion_tokens"), 0
+    )
     used["prompt_tokens"] += state.prompt_len * first
     used["cached_tokens"] += max(0, state.num_cached_tokens) * first
     used["completion_tokens"] += generated
@@ -94,4 +102,6 @@ def add_route(router: APIRouter) -> None:
             raise HTTPException(404, "no request with this id ended recently")
         return used
 
-    router.add_api_route("/v1/reft/usage/{request_id}", usage, methods=["GET"], include_in_schema=False)
+    router.add_api_route(
+        "/v1/reft/usage/{request_id}", usage, methods=["GET"], include_in_schema=False
+    )

@@ -1,7 +1,8 @@
-"""JSON schemas for generation: an object is generated with the properties that its schema names, and no others.
+"""JSON schemas for generation: an object is generated with the properties that its schema names,
+and no others.
 
-Without `additionalProperties` a schema allows any, and a model may continue to invent them until its tokens end. What is
-generated under the closed schema is valid under the given one, too.
+Without `additionalProperties` a schema allows any, and a model may continue to invent them until
+its tokens end. What is generated under the closed schema is valid under the given one, too.
 """
 
 from __future__ import annotations
@@ -14,16 +15,33 @@ from reft_serve.errors import RequestInvalid
 __all__ = ["closed"]
 
 _MAPS = ("properties", "patternProperties", "$defs", "definitions")
-_SCHEMAS = ("items", "additionalProperties", "prefixItems", "anyOf", "oneOf", "contains", "propertyNames")
+_SCHEMAS = (
+    "items",
+    "additionalProperties",
+    "prefixItems",
+    "anyOf",
+    "oneOf",
+    "contains",
+    "propertyNames",
+)
 # Where one of these is, a closed part could contradict another part of the same object.
 _COMBINING = frozenset(
-    {"allOf", "not", "if", "dependentSchemas", "dependentRequired", "unevaluatedProperties", "$dynamicRef"}
+    {
+        "allOf",
+        "not",
+        "if",
+        "dependentSchemas",
+        "dependentRequired",
+        "unevaluatedProperties",
+        "$dynamicRef",
+    }
 )
 _ALTERNATIVES = frozenset({"anyOf", "oneOf", "$ref"})
 
 
 def closed(schema: Any) -> Any:
-    """The schema with `additionalProperties: false` added if it is missing, unless parts of one object are combined in it.
+    """The schema with `additionalProperties: false` added if it is missing, unless parts of one
+    object are combined in it.
 
     Changes it in place. Its depth is bounded by `structured_outputs.MAX_DEPTH`.
 
@@ -33,7 +51,9 @@ def closed(schema: Any) -> Any:
     objects = list(_each(schema))
     for each in objects:
         if "properties" in each and "patternProperties" in each:
-            raise RequestInvalid("json: `patternProperties` together with `properties` are not supported")
+            raise RequestInvalid(
+                "json: `patternProperties` together with `properties` are not supported"
+            )
     if any(_combines(each) for each in objects):
         return schema
     for each in objects:
@@ -57,4 +77,6 @@ def _each(schema: Any) -> Iterator[dict[str, Any]]:
 
 def _combines(schema: dict[str, Any]) -> bool:
     names = schema.keys()
-    return not names.isdisjoint(_COMBINING) or ("properties" in schema and not names.isdisjoint(_ALTERNATIVES))
+    return not names.isdisjoint(_COMBINING) or (
+        "properties" in schema and not names.isdisjoint(_ALTERNATIVES)
+    )

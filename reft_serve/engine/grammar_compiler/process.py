@@ -1,7 +1,8 @@
 """The process that compiles grammars first, for a verdict: it forks a child with limits for each.
 
 A child that needs too much memory or time ends alone. Imports neither vllm nor torch; run as
-`python -m reft_serve.engine.grammar_compiler.process FD`, ends when its socket is closed, and its children end with it.
+`python -m reft_serve.engine.grammar_compiler.process FD`, ends when its socket is closed, and its
+children end with it.
 """
 
 from __future__ import annotations
@@ -55,15 +56,18 @@ MAX_GRAMMAR_MEMORY = 64 * 1024 * 1024
 STEP_ITEMS = 5_000
 MAX_SYMBOLS = 100_000
 MAX_LEXER_STATES = 50_000
-# Children that compile at one time, what may wait for them of one caller, and verdicts that are remembered.
+# Children that compile at one time, what may wait for them of one caller, and verdicts that are
+# remembered.
 AT_ONCE = 2
 WAITING_PER_CALLER = 64
 KEPT_VERDICTS = 1_024
-# Processor time for matching one request: at first, and for each of its tokens; and for all requests of one step.
+# Processor time for matching one request: at first, and for each of its tokens; and for all
+# requests of one step.
 MATCHING_SECONDS = 0.25
 TOKEN_SECONDS = 0.002
 STEP_SECONDS = 0.04
-# Between the elements of JSON: regular expressions. Free white space would let small models pad until their tokens end.
+# Between the elements of JSON: regular expressions. Free white space would let small models pad
+# until their tokens end.
 _SEPARATORS = {"item_separator": r",\x20?", "key_separator": r":\x20?"}
 _LEXER_FUEL, _STEP_LEXER_FUEL = 500_000, 50_000
 LIMITS = llguidance.LLParserLimits(
@@ -74,17 +78,21 @@ LIMITS = llguidance.LLParserLimits(
     max_grammar_size=MAX_SYMBOLS,
     verbose_errors=False,
 )
-# Tokens that a child tries, and what matching one may cost after the first, which the engine prepares off its loop.
+# Tokens that a child tries, and what matching one may cost after the first, which the engine
+# prepares off its loop.
 _WALKS, _WALK_TOKENS, _TOKEN_SECONDS = 3, 24, 0.02
 
 
 def schema_options(*, white_space: bool) -> dict[str, Any]:
-    """The options of JSON schemas: one line, with a space after a comma or a colon where `white_space` allows it."""
+    """The options of JSON schemas: one line, with a space after a comma or a colon where
+    `white_space` allows it.
+    """
     return {"whitespace_flexible": False, **(_SEPARATORS if white_space else {})}
 
 
 def serialise(kind: Any, text: str, options: Any) -> str:
-    """A constraint in llguidance's own form. `kind` is a field of `structured_outputs`; `options` are of JSON schemas.
+    """A constraint in llguidance's own form. `kind` is a field of `structured_outputs`; `options`
+    are of JSON schemas.
 
     Raises:
         RequestInvalid: it cannot be understood.
@@ -94,11 +102,15 @@ def serialise(kind: Any, text: str, options: Any) -> str:
         if kind == "json_object":
             return matcher.grammar_from_json_schema('{"type": "object"}', defaults=options)
         if kind == "json":
-            return matcher.grammar_from_json_schema(json.dumps(closed(json.loads(text))), defaults=options)
+            return matcher.grammar_from_json_schema(
+                json.dumps(closed(json.loads(text))), defaults=options
+            )
         if kind == "structural_tag":
             return _tags(json.loads(text), options)
         if kind == "choice":  # one lexeme, since rows of the parser hold fewer alternatives
-            return "start: CHOICE\nCHOICE: " + " | ".join(json.dumps(choice) for choice in json.loads(text))
+            return "start: CHOICE\nCHOICE: " + " | ".join(
+                json.dumps(choice) for choice in json.loads(text)
+            )
         return llguidance.grammar_from(kind, text)
     except RequestInvalid:
         raise
@@ -116,8 +128,12 @@ def _tags(given: dict[str, Any], options: Any) -> str:
         trigger = next((trigger for trigger in triggers if begin.startswith(trigger)), None)
         if trigger is None:
             raise RequestInvalid(f"structural_tag: no trigger begins {begin[:100]!r}")
-        schema = llguidance.LLMatcher.grammar_from_json_schema(closed(structure["schema"]), defaults=options)
-        tags.append(llguidance.StructTag(trigger=trigger, begin=begin, grammar=schema, end=structure["end"]))
+        schema = llguidance.LLMatcher.grammar_from_json_schema(
+            closed(structure["schema"]), defaults=options
+        )
+        tags.append(
+            llguidance.StructTag(trigger=trigger, begin=begin, grammar=schema, end=structure["end"])
+        )
     return llguidance.StructTag.to_grammar(tags)
 
 
@@ -133,7 +149,10 @@ def judge(tokenizer: llguidance.LLTokenizer, request: dict[str, Any]) -> dict[st
     if fault:
         return {"fault": f"{request['kind']} cannot be used: {fault.partition(chr(10))[0][:500]}"}
     if _resident() - before > MAX_GRAMMAR_MEMORY:
-        return {"fault": f"{request['kind']} is too large: it takes more than {MAX_GRAMMAR_MEMORY >> 20} MiB compiled"}
+        return {
+            "fault": f"{request['kind']} is too large: it takes more than "
+            f"{MAX_GRAMMAR_MEMORY >> 20} MiB compiled"
+        }
     return {"grammar": grammar}
 
 
@@ -152,7 +171,8 @@ def _walk(compiled: llguidance.LLMatcher) -> str:
                 break
             if time.process_time() - began > _TOKEN_SECONDS:
                 return (
-                    f"a token takes more than {_TOKEN_SECONDS * 1000:g} ms to match; it is too large or too ambiguous"
+                    f"a token takes more than {_TOKEN_SECONDS * 1000:g} ms to match; it is too "
+                    "large or too ambiguous"
                 )
         if matcher.is_error():
             return str(matcher.get_error())

@@ -17,7 +17,9 @@ _SECRETS = {
 
 
 def flag_values(passed: Sequence[str]) -> dict[str, str]:
-    """Each flag, spelt with dashes, and the value after its `=`, or else the argument that follows it."""
+    """Each flag, spelt with dashes, and the value after its `=`, or else the argument that follows
+    it.
+    """
     found = {}
     for argument, following in zip_longest(passed, passed[1:], fillvalue=""):
         if argument.startswith("--"):
@@ -27,11 +29,15 @@ def flag_values(passed: Sequence[str]) -> dict[str, str]:
 
 
 def check_no_secret(passed: Sequence[str]) -> None:
-    """Refuse a secret among the arguments, which every user of the machine can read in the list of processes.
+    """Refuse a secret among the arguments, which every user of the machine can read in the list of
+    processes.
 
     Raises:
-        ClientError: a flag has a secret as its value; the message names the variable to use instead.
+        ClientError: a flag has a secret as its value; the message names the variable to use
+            instead.
     """
     for flag, value in flag_values(passed).items():
         if flag in _SECRETS and value and not value.startswith("-"):
-            raise ClientError(f"{flag} would show the secret in the list of processes: {_SECRETS[flag]}")
+            raise ClientError(
+                f"{flag} would show the secret in the list of processes: {_SECRETS[flag]}"
+            )

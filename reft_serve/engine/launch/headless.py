@@ -1,4 +1,5 @@
-"""A node of an engine that is larger than one machine: it computes with the group's leader, and serves no HTTP itself.
+"""A node of an engine that is larger than one machine: it computes with the group's leader, and
+serves no HTTP itself.
 
 vLLM starts one by its console command (`vllm serve --headless`), which its CPU build does not have.
 """
@@ -16,7 +17,9 @@ __all__ = ["main"]
 def main() -> None:
     """Run until the leader ends, or a signal says to end."""
     cli_env_setup()
-    parser = make_arg_parser(FlexibleArgumentParser(description="Run a node without an HTTP server."))
+    parser = make_arg_parser(
+        FlexibleArgumentParser(description="Run a node without an HTTP server.")
+    )
     arguments = parser.parse_args()
     arguments.api_server_count = 0
     validate_parsed_serve_args(arguments)

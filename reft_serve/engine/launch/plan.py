@@ -1,4 +1,5 @@
-"""`reft-serve serve`: check the adapters, choose vLLM's flags for them and for this machine, become vLLM's server.
+"""`reft-serve serve`: check the adapters, choose vLLM's flags for them and for this machine, become
+vLLM's server.
 
 Every fault of an adapter is reported before vLLM starts. Nothing here imports vllm.
 """
@@ -50,14 +51,17 @@ _KEYED_SERVER = "reft_serve.engine.launch.server"
 _DEFAULT_RANK, _FEWEST_SLOTS = 16, 8
 _LORA_RANKS = (32, 64, 128, 256, 320, 512)
 _CPU_CACHE_GIB = "1"
-# oneDNN's own 1,024 grow by some 300 MB over days of traffic; fewer are no slower, since each layer keeps its last 32.
+# oneDNN's own 1,024 grow by some 300 MB over days of traffic; fewer are no slower, since each layer
+# keeps its last 32.
 _CPU_KERNELS = "128"
 _SAVED = ("*.json", "*.bin", "*.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
 class ServeRequest:
-    """The command line. `adapters` are NAME=DIR; `positions` are SPEC or NAME=SPEC; `passed` is for vLLM."""
+    """The command line. `adapters` are NAME=DIR; `positions` are SPEC or NAME=SPEC; `passed` is for
+    vLLM.
+    """
 
     model: str
     adapters: Sequence[str] = ()
@@ -93,7 +97,8 @@ def plan(request: ServeRequest) -> Plan:
 
     Raises:
         ClientError: an adapter, or how it was named, is at fault; the message says what and where.
-        ServiceError: vLLM is not installed, its plugins are restricted to others, or a setting cannot be read.
+        ServiceError: vLLM is not installed, its plugins are restricted to others, or a setting
+            cannot be read.
     """
     settings, ours = read_settings(EngineSettings), read_settings(ServeSettings)
     if request.model.startswith("-"):
@@ -116,20 +121,29 @@ def plan(request: ServeRequest) -> Plan:
     if max(loras, default=0) > _DEFAULT_RANK and "--max-lora-rank" not in flags:
         rank = next((rank for rank in _LORA_RANKS if rank >= max(loras)), max(loras))
         command += ["--max-lora-rank", str(rank)]
-        reasons.append(f"--max-lora-rank {rank}: the largest LoRA among the adapters has rank {max(loras)}")
+        reasons.append(
+            f"--max-lora-rank {rank}: the largest LoRA among the adapters has rank {max(loras)}"
+        )
     if served and "lora" not in settings.model_fields_set:
         asks = "adapters that hold a LoRA too" if loras else _asks_for_lora(lora_modules, ours)
         if asks:
             reasons.append(f"the engine decides about LoRA support, because of {asks}")
         else:
             environment["REFT_LORA"] = "off"
-            reasons.append("REFT_LORA=off: every adapter is a ReFT adapter, so no LoRA buffer or kernel is needed")
+            reasons.append(
+                "REFT_LORA=off: every adapter is a ReFT adapter, so no LoRA buffer or kernel is "
+                "needed"
+            )
     if not torch.cuda.is_available() and ours.vllm_cpu_kvcache_space is None:
         environment["VLLM_CPU_KVCACHE_SPACE"] = _CPU_CACHE_GIB
-        reasons.append(f"VLLM_CPU_KVCACHE_SPACE={_CPU_CACHE_GIB} (GiB of cache): this machine has no GPU")
+        reasons.append(
+            f"VLLM_CPU_KVCACHE_SPACE={_CPU_CACHE_GIB} (GiB of cache): this machine has no GPU"
+        )
     if not torch.cuda.is_available() and ours.onednn_primitive_cache_capacity is None:
         environment["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = _CPU_KERNELS
-        reasons.append(f"ONEDNN_PRIMITIVE_CACHE_CAPACITY={_CPU_KERNELS}: keeps memory constant on a CPU")
+        reasons.append(
+            f"ONEDNN_PRIMITIVE_CACHE_CAPACITY={_CPU_KERNELS}: keeps memory constant on a CPU"
+        )
     return Plan((*command, *passed), environment, (*_told(served), *reasons))
 
 
@@ -147,16 +161,21 @@ def _module_of(flags: dict[str, str], settings: ServeSettings) -> str:
 
 def _check_engine(settings: ServeSettings) -> None:
     if find_spec("vllm") is None:
-        raise EngineUnsupported("vLLM is not installed: install reft-serve[cpu] or reft-serve[cuda]")
+        raise EngineUnsupported(
+            "vLLM is not installed: install reft-serve[cpu] or reft-serve[cuda]"
+        )
     plugins = settings.vllm_plugins
     if plugins is not None and _PLUGIN not in plugins.split(","):
         raise EngineUnsupported(
-            f"VLLM_PLUGINS={plugins} leaves ReFT out: add {_PLUGIN} to it, or unset it to have every plugin"
+            f"VLLM_PLUGINS={plugins} leaves ReFT out: add {_PLUGIN} to it, or unset it to have "
+            "every plugin"
         )
 
 
 def _base_facts(model: str) -> BaseFacts | None:
-    """The facts of a local model; None for a name of the Hub, which vLLM itself will fetch and check against."""
+    """The facts of a local model; None for a name of the Hub, which vLLM itself will fetch and
+    check against.
+    """
     return read_base_model(Path(model)) if Path(model).is_dir() else None
 
 
@@ -169,7 +188,9 @@ def _served(
         if not (name and equals and where):
             raise ClientError(f"--adapter {given[:200]!r} is not NAME=DIR")
         if name in named or name in taken:
-            raise ClientError(f"--adapter {name}: the name is already in use; every adapter needs a unique name")
+            raise ClientError(
+                f"--adapter {name}: the name is already in use; every adapter needs a unique name"
+            )
         named[name] = Path(where).expanduser()
     flags = _import_flags(request, named)
     return [_one(name, path, base, flags[name], settings) for name, path in named.items()]
@@ -181,8 +202,9 @@ def _import_flags(request: ServeRequest, named: dict[str, Path]) -> dict[str, Im
     flags = {name: request.flags if name in foreign else ImportFlags() for name in named}
     if (request.positions or request.flags != ImportFlags()) and not foreign:
         raise ClientError(
-            "--positions, --untied, --last-offset, --activation, --no-bias, --phase, --kind and --lora-alpha apply to "
-            "pyreft saves, and there is none: a reft-serve adapter records these values itself"
+            "--positions, --untied, --last-offset, --activation, --no-bias, --phase, --kind and "
+            "--lora-alpha apply to pyreft saves, and there is none: a reft-serve adapter records "
+            "these values itself"
         )
     # A SPEC for all first, so that NAME=SPEC stands out from it whatever the order.
     for given in sorted(request.positions, key=lambda given: "=" in given):
@@ -195,18 +217,23 @@ def _import_flags(request: ServeRequest, named: dict[str, Path]) -> dict[str, Im
     return flags
 
 
-def _one(name: str, path: Path, base: BaseFacts | None, flags: ImportFlags, settings: EngineSettings) -> _Served:
+def _one(
+    name: str, path: Path, base: BaseFacts | None, flags: ImportFlags, settings: EngineSettings
+) -> _Served:
     if is_adapter(path):
         adapter = read_adapter(path, settings.max_adapter_bytes)
         return _Served(name, path.resolve(), adapter, adapter.warnings)
     if not path.is_dir():
         raise ClientError(f"--adapter {name}: there is no directory at {path}")
     if holds_lora(path) and not is_pyreft(path):
-        raise AdapterUnsupported(str(path), [f"it is a LoRA: pass it as --lora-modules {name}={path}"])
+        raise AdapterUnsupported(
+            str(path), [f"it is a LoRA: pass it as --lora-modules {name}={path}"]
+        )
     if base is None:
         raise BaseModelInvalid(
-            f"--adapter {name} must be converted for its base model, so MODEL must be a local directory, or convert it "
-            f"first: reft-serve adapter import {path} --base MODEL_DIR --out DIR"
+            f"--adapter {name} must be converted for its base model, so MODEL must be a local "
+            f"directory, or convert it first: reft-serve adapter import {path} --base MODEL_DIR "
+            "--out DIR"
         )
     try:
         return _converted(name, path, base, flags, settings)
@@ -214,7 +241,9 @@ def _one(name: str, path: Path, base: BaseFacts | None, flags: ImportFlags, sett
         raise type(exc)(f"--adapter {name} ({path}): {exc}") from exc
 
 
-def _converted(name: str, source: Path, base: BaseFacts, flags: ImportFlags, settings: EngineSettings) -> _Served:
+def _converted(
+    name: str, source: Path, base: BaseFacts, flags: ImportFlags, settings: EngineSettings
+) -> _Served:
     """The save, imported: once for the same files, flags and base, and cached after that."""
     if flags.positions is not None:
         flags.rule()
@@ -237,9 +266,14 @@ def _saved_files(source: Path) -> list[Path]:
 
 
 def _limits(
-    served: Iterable[_Served], base: BaseFacts | None, settings: EngineSettings, flags: dict[str, str]
+    served: Iterable[_Served],
+    base: BaseFacts | None,
+    settings: EngineSettings,
+    flags: dict[str, str],
 ) -> tuple[dict[str, str], list[str]]:
-    """Check every adapter against the base and the engine's limits, raising limits that are not set."""
+    """Check every adapter against the base and the engine's limits, raising limits that are not
+    set.
+    """
     served = list(served)
     ranks = [spec.unit_rank for s in served for spec in s.adapter.manifest.interventions]
     counts = [len(s.adapter.manifest.interventions) for s in served]
@@ -264,7 +298,9 @@ def _limits(
 
 
 def _split_modules(passed: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The arguments without `--lora-modules`, and the modules: vLLM would take only the last such list."""
+    """The arguments without `--lora-modules`, and the modules: vLLM would take only the last such
+    list.
+    """
     kept: list[str] = []
     modules: list[str] = []
     inside = False
@@ -309,6 +345,8 @@ def _told(served: Iterable[_Served]) -> list[str]:
         rule, specs = s.adapter.manifest.positions, s.adapter.manifest.interventions
         kinds = ", ".join(sorted({spec.kind for spec in specs}))
         lora = "" if s.adapter.lora is None else f" and a LoRA of rank {s.adapter.lora.rank}"
-        lines.append(f"{s.name}: {kinds} at {len(specs)} places{lora}, positions {rule.spec}, from {s.path}")
+        lines.append(
+            f"{s.name}: {kinds} at {len(specs)} places{lora}, positions {rule.spec}, from {s.path}"
+        )
         lines += [f"{s.name}: warning: {warning}" for warning in s.warnings]
     return lines

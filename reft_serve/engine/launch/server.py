@@ -1,6 +1,8 @@
-"""vLLM's OpenAI server with keys of the environment: as `--api-key`, every process list would show them.
+"""vLLM's OpenAI server with keys of the environment: as `--api-key`, every process list would show
+them.
 
-vLLM reads one key from VLLM_API_KEY; two at once, as a change of keys needs, it takes as arguments only.
+vLLM reads one key from VLLM_API_KEY; two at once, as a change of keys needs, it takes as arguments
+only.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ def main() -> None:
     """Run until a signal says to end."""
     keys = read_settings(ServeSettings).engine_keys
     if keys:
-        sys.argv += ["--api-key", *keys]  # inside this process alone: the kernel's list keeps what it was started with
+        # inside this process alone: the kernel's list keeps what it was started with
+        sys.argv += ["--api-key", *keys]
     entry.main()
 
 

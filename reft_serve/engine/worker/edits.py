@@ -1,7 +1,7 @@
 """The custom op that a wrapped layer calls, and the per-process state behind it.
 
-The op is opaque to torch.compile and changes its tensors in place. In a step without edited rows it returns at once; on
-CUDA the graph captured for "no adapter" holds no launch of the op at all.
+The op is opaque to torch.compile and changes its tensors in place. In a step without edited rows it
+returns at once; on CUDA the graph captured for "no adapter" holds no launch of the op at all.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ __all__ = ["Edits", "attach_edits"]
 class Edits:
     """Edits of the current step.
 
-    `units_of_LCS` is int32 over (place, pass, key). On a GPU the tiles lie in buffers that captured graphs read, with the
-    number of live tiles in `count`; on a CPU they are the step's own tensors. `bodies` counts the op's work as the host
-    sees it: on a CPU every edit of a place, on a GPU the launches outside replayed graphs.
+    `units_of_LCS` is int32 over (place, pass, key). On a GPU the tiles lie in buffers that captured
+    graphs read, with the number of live tiles in `count`; on a CPU they are the step's own tensors.
+    `bodies` counts the op's work as the host sees it: on a CPU every edit of a place, on a GPU the
+    launches outside replayed graphs.
     """
 
     pool: UnitPool
@@ -53,22 +54,27 @@ class Edits:
         self._count = torch.zeros(1, dtype=torch.int32, device=device)
 
     def clear(self) -> None:
-        """No row is edited from here on, not even by a captured graph with launches of the op, as a step of a LoRA
-        replays.
+        """No row is edited from here on, not even by a captured graph with launches of the op, as a
+        step of a LoRA replays.
         """
         if self._counted and self._count is not None:
             self._count.zero_()
         self.active = self._counted = False
 
-    def set_rows(self, row_T: NDArray[np.int32], key_T: NDArray[np.int32], scale_T: NDArray[np.float32]) -> None:
+    def set_rows(
+        self, row_T: NDArray[np.int32], key_T: NDArray[np.int32], scale_T: NDArray[np.float32]
+    ) -> None:
         """Edit these rows in the coming step (at least one)."""
         host = Tiles(*(torch.from_numpy(part) for part in batched.tile_rows(row_T, key_T, scale_T)))
         if self._buffers is not None and self._count is not None:
             live = len(host)
             for buffer, part in zip(_parts(self._buffers), _parts(host), strict=True):
-                # A fresh pinned tensor each time: the step before may still be copying from its own.
+                # A fresh pinned tensor each time: the step before may still be copying from its
+                # own.
                 buffer[:live].copy_(part.pin_memory(), non_blocking=True)
-            self._count.copy_(torch.tensor([live], dtype=torch.int32).pin_memory(), non_blocking=True)
+            self._count.copy_(
+                torch.tensor([live], dtype=torch.int32).pin_memory(), non_blocking=True
+            )
             host = Tiles(*(buffer[:live] for buffer in _parts(self._buffers)))
             self._counted = True
         self._tiles, self.active, self._whole_grid = host, True, False
@@ -77,7 +83,12 @@ class Edits:
         """Prepare for warm-up and graph capture: launch for any number of tiles, with none live."""
         if self._buffers is not None and self._count is not None:
             self._count.zero_()
-            self._tiles, self.active, self._counted, self._whole_grid = self._buffers, True, False, True
+            self._tiles, self.active, self._counted, self._whole_grid = (
+                self._buffers,
+                True,
+                False,
+                True,
+            )
 
     def apply(self, hidden_ND: Tensor, residual_ND: Tensor | None, place: int) -> None:
         """Edit the step's rows of one place, in place."""
@@ -89,11 +100,14 @@ class Edits:
             return
         from reft_serve.interventions import fused  # Triton: not on every machine
 
-        # In a captured graph the count is read on the device; a step of N tokens has at most N tiles.
+        # In a captured graph the count is read on the device; a step of N tokens has at most N
+        # tiles.
         padded = self._whole_grid or torch.cuda.is_current_stream_capturing()
         tiles = self._buffers if padded and self._buffers is not None else self._tiles
         grid = min(hidden_ND.shape[0], self.max_tokens) if padded else len(tiles)
-        fused.edit_tiles(hidden_ND, residual_ND, tiles, self.pool, units_of_CS, count=self._count, grid=grid)
+        fused.edit_tiles(
+            hidden_ND, residual_ND, tiles, self.pool, units_of_CS, count=self._count, grid=grid
+        )
 
 
 def _parts(tiles: Tiles) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,7 +138,9 @@ def _edit_stream(hidden: Tensor, residual: Tensor, engine: int, place: int) -> N
 def _define() -> Any:
     library: Any = Library("reft_serve", "FRAGMENT")  # type: ignore[no-untyped-call]
     library.define("edit(Tensor(a!) hidden, int engine, int place) -> ()")
-    library.define("edit_stream(Tensor(a!) hidden, Tensor(b!) residual, int engine, int place) -> ()")
+    library.define(
+        "edit_stream(Tensor(a!) hidden, Tensor(b!) residual, int engine, int place) -> ()"
+    )
     for name, function in (("edit", _edit), ("edit_stream", _edit_stream)):
         for key in ("CPU", "CUDA"):
             library.impl(name, function, key)

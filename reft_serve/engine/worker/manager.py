@@ -1,7 +1,8 @@
 """The worker's adapter manager: what vLLM's model runners know as `lora_manager`.
 
-It answers vLLM's calls to its LoRA manager, serves ReFT directories itself and hands LoRA directories to
-vLLM's manager, which exists only where LoRA is on. A directory that holds both goes to both.
+It answers vLLM's calls to its LoRA manager, serves ReFT directories itself and hands LoRA
+directories to vLLM's manager, which exists only where LoRA is on. A directory that holds both goes
+to both.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ __all__ = ["AdapterManager", "StepBatch"]
 class StepBatch:
     """The requests of a step as integer arrays over requests, in the order of their tokens.
 
-    engine_ids: `lora_int_id` of each, 0 for the base. The others count tokens; `sampled` are those that get logits.
-    requests: the adapters by `lora_int_id`; evaluated only if one of them is needed.
+    engine_ids: `lora_int_id` of each, 0 for the base. The others count tokens; `sampled` are those
+    that get logits. requests: the adapters by `lora_int_id`; evaluated only if one of them is
+    needed.
     """
 
     engine_ids: NDArray[Any]
@@ -57,14 +59,17 @@ class AdapterManager:
     """One worker's adapters.
 
     Args:
-        model: the loaded base model; its decoder layers get their hooks here, before anything is compiled.
+        model: the loaded base model; its decoder layers get their hooks here, before anything is
+            compiled.
         lora: vLLM's manager with the model's linear layers wrapped, or None for a ReFT-only engine.
 
     Raises:
         EngineUnsupported: the model has no decoder layers that can be edited.
     """
 
-    def __init__(self, model: nn.Module, config: VllmConfig, device: torch.device, lora: LoraManager | None) -> None:
+    def __init__(
+        self, model: nn.Module, config: VllmConfig, device: torch.device, lora: LoraManager | None
+    ) -> None:
         settings, limits, base = settings_of(config), limits_of(config), base_facts(config)
         assert config.lora_config is not None
         assert limits.max_rank is not None
@@ -73,10 +78,14 @@ class AdapterManager:
         places = places_of(layers, settings.components)
         share = share_of(limits, len(layers), base.num_hidden_layers)
         pool = UnitPool(slots * share, limits.max_rank, base.hidden_size, device)
-        table = torch.zeros(len(places), MAX_PASSES, slots * len(Part), dtype=torch.int32, device=device)
+        table = torch.zeros(
+            len(places), MAX_PASSES, slots * len(Part), dtype=torch.int32, device=device
+        )
         self.edits = Edits(pool, table, config.scheduler_config.max_num_batched_tokens)
         install_hooks(layers, places, attach_edits(self.edits))
-        self.registry = Registry(self.edits, slots, places, layers.keys(), base, limits, settings.max_adapter_bytes)
+        self.registry = Registry(
+            self.edits, slots, places, layers.keys(), base, limits, settings.max_adapter_bytes
+        )
         self._lora, self._layers = lora, frozenset(layers)
         self._active_loras = 0
         self._has_dummies = False
@@ -88,11 +97,15 @@ class AdapterManager:
 
     @property
     def num_active(self) -> int:
-        """Number of adapters for graph dispatch: 0 if the prepared step has neither a ReFT row nor a LoRA."""
+        """Number of adapters for graph dispatch: 0 if the prepared step has neither a ReFT row nor
+        a LoRA.
+        """
         return int(self.edits.active) + self._active_loras
 
     def prepare(self, batch: StepBatch) -> None:
-        """Set the rows of the coming step, loading what is missing. Costs one vector test if nothing is edited."""
+        """Set the rows of the coming step, loading what is missing. Costs one vector test if
+        nothing is edited.
+        """
         started = time.perf_counter()
         rows = self._rows(batch) if batch.engine_ids.any() else None
         if rows is None:
@@ -102,18 +115,26 @@ class AdapterManager:
             self._row_steps += 1
             self._rows_edited += len(rows.row_T)
         self._steps += 1
-        (self._idle_seconds if rows is None else self._row_seconds).append(time.perf_counter() - started)
+        (self._idle_seconds if rows is None else self._row_seconds).append(
+            time.perf_counter() - started
+        )
         if self._lora is not None:
             self._prepare_lora(batch)
 
     def may_edit(self, batch: StepBatch) -> NDArray[np.bool_]:
-        """Which requests can have edited tokens in this step: those in their prompt, and any whose adapter edits on."""
+        """Which requests can have edited tokens in this step: those in their prompt, and any whose
+        adapter edits on.
+        """
         ours = batch.engine_ids >= FIRST_ID
-        may: NDArray[np.bool_] = ours & ((batch.computed < batch.prompt_lens) | ((batch.engine_ids & GENERATED) > 0))
+        may: NDArray[np.bool_] = ours & (
+            (batch.computed < batch.prompt_lens) | ((batch.engine_ids & GENERATED) > 0)
+        )
         return may
 
     def needs_adapter(self, batch: StepBatch) -> NDArray[np.bool_]:
-        """Which requests make the step one with adapters: those that may be edited, and those of a LoRA."""
+        """Which requests make the step one with adapters: those that may be edited, and those of a
+        LoRA.
+        """
         return _has_lora(batch.engine_ids) | self.may_edit(batch)
 
     def _rows(self, batch: StepBatch) -> Rows | None:
@@ -143,12 +164,16 @@ class AdapterManager:
             ids[ids == number] = lora.lora_int_id
             loras.add(lora)
         # Also if no LoRA is active: its wrapped layers read the mapping of the step.
-        mapping = LoRAMapping(tuple(ids.repeat(batch.scheduled)), tuple(ids.repeat(batch.sampled)), is_prefill=True)
+        mapping = LoRAMapping(
+            tuple(ids.repeat(batch.scheduled)), tuple(ids.repeat(batch.sampled)), is_prefill=True
+        )
         self._lora.set_active_adapters(loras, mapping)
         self._active_loras = len(loras)
 
     def hold(self, request: LoRARequest, read: Folded | None) -> None:
-        """Keep the units of a version at hand for its coming requests; `read`, where the core has read them."""
+        """Keep the units of a version at hand for its coming requests; `read`, where the core has
+        read them.
+        """
         started = time.perf_counter()
         try:
             self._hold(request, read)
@@ -177,14 +202,16 @@ class AdapterManager:
         if lora is not None and self._lora is None:
             held = "it also holds a LoRA" if adapter_ref(request) else "it is not a ReFT adapter"
             raise AdapterUnsupported(
-                request.lora_path, [f"{held}, and this engine serves ReFT only: set REFT_LORA=on to serve LoRA"]
+                request.lora_path,
+                [f"{held}, and this engine serves ReFT only: set REFT_LORA=on to serve LoRA"],
             )
         return lora
 
     # What vLLM calls on its own manager from here on.
 
     def set_active_adapters(self, requests: set[LoRARequest], mapping: LoRAMapping | None) -> None:
-        """Warm-up and graph capture. Real steps come through `prepare`; V2 then calls here with an empty mapping.
+        """Warm-up and graph capture. Real steps come through `prepare`; V2 then calls here with an
+        empty mapping.
 
         A multimodal step comes once more, for the LoRAs of its towers, which ReFT does not edit.
         """
@@ -204,10 +231,13 @@ class AdapterManager:
     def _set_tower_loras(self, requests: set[LoRARequest], mapping: LoRAMapping) -> None:
         assert self._lora is not None, "supports_tower_connector_lora denied it"
         of_tokens, of_prompts = (
-            tuple(i if i < FIRST_ID else 0 for i in ids) for ids in (mapping.index_mapping, mapping.prompt_mapping)
+            tuple(i if i < FIRST_ID else 0 for i in ids)
+            for ids in (mapping.index_mapping, mapping.prompt_mapping)
         )
         loras = {request for request in requests if request.lora_int_id < FIRST_ID}
-        self._lora.set_active_adapters(loras, replace(mapping, index_mapping=of_tokens, prompt_mapping=of_prompts))
+        self._lora.set_active_adapters(
+            loras, replace(mapping, index_mapping=of_tokens, prompt_mapping=of_prompts)
+        )
 
     def add_adapter(self, request: LoRARequest) -> bool:
         identity, lora = adapter_ref(request), self._lora_of(request)
@@ -237,7 +267,9 @@ class AdapterManager:
         return self.registry.engine_ids() | {number for number in loras if number < FIRST_ID}
 
     def remove_all_adapters(self) -> None:
-        """Forget every adapter; after a dummy run, which an idle data-parallel rank makes in every step, only vLLM's."""
+        """Forget every adapter; after a dummy run, which an idle data-parallel rank makes in every
+        step, only vLLM's.
+        """
         self.edits.clear()
         if not self._has_dummies:
             self.registry.remove_all()
@@ -258,7 +290,11 @@ class AdapterManager:
         return self._lora is not None and bool(self._lora.add_dummy_lora(request, rank))
 
     def get_dummy_lora_warmup_rank(self, default_rank: int) -> int:
-        return default_rank if self._lora is None else int(self._lora.get_dummy_lora_warmup_rank(default_rank))
+        return (
+            default_rank
+            if self._lora is None
+            else int(self._lora.get_dummy_lora_warmup_rank(default_rank))
+        )
 
     def supports_tower_connector_lora(self) -> bool:
         return self._lora is not None and bool(self._lora.supports_tower_connector_lora())
@@ -278,17 +314,20 @@ class AdapterManager:
         }
 
     def stats(self) -> dict[str, float]:
-        """The counters, and times in seconds: of loads, and of the host's work on rows in the last 256 steps
-        that edited and the last 256 that did not (`decode_row_*`).
+        """The counters, and times in seconds: of loads, and of the host's work on rows in the last
+        256 steps that edited and the last 256 that did not (`decode_row_*`).
         """
         loads, rows, idle = (
-            sorted(spent) or [0.0] for spent in (self.registry.load_seconds, self._row_seconds, self._idle_seconds)
+            sorted(spent) or [0.0]
+            for spent in (self.registry.load_seconds, self._row_seconds, self._idle_seconds)
         )
         return self.counters() | {
             "pid": os.getpid(),
             "op_bodies": self.edits.bodies,
             "load_seconds_median": loads[len(loads) // 2],
-            "load_seconds_last": self.registry.load_seconds[-1] if self.registry.load_seconds else 0.0,
+            "load_seconds_last": self.registry.load_seconds[-1]
+            if self.registry.load_seconds
+            else 0.0,
             "load_seconds_max": loads[-1],
             "row_seconds_median": rows[len(rows) // 2],
             "row_seconds_max": rows[-1],
@@ -299,5 +338,7 @@ class AdapterManager:
 
 
 def _has_lora(engine_ids: NDArray[Any]) -> NDArray[np.bool_]:
-    found: NDArray[np.bool_] = (engine_ids > 0) & ((engine_ids < FIRST_ID) | ((engine_ids & WITH_LORA) > 0))
+    found: NDArray[np.bool_] = (engine_ids > 0) & (
+        (engine_ids < FIRST_ID) | ((engine_ids & WITH_LORA) > 0)
+    )
     return found

@@ -1,11 +1,12 @@
 """Adapters on one worker: which slot each version has, and where its interventions lie in the pool.
 
-A slot is a place in a batch; the interventions of its adapter take units anywhere in the pool, so adapters of any number
-of layers share it without holes. The least recently used version makes room, and only after the new one has been read,
-verified and found to fit.
+A slot is a place in a batch; the interventions of its adapter take units anywhere in the pool, so
+adapters of any number of layers share it without holes. The least recently used version makes room,
+and only after the new one has been read, verified and found to fit.
 
-A version with unfinished requests is *held*: its units are in the pool or in host memory, so that no step reads a file or
-can fail on one, however often the version is evicted and comes back; nor is a version that is resident ever read again.
+A version with unfinished requests is *held*: its units are in the pool or in host memory, so that
+no step reads a file or can fail on one, however often the version is evicted and comes back; nor is
+a version that is resident ever read again.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class Folded:
     units: tuple[Unit, ...]
 
 
-def read_folded(identity: AdapterRef, path: str, base: BaseFacts, limits: Limits, max_bytes: int) -> Folded:
+def read_folded(
+    identity: AdapterRef, path: str, base: BaseFacts, limits: Limits, max_bytes: int
+) -> Folded:
     """Read a version, in any process of the engine.
 
     Raises:
@@ -52,7 +55,9 @@ def read_folded(identity: AdapterRef, path: str, base: BaseFacts, limits: Limits
     faults = limits.faults(adapter.manifest, base)
     if faults:
         raise AdapterUnsupported(path, faults)
-    return Folded(tuple(adapter.manifest.interventions), tuple(fold(weights) for weights in adapter.weights))
+    return Folded(
+        tuple(adapter.manifest.interventions), tuple(fold(weights) for weights in adapter.weights)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +74,8 @@ class Registry:
     """The slots of one worker.
 
     Args:
-        edits: the pool and the table that the op reads; the registry alone writes them, between steps.
+        edits: the pool and the table that the op reads; the registry alone writes them, between
+            steps.
         slots: how many versions are resident at most.
         places: this worker's places; other ranks of a pipeline own the others.
         layers: the model's layers that this worker holds.
@@ -103,7 +109,9 @@ class Registry:
         return len(self._residents)
 
     def slot_of(self, identity: AdapterRef, path: str, in_use: Collection[str]) -> int:
-        """The slot of a version, read from `path` if it is not resident. Versions of `in_use` are not evicted for it."""
+        """The slot of a version, read from `path` if it is not resident. Versions of `in_use` are
+        not evicted for it.
+        """
         resident = self._residents.get(identity.digest)
         if resident is None:
             resident = self._load(identity, path, in_use)
@@ -115,7 +123,8 @@ class Registry:
         return read_folded(identity, path, self._base, self._limits, self._max_bytes)
 
     def hold(self, identity: AdapterRef, path: str, read: Folded | None) -> None:
-        """Keep a version's units at hand until `release`: `read`, where another process has read them, or else its files.
+        """Keep a version's units at hand until `release`: `read`, where another process has read
+        them, or else its files.
 
         Raises:
             AdapterNotFound, AdapterInvalid, AdapterChanged: its files are not what they were.
@@ -130,8 +139,8 @@ class Registry:
         self._held.pop(digest, None)
 
     def remove(self, engine_id: int) -> list[str]:
-        """Free the slots and units of the versions with this id and return their digests; requests in progress load them
-        again.
+        """Free the slots and units of the versions with this id and return their digests; requests
+        in progress load them again.
         """
         found = self._with_id(engine_id)
         for digest in found:
@@ -153,12 +162,18 @@ class Registry:
         return {resident.engine_id for resident in self._residents.values()}
 
     def _with_id(self, engine_id: int) -> list[str]:
-        return [digest for digest, resident in self._residents.items() if resident.engine_id == engine_id]
+        return [
+            digest
+            for digest, resident in self._residents.items()
+            if resident.engine_id == engine_id
+        ]
 
     def _remove(self, digest: str) -> None:
         resident = self._residents.pop(digest)
         if digest in self._held and self._held[digest] is None:
-            self._held[digest] = Folded(resident.specs, tuple(self._edits.pool.read(unit) for unit in resident.units))
+            self._held[digest] = Folded(
+                resident.specs, tuple(self._edits.pool.read(unit) for unit in resident.units)
+            )
         self._pinned.discard(digest)
         self._free_slots.append(resident.slot)
         self._free_units.extend(resident.units)
@@ -177,7 +192,9 @@ class Registry:
         return resident
 
     def _local(self, identity: AdapterRef, path: str, read: Folded | None) -> Folded:
-        """This worker's part of a version, checked; reads the files if no worker thread has done so."""
+        """This worker's part of a version, checked; reads the files if no worker thread has done
+        so.
+        """
         whole = read or self.read(identity, path)
         faults = [
             f"intervention {k} edits {spec.where}, which this model does not have"
@@ -187,14 +204,16 @@ class Registry:
         own = [k for k, spec in enumerate(whole.specs) if place_of(spec) in self._places]
         if len(own) > self._units_per_slot:
             faults.append(
-                f"more than {self._units_per_slot} of its interventions are on one rank: raise REFT_MAX_INTERVENTIONS"
+                f"more than {self._units_per_slot} of its interventions are on one rank: raise "
+                "REFT_MAX_INTERVENTIONS"
             )
         if faults:
             raise AdapterUnsupported(path, faults)
         return Folded(tuple(whole.specs[k] for k in own), tuple(whole.units[k] for k in own))
 
     def _make_room(self, units: int, in_use: Collection[str]) -> None:
-        # Pinned versions go last, and only for a step that needs every slot: it could not run otherwise.
+        # Pinned versions go last, and only for a step that needs every slot: it could not run
+        # otherwise.
         evictable = [digest for digest in self._residents if digest not in in_use]
         for digest in sorted(evictable, key=self._pinned.__contains__):
             if self._free_slots and len(self._free_units) >= units:

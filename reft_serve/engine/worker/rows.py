@@ -1,8 +1,8 @@
 """From the requests of a step to the rows it edits.
 
-A request is in this step with tokens [computed, computed + scheduled) of itself. Its edited tokens follow from its
-*prompt's* length, which a preemption does not change: tokens it had generated before are part of its prefill then, and
-are still not prompt tokens.
+A request is in this step with tokens [computed, computed + scheduled) of itself. Its edited tokens
+follow from its *prompt's* length, which a preemption does not change: tokens it had generated
+before are part of its prefill then, and are still not prompt tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ __all__ = ["Rows", "StepRequest", "rows_of"]
 
 @dataclass(frozen=True, slots=True)
 class StepRequest:
-    """One request's share of a step. `first_row` is where its tokens start among the step's tokens."""
+    """One request's share of a step. `first_row` is where its tokens start among the step's
+    tokens.
+    """
 
     identity: AdapterRef
     path: str
@@ -41,7 +43,9 @@ class Rows:
 
 
 def rows_of(requests: list[StepRequest], slot_of: Callable[[StepRequest], int]) -> Rows | None:
-    """The step's rows, or None if no token of the step is edited. `slot_of` is asked only for requests with rows."""
+    """The step's rows, or None if no token of the step is edited. `slot_of` is asked only for
+    requests with rows.
+    """
     rows: list[NDArray[np.int32]] = []
     keys: list[NDArray[np.int32]] = []
     scales: list[NDArray[np.float32]] = []
@@ -55,4 +59,6 @@ def rows_of(requests: list[StepRequest], slot_of: Callable[[StepRequest], int]) 
                 rows.append(np.arange(low + shift, high + shift, dtype=np.int32))
                 keys.append(np.full(high - low, slot * len(Part) + span.part, dtype=np.int32))
                 scales.append(np.full(high - low, request.identity.strength, dtype=np.float32))
-    return Rows(np.concatenate(rows), np.concatenate(keys), np.concatenate(scales)) if rows else None
+    return (
+        Rows(np.concatenate(rows), np.concatenate(keys), np.concatenate(scales)) if rows else None
+    )

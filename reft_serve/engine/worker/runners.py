@@ -1,7 +1,8 @@
 """The worker's side of the seam, for both model runners of vLLM.
 
-V1 (`gpu_model_runner`, also the CPU's) asks `set_active_loras` while it prepares a step and dispatches graphs after; V2
-(`worker/gpu`) asks its `LoraState` first what is active, to pick a graph, and then for the mapping.
+V1 (`gpu_model_runner`, also the CPU's) asks `set_active_loras` while it prepares a step and
+dispatches graphs after; V2 (`worker/gpu`) asks its `LoraState` first what is active, to pick a
+graph, and then for the mapping.
 """
 
 from __future__ import annotations
@@ -38,12 +39,18 @@ __all__ = [
 
 
 def wrap_load_lora_model(_: Any) -> Callable[..., nn.Module]:
-    """In place of `LoRAModelRunnerMixin.load_lora_model`: our manager, and vLLM's own inside it where LoRA is on."""
+    """In place of `LoRAModelRunnerMixin.load_lora_model`: our manager, and vLLM's own inside it
+    where LoRA is on.
+    """
 
-    def load_lora_model(self: Any, model: nn.Module, vllm_config: VllmConfig, device: torch.device) -> nn.Module:
+    def load_lora_model(
+        self: Any, model: nn.Module, vllm_config: VllmConfig, device: torch.device
+    ) -> nn.Module:
         wanted, lora = settings_of(vllm_config).lora, None
         if wanted == "on" and not supports_lora(model):
-            raise EngineUnsupported(f"{type(model).__name__} does not support LoRA in vLLM: set REFT_LORA=off")
+            raise EngineUnsupported(
+                f"{type(model).__name__} does not support LoRA in vLLM: set REFT_LORA=off"
+            )
         # LoRA wraps the linear layers inside the decoder layers, whose outputs the edits then see.
         if wanted != "off" and supports_lora(model):
             lora = LoraManager(vllm_config, device, model.embedding_modules)
@@ -83,7 +90,9 @@ def wrap_set_active_loras(_: Any) -> Callable[..., None]:
 
 
 def wrap_determine_batch_execution_and_padding(original: Any) -> Callable[..., Any]:
-    """Around V1's `_determine_batch_execution_and_padding`: a step without rows takes the graph without adapters."""
+    """Around V1's `_determine_batch_execution_and_padding`: a step without rows takes the graph
+    without adapters.
+    """
 
     def determine(self: Any, *args: Any, **kwargs: Any) -> Any:
         manager = getattr(self, "lora_manager", None)
@@ -95,14 +104,18 @@ def wrap_determine_batch_execution_and_padding(original: Any) -> Callable[..., A
 
 
 class RowAwareLoraState(LoraState):  # type: ignore[misc]  # vllm is not type-checked
-    """V2's `LoraState` with our rows: same calls, but "active" means that this step edits something or runs a LoRA."""
+    """V2's `LoraState` with our rows: same calls, but "active" means that this step edits something
+    or runs a LoRA.
+    """
 
     def __init__(self, max_num_reqs: int, runner: Any) -> None:
         super().__init__(max_num_reqs)
         self._runner = runner
 
     def get_activate_loras(self, req_ids: list[str]) -> set[LoRARequest]:
-        """The adapters that this step needs; asked before the step is prepared, so a prompt chunk counts as a whole."""
+        """The adapters that this step needs; asked before the step is prepared, so a prompt chunk
+        counts as a whole.
+        """
         if not self._may_need_adapters():
             return set()
         index_of = self._runner.req_states.req_id_to_index
@@ -115,20 +128,26 @@ class RowAwareLoraState(LoraState):  # type: ignore[misc]  # vllm is not type-ch
     def make_lora_inputs(
         self, req_ids: list[str], idx_mapping: NDArray[Any], num_scheduled_tokens: NDArray[Any]
     ) -> tuple[tuple[int, ...], tuple[int, ...], set[LoRARequest]]:
-        """Prepare the step's rows; what is returned continues to `set_active_adapters`, which then leaves the rows alone."""
-        batch = self._batch(idx_mapping if self._may_need_adapters() else None, num_scheduled_tokens)
+        """Prepare the step's rows; what is returned continues to `set_active_adapters`, which then
+        leaves the rows alone.
+        """
+        batch = self._batch(
+            idx_mapping if self._may_need_adapters() else None, num_scheduled_tokens
+        )
         self._runner.lora_manager.prepare(batch)
         return (), (), set()
 
     def _may_need_adapters(self) -> bool:
-        """True if any request known to the worker has edits or a LoRA. Requests outside the step count too, as do ended ones
-        whose index is free.
+        """True if any request known to the worker has edits or a LoRA. Requests outside the step
+        count too, as do ended ones whose index is free.
         """
         everyone = self._batch(slice(None), self.lora_ids)
         return bool(self._runner.lora_manager.needs_adapter(everyone).any())
 
     def _batch(self, at: NDArray[Any] | slice | None, scheduled: NDArray[Any]) -> StepBatch:
-        """The step of the requests at these indices; of none that has an adapter where `at` is None."""
+        """The step of the requests at these indices; of none that has an adapter where `at` is
+        None.
+        """
         ones = np.ones(len(scheduled), np.int32)
         if at is None:
             nobody = np.zeros_like(ones)
@@ -148,8 +167,8 @@ class RowAwareLoraState(LoraState):  # type: ignore[misc]  # vllm is not type-ch
 
 
 def reft_hold(self: Any, request: LoRARequest, read: Folded | None) -> EngineFault | None:
-    """Called on every worker before a version gets its first unfinished request, and before it is loaded; answers what
-    went wrong, if anything.
+    """Called on every worker before a version gets its first unfinished request, and before it is
+    loaded; answers what went wrong, if anything.
     """
     return _fault(self.model_runner.lora_manager.hold, request, read)
 
@@ -165,8 +184,8 @@ def reft_add(self: Any, request: LoRARequest) -> EngineFault | None:
 
 
 def _fault(call: Callable[..., object], *args: Any) -> EngineFault | None:
-    # Answered and not raised: vLLM stops reading at the first rank that raises, and takes what the others say for their
-    # answers to its next call, which may be a step.
+    # Answered and not raised: vLLM stops reading at the first rank that raises, and takes what the
+    # others say for their answers to its next call, which may be a step.
     try:
         call(*args)
     except Exception as exc:
@@ -175,7 +194,9 @@ def _fault(call: Callable[..., object], *args: Any) -> EngineFault | None:
 
 
 def reft_counters(self: Any) -> dict[str, float]:
-    """A worker's plain counters, which the front end asks for while it serves; empty where adapters are off."""
+    """A worker's plain counters, which the front end asks for while it serves; empty where adapters
+    are off.
+    """
     manager = getattr(self.model_runner, "lora_manager", None)
     return manager.counters() if isinstance(manager, AdapterManager) else {}
 

@@ -1,9 +1,10 @@
 """Seeded requests on a CPU, whose prompts arrive in chunks.
 
-vLLM samples a token after every chunk and throws all but the last away. To undo what that took from a request's generator it
-moves the generator's offset back, which CUDA's generators have and the CPU's do not: the step raises, and the engine ends
-(vLLM 0.32, `GPUModelRunner._bookkeeping_sync`). On a CPU the generator's state is kept before and put back after, so that a
-seed gives the same answer however its prompt was cut.
+vLLM samples a token after every chunk and throws all but the last away. To undo what that took from
+a request's generator it moves the generator's offset back, which CUDA's generators have and the
+CPU's do not: the step raises, and the engine ends (vLLM 0.32, `GPUModelRunner._bookkeeping_sync`).
+On a CPU the generator's state is kept before and put back after, so that a seed gives the same
+answer however its prompt was cut.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ def wrap_bookkeeping_sync(bookkeeping: Callable[..., Any]) -> Callable[..., Any]
 
 
 def _thrown_away(runner: Any) -> dict[int, torch.Generator]:
-    """The generators on a CPU, by row, of those requests whose token of this step does not count."""
+    """The generators on a CPU, by row, of those requests whose token of this step does not
+    count.
+    """
     generators: dict[int, torch.Generator] = runner.input_batch.generators
     if runner.device.type != "cpu" or not generators:
         return {}

@@ -1,7 +1,8 @@
-"""Requests that are in progress at once: counted in this process, or in Redis for all gateways together.
+"""Requests that are in progress at once: counted in this process, or in Redis for all gateways
+together.
 
-In Redis each request holds a lease, which its gateway renews. The leases of a gateway that dies expire. While Redis does not
-answer, each gateway counts its own.
+In Redis each request holds a lease, which its gateway renews. The leases of a gateway that dies
+expire. While Redis does not answer, each gateway counts its own.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ _Holder = tuple[str, str]
 # Redis's own clock: gateways' clocks may differ.
 _NOW = "local t = redis.call('TIME'); local now = t[1] * 1000 + math.floor(t[2] / 1000); "
 _TAKE = (
-    _NOW + "redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now); "
-    "if redis.call('ZCARD', KEYS[1]) >= tonumber(ARGV[1]) then return 0 end; "
-    "redis.call('ZADD', KEYS[1], now + ARGV[2], ARGV[3]); redis.call('PEXPIRE', KEYS[1], ARGV[2]); return 1"
+    _NOW
+    + "redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now); if redis.call('ZCARD', KEYS[1]) >= "
+    "tonumber(ARGV[1]) then return 0 end; redis.call('ZADD', KEYS[1], now + ARGV[2], "
+    "ARGV[3]); redis.call('PEXPIRE', KEYS[1], ARGV[2]); return 1"
 )
 _RENEW = (
     _NOW + "for i = 2, #ARGV do redis.call('ZADD', KEYS[1], 'XX', now + ARGV[1], ARGV[i]) end; "

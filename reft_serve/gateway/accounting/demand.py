@@ -1,4 +1,6 @@
-"""Upper bound of a request's usage before it runs: the tokens to reserve, and the limits that bound them."""
+"""Upper bound of a request's usage before it runs: the tokens to reserve, and the limits that bound
+them.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,16 @@ from reft_serve.errors import RequestInvalid
 __all__ = ["Demand", "bounded", "demand_of"]
 
 _BYTES_PER_TOKEN = 4
-# What an engine generates in a second for one sequence, at most; of an engine that has not said what it did.
+# What an engine generates in a second for one sequence, at most; of an engine that has not said
+# what it did.
 _TOKENS_PER_SECOND = 200
 
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """Tokens by a rule of thumb: of all prompts together, and the most that may be generated for all choices of them."""
+    """Tokens by a rule of thumb: of all prompts together, and the most that may be generated for
+    all choices of them.
+    """
 
     prompt: int
     completion: int
@@ -43,7 +48,8 @@ def bounded(
         limits: what the caller may use.
         body: the caller's.
         fields: the endpoint's fields for the most tokens of an answer, the preferred one first.
-        default_tokens: what the engine generates at most if none of them is there; None: as long as its context.
+        default_tokens: what the engine generates at most if none of them is there; None: as long as
+            its context.
 
     Raises:
         RequestInvalid: it asks for more choices or tokens than the limits allow.

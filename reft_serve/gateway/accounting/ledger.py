@@ -1,4 +1,6 @@
-"""Queue of usage records: many are committed together, and none is dropped while the process lives."""
+"""Queue of usage records: many are committed together, and none is dropped while the process
+lives.
+"""
 
 from __future__ import annotations
 
@@ -28,15 +30,17 @@ _LATE_SECONDS = 5.0
 class _Record:
     what: Opening | Ending
     since: float = field(default_factory=time.monotonic)
-    committed: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    committed: asyncio.Future[None] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
 
 
 class Ledger:
     """A queue before the database's usage tables. While one batch commits, the next one gathers.
 
-    Nothing of an answer may be seen whose request is not on disk: a stream is admitted before its first event. A whole
-    answer is given when it is settled, which is enough; only one that takes long is admitted too, so that it is known of
-    if the process dies.
+    Nothing of an answer may be seen whose request is not on disk: a stream is admitted before its
+    first event. A whole answer is given when it is settled, which is enough; only one that takes
+    long is admitted too, so that it is known of if the process dies.
     """
 
     def __init__(self, database: Database) -> None:
@@ -86,9 +90,14 @@ class Ledger:
         return self._put(ending).committed
 
     def retract(self, ending: Ending) -> None:
-        """Record something else of a request whose ending waits to be written: its answer was not given."""
+        """Record something else of a request whose ending waits to be written: its answer was not
+        given.
+        """
         for record in self._records:
-            if isinstance(record.what, Ending) and record.what.opening.request_id == ending.opening.request_id:
+            if (
+                isinstance(record.what, Ending)
+                and record.what.opening.request_id == ending.opening.request_id
+            ):
                 record.what = ending
 
     def _put(self, what: Opening | Ending) -> _Record:
@@ -121,7 +130,9 @@ class Ledger:
     async def _write(self, batch: list[_Record]) -> None:
         endings = [record.what for record in batch if isinstance(record.what, Ending)]
         ended = {ending.opening.request_id for ending in endings}
-        openings = [r.what for r in batch if isinstance(r.what, Opening) and r.what.request_id not in ended]
+        openings = [
+            r.what for r in batch if isinstance(r.what, Opening) and r.what.request_id not in ended
+        ]
         # Before it is tried: a commit whose answer is lost may have happened.
         self._admitted.update(opening.request_id for opening in openings)
         admitted = ended & self._admitted
@@ -129,7 +140,11 @@ class Ledger:
         def work(connection: Connection) -> None:
             admit(connection, openings)
             # As they are now: they may have been retracted while the database was waited for.
-            settle(connection, [record.what for record in batch if isinstance(record.what, Ending)], admitted)
+            settle(
+                connection,
+                [record.what for record in batch if isinstance(record.what, Ending)],
+                admitted,
+            )
 
         await self._database.commit(work)
         self._admitted -= admitted

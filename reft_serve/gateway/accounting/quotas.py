@@ -1,4 +1,6 @@
-"""Rate limits of tenants and keys, per minute and concurrent. Buckets are the `limits` library's, in memory or in Redis."""
+"""Rate limits of tenants and keys, per minute and concurrent. Buckets are the `limits` library's,
+in memory or in Redis.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,18 @@ from limits.storage import storage_from_string
 from reft_serve.config import TenantLimits
 from reft_serve.database.keys import Principal
 from reft_serve.errors import DatabaseUnusable, RateLimited, ServiceError
-from reft_serve.gateway.accounting.concurrency import Concurrency, LocalConcurrency, SharedConcurrency
+from reft_serve.gateway.accounting.concurrency import (
+    Concurrency,
+    LocalConcurrency,
+    SharedConcurrency,
+)
 from reft_serve.observability import LIMITED, BoundedNames
 
 __all__ = ["Quotas", "Reservation", "limits_of"]
 
 _log = logging.getLogger(__name__)
-# A minute's requests do not all come at once: in each ten seconds a sixth of them, but at least ten.
+# A minute's requests do not all come at once: in each ten seconds a sixth of them, but at least
+# ten.
 _BURST_SECONDS, _BURST_LEAST = 10, 10
 
 
@@ -44,7 +51,9 @@ def tighter(one: TenantLimits, other: TenantLimits) -> TenantLimits:
     """The limits of a caller bound by both."""
     both: dict[str, int | None] = {}
     for name in TenantLimits.model_fields:
-        bounds = [value for value in (getattr(one, name), getattr(other, name)) if value is not None]
+        bounds = [
+            value for value in (getattr(one, name), getattr(other, name)) if value is not None
+        ]
         both[name] = min(bounds, default=None)
     return one.model_copy(update=both)
 
@@ -55,8 +64,11 @@ class Reservation:
 
     estimate: int
     headers: dict[str, str] = field(default_factory=dict)
-    # (limit, its bucket, when the bucket is emptied, by the monotonic clock): what was taken before is not returned after.
-    tokens: list[tuple[RateLimitItemPerMinute, tuple[str, str], float]] = field(default_factory=list)
+    # (limit, its bucket, when the bucket is emptied, by the monotonic clock): what was taken before
+    # is not returned after.
+    tokens: list[tuple[RateLimitItemPerMinute, tuple[str, str], float]] = field(
+        default_factory=list
+    )
 
 
 class Quotas:
@@ -75,7 +87,9 @@ class Quotas:
         self._storage = counted
         self._ahead = time.time() - time.monotonic()
         shared = isinstance(counted, RedisStorage)
-        self._at_once: Concurrency = SharedConcurrency(counted.bridge) if shared else LocalConcurrency()
+        self._at_once: Concurrency = (
+            SharedConcurrency(counted.bridge) if shared else LocalConcurrency()
+        )
 
     async def close(self) -> None:
         """Stop what is done in the background."""
@@ -84,7 +98,11 @@ class Quotas:
     def limits(self, caller: Principal) -> TenantLimits:
         """Limits of the caller: the tighter one of the tenant's and the key's, for each."""
         limits = limits_of(self._defaults, caller.limits)
-        return tighter(limits, limits_of(TenantLimits(), caller.key_limits)) if caller.key_limits else limits
+        return (
+            tighter(limits, limits_of(TenantLimits(), caller.key_limits))
+            if caller.key_limits
+            else limits
+        )
 
     @asynccontextmanager
     async def spend(self, caller: Principal, estimate: int) -> AsyncIterator[Reservation]:
@@ -99,7 +117,12 @@ class Quotas:
         leases: list[tuple[tuple[str, str], str]] = []
         try:
             for kind, name, limits in holders:
-                leases.append(((kind, name), await self._lease(caller, (kind, name), limits.concurrent_requests)))
+                leases.append(
+                    (
+                        (kind, name),
+                        await self._lease(caller, (kind, name), limits.concurrent_requests),
+                    )
+                )
             spending = Reservation(estimate)
             try:
                 for kind, name, limits in holders:
@@ -118,7 +141,9 @@ class Quotas:
                     await asyncio.shield(ending)
 
     async def _watch_clock(self) -> None:
-        """Begin to count again if the clock was set back: what is counted in this process expires by it."""
+        """Begin to count again if the clock was set back: what is counted in this process expires
+        by it.
+        """
         ahead = time.time() - time.monotonic()
         if ahead < self._ahead - _SET_BACK_SECONDS and isinstance(self._storage, MemoryStorage):
             _log.warning("the clock was set back, so the usage counters of limits were reset")
@@ -132,7 +157,11 @@ class Quotas:
         return lease
 
     async def _take(
-        self, caller: Principal, holder: tuple[str, str], limits: TenantLimits, spending: Reservation
+        self,
+        caller: Principal,
+        holder: tuple[str, str],
+        limits: TenantLimits,
+        spending: Reservation,
     ) -> None:
         if limits.requests_per_minute is not None:
             await self._take_request(caller, holder, limits.requests_per_minute, spending)
@@ -144,14 +173,21 @@ class Quotas:
             granted = fits and await self._tokens.hit(item, *holder, cost=cost)
             stats = await self._tokens.get_window_stats(item, *holder)
             if fits:
-                spending.tokens.append((item, holder, time.monotonic() + stats.reset_time - time.time()))
+                spending.tokens.append(
+                    (item, holder, time.monotonic() + stats.reset_time - time.time())
+                )
             _tell(spending.headers, "tokens", item.amount, stats.remaining, stats.reset_time)
             if not granted:
                 raise self._limited(
-                    caller, "tokens_per_minute", f"{item.amount} tokens per minute", _until(stats.reset_time)
+                    caller,
+                    "tokens_per_minute",
+                    f"{item.amount} tokens per minute",
+                    _until(stats.reset_time),
                 )
 
-    async def _take_request(self, caller: Principal, holder: tuple[str, str], most: int, spending: Reservation) -> None:
+    async def _take_request(
+        self, caller: Principal, holder: tuple[str, str], most: int, spending: Reservation
+    ) -> None:
         item = RateLimitItemPerMinute(most, namespace="reft-requests")
         at_once = max(_BURST_LEAST, -(-most * _BURST_SECONDS // 60))
         burst = RateLimitItemPerSecond(at_once, _BURST_SECONDS, namespace="reft-bursts")
@@ -163,7 +199,12 @@ class Quotas:
         stats = await self._requests.get_window_stats(item, *holder)
         _tell(spending.headers, "requests", most, stats.remaining, stats.reset_time)
         if not granted:
-            raise self._limited(caller, "requests_per_minute", f"{most} requests per minute", _until(stats.reset_time))
+            raise self._limited(
+                caller,
+                "requests_per_minute",
+                f"{most} requests per minute",
+                _until(stats.reset_time),
+            )
 
     async def take(self, caller: Principal, what: str, most: int) -> None:
         """Count one use of something that the caller's tenant may use `most` times per minute.
@@ -185,7 +226,12 @@ class Quotas:
             return
         for kind, name, limits in self._holders(caller):
             if limits.management_requests_per_minute is not None:
-                await self._hit(caller, (kind, name), "management requests", limits.management_requests_per_minute)
+                await self._hit(
+                    caller,
+                    (kind, name),
+                    "management requests",
+                    limits.management_requests_per_minute,
+                )
 
     async def _hit(self, caller: Principal, holder: tuple[str, str], what: str, most: int) -> None:
         label = what.replace(" ", "_")
@@ -193,18 +239,23 @@ class Quotas:
         try:
             if not await self._requests.hit(item, *holder):
                 stats = await self._requests.get_window_stats(item, *holder)
-                raise self._limited(caller, label, f"{most} {what} per minute", _until(stats.reset_time))
+                raise self._limited(
+                    caller, label, f"{most} {what} per minute", _until(stats.reset_time)
+                )
         except StorageError as exc:
             raise DatabaseUnusable("Usage limits cannot be checked right now; try again") from exc
 
     def _holders(self, caller: Principal) -> list[tuple[str, str, TenantLimits]]:
         holders = [("tenant", caller.tenant_id, limits_of(self._defaults, caller.limits))]
-        holders += [("key", counter, limits_of(TenantLimits(), own)) for counter, own in caller.counters]
+        holders += [
+            ("key", counter, limits_of(TenantLimits(), own)) for counter, own in caller.counters
+        ]
         return holders
 
     async def settle(self, spending: Reservation, tokens: int) -> None:
-        """Replace the estimate in the buckets by the actual usage. If the minute has ended, usage beyond the estimate counts
-        in the current minute. If the buckets do not respond, the estimate stays, so that a finished response is not lost.
+        """Replace the estimate in the buckets by the actual usage. If the minute has ended, usage
+        beyond the estimate counts in the current minute. If the buckets do not respond, the
+        estimate stays, so that a finished response is not lost.
         """
         difference = tokens - max(1, spending.estimate)
         for item, holder, reset in spending.tokens:
@@ -216,7 +267,9 @@ class Quotas:
         spending.tokens.clear()
 
     async def _charge(self, item: RateLimitItemPerMinute, key: str, tokens: int) -> None:
-        """Add to a bucket; one that holds several minutes' tokens is emptied after as many minutes."""
+        """Add to a bucket; one that holds several minutes' tokens is emptied after as many
+        minutes.
+        """
         held = await self._storage.incr(key, item.get_expiry(), amount=tokens)
         minutes = held // item.amount
         if tokens < 0 or minutes < 2:
@@ -233,7 +286,9 @@ class Quotas:
 
     def _limited(self, caller: Principal, limit: str, most: str, wait: float) -> RateLimited:
         LIMITED.labels(self._names.label(caller.tenant), limit).inc()
-        return RateLimited(f"the limit of {most} is used up; try again in {wait:.0f} s", max(wait, 1.0))
+        return RateLimited(
+            f"the limit of {most} is used up; try again in {wait:.0f} s", max(wait, 1.0)
+        )
 
 
 def _storage(url: str) -> Any:
@@ -242,7 +297,8 @@ def _storage(url: str) -> Any:
     except (ConfigurationError, ValueError, TypeError) as exc:
         # No cause: its message holds the URL, and the URL may hold a password.
         raise ServiceError(
-            f"REFT_LIMITS_STORAGE cannot be used ({type(exc).__name__}): use async+memory:// or async+redis://HOST:PORT/0"
+            f"REFT_LIMITS_STORAGE cannot be used ({type(exc).__name__}): use async+memory:// or "
+            "async+redis://HOST:PORT/0"
         ) from None
 
 
@@ -251,7 +307,9 @@ def _until(moment: float) -> float:
 
 
 def _tell(headers: dict[str, str], what: str, limit: int, remaining: int, reset: float) -> None:
-    """OpenAI's header names; where tenant and key both have a limit, the tighter one is reported."""
+    """OpenAI's header names; where tenant and key both have a limit, the tighter one is
+    reported.
+    """
     known = headers.get(f"x-ratelimit-remaining-{what}")
     if known is None or remaining < int(known):
         headers[f"x-ratelimit-limit-{what}"] = str(limit)

@@ -1,4 +1,6 @@
-"""HTTP to one engine: whole answers, and answers that are read as they come, over connections that are kept."""
+"""HTTP to one engine: whole answers, and answers that are read as they come, over connections that
+are kept.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from reft_serve.errors import EngineFailed, EngineTrouble, EngineUnavailable
 __all__ = ["EngineClient", "EngineResponse"]
 
 _CONNECT_SECONDS = 5.0
-# Less than the 5 s after which engines close an idle connection: else a request could meet the closing.
+# Less than the 5 s after which engines close an idle connection: else a request could meet the
+# closing.
 _KEEP_ALIVE_SECONDS = 3.0
 _BROKEN = (aiohttp.ClientError, OSError, TimeoutError)
 _UNREACHED = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
@@ -51,7 +54,9 @@ class EngineResponse:
             raise EngineFailed(_STOPPED) from exc
 
     def close(self) -> None:
-        """Leave it. Where the answer has not ended the connection is closed, by which the engine knows to stop."""
+        """Leave it. Where the answer has not ended the connection is closed, by which the engine
+        knows to stop.
+        """
         self._response.close()
 
 
@@ -69,43 +74,60 @@ class EngineClient:
         self._root = "http://engine" if socket else url
         kept: dict[str, Any] = {"limit": 0, "keepalive_timeout": _KEEP_ALIVE_SECONDS}
         self._client = aiohttp.ClientSession(
-            connector=aiohttp.UnixConnector(socket, **kept) if socket else aiohttp.TCPConnector(**kept),
-            headers={"content-type": "application/json"} | ({} if key is None else {"authorization": f"Bearer {key}"}),
+            connector=aiohttp.UnixConnector(socket, **kept)
+            if socket
+            else aiohttp.TCPConnector(**kept),
+            headers={"content-type": "application/json"}
+            | ({} if key is None else {"authorization": f"Bearer {key}"}),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
             skip_auto_headers=("accept-encoding", "user-agent"),
         )
 
-    async def fetch(self, method: str, path: str, body: Mapping[str, Any] | None, seconds: float) -> tuple[int, bytes]:
+    async def fetch(
+        self, method: str, path: str, body: Mapping[str, Any] | None, seconds: float
+    ) -> tuple[int, bytes]:
         """(status, all bytes) of a small answer.
 
         Raises:
-            EngineUnavailable: it is not there within `seconds`. `delivered`: it may have had what was asked.
+            EngineUnavailable: it is not there within `seconds`. `delivered`: it may have had what
+                was asked.
         """
         limit = aiohttp.ClientTimeout(total=seconds)
         try:
-            async with self._client.request(method, self._root + path, json=body, timeout=limit) as answer:
+            async with self._client.request(
+                method, self._root + path, json=body, timeout=limit
+            ) as answer:
                 return answer.status, await answer.read()
         except _UNREACHED as exc:
-            raise EngineUnavailable("an engine does not respond; try again", trouble=_trouble(exc)) from exc
+            raise EngineUnavailable(
+                "an engine does not respond; try again", trouble=_trouble(exc)
+            ) from exc
         except _BROKEN as exc:
             trouble = _trouble(exc)
             broken = trouble != "timed_out"
-            raise EngineUnavailable("an engine does not respond; try again", delivered=broken, trouble=trouble) from exc
+            raise EngineUnavailable(
+                "an engine does not respond; try again", delivered=broken, trouble=trouble
+            ) from exc
 
     async def open(self, path: str, body: bytes, headers: Mapping[str, str]) -> EngineResponse:
         """Post a request and return when its answer begins.
 
         Raises:
-            EngineUnavailable: it did not begin to answer. `delivered` says whether the request may have reached it.
+            EngineUnavailable: it did not begin to answer. `delivered` says whether the request may
+                have reached it.
         """
         try:
             return EngineResponse(
-                await self._client.post(self._root + path, data=body, headers=headers, allow_redirects=False)
+                await self._client.post(
+                    self._root + path, data=body, headers=headers, allow_redirects=False
+                )
             )
         except _UNREACHED as exc:
-            raise EngineUnavailable("an engine cannot be reached; try again", trouble=_trouble(exc)) from exc
+            raise EngineUnavailable(
+                "an engine cannot be reached; try again", trouble=_trouble(exc)
+            ) from exc
         except _BROKEN as exc:
             sentence = "an engine stopped before it responded; try again"
             raise EngineUnavailable(sentence, delivered=True, trouble=_trouble(exc)) from exc

@@ -1,7 +1,8 @@
 """Which engines there are: those that the settings name, and those that a DNS name stands for now.
 
-A headless Service of Kubernetes answers with the addresses of the pods that are ready. An address that is not among them any
-more gets no new request, and its connections are closed when the last answer has ended: so engines come and go under load.
+A headless Service of Kubernetes answers with the addresses of the pods that are ready. An address
+that is not among them any more gets no new request, and its connections are closed when the last
+answer has ended: so engines come and go under load.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ __all__ = ["Discovery"]
 
 _log = logging.getLogger(__name__)
 _DNS = "dns+"
-_LEAVE_SECONDS = 60.0  # longer than whatever is asked of an engine in addition to requests, which are counted
-# The resolver's own words for "there is no such name, or nothing behind it"; all else is a resolver in trouble.
+# longer than whatever is asked of an engine in addition to requests, which are counted
+_LEAVE_SECONDS = 60.0
+# The resolver's own words for "there is no such name, or nothing behind it"; all else is a resolver
+# in trouble.
 _NOBODY = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
 
 
@@ -33,7 +36,8 @@ class Discovery:
         """Look nothing up yet.
 
         Args:
-            urls: `http://HOST:PORT`, `unix:/PATH`, or `dns+http://NAME:PORT` for every address of NAME.
+            urls: `http://HOST:PORT`, `unix:/PATH`, or `dns+http://NAME:PORT` for every address of
+                NAME.
             key: the key that engines ask for.
 
         Raises:
@@ -62,21 +66,31 @@ class Discovery:
                 self._add(url)
 
     async def prune(self) -> None:
-        """Drop engines that are no longer listed. Call after probing new ones, so that the fleet is never briefly empty."""
+        """Drop engines that are no longer listed. Call after probing new ones, so that the fleet is
+        never briefly empty.
+        """
         for url in [url for url in self._engines if url not in self._wanted]:
             engine = self._engines.pop(url)
             _log.info("an engine was removed", extra={"data": {"engine": engine.state.url}})
             self._leaving[engine] = time.monotonic() + _LEAVE_SECONDS
-        for engine in [gone for gone, at in self._leaving.items() if not gone.in_flight and at < time.monotonic()]:
+        for engine in [
+            gone
+            for gone, at in self._leaving.items()
+            if not gone.in_flight and at < time.monotonic()
+        ]:
             del self._leaving[engine]
             await engine.close()
 
     @property
     def _wanted(self) -> dict[str, None]:
-        return dict.fromkeys([*self._fixed, *(url for urls in self._found.values() for url in urls)])
+        return dict.fromkeys(
+            [*self._fixed, *(url for urls in self._found.values() for url in urls)]
+        )
 
     async def close(self) -> None:
-        await asyncio.gather(*(engine.close() for engine in (*self._engines.values(), *self._leaving)))
+        await asyncio.gather(
+            *(engine.close() for engine in (*self._engines.values(), *self._leaving))
+        )
 
     def _add(self, url: str) -> None:
         taken = {engine.name for engine in (*self._engines.values(), *self._leaving)}
@@ -86,7 +100,9 @@ class Discovery:
     async def _resolve(self, name: str) -> None:
         parts = urlsplit(name)
         try:
-            answers = await asyncio.to_thread(socket.getaddrinfo, parts.hostname, parts.port, type=socket.SOCK_STREAM)
+            answers = await asyncio.to_thread(
+                socket.getaddrinfo, parts.hostname, parts.port, type=socket.SOCK_STREAM
+            )
         except socket.gaierror as exc:
             if exc.errno in _NOBODY:
                 self._found[name] = ()
@@ -97,7 +113,9 @@ class Discovery:
                 )
             return
         hosts = sorted({str(address[0]) for *_, address in answers})
-        self._found[name] = tuple(f"{parts.scheme}://{_bracketed(host)}:{parts.port}" for host in hosts)
+        self._found[name] = tuple(
+            f"{parts.scheme}://{_bracketed(host)}:{parts.port}" for host in hosts
+        )
 
 
 def _checked(url: str) -> str:

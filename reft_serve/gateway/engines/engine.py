@@ -32,7 +32,9 @@ _KEY_REFUSED = (401, 403)
 
 
 def engine_name(digest: str) -> str:
-    """The name that engines know a version by: it says nothing of whose it is or what it is called."""
+    """The name that engines know a version by: it says nothing of whose it is or what it is
+    called.
+    """
     return NAME_PREFIX + hashlib.sha256(f"engine name of {digest}".encode()).hexdigest()[:32]
 
 
@@ -56,7 +58,9 @@ class Engine:
         self._http = EngineClient(url, key)
 
     async def probe(self) -> None:
-        """Check its health. An engine that is healthy again may be a new process, which holds no versions."""
+        """Check its health. An engine that is healthy again may be a new process, which holds no
+        versions.
+        """
         self._set_state(await self._trouble())
 
     async def _trouble(self) -> EngineTrouble | None:
@@ -89,8 +93,8 @@ class Engine:
         self._set_state(trouble)
 
     def company(self) -> int:
-        """Number of this gateway's requests on the engine when the first of them failed; on a healthy engine, the current
-        number.
+        """Number of this gateway's requests on the engine when the first of them failed; on a
+        healthy engine, the current number.
         """
         self._company = self._company or self.in_flight
         return self._company
@@ -153,7 +157,9 @@ class Engine:
     async def _load(self, name: str, path: Path) -> None:
         body = {"lora_name": name, "lora_path": str(path)}
         try:
-            status, content = await self._http.fetch("POST", "/v1/load_lora_adapter", body, _LOAD_SECONDS)
+            status, content = await self._http.fetch(
+                "POST", "/v1/load_lora_adapter", body, _LOAD_SECONDS
+            )
         except EngineUnavailable as exc:
             self.fail(exc.trouble)
             raise
@@ -166,21 +172,28 @@ class Engine:
         if fault.already_loaded:
             return
         if status == 400:
-            raise AdapterInvalid("", [each.replace(str(path), "it") for each in fault.faults or [fault.message]])
+            raise AdapterInvalid(
+                "", [each.replace(str(path), "it") for each in fault.faults or [fault.message]]
+            )
         raise EngineFailed(f"an engine could not load the adapter (status {status})")
 
     async def unload(self, name: str) -> None:
         """Unload a version; an engine that does not respond has forgotten it."""
         self.forget(name)
         with contextlib.suppress(EngineUnavailable):
-            await self._http.fetch("POST", "/v1/unload_lora_adapter", {"lora_name": name}, _LOAD_SECONDS)
+            await self._http.fetch(
+                "POST", "/v1/unload_lora_adapter", {"lora_name": name}, _LOAD_SECONDS
+            )
 
     async def usage(self, request_id: str) -> Tokens | None:
         """Usage of an ended request; None if the engine does not know it."""
         try:
-            status, content = await self._http.fetch("GET", f"/v1/reft/usage/{request_id}", None, _USAGE_SECONDS)
+            status, content = await self._http.fetch(
+                "GET", f"/v1/reft/usage/{request_id}", None, _USAGE_SECONDS
+            )
             return Tokens.of(json.loads(content)) if status == 200 else None
-        except (EngineUnavailable, ValueError, AttributeError, RuntimeError):  # the last: the gateway has closed it
+        # the last: the gateway has closed it
+        except (EngineUnavailable, ValueError, AttributeError, RuntimeError):
             return None
 
     async def metrics(self) -> bytes:
@@ -195,11 +208,13 @@ class Engine:
         return content
 
     async def open(self, path: str, body: bytes, headers: Mapping[str, str]) -> EngineResponse:
-        """Send a request. It is retried once, on another connection to a healthy engine, if it raced with the closing of an
-        idle connection. There are no duplicate answers: the engine aborts the work of closed connections.
+        """Send a request. It is retried once, on another connection to a healthy engine, if it
+        raced with the closing of an idle connection. There are no duplicate answers: the engine
+        aborts the work of closed connections.
 
         Raises:
-            EngineUnavailable: it did not begin to answer, and is taken out until a probe finds it well.
+            EngineUnavailable: it did not begin to answer, and is taken out until a probe finds it
+                well.
         """
         begun = time.monotonic()
         try:

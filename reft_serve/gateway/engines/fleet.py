@@ -1,9 +1,11 @@
-"""Dispatch of requests to engines: affinity bounded by load, health, drain, and a queue that is fair to tenants.
+"""Dispatch of requests to engines: affinity bounded by load, health, drain, and a queue that is
+fair to tenants.
 
-Requests of one version go to one engine as long as that engine is not much busier than the others (rendezvous hashing with
-bounded load, Mirrokni et al. 2016), so that its slots and its prefix cache are used well. If nothing is free, tenants take
-turns by the work they have had (virtual token counter, Sheng et al. 2024), not by how often they ask. No tenant gets all
-slots of an engine, so that a tenant with few requests need not wait for another's responses.
+Requests of one version go to one engine as long as that engine is not much busier than the others
+(rendezvous hashing with bounded load, Mirrokni et al. 2016), so that its slots and its prefix cache
+are used well. If nothing is free, tenants take turns by the work they have had (virtual token
+counter, Sheng et al. 2024), not by how often they ask. No tenant gets all slots of an engine, so
+that a tenant with few requests need not wait for another's responses.
 """
 
 from __future__ import annotations
@@ -19,7 +21,14 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from reft_serve.errors import AdapterInvalid, EngineTrouble, EngineUnavailable, NotFound, Overloaded, ServiceError
+from reft_serve.errors import (
+    AdapterInvalid,
+    EngineTrouble,
+    EngineUnavailable,
+    NotFound,
+    Overloaded,
+    ServiceError,
+)
 from reft_serve.gateway.engines.discovery import Discovery
 from reft_serve.gateway.engines.engine import Engine
 from reft_serve.observability import QUEUE_SECONDS, QUEUED
@@ -28,7 +37,8 @@ __all__ = ["Fleet"]
 
 _log = logging.getLogger(__name__)
 _SLACK = 1.25
-# One place in so many is kept from a tenant that has the others. Engines of fewer places have none to spare.
+# One place in so many is kept from a tenant that has the others. Engines of fewer places have none
+# to spare.
 _RESERVED_FRACTION = 8
 # How much the last request of a tenant changes what its next one is expected to take.
 _EWMA_WEIGHT = 0.2
@@ -45,15 +55,23 @@ class _Waiter:
     affinity: str
     excluded: frozenset[Engine]
     expected: float = 0.0
-    turn: asyncio.Future[Engine] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    turn: asyncio.Future[Engine] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
 
 
 class Fleet:
     """The engines of this gateway and the requests that wait for one."""
 
-    def __init__(self, members: Discovery, capacity: int, queue_seconds: float, probe_seconds: float) -> None:
+    def __init__(
+        self, members: Discovery, capacity: int, queue_seconds: float, probe_seconds: float
+    ) -> None:
         self._members = members
-        self._capacity, self._queue_seconds, self._probe_seconds = capacity, queue_seconds, probe_seconds
+        self._capacity, self._queue_seconds, self._probe_seconds = (
+            capacity,
+            queue_seconds,
+            probe_seconds,
+        )
         self._most = capacity - capacity // _RESERVED_FRACTION
         self._reserved: Counter[Engine] = Counter()
         self._held: Counter[tuple[Engine, str]] = Counter()
@@ -105,11 +123,17 @@ class Fleet:
 
     def _compare(self) -> None:
         """Warn once if engines serve different base models: an adapter fits one of them only."""
-        bases = {engine.name: engine.card.base for engine in self.engines if engine.healthy and engine.card is not None}
+        bases = {
+            engine.name: engine.card.base
+            for engine in self.engines
+            if engine.healthy and engine.card is not None
+        }
         differ = len(set(bases.values())) > 1
         if differ and not self._differ:
             models = {name: base.model_dump(mode="json") for name, base in bases.items()}
-            _log.warning("engines serve different base models", extra={"data": {"base_models": models}})
+            _log.warning(
+                "engines serve different base models", extra={"data": {"base_models": models}}
+            )
         self._differ = differ
 
     async def _probe_forever(self) -> None:
@@ -118,7 +142,9 @@ class Fleet:
             pause = self._probe_seconds
             if not self.engines or any(before.values()):
                 frequent = unchanged < _FREQUENT_PROBES
-                pause = min(pause, _UNWELL_PROBE_SECONDS if frequent else _LONG_UNWELL_PROBE_SECONDS)
+                pause = min(
+                    pause, _UNWELL_PROBE_SECONDS if frequent else _LONG_UNWELL_PROBE_SECONDS
+                )
             await asyncio.sleep(pause)
             try:
                 await self.probe()
@@ -151,7 +177,9 @@ class Fleet:
         self._virtual_time[tenant] += tokens
 
     @asynccontextmanager
-    async def engine(self, tenant: str, affinity: str, excluded: frozenset[Engine]) -> AsyncIterator[Engine]:
+    async def engine(
+        self, tenant: str, affinity: str, excluded: frozenset[Engine]
+    ) -> AsyncIterator[Engine]:
         """Hold a place in an engine, as soon as one is free.
 
         Args:
@@ -187,7 +215,9 @@ class Fleet:
         self._active[tenant] += 1
 
     async def _place(self, waiter: _Waiter) -> Engine:
-        if not any(self._is_open(engine) for engine in self.engines if engine not in waiter.excluded):
+        if not any(
+            self._is_open(engine) for engine in self.engines if engine not in waiter.excluded
+        ):
             raise EngineUnavailable("no engine is up; try again")
         self._queues.setdefault(waiter.tenant, deque()).append(waiter)
         self._dispatch()
@@ -203,7 +233,8 @@ class Fleet:
             self._leave(waiter)
 
     async def _turn(self, waiter: _Waiter) -> Engine:
-        # Not `wait_for`, which before Python 3.12 returns the result to a caller that has left as its turn came.
+        # Not `wait_for`, which before Python 3.12 returns the result to a caller that has left as
+        # its turn came.
         try:
             return await waiter.turn
         except asyncio.CancelledError:
@@ -233,7 +264,8 @@ class Fleet:
                 return
             self._reserved[engine] += 1
             self._held[engine, tenant] += 1
-            # Until its tokens are known. Else a tenant that is behind would get every place for as long as answers take.
+            # Until its tokens are known. Else a tenant that is behind would get every place for as
+            # long as answers take.
             waiter.expected = self._mean_tokens[tenant]
             self._virtual_time[tenant] += waiter.expected
             self._queues[tenant].popleft()
@@ -259,12 +291,19 @@ class Fleet:
         return engine.healthy and not engine.draining
 
     def _pick(self, waiter: _Waiter) -> Engine | None:
-        """The first engine by rendezvous that is not overloaded, or None where all are full, or full of this tenant's."""
-        able = [engine for engine in self.engines if self._is_open(engine) and engine not in waiter.excluded]
+        """The first engine by rendezvous that is not overloaded, or None where all are full, or
+        full of this tenant's.
+        """
+        able = [
+            engine
+            for engine in self.engines
+            if self._is_open(engine) and engine not in waiter.excluded
+        ]
         free = [
             engine
             for engine in able
-            if self._reserved[engine] < self._capacity and self._held[engine, waiter.tenant] < self._most
+            if self._reserved[engine] < self._capacity
+            and self._held[engine, waiter.tenant] < self._most
         ]
         if not free:
             return None
@@ -276,7 +315,8 @@ class Fleet:
         return next(within, min(ranked, key=lambda engine: self._reserved[engine]))
 
     async def load(self, name: str, path: Path) -> None:
-        """Load a version into every healthy engine, one first, so that a harmful version cannot crash them all.
+        """Load a version into every healthy engine, one first, so that a harmful version cannot
+        crash them all.
 
         Raises:
             AdapterInvalid: an engine refuses it; none holds it then.
@@ -297,14 +337,18 @@ class Fleet:
                 failure = exc
         else:
             raise failure
-        results = await asyncio.gather(*(engine.load(name, path) for engine in up), return_exceptions=True)
+        results = await asyncio.gather(
+            *(engine.load(name, path) for engine in up), return_exceptions=True
+        )
         refused = next((result for result in results if isinstance(result, AdapterInvalid)), None)
         if refused is not None:
             await asyncio.gather(*(engine.unload(name) for engine in (first, *up)))
             raise refused
 
     async def unload(self, name: str, patience: float) -> None:
-        """Unload a version from every engine once no request of this gateway uses it, or after `patience` seconds."""
+        """Unload a version from every engine once no request of this gateway uses it, or after
+        `patience` seconds.
+        """
         deadline = time.monotonic() + patience
         while any(engine.uses[name] for engine in self.engines) and time.monotonic() < deadline:
             await asyncio.sleep(_UNLOAD_POLL_SECONDS)

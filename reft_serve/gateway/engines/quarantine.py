@@ -1,8 +1,9 @@
-"""Requests that were in an engine when it ended, so that none of them ends one engine after another.
+"""Requests that were in an engine when it ended, so that none of them ends one engine after
+another.
 
-A request that was alone in the engine is not delivered again, neither by the gateway nor if its caller repeats it. One that
-was there in the company of others may be an innocent: if it is plain it is delivered once more, and quarantined if it meets
-a second end.
+A request that was alone in the engine is not delivered again, neither by the gateway nor if its
+caller repeats it. One that was there in the company of others may be an innocent: if it is plain it
+is delivered once more, and quarantined if it meets a second end.
 """
 
 from __future__ import annotations
@@ -21,9 +22,15 @@ from weakref import WeakValueDictionary
 from reft_serve.errors import RateLimited, RequestQuarantined
 
 __all__ = [
-    "LONE_ENDS", "PLAIN_BYTES", "QUARANTINE_ENTRIES", "QUARANTINE_SECONDS", "WINDOW_SECONDS", "Quarantine", "digest_of",
+    "LONE_ENDS",
+    "PLAIN_BYTES",
+    "QUARANTINE_ENTRIES",
+    "QUARANTINE_SECONDS",
+    "WINDOW_SECONDS",
+    "Quarantine",
+    "digest_of",
     "is_plain",
-]  # fmt: skip
+]
 
 QUARANTINE_SECONDS = 3600
 QUARANTINE_ENTRIES = 1000
@@ -31,12 +38,27 @@ QUARANTINE_ENTRIES = 1000
 LONE_ENDS = 3
 WINDOW_SECONDS = 600
 PLAIN_BYTES = 65_536
-# They change nothing of what an engine computes, so that no caller makes a new request of an old one by them.
+# They change nothing of what an engine computes, so that no caller makes a new request of an old
+# one by them.
 _IRRELEVANT = frozenset({"user", "metadata", "stream", "stream_options"})
 _PLAIN = _IRRELEVANT | {
-    "model", "prompt", "messages", "input", "instructions", "max_tokens", "max_completion_tokens", "max_output_tokens",
-    "temperature", "top_p", "seed", "stop", "n", "ignore_eos", "encoding_format", "logprobs",
-}  # fmt: skip
+    "model",
+    "prompt",
+    "messages",
+    "input",
+    "instructions",
+    "max_tokens",
+    "max_completion_tokens",
+    "max_output_tokens",
+    "temperature",
+    "top_p",
+    "seed",
+    "stop",
+    "n",
+    "ignore_eos",
+    "encoding_format",
+    "logprobs",
+}
 
 
 @dataclass(slots=True)
@@ -59,13 +81,15 @@ class Quarantine:
 
         Raises:
             RequestQuarantined: engines ended because of this request, as far as can be known.
-            RateLimited: too many engines ended with nothing in them except a request of this tenant.
+            RateLimited: too many engines ended with nothing in them except a request of this
+                tenant.
         """
         alone = _recent(self._alone, tenant)
         if len(alone) >= LONE_ENDS:
             wait = alone[0] + WINDOW_SECONDS - time.monotonic()
             raise RateLimited(
-                f"{len(alone)} engines crashed while processing only a request of this tenant; try again in {wait:.0f} s",
+                f"{len(alone)} engines crashed while processing only a request of this tenant; "
+                f"try again in {wait:.0f} s",
                 wait,
             )
         if self._suspects.get(tenant):
@@ -83,12 +107,15 @@ class Quarantine:
         if suspect is not None and suspect.ends > 1 and suspect.until > now:
             minutes = max(1, round((suspect.until - now) / 60))
             raise RequestQuarantined(
-                "an engine ended while it processed this request or loaded its adapter, so the request is not accepted "
-                f"again: change it, or ask the operator; the quarantine ends in {minutes} min"
+                "an engine ended while it processed this request or loaded its adapter, so the "
+                "request is not accepted again: change it, or ask the operator; the quarantine "
+                f"ends in {minutes} min"
             )
 
     def note(self, tenant: str, digest: str, *, alone: bool) -> bool:
-        """Note that an engine ended with this request; returns whether the request is quarantined from now on."""
+        """Note that an engine ended with this request; returns whether the request is quarantined
+        from now on.
+        """
         now = time.monotonic()
         _add(self._present, tenant, now)
         if alone:
@@ -108,7 +135,9 @@ class Quarantine:
         return ends > 1
 
     def clear(self, tenant: str, path: str, body: Mapping[str, Any]) -> None:
-        """Note that a request was answered: if it was a suspect, another request ended the engine."""
+        """Note that a request was answered: if it was a suspect, another request ended the
+        engine.
+        """
         suspects = self._suspects.get(tenant)
         if suspects:
             digest = digest_of(tenant, path, body)
@@ -117,7 +146,9 @@ class Quarantine:
 
     @asynccontextmanager
     async def turn(self, tenant: str) -> AsyncIterator[None]:
-        """Hold the turn of a suspect: of a tenant that was there at many ends, one at a time is delivered again."""
+        """Hold the turn of a suspect: of a tenant that was there at many ends, one at a time is
+        delivered again.
+        """
         if len(_recent(self._present, tenant)) < LONE_ENDS:
             yield
             return
@@ -130,7 +161,9 @@ class Quarantine:
         for suspects in self._suspects.values():
             while suspects and next(iter(suspects.values())).until < now:
                 suspects.popitem(last=False)
-        self._suspects = {tenant: suspects for tenant, suspects in self._suspects.items() if suspects}
+        self._suspects = {
+            tenant: suspects for tenant, suspects in self._suspects.items() if suspects
+        }
         for times in (self._present, self._alone):
             for tenant in [tenant for tenant in times if not _recent(times, tenant)]:
                 del times[tenant]
@@ -143,7 +176,9 @@ def digest_of(tenant: str, path: str, body: Mapping[str, Any]) -> str:
 
 
 def is_plain(body: Mapping[str, Any], size: int) -> bool:
-    """True if a request has no feature that crashed engines before: structured outputs, tools, unusual sampling."""
+    """True if a request has no feature that crashed engines before: structured outputs, tools,
+    unusual sampling.
+    """
     return body.keys() <= _PLAIN and size <= PLAIN_BYTES and (body.get("n") or 1) == 1
 
 

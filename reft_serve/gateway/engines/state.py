@@ -1,4 +1,6 @@
-"""State of an engine: usable, or one of a fixed set of reasons, for the log, the admin's list and a metric."""
+"""State of an engine: usable, or one of a fixed set of reasons, for the log, the admin's list and a
+metric.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,10 @@ class EngineState:
         self._remove(before)
         data = {"engine": self._name, "url": self.url}
         if trouble is None:
-            _log.info("found an engine" if first else "an engine is back", extra={"data": data | {"base_model": base}})
+            _log.info(
+                "found an engine" if first else "an engine is back",
+                extra={"data": data | {"base_model": base}},
+            )
             return
         ENGINE_UNUSABLE.labels(self._name, trouble).set(1)
         data |= {"reason": trouble}

@@ -1,7 +1,8 @@
 """Addresses permitted for outgoing connections: public unicast ones, by an explicit list.
 
-`ipaddress.is_global` differs between Python versions and says nothing about addresses that carry another one, so the blocks
-are written out here. Sources: IANA's special-purpose registries for IPv4 and IPv6.
+`ipaddress.is_global` differs between Python versions and says nothing about addresses that carry
+another one, so the blocks are written out here. Sources: IANA's special-purpose registries for IPv4
+and IPv6.
 """
 
 from __future__ import annotations
@@ -22,22 +23,41 @@ LOOKUPS_PER_TENANT = 4
 _BLOCKED_4 = tuple(
     IPv4Network(block)
     for block in (
-        "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24",
-        "192.0.2.0/24", "192.31.196.0/24", "192.52.193.0/24", "192.88.99.0/24", "192.168.0.0/16", "192.175.48.0/24",
-        "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4",
+        "0.0.0.0/8",
+        "10.0.0.0/8",
+        "100.64.0.0/10",
+        "127.0.0.0/8",
+        "169.254.0.0/16",
+        "172.16.0.0/12",
+        "192.0.0.0/24",
+        "192.0.2.0/24",
+        "192.31.196.0/24",
+        "192.52.193.0/24",
+        "192.88.99.0/24",
+        "192.168.0.0/16",
+        "192.175.48.0/24",
+        "198.18.0.0/15",
+        "198.51.100.0/24",
+        "203.0.113.0/24",
+        "224.0.0.0/4",
+        "240.0.0.0/4",
         "168.63.129.16/32",  # the host of a virtual machine at Azure
     )
-)  # fmt: skip
-# Only this block is global unicast; within it, Teredo and the rest of 2001::/23, documentation and 6to4 are not.
+)
+# Only this block is global unicast; within it, Teredo and the rest of 2001::/23, documentation and
+# 6to4 are not.
 _UNICAST_6 = IPv6Network("2000::/3")
-_BLOCKED_6 = tuple(IPv6Network(block) for block in ("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20"))
+_BLOCKED_6 = tuple(
+    IPv6Network(block) for block in ("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20")
+)
 # A translator of the network leads from here to the IPv4 address in the last 32 bits.
 _TRANSLATED = IPv6Network("64:ff9b::/96")
 
 
 def is_public(address: Address) -> bool:
-    """True if an address is a public unicast address. An IPv6 address that carries an IPv4 one is public if it is mapped or
-    of the well-known NAT64 prefix, and the IPv4 address is. In any other form (6to4, Teredo, compatible) it is not.
+    """True if an address is a public unicast address. An IPv6 address that carries an IPv4 one is
+    public if it is mapped or of the well-known NAT64 prefix, and the IPv4 address is. In any other
+    form (6to4, Teredo, compatible) it is not.
     """
     if isinstance(address, IPv6Address):
         if address.ipv4_mapped is not None:
@@ -46,12 +66,16 @@ def is_public(address: Address) -> bool:
             address = IPv4Address(int(address) & 0xFFFFFFFF)
     if isinstance(address, IPv4Address):
         return not any(address in block for block in _BLOCKED_4)
-    return address.scope_id is None and address in _UNICAST_6 and not any(address in block for block in _BLOCKED_6)
+    return (
+        address.scope_id is None
+        and address in _UNICAST_6
+        and not any(address in block for block in _BLOCKED_6)
+    )
 
 
 class Resolver:
-    """Look-ups of names that tenants set, in dedicated threads: the system's resolver blocks, and a name server can be
-    silent for a minute.
+    """Look-ups of names that tenants set, in dedicated threads: the system's resolver blocks, and a
+    name server can be silent for a minute.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,8 @@
 """A job's events as they happen: server-sent events that the `openai` client's streams read.
 
-Events lie in the database, so a stream can be taken up at any gateway, after any event, whose id is in each of them. One
-look at the database, twice a second, serves all streams of a process, and ends those whose key has ended.
+Events lie in the database, so a stream can be taken up at any gateway, after any event, whose id is
+in each of them. One look at the database, twice a second, serves all streams of a process, and ends
+those whose key has ended.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ class Followers:
         return len(self._open)
 
     async def follow(self, caller: Principal, job_id: str, after: str | None) -> Streamed:
-        """The events of a job from the beginning, or from that after `after`, on, until the job has ended.
+        """The events of a job from the beginning, or from that after `after`, on, until the job has
+        ended.
 
         Raises:
             NotFound: the job has no event `after`.
@@ -111,7 +113,9 @@ class Followers:
         for name, limits in holders:
             if limits.event_streams is not None and self._counts[name] >= limits.event_streams:
                 raise RateLimited(
-                    f"the limit of {limits.event_streams} event streams is reached; list the events instead", 10.0
+                    f"the limit of {limits.event_streams} event streams is reached; list the "
+                    "events instead",
+                    10.0,
                 )
 
     async def _relay(self, follower: _Follower, number: int, emit: _Emit) -> None:
@@ -134,7 +138,9 @@ class Followers:
             state = follower.state
             if not follower.has_key:
                 gone = KeyInvalid("this API key is expired or revoked")
-                await send(f"data: {json.dumps(error_body(401, str(gone), None, gone.code))}\n\n".encode())
+                await send(
+                    f"data: {json.dumps(error_body(401, str(gone), None, gone.code))}\n\n".encode()
+                )
                 return
             if state is None or (state.status in FINAL and state.latest <= number):
                 await send(b"data: [DONE]\n\n")

@@ -1,10 +1,12 @@
 """Delivery of events to webhooks: signed, sent, and retried until they are accepted or abandoned.
 
-Signed as https://www.standardwebhooks.com has it, which the `openai` client's `webhooks.unwrap` checks. A webhook's URL is a
-tenant's input, so its name is resolved at every attempt, and the connection is made to the very address that was checked:
-nothing here reaches a network that is not public, even if a name is changed. Redirects are not followed.
+Signed as https://www.standardwebhooks.com has it, which the `openai` client's `webhooks.unwrap`
+checks. A webhook's URL is a tenant's input, so its name is resolved at every attempt, and the
+connection is made to the very address that was checked: nothing here reaches a network that is not
+public, even if a name is changed. Redirects are not followed.
 
-Each endpoint gets one event at a time and each tenant a few, so a silent endpoint delays only itself.
+Each endpoint gets one event at a time and each tenant a few, so a silent endpoint delays only
+itself.
 """
 
 from __future__ import annotations
@@ -33,7 +35,15 @@ from reft_serve.errors import RateLimited, RequestInvalid
 from reft_serve.gateway.events.addresses import Address, Resolver, is_public
 from reft_serve.observability import WEBHOOKS
 
-__all__ = ["SENDERS", "SENDERS_PER_TENANT", "SEND_SECONDS", "TESTS_PER_TENANT", "WebhookSender", "check_url", "choose"]
+__all__ = [
+    "SENDERS",
+    "SENDERS_PER_TENANT",
+    "SEND_SECONDS",
+    "TESTS_PER_TENANT",
+    "WebhookSender",
+    "check_url",
+    "choose",
+]
 
 _log = logging.getLogger(__name__)
 SENDERS = 100
@@ -81,7 +91,9 @@ class WebhookSender:
             RateLimited: TESTS_PER_TENANT tests of this tenant have no answer yet.
         """
         if self._tests[event.tenant_id] >= TESTS_PER_TENANT:
-            raise RateLimited(f"{TESTS_PER_TENANT} webhook tests are in progress; wait for their responses", 1.0)
+            raise RateLimited(
+                f"{TESTS_PER_TENANT} webhook tests are in progress; wait for their responses", 1.0
+            )
         self._tests[event.tenant_id] += 1
         try:
             return await self.send(event)
@@ -89,7 +101,9 @@ class WebhookSender:
             _decrease(self._tests, event.tenant_id)
 
     async def send(self, event: OutboundEvent) -> tuple[int | None, str]:
-        """Send an event once: (the answer's status, or None if there was none; a few words for people)."""
+        """Send an event once: (the answer's status, or None if there was none; a few words for
+        people).
+        """
         try:
             async with asyncio.timeout(SEND_SECONDS):
                 status = await self._post(event)
@@ -114,7 +128,9 @@ class WebhookSender:
         body = event.body.encode()
         headers = _signed(event, body) | {"host": parts.netloc, "content-type": "application/json"}
         extensions = {"sni_hostname": host}
-        async with self._http.stream("POST", url, content=body, headers=headers, extensions=extensions) as answer:
+        async with self._http.stream(
+            "POST", url, content=body, headers=headers, extensions=extensions
+        ) as answer:
             return answer.status_code  # nobody needs what it says, however long that is
 
     async def _address(self, tenant_id: str, host: str, parts: SplitResult) -> Address:
@@ -137,7 +153,8 @@ class WebhookSender:
 
     async def _claim(self) -> None:
         """Give a sender to each delivery that may go now."""
-        async with self._database.reading() as session:  # SQLite has one writer at a time: not for a mere look
+        # SQLite has one writer at a time: not for a mere look
+        async with self._database.reading() as session:
             due = await webhooks.due_webhooks(session)
         chosen = choose(due, self._busy, self._by_tenant, SENDERS - len(self._senders))
         if not chosen:
@@ -168,7 +185,9 @@ class WebhookSender:
         result = "delivered" if delivered else "given_up" if wait is None else "retried"
         WEBHOOKS.labels(result).inc()
         async with self._database.writing() as session:
-            await webhooks.settle_delivery(session, event, outcome, delivered=delivered, again_in_seconds=wait)
+            await webhooks.settle_delivery(
+                session, event, outcome, delivered=delivered, again_in_seconds=wait
+            )
 
     def _wait(self, attempts: int) -> float | None:
         """Seconds until the next attempt; None after the last."""
@@ -178,8 +197,11 @@ class WebhookSender:
         return wait * self._random.uniform(0.9, 1.1)
 
 
-def choose(due: Sequence[DueWebhook], busy: Collection[str], by_tenant: Mapping[str, int], room: int) -> list[str]:
-    """The webhooks that get a sender now: of the tenant with the fewest senders first, then the one that has waited longest.
+def choose(
+    due: Sequence[DueWebhook], busy: Collection[str], by_tenant: Mapping[str, int], room: int
+) -> list[str]:
+    """The webhooks that get a sender now: of the tenant with the fewest senders first, then the one
+    that has waited longest.
 
     Args:
         due: the one that has waited longest first.
@@ -212,7 +234,8 @@ def check_url(url: str, settings: GatewaySettings) -> SplitResult:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
         httpx.URL(url)
-        (host or "").encode("idna")  # as it is when its address is asked for; labels have at most 63 bytes
+        # as it is when its address is asked for; labels have at most 63 bytes
+        (host or "").encode("idna")
     except (ValueError, httpx.InvalidURL) as exc:
         raise RequestInvalid("the webhook's URL is invalid", "url") from exc
     lax = settings.webhooks_to_private_addresses
@@ -221,7 +244,9 @@ def check_url(url: str, settings: GatewaySettings) -> SplitResult:
     if not host or parts.username is not None or parts.password is not None:
         raise RequestInvalid("the URL of a webhook must have a host and no user or password", "url")
     if not lax and parts.port not in (None, _HTTPS) and (parts.port or 0) < _FIRST_UNPRIVILEGED:
-        raise RequestInvalid(f"the port of a webhook must be {_HTTPS}, or {_FIRST_UNPRIVILEGED} or more", "url")
+        raise RequestInvalid(
+            f"the port of a webhook must be {_HTTPS}, or {_FIRST_UNPRIVILEGED} or more", "url"
+        )
     try:
         literal = ipaddress.ip_address(host)
     except ValueError:  # a name, whose address is looked at when something is sent there
@@ -241,7 +266,9 @@ def _signed(event: OutboundEvent, body: bytes) -> dict[str, str]:
     signatures = []
     for secret in event.secrets:
         key = base64.b64decode(secret.removeprefix("whsec_"))
-        signatures.append("v1," + base64.b64encode(hmac.new(key, content, hashlib.sha256).digest()).decode())
+        signatures.append(
+            "v1," + base64.b64encode(hmac.new(key, content, hashlib.sha256).digest()).decode()
+        )
     return {
         "webhook-id": event.id,
         "webhook-timestamp": moment,

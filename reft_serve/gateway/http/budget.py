@@ -1,6 +1,7 @@
 """Budgets of memory, disk and places that all requests of the process share, fair between tenants.
 
-No tenant gets more than its share. A request that does not fit waits, tenants take turns, and after a while it is refused.
+No tenant gets more than its share. A request that does not fit waits, tenants take turns, and after
+a while it is refused.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ _LOOK_SECONDS = 0.5
 @dataclass(slots=True, eq=False)
 class _Waiter:
     amount: int
-    turn: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    turn: asyncio.Future[None] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
 
 
 @dataclass(slots=True, eq=False)
@@ -92,7 +95,8 @@ class Budget:
         """
         if amount > self.share:
             raise RequestTooLarge(
-                f"the request needs {amount} of {self._what}; a tenant has at most {self.share} at once"
+                f"the request needs {amount} of {self._what}; a tenant has at most {self.share} "
+                "at once"
             )
         if tenant in self._waiters or not self._fits(tenant, amount):
             await self._wait(tenant, amount, left)

@@ -1,8 +1,10 @@
-"""Client connections: uvicorn's HTTP protocol with a bound on what a caller sends before a request is complete.
+"""Client connections: uvicorn's HTTP protocol with a bound on what a caller sends before a request
+is complete.
 
-uvicorn's own protocol over httptools takes headers without end and waits for them without end. Here bytes are counted as they
-arrive, one timer for all connections closes those that ask for nothing, and at the bound on connections the one that has
-waited longest without a request makes room for the next.
+uvicorn's own protocol over httptools takes headers without end and waits for them without end. Here
+bytes are counted as they arrive, one timer for all connections closes those that ask for nothing,
+and at the bound on connections the one that has waited longest without a request makes room for the
+next.
 """
 
 from __future__ import annotations
@@ -63,7 +65,8 @@ class Connections:
         self._sweeping: asyncio.TimerHandle | None = None
 
     def admit(self, connection: _Protocol, address: str) -> bool:
-        """Count a new connection; if there are too many, close the one that has waited longest without a request.
+        """Count a new connection; if there are too many, close the one that has waited longest
+        without a request.
 
         Returns:
             False if every connection has a request in progress, so there is no room.
@@ -94,7 +97,9 @@ class Connections:
         self.waiting[connection] = time.monotonic()
 
     def _evict(self, address: str | None) -> bool:
-        found = next((each for each in self.waiting if address is None or each.address == address), None)
+        found = next(
+            (each for each in self.waiting if address is None or each.address == address), None
+        )
         if found is None:
             return False
         self.forget(found, found.address)
@@ -102,7 +107,11 @@ class Connections:
         return True
 
     def _sweep(self) -> None:
-        self._sweeping = asyncio.get_running_loop().call_later(_SWEEP_SECONDS, self._sweep) if self.open else None
+        self._sweeping = (
+            asyncio.get_running_loop().call_later(_SWEEP_SECONDS, self._sweep)
+            if self.open
+            else None
+        )
         now = time.monotonic()
         while self.waiting:
             connection, since = next(iter(self.waiting.items()))
@@ -136,7 +145,9 @@ class _Protocol(HttpToolsProtocol):
         self.address = self.client[0] if self.client else ""
         self._extensions = {"reft.socket": {"socket": transport.get_extra_info("socket")}}
         if not self.connections_of_process.admit(self, self.address):
-            self._refuse(errors.TooManyConnections("the gateway has too many connections; try again"))
+            self._refuse(
+                errors.TooManyConnections("the gateway has too many connections; try again")
+            )
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.connections_of_process.forget(self, self.address)
@@ -165,7 +176,9 @@ class _Protocol(HttpToolsProtocol):
         except httptools.HttpParserError as exc:
             fault = exc.__context__
             self._refuse(
-                fault if isinstance(fault, errors.ReftError) else errors.RequestInvalid("the request is not valid HTTP")
+                fault
+                if isinstance(fault, errors.ReftError)
+                else errors.RequestInvalid("the request is not valid HTTP")
             )
             return
         if self._idle_bytes > self.connections_of_process.header_bytes:
@@ -192,7 +205,9 @@ class _Protocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         if len(self.pipeline) >= PIPELINED_REQUESTS:
-            raise errors.RequestInvalid(f"at most {PIPELINED_REQUESTS} requests may be pipelined on a connection")
+            raise errors.RequestInvalid(
+                f"at most {PIPELINED_REQUESTS} requests may be pipelined on a connection"
+            )
         self._in_head, self._idle_bytes = False, 0
         self.connections_of_process.waiting.pop(self, None)
         super().on_headers_complete()
@@ -227,7 +242,9 @@ class _Protocol(HttpToolsProtocol):
         """Close a connection whose request did not come in time."""
         if self._idle_bytes and self._in_head:
             seconds = self.connections_of_process.header_seconds
-            self._refuse(errors.RequestTimeout(f"the request headers did not arrive within {seconds:g} s"))
+            self._refuse(
+                errors.RequestTimeout(f"the request headers did not arrive within {seconds:g} s")
+            )
         else:
             self.transport.close()
 
@@ -235,7 +252,9 @@ class _Protocol(HttpToolsProtocol):
         """Answer, if nothing else is being answered, and end the connection."""
         self._refused = True
         cycle = self.cycle
-        answerable = not self.pipeline and (cycle is None or cycle.response_complete or not cycle.response_started)
+        answerable = not self.pipeline and (
+            cycle is None or cycle.response_complete or not cycle.response_started
+        )
         self.pipeline.clear()
         if cycle is not None and not cycle.response_complete:
             cycle.disconnected = True
@@ -253,7 +272,8 @@ class _Protocol(HttpToolsProtocol):
         self.transport.write(head.encode() + body)
         if self.transport.can_write_eof():
             self.transport.write_eof()
-        # To close a socket with unread bytes would reset it, and the caller would not see the answer.
+        # To close a socket with unread bytes would reset it, and the caller would not see the
+        # answer.
         self.loop.call_later(LINGER_SECONDS, self.transport.close)
 
 

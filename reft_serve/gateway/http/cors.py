@@ -1,4 +1,6 @@
-"""Cross-origin requests: which web pages may call the API. A page sends its key itself; cookies are not used."""
+"""Cross-origin requests: which web pages may call the API. A page sends its key itself; cookies are
+not used.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +11,21 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 __all__ = ["Cors"]
 
 _EXPOSED = (
-    "x-request-id", "x-reft-version", "retry-after", "x-should-retry",
-    *(f"x-ratelimit-{part}-{what}" for part in ("limit", "remaining", "reset") for what in ("requests", "tokens")),
-)  # fmt: skip
+    "x-request-id",
+    "x-reft-version",
+    "retry-after",
+    "x-should-retry",
+    *(
+        f"x-ratelimit-{part}-{what}"
+        for part in ("limit", "remaining", "reset")
+        for what in ("requests", "tokens")
+    ),
+)
 
 
 class Cors(CORSMiddleware):
-    """Answers preflights of allowed origins without a key, and marks their answers. Other origins get what a caller without
-    an origin gets.
+    """Answers preflights of allowed origins without a key, and marks their answers. Other origins
+    get what a caller without an origin gets.
     """
 
     def __init__(self, app: ASGIApp, origins: tuple[str, ...]) -> None:

@@ -24,18 +24,28 @@ WAIT_SECONDS = 10.0
 class Intake:
     """The budgets of a gateway process."""
 
-    #: A body up to this size is parsed at once, in the event loop; it has memory that large ones cannot take.
+    #: A body up to this size is parsed at once, in the event loop; it has memory that large ones
+    #: cannot take.
     SMALL = 64 << 10
-    #: How often a body is in memory: as it came, parsed, and as an engine gets it, with room for its escapes.
+    #: How often a body is in memory: as it came, parsed, and as an engine gets it, with room for
+    #: its escapes.
     COPIES = 4
     BYTES_PER_VALUE = 96
 
     def __init__(self, settings: GatewaySettings) -> None:
-        memory, places, disk = settings.max_memory_bytes, settings.max_connections, settings.max_spooled_bytes
+        memory, places, disk = (
+            settings.max_memory_bytes,
+            settings.max_connections,
+            settings.max_spooled_bytes,
+        )
         small = memory // 4
         large = memory - small
-        self._small = Budget("the bytes of memory for small requests", small, small // 2, WAIT_SECONDS)
-        self._large = Budget("the bytes of memory for large requests", large, large // 2, WAIT_SECONDS)
+        self._small = Budget(
+            "the bytes of memory for small requests", small, small // 2, WAIT_SECONDS
+        )
+        self._large = Budget(
+            "the bytes of memory for large requests", large, large // 2, WAIT_SECONDS
+        )
         self.requests = Budget("the slots for requests", places, max(1, places // 2))
         self.uploads = Budget("the slots for uploads", UPLOADS, UPLOADS_PER_TENANT)
         self.disk = Budget("the bytes of disk for uploads", disk, disk // 2)
@@ -50,7 +60,9 @@ class Intake:
         return len(content) > self.SMALL
 
     async def run(self, tenant: str, size: int, function: Callable[..., _T], *args: Any) -> _T:
-        """Call a function whose work grows with `size` bytes: of large ones in another thread, when it is its turn."""
+        """Call a function whose work grows with `size` bytes: of large ones in another thread, when
+        it is its turn.
+        """
         if size <= self.SMALL:
             return function(*args)
         async with self.turn(tenant, _stays):

@@ -1,4 +1,6 @@
-"""Bounds on a JSON body, checked on its bytes before it is parsed, in linear time and without an object per value."""
+"""Bounds on a JSON body, checked on its bytes before it is parsed, in linear time and without an
+object per value.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 def check_json(content: bytes, most_values: int) -> int:
-    """Return an upper bound of the number of values in a JSON body; malformed JSON is left to the parser.
+    """Return an upper bound of the number of values in a JSON body; malformed JSON is left to the
+    parser.
 
     Args:
         content: the body.

@@ -1,10 +1,12 @@
-"""Graceful shutdown of a gateway: report it, keep serving while load balancers notice, then finish the open requests.
+"""Graceful shutdown of a gateway: report it, keep serving while load balancers notice, then finish
+the open requests.
 
-On SIGTERM, for `notice_seconds`: `/health/ready` answers 503, new requests are still served, and every answer closes its
-connection, so that callers come back over another gateway. Only then is the socket closed, as uvicorn does it: requests under
-way continue, for `drain_seconds` at most, and the process waits, within the same time, until callers have taken what the
-kernel still holds: a container's network ends with it, and the rest of an answer would be lost. A second signal, or Ctrl-C,
-skips the notice.
+On SIGTERM, for `notice_seconds`: `/health/ready` answers 503, new requests are still served, and
+every answer closes its connection, so that callers come back over another gateway. Only then is the
+socket closed, as uvicorn does it: requests under way continue, for `drain_seconds` at most, and the
+process waits, within the same time, until callers have taken what the kernel still holds: a
+container's network ends with it, and the rest of an answer would be lost. A second signal, or
+Ctrl-C, skips the notice.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ _log = logging.getLogger(__name__)
 def serve(app: FastAPI, host: str, port: int, settings: GatewaySettings) -> bool:
     """Serve until a signal says to end; False where the application did not start."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each request has a connection here and one to an engine
+    # each request has a connection here and one to an engine
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     config = uvicorn.Config(
         app,
         http=protocol_of(Connections(settings)),
@@ -63,7 +66,11 @@ class _Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, state: Any, settings: GatewaySettings) -> None:
         super().__init__(config)
-        self._state, self._notice_seconds, self._drain_seconds = state, settings.notice_seconds, settings.drain_seconds
+        self._state, self._notice_seconds, self._drain_seconds = (
+            state,
+            settings.notice_seconds,
+            settings.drain_seconds,
+        )
         self._ports: set[int] = set()
         self._ends: float | None = None
 
@@ -71,9 +78,12 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         if not self.started:
             return
-        self._ports = {found.getsockname()[1] for server in self.servers for found in server.sockets}
+        self._ports = {
+            found.getsockname()[1] for server in self.servers for found in server.sockets
+        }
         _log.info("listening", extra={"data": {"addresses": _addresses(self)}})
-        # What is there now stays. To look at it again and again would hold requests up, each time for some 20 ms.
+        # What is there now stays. To look at it again and again would hold requests up, each time
+        # for some 20 ms.
         gc.collect()
         gc.freeze()
 
@@ -101,8 +111,8 @@ class _Server(uvicorn.Server):
 
 
 def unsent_bytes(ports: set[int]) -> int:
-    """Bytes in the kernel's send queues of connections to these local ports, also of those that are closed here. 0 if the
-    kernel does not say.
+    """Bytes in the kernel's send queues of connections to these local ports, also of those that are
+    closed here. 0 if the kernel does not say.
     """
     total = 0
     for table in _SOCKET_TABLES:
@@ -116,4 +126,7 @@ def unsent_bytes(ports: set[int]) -> int:
 
 def _addresses(server: uvicorn.Server) -> list[str]:
     names = [each.getsockname() for listening in server.servers for each in listening.sockets]
-    return [f"http://[{name[0]}]:{name[1]}" if ":" in name[0] else f"http://{name[0]}:{name[1]}" for name in names]
+    return [
+        f"http://[{name[0]}]:{name[1]}" if ":" in name[0] else f"http://{name[0]}:{name[1]}"
+        for name in names
+    ]

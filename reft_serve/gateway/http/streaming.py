@@ -1,4 +1,6 @@
-"""Streamed responses, and callers that disconnect: the work for them is cancelled, once, and may clean up."""
+"""Streamed responses, and callers that disconnect: the work for them is cancelled, once, and may
+clean up.
+"""
 
 from __future__ import annotations
 
@@ -49,8 +51,8 @@ async def while_there(receive: Receive) -> AsyncIterator[None]:
 
 
 class Streamed(Response):
-    """Server-sent events. `relay` sends them with the function that it is given; `finish` is called once that has ended,
-    however it came.
+    """Server-sent events. `relay` sends them with the function that it is given; `finish` is called
+    once that has ended, however it came.
     """
 
     media_type = "text/event-stream"
@@ -70,7 +72,10 @@ class Streamed(Response):
     def init_headers(self, headers: Mapping[str, str] | None = None) -> None:
         """As Response's, except content-length, which is unknown."""
         given = {"content-type": "text/event-stream; charset=utf-8", **(headers or {})}
-        self.raw_headers = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in given.items()]
+        self.raw_headers = [
+            (name.lower().encode("latin-1"), value.encode("latin-1"))
+            for name, value in given.items()
+        ]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events until they end or the caller leaves."""
@@ -80,7 +85,9 @@ class Streamed(Response):
 
         try:
             async with while_there(receive):
-                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                await send(
+                    {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+                )
                 await self._relay(emit)
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         except ClientGone:

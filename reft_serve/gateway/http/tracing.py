@@ -1,4 +1,6 @@
-"""OpenTelemetry: one span per request, continued in the engine. Does nothing if no endpoint is configured."""
+"""OpenTelemetry: one span per request, continued in the engine. Does nothing if no endpoint is
+configured.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def configure_tracing(endpoint: str | None) -> None:
         _tracer = None
         return
     provider = TracerProvider(resource=Resource.create({"service.name": "reft-serve-gateway"}))
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(f"{endpoint.rstrip('/')}/v1/traces")))
+    provider.add_span_processor(
+        BatchSpanProcessor(OTLPSpanExporter(f"{endpoint.rstrip('/')}/v1/traces"))
+    )
     _tracer = provider.get_tracer("reft_serve.gateway")
 
 
@@ -34,7 +38,9 @@ def span(name: str, headers: Mapping[str, str], attributes: Mapping[str, str]) -
         yield
         return
     context = propagate.extract(dict(headers))
-    with _tracer.start_as_current_span(name, context, trace.SpanKind.SERVER, attributes=dict(attributes)):
+    with _tracer.start_as_current_span(
+        name, context, trace.SpanKind.SERVER, attributes=dict(attributes)
+    ):
         yield
 
 

@@ -18,15 +18,21 @@ __all__ = ["ended_with", "note_end"]
 
 _log = logging.getLogger(__name__)
 _ENDED = (
-    "an engine crashed while processing this request, and the request may be the cause: it was not retried on another "
-    "engine. Do not send it again unchanged"
+    "an engine crashed while processing this request, and the request may be the cause: it was "
+    "not retried on another engine. Do not send it again unchanged"
 )
 
 
 def note_end(
-    services: Services, opening: Opening, path: str, body: Mapping[str, Any], engine: Engine, size: int
+    services: Services,
+    opening: Opening,
+    path: str,
+    body: Mapping[str, Any],
+    engine: Engine,
+    size: int,
 ) -> None:
-    """Note that `engine` ended before it began to answer a request; it returns if the request may be delivered once more.
+    """Note that `engine` ended before it began to answer a request; it returns if the request may
+    be delivered once more.
 
     Args:
         services: the gateway's parts.
@@ -44,7 +50,12 @@ def note_end(
 
 
 async def ended_with(
-    services: Services, opening: Opening, path: str, body: Mapping[str, Any], engine: Engine, company: int
+    services: Services,
+    opening: Opening,
+    path: str,
+    body: Mapping[str, Any],
+    engine: Engine,
+    company: int,
 ) -> bool:
     """True if an engine that failed a request is no longer healthy; records it in that case.
 
@@ -62,10 +73,17 @@ async def ended_with(
     return not engine.healthy
 
 
-def _note(services: Services, opening: Opening, path: str, body: Mapping[str, Any], company: int) -> bool:
+def _note(
+    services: Services, opening: Opening, path: str, body: Mapping[str, Any], company: int
+) -> bool:
     digest = digest_of(opening.tenant_id, path, body)
     quarantined = services.quarantine.note(opening.tenant_id, digest, alone=company <= 1)
-    details = {"digest": digest, "tenant": opening.tenant_id, "requests": company, "quarantined": quarantined}
+    details = {
+        "digest": digest,
+        "tenant": opening.tenant_id,
+        "requests": company,
+        "quarantined": quarantined,
+    }
     _log.warning("an engine crashed while processing a request", extra={"data": details})
     if quarantined:
         services.spawn(_record(services, opening, digest))

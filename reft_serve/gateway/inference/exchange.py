@@ -1,7 +1,8 @@
 """One inference request, from its body to the end of the response.
 
-`resolve -> spend -> admit -> begin -> relay -> settle`: whose model it is, what the caller may still use, a note on disk that
-it begins, an engine that begins to respond, the bytes as they come, and their usage.
+`resolve -> spend -> admit -> begin -> relay -> settle`: whose model it is, what the caller may
+still use, a note on disk that it begins, an engine that begins to respond, the bytes as they come,
+and their usage.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ class Endpoint:
     name: str
     path: str
     limit_fields: tuple[str, ...] = ()
-    # What is reserved if a request names no limit; `engine_default`: the engine generates no more then.
+    # What is reserved if a request names no limit; `engine_default`: the engine generates no more
+    # then.
     default_tokens: int = 0
     engine_default: bool = False
     typed_events: bool = False
@@ -94,8 +96,8 @@ class _InferenceRequest:
         return await self.services.intake.run(self.caller.tenant_id, size, function, *args)
 
     async def settle(self, status: Status, tokens: Tokens) -> bool:
-        """Record usage, release the slots and return whether the record is committed: False while the database is down, when
-        the ledger keeps retrying. Only the first call has an effect.
+        """Record usage, release the slots and return whether the record is committed: False while
+        the database is down, when the ledger keeps retrying. Only the first call has an effect.
         """
         if self.settled:
             return True
@@ -110,7 +112,9 @@ class _InferenceRequest:
         return await _on_disk(committed)
 
     async def leave(self, seen: Tokens) -> None:
-        """Settle it after its caller has left: the engine's work is charged, in the queue at once."""
+        """Settle it after its caller has left: the engine's work is charged, in the queue at
+        once.
+        """
         if self.settled:
             return
         if not self.delivered or self.engine is None:
@@ -118,7 +122,8 @@ class _InferenceRequest:
             return
         self.settled = True
         fleet, tenant = self.services.fleet, self.caller.tenant_id
-        fleet.correct(tenant, self.demand.total)  # until it is known: the place that it returns goes to whoever is next
+        # until it is known: the place that it returns goes to whoever is next
+        fleet.correct(tenant, self.demand.total)
         tokens = estimated(self.demand, seen, time.monotonic() - self.delivered)
         try:
             await self.stack.aclose()
@@ -133,16 +138,22 @@ class _InferenceRequest:
 
     def ending(self, status: Status, tokens: Tokens) -> Ending:
         """The request's usage record."""
-        return Ending(self.opening, status, tokens.prompt, tokens.cached, tokens.completion, now_ms())
+        return Ending(
+            self.opening, status, tokens.prompt, tokens.cached, tokens.completion, now_ms()
+        )
 
     async def _count(self, tokens: Tokens) -> None:
         services = self.services
         tenant = services.names.label(self.caller.tenant)
-        adapter = services.names.label(f"{self.caller.tenant}:{self.target.label}" if self.target else None)
+        adapter = services.names.label(
+            f"{self.caller.tenant}:{self.target.label}" if self.target else None
+        )
         for kind in ("prompt", "cached", "completion"):
             TOKENS.labels(tenant, adapter, kind).inc(getattr(tokens, kind))
         if self.spending.tokens:  # they may be in Redis, and the caller may leave meanwhile
-            await asyncio.shield(services.quotas.settle(self.spending, tokens.prompt + tokens.completion))
+            await asyncio.shield(
+                services.quotas.settle(self.spending, tokens.prompt + tokens.completion)
+            )
 
 
 async def _on_disk(committed: asyncio.Future[None]) -> bool:
@@ -151,7 +162,11 @@ async def _on_disk(committed: asyncio.Future[None]) -> bool:
 
 
 async def infer(
-    services: Services, request: Request, caller: Principal, endpoint: Endpoint, given: InferenceBody
+    services: Services,
+    request: Request,
+    caller: Principal,
+    endpoint: Endpoint,
+    given: InferenceBody,
 ) -> Response:
     """Answer an inference request.
 
@@ -161,16 +176,33 @@ async def infer(
     target = await services.lookup.target(caller, given.model)
     state = request.scope["state"]
     size = state["body_bytes"]
-    body, added = await services.intake.run(caller.tenant_id, size, _checked, services, caller, endpoint, given)
+    body, added = await services.intake.run(
+        caller.tenant_id, size, _checked, services, caller, endpoint, given
+    )
     services.quarantine.check(caller.tenant_id, endpoint.path, body)
     if not services.ledger.healthy:  # else it would be computed, and refused then
         raise errors.DatabaseUnusable(_UNCOUNTED)
     opening = Opening(
-        request_id.get() or "", services.settings.gateway_name, caller.tenant_id, caller.key_id, endpoint.name,
-        given.model, target.version_id if target else None, now_ms(),
-    )  # fmt: skip
+        request_id.get() or "",
+        services.settings.gateway_name,
+        caller.tenant_id,
+        caller.key_id,
+        endpoint.name,
+        given.model,
+        target.version_id if target else None,
+        now_ms(),
+    )
     exchange = _InferenceRequest(
-        services, caller, endpoint, body, given.model, target, opening, AsyncExitStack(), size, state["leases"]
+        services,
+        caller,
+        endpoint,
+        body,
+        given.model,
+        target,
+        opening,
+        AsyncExitStack(),
+        size,
+        state["leases"],
     )
     exchange.added = added
     try:
@@ -187,7 +219,9 @@ async def _answer(exchange: _InferenceRequest) -> Response:
     fields, default = exchange.endpoint.limit_fields, exchange.endpoint.default_tokens
     demand = await exchange.run(exchange.size, demand_of, exchange.body, fields, default)
     exchange.demand = demand
-    exchange.spending = await exchange.stack.enter_async_context(services.quotas.spend(exchange.caller, demand.total))
+    exchange.spending = await exchange.stack.enter_async_context(
+        services.quotas.spend(exchange.caller, demand.total)
+    )
     try:
         return await _begun(exchange)
     except BaseException as exc:
@@ -247,14 +281,20 @@ async def _whole(exchange: _InferenceRequest, upstream: EngineResponse) -> bytes
 async def _has_ended(exchange: _InferenceRequest, company: int) -> bool:
     assert exchange.engine is not None
     return await ended_with(
-        exchange.services, exchange.opening, exchange.endpoint.path, exchange.body, exchange.engine, company
+        exchange.services,
+        exchange.opening,
+        exchange.endpoint.path,
+        exchange.body,
+        exchange.engine,
+        company,
     )
 
 
 async def _give_up(exchange: _InferenceRequest, exc: BaseException) -> None:
     if isinstance(exc, asyncio.CancelledError):
         await exchange.leave(Tokens())
-    elif isinstance(exc, errors.DatabaseUnusable):  # waiting for the disk would only hold the places
+    # waiting for the disk would only hold the places
+    elif isinstance(exc, errors.DatabaseUnusable):
         exchange.services.spawn(_failed(exchange))
     else:
         await _failed(exchange)
@@ -265,7 +305,9 @@ async def _failed(exchange: _InferenceRequest) -> None:
 
 
 async def _begin(exchange: _InferenceRequest) -> EngineResponse:
-    """An engine that has begun to answer. Engines that fail before that are left out, and others are asked."""
+    """An engine that has begun to answer. Engines that fail before that are left out, and others
+    are asked.
+    """
     services, target, tenant = exchange.services, exchange.target, exchange.caller.tenant_id
     affinity = target.digest if target else tenant
     failed: frozenset[Engine] = frozenset()
@@ -276,7 +318,8 @@ async def _begin(exchange: _InferenceRequest) -> EngineResponse:
             engine = await attempt.enter_async_context(place)
             exchange.engine = engine
             upstream = await _open(exchange, engine, attempt)
-            if upstream.status == 404 and target is not None and left:  # it was started again, or was told to forget it
+            # it was started again, or was told to forget it
+            if upstream.status == 404 and target is not None and left:
                 engine.forget(exchange.engine_model)
                 await attempt.aclose()
                 continue
@@ -300,13 +343,20 @@ async def _begin(exchange: _InferenceRequest) -> EngineResponse:
 
 async def _suspect(exchange: _InferenceRequest) -> None:
     """Return if the request may be delivered once more, when it is its turn."""
-    services, path, body, engine = exchange.services, exchange.endpoint.path, exchange.body, exchange.engine
+    services, path, body, engine = (
+        exchange.services,
+        exchange.endpoint.path,
+        exchange.body,
+        exchange.engine,
+    )
     assert engine is not None
     note_end(services, exchange.opening, path, body, engine, len(_engine_body(exchange)))
     await exchange.stack.enter_async_context(services.quarantine.turn(exchange.caller.tenant_id))
 
 
-async def _open(exchange: _InferenceRequest, engine: Engine, attempt: AsyncExitStack) -> EngineResponse:
+async def _open(
+    exchange: _InferenceRequest, engine: Engine, attempt: AsyncExitStack
+) -> EngineResponse:
     target = exchange.target
     name = engine_name(target.digest) if target else None
     attempt.enter_context(engine.using(name))
@@ -339,11 +389,15 @@ async def _load(exchange: _InferenceRequest, engine: Engine, name: str, path: Pa
 
 
 def _engine_body(exchange: _InferenceRequest) -> bytes:
-    body = exchange.body | {"model": exchange.engine_model, "cache_salt": exchange.caller.cache_salt}
+    body = exchange.body | {
+        "model": exchange.engine_model,
+        "cache_salt": exchange.caller.cache_salt,
+    }
     body.pop("metadata", None)
     reft_fields.move_to_engine(body, exchange.target)
     context = exchange.engine.context if exchange.engine is not None else None
-    if exchange.added is not None and context is not None:  # an engine refuses a number beyond its context
+    # an engine refuses a number beyond its context
+    if exchange.added is not None and context is not None:
         body[exchange.added] = min(body[exchange.added], context)
     if exchange.endpoint.typed_events:
         body["store"] = False
@@ -365,7 +419,9 @@ async def _stream(exchange: _InferenceRequest, upstream: EngineResponse) -> Resp
             raise errors.EngineFailed("the engine closed the connection before it sent a response")
         first = rewriter.feed(chunk)
     if not first and rewriter.error is not None:
-        raise _refusal(exchange, int(rewriter.error.get("code") or 500), json.dumps(rewriter.error).encode())
+        raise _refusal(
+            exchange, int(rewriter.error.get("code") or 500), json.dumps(rewriter.error).encode()
+        )
 
     async def relay(emit: _Emit) -> None:
         await _relay(exchange, upstream, rewriter, first, emit)
@@ -377,11 +433,17 @@ async def _stream(exchange: _InferenceRequest, upstream: EngineResponse) -> Resp
 
 
 async def _relay(
-    exchange: _InferenceRequest, upstream: EngineResponse, rewriter: Rewriter, first: bytes, emit: _Emit
+    exchange: _InferenceRequest,
+    upstream: EngineResponse,
+    rewriter: Rewriter,
+    first: bytes,
+    emit: _Emit,
 ) -> None:
     failure: errors.ReftError | None = None
     try:
-        async with asyncio.timeout(exchange.services.settings.request_seconds - (time.monotonic() - exchange.begun)):
+        async with asyncio.timeout(
+            exchange.services.settings.request_seconds - (time.monotonic() - exchange.begun)
+        ):
             if first:
                 await emit(first)
             while chunk := await upstream.chunk():
@@ -406,7 +468,11 @@ async def _relay(
         await emit(rewriter.ending)
     else:
         code = status_of(failure)
-        await emit(sse_error(error_body(code, str(failure), None, failure.code), exchange.endpoint.typed_events))
+        await emit(
+            sse_error(
+                error_body(code, str(failure), None, failure.code), exchange.endpoint.typed_events
+            )
+        )
 
 
 async def _look_at_end(exchange: _InferenceRequest, company: int) -> None:
@@ -415,7 +481,11 @@ async def _look_at_end(exchange: _InferenceRequest, company: int) -> None:
 
 def _headers(exchange: _InferenceRequest) -> dict[str, str]:
     version = {"x-reft-version": exchange.target.label} if exchange.target else {}
-    return {**exchange.spending.headers, **version, **reft_fields.warnings(exchange.body, exchange.target)}
+    return {
+        **exchange.spending.headers,
+        **version,
+        **reft_fields.warnings(exchange.body, exchange.target),
+    }
 
 
 def _refusal(exchange: _InferenceRequest, status: int, content: bytes) -> errors.ReftError:
@@ -423,13 +493,15 @@ def _refusal(exchange: _InferenceRequest, status: int, content: bytes) -> errors
     fault = EngineFault.in_answer(content)
     message = fault.message.replace(exchange.engine_model, exchange.public_model)
     if exchange.target is not None:
-        message = message.replace(str(exchange.services.store.path(exchange.target.digest)), exchange.public_model)
+        message = message.replace(
+            str(exchange.services.store.path(exchange.target.digest)), exchange.public_model
+        )
     if status == 404:
         return errors.RequestInvalid("the engine does not serve this endpoint for this model", None)
     if fault.param == CHAT_TEMPLATE:
         return errors.RequestInvalid(
-            "the base model has no chat template, so it cannot process messages: use /v1/completions, or ask the operator to "
-            "start its engine with --chat-template FILE",
+            "the base model has no chat template, so it cannot process messages: use "
+            "/v1/completions, or ask the operator to start its engine with --chat-template FILE",
             "messages",
         )
     if 400 <= status < 500:

@@ -1,8 +1,10 @@
-"""Rewriting of an engine's response: public model name, usage only if requested, and the tokens counted.
+"""Rewriting of an engine's response: public model name, usage only if requested, and the tokens
+counted.
 
-Engines always report usage in every chunk, so that the delivered tokens are known exactly whenever a stream ends. The
-work per chunk is a replacement and a search over its bytes; only chunks that must be understood are parsed.
-In JSON a quote inside a string is escaped, so `,"usage":{` in the bytes is always structure, never text.
+Engines always report usage in every chunk, so that the delivered tokens are known exactly whenever
+a stream ends. The work per chunk is a replacement and a search over its bytes; only chunks that
+must be understood are parsed. In JSON a quote inside a string is escaped, so `,"usage":{` in the
+bytes is always structure, never text.
 """
 
 from __future__ import annotations
@@ -22,7 +24,11 @@ _DONE = b"data: [DONE]"
 # How vLLM ends, with status 200, what it gives up when it is told to end: no caller asked for that.
 _ABORTED = b'"finish_reason":"abort"'
 _ENDING = "The engine shut down before the response was complete; try again"
-_FINAL_EVENTS = (b"event: response.completed", b"event: response.incomplete", b"event: response.failed")
+_FINAL_EVENTS = (
+    b"event: response.completed",
+    b"event: response.incomplete",
+    b"event: response.failed",
+)
 
 
 def rewrite_whole(content: bytes, engine_model: str, public_model: str) -> tuple[bytes, Tokens]:
@@ -54,7 +60,9 @@ class Rewriter:
         self.error: dict[str, Any] | None = None
 
     def feed(self, chunk: bytes) -> bytes:
-        """The whole events that are there with this chunk, rewritten. The end mark is kept back in `ending`."""
+        """The whole events that are there with this chunk, rewritten. The end mark is kept back in
+        `ending`.
+        """
         whole, mark, rest = (self._rest + chunk).rpartition(b"\n\n")
         self._rest = rest
         if not mark:
@@ -85,7 +93,9 @@ class Rewriter:
             return self._typed_event(event.replace(self._engine_model, self._public_model))
         aborted = _ABORTED in event
         if aborted or event.startswith(b'data: {"error"'):
-            self.error = {"message": _ENDING, "code": 503} if aborted else json.loads(event[6:])["error"]
+            self.error = (
+                {"message": _ENDING, "code": 503} if aborted else json.loads(event[6:])["error"]
+            )
             return b""
         event = event.replace(self._engine_model, self._public_model, 1)
         usage = _USAGE.search(event)
@@ -103,7 +113,8 @@ class Rewriter:
         if event.startswith(_FINAL_EVENTS):
             response = json.loads(event.partition(b"data: ")[2])["response"]
             self._final = Tokens.of(response.get("usage"))
-            if response.get("status") == "incomplete":  # vLLM says "completed" of an answer that was cut off, too
+            # vLLM says "completed" of an answer that was cut off, too
+            if response.get("status") == "incomplete":
                 event = event.replace(b"response.completed", b"response.incomplete", 2)
             self.ending = event + b"\n\n"
             return b""

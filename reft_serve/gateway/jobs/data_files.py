@@ -1,4 +1,6 @@
-"""A file on its way in and out: request -> checked -> row -> blob -> seen, and back. What fails on the way leaves nothing."""
+"""A file on its way in and out: request -> checked -> row -> blob -> seen, and back. What fails on
+the way leaves nothing.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,8 @@ async def take(
     expires_seconds: int | None,
     receive: Receive,
 ) -> File:
-    """Check a data file and keep it. `receive` is the request's: the check ends when the caller leaves.
+    """Check a data file and keep it. `receive` is the request's: the check ends when the caller
+    leaves.
 
     Raises:
         DataInvalid: with every fault of it.
@@ -101,18 +104,25 @@ async def drop(services: Services, file_id: str) -> None:
 
 
 async def sweep(services: Services) -> None:
-    """Remove files that were deleted, have expired, or were left half way by a gateway or worker that died."""
+    """Remove files that were deleted, have expired, or were left half way by a gateway or worker
+    that died.
+    """
     async with services.database.writing() as session:
         found = await files.swept_files(session, now_ms() - _UPLOAD_MS)
     for file_id in found:
         await drop(services, file_id)
 
 
-async def _checked(services: Services, tenant_id: str, upload: UploadFile, receive: Receive) -> _Facts:
+async def _checked(
+    services: Services, tenant_id: str, upload: UploadFile, receive: Receive
+) -> _Facts:
     most = services.settings.max_file_bytes
     if (upload.size or 0) > most:
         raise RequestTooLarge(f"the file has more than the {most:,} bytes allowed here")
-    name = _CONTROLS.sub("", (upload.filename or "").replace("\\", "/").rpartition("/")[2])[:255] or "file"
+    name = (
+        _CONTROLS.sub("", (upload.filename or "").replace("\\", "/").rpartition("/")[2])[:255]
+        or "file"
+    )
     limits = Limits(file_bytes=most)
     if (upload.size or 0) <= _SMALL:
         return _Facts(name, *await asyncio.to_thread(check_rows, upload.file, name, limits))
@@ -125,19 +135,34 @@ async def _checked(services: Services, tenant_id: str, upload: UploadFile, recei
 
 
 async def _written(
-    services: Services, caller: Principal, actor: audit.Actor, upload: UploadFile, file_id: str, facts: _Facts
+    services: Services,
+    caller: Principal,
+    actor: audit.Actor,
+    upload: UploadFile,
+    file_id: str,
+    facts: _Facts,
 ) -> File:
     await upload.seek(0)
-    written = await services.blobs.write(key_of_blob(file_id), _chunks(upload), services.settings.max_file_bytes)
+    written = await services.blobs.write(
+        key_of_blob(file_id), _chunks(upload), services.settings.max_file_bytes
+    )
     whole = WrittenFile(file_id, written.size, written.sha256, facts.format, facts.rows)
     async with services.database.writing() as session:
         await lock_room(session, caller.tenant_id)
-        await check_room(session, caller.tenant_id, services.quotas.limits(caller), size=written.size)
+        await check_room(
+            session, caller.tenant_id, services.quotas.limits(caller), size=written.size
+        )
         made = await files.complete_file(session, whole)
         audit.record(
-            session, actor, "file.create", made.id, caller.tenant_id,
-            bytes=made.bytes, sha256=made.sha256, rows=facts.rows,
-        )  # fmt: skip
+            session,
+            actor,
+            "file.create",
+            made.id,
+            caller.tenant_id,
+            bytes=made.bytes,
+            sha256=made.sha256,
+            rows=facts.rows,
+        )
     return made
 
 

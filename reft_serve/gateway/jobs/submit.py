@@ -35,12 +35,15 @@ async def submit(services: Services, caller: Principal, actor: audit.Actor, want
 
     Raises:
         ModelNotFound, NotFound: the model or a file is not there, or not the caller's.
-        RequestInvalid: the parts of the request do not fit together, or an engine would refuse what the job makes.
+        RequestInvalid: the parts of the request do not fit together, or an engine would refuse what
+            the job makes.
         RateLimited: the tenant has as many jobs or adapters as it may.
         NotAllowed: a priority that only an admin gives.
     """
     if wanted.priority > 0 and "admin" not in caller.scopes:
-        raise NotAllowed("only an admin can set a priority above 0, which delays other tenants' jobs")
+        raise NotAllowed(
+            "only an admin can set a priority above 0, which delays other tenants' jobs"
+        )
     await _check_model(services, caller, wanted.model)
     async with services.database.writing() as session:
         training = await _file(session, caller, wanted.training_file, "training_file")
@@ -55,14 +58,28 @@ async def submit(services: Services, caller: Principal, actor: audit.Actor, want
         await services.database.lock(session, f"jobs:{caller.tenant_id}")
         await _check_room(services, caller, session, wanted.suffix)
         new = fine_tuning.NewJob(
-            wanted.model, training.id, held_out.id if held_out else None, {"type": method}, chosen,
-            secrets.randbelow(1 << 31) if wanted.seed is None else wanted.seed, wanted.suffix,
-            wanted.metadata or {}, [each.model_dump(exclude_none=True) for each in wanted.integrations or ()],
+            wanted.model,
+            training.id,
+            held_out.id if held_out else None,
+            {"type": method},
+            chosen,
+            secrets.randbelow(1 << 31) if wanted.seed is None else wanted.seed,
+            wanted.suffix,
+            wanted.metadata or {},
+            [each.model_dump(exclude_none=True) for each in wanted.integrations or ()],
             wanted.priority,
-        )  # fmt: skip
-        job = await fine_tuning.create_job(session, await find_tenant(session, caller.tenant_id), caller.key_id, new)
+        )
+        job = await fine_tuning.create_job(
+            session, await find_tenant(session, caller.tenant_id), caller.key_id, new
+        )
         audit.record(
-            session, actor, "job.create", job.id, caller.tenant_id, training_file=training.id, adapter=job.adapter
+            session,
+            actor,
+            "job.create",
+            job.id,
+            caller.tenant_id,
+            training_file=training.id,
+            adapter=job.adapter,
         )
         return job
 
@@ -73,8 +90,9 @@ async def _check_model(services: Services, caller: Principal, model: str) -> Non
         return
     await services.lookup.target(caller, model)
     raise RequestInvalid(
-        f"{model[:200]!r} is a fine-tuned model; an existing adapter cannot be trained further: use the base model, "
-        f"{base!r}, and the same suffix to create the next version of an adapter",
+        f"{model[:200]!r} is a fine-tuned model; an existing adapter cannot be trained further: "
+        f"use the base model, {base!r}, and the same suffix to create the next version of an "
+        "adapter",
         "model",
     )
 
@@ -90,13 +108,17 @@ async def _file(session: AsyncSession, caller: Principal, file_id: str, param: s
 
 
 def _method(wanted: JobIn, training: File) -> tuple[_Method, dict[str, Any]]:
-    """How to train, and the hyper-parameters that were set; if no method is given, the data's own."""
+    """How to train, and the hyper-parameters that were set; if no method is given, the data's
+    own.
+    """
     if wanted.method is None:
         method: _Method = "dpo" if training.format == "preference" else "supervised"
         settings: Hyperparameters | None = wanted.hyperparameters
         return method, settings.asked() if settings else {}
     if wanted.hyperparameters is not None and wanted.hyperparameters.asked():
-        raise RequestInvalid("set hyper-parameters in method or at the top level, not in both", "hyperparameters")
+        raise RequestInvalid(
+            "set hyper-parameters in method or at the top level, not in both", "hyperparameters"
+        )
     method = wanted.method.type
     part = getattr(wanted.method, method)
     return method, part.hyperparameters.asked() if part else {}
@@ -107,12 +129,18 @@ def _check_formats(method: _Method, training: File, held_out: File | None) -> No
         if file is not None and file.format not in _FORMATS[method]:
             fitting = " or ".join(_FORMATS[method])
             raise RequestInvalid(
-                f"file {file.id} has {file.format} rows, but method {method} learns from {fitting} rows", param
+                f"file {file.id} has {file.format} rows, but method {method} learns from "
+                f"{fitting} rows",
+                param,
             )
 
 
-def _check_engines(services: Services, wanted: JobIn, chosen: dict[str, Any], training: File) -> None:
-    """Engines that were seen at least once say what they take; it is true of them while they are down, too."""
+def _check_engines(
+    services: Services, wanted: JobIn, chosen: dict[str, Any], training: File
+) -> None:
+    """Engines that were seen at least once say what they take; it is true of them while they are
+    down, too.
+    """
     method = wanted.method
     where = "hyperparameters" if method is None else f"method.{method.type}.hyperparameters"
     for card in (engine.card for engine in services.fleet.engines if engine.card is not None):
@@ -121,8 +149,12 @@ def _check_engines(services: Services, wanted: JobIn, chosen: dict[str, Any], tr
             raise RequestInvalid(found.sentence, f"{where}.{found.name}")
 
 
-def _check_size(services: Services, caller: Principal, wanted: JobIn, chosen: dict[str, Any], training: File) -> None:
-    """Refuse a job that is surely larger than the tenant's limits; the worker counts exactly before it trains."""
+def _check_size(
+    services: Services, caller: Principal, wanted: JobIn, chosen: dict[str, Any], training: File
+) -> None:
+    """Refuse a job that is surely larger than the tenant's limits; the worker counts exactly before
+    it trains.
+    """
     limits = services.quotas.limits(caller)
     rows = training.rows or 0
     epochs = read_hyperparameters(chosen).epochs(rows)
@@ -134,15 +166,24 @@ def _check_size(services: Services, caller: Principal, wanted: JobIn, chosen: di
             method = wanted.method
             where = "hyperparameters" if method is None else f"method.{method.type}.hyperparameters"
             raise RequestInvalid(
-                f"the job would have about {estimate:,} {name} in {epochs} epochs of {rows:,} rows, and the limit job_{name} "
-                f"is {most:,}: give a smaller n_epochs or fewer rows",
+                f"the job would have about {estimate:,} {name} in {epochs} epochs of {rows:,} "
+                f"rows, and the limit job_{name} is {most:,}: give a smaller n_epochs or fewer "
+                "rows",
                 f"{where}.n_epochs",
             )
 
 
-async def _check_room(services: Services, caller: Principal, session: AsyncSession, suffix: str | None) -> None:
+async def _check_room(
+    services: Services, caller: Principal, session: AsyncSession, suffix: str | None
+) -> None:
     limits = services.quotas.limits(caller)
-    if limits.jobs is not None and await fine_tuning.unfinished_jobs_of(session, caller.tenant_id) >= limits.jobs:
-        raise RateLimited(f"the limit of {limits.jobs} unfinished jobs is reached; wait, or cancel one first", 60.0)
+    if (
+        limits.jobs is not None
+        and await fine_tuning.unfinished_jobs_of(session, caller.tenant_id) >= limits.jobs
+    ):
+        raise RateLimited(
+            f"the limit of {limits.jobs} unfinished jobs is reached; wait, or cancel one first",
+            60.0,
+        )
     await check_adapters_of_jobs(session, caller.tenant_id, limits, suffix)
     await check_room(session, caller.tenant_id, limits, size=1)  # a result has at least this

@@ -23,7 +23,14 @@ from reft_serve.gateway.links import leads_to, link
 from reft_serve.gateway.routes.bounded_route import BoundedRoute
 from reft_serve.gateway.routes.deps import ServicesDep, actor_of, requires
 from reft_serve.gateway.schemas.fields import TENANT_ID
-from reft_serve.gateway.schemas.tenancy import AdapterOut, AliasIn, AliasOut, Deleted, ListOf, VersionOut
+from reft_serve.gateway.schemas.tenancy import (
+    AdapterOut,
+    AliasIn,
+    AliasOut,
+    Deleted,
+    ListOf,
+    VersionOut,
+)
 
 __all__ = ["ADAPTERS_PER_PAGE", "VERSIONS_SHOWN", "router"]
 
@@ -36,7 +43,10 @@ _Caller = Annotated[Principal, Depends(requires("adapters"))]
 _Name = Annotated[str, Path(pattern=ADAPTER_NAME)]
 _Alias = Annotated[str, Path(pattern=ALIAS_NAME)]
 _Version = Annotated[
-    str, Path(pattern=r"^([0-9]{1,9}|[a-z][a-z0-9-]{0,30})$", description="A version number or an alias.")
+    str,
+    Path(
+        pattern=r"^([0-9]{1,9}|[a-z][a-z0-9-]{0,30})$", description="A version number or an alias."
+    ),
 ]
 _Tenant = Annotated[str, Path(pattern=TENANT_ID, description="Id of the other tenant.")]
 _CHUNK = 1 << 20
@@ -54,15 +64,18 @@ _UPLOADED = leads_to(
         link("download_v1_adapters__name__versions__version__content_get", _VERSION),
         link(
             "put_alias_v1_adapters__name__aliases__alias__put",
-            _ADAPTER | {"alias": "production"}, {"version": "{$response.body#/version}"},
+            _ADAPTER | {"alias": "production"},
+            {"version": "{$response.body#/version}"},
         ),
         link("get_model_v1_models__model__get", {"model": "$response.body#/model"}),
         link("delete_model_v1_models__model__delete", {"model": "$response.body#/model"}),
         link("completions_v1_completions_post", {}, _ASKED | {"prompt": "hello", "max_tokens": 2}),
-        link("responses_v1_responses_post", {}, _ASKED | {"input": "hello", "max_output_tokens": 2}),
+        link(
+            "responses_v1_responses_post", {}, _ASKED | {"input": "hello", "max_output_tokens": 2}
+        ),
         link("embeddings_v1_embeddings_post", {}, _ASKED | {"input": "hello"}),
     ),
-)  # fmt: skip
+)
 _POINTED = leads_to(
     200,
     (
@@ -80,11 +93,19 @@ async def upload(
     name: Annotated[str, Form(pattern=ADAPTER_NAME)],
     files: Annotated[
         list[UploadFile],
-        File(min_length=1, description="The adapter's files, or one .tar, .tar.gz, .tar.bz2, .tar.xz or .zip of them."),
+        File(
+            min_length=1,
+            description="The adapter's files, or one .tar, .tar.gz, .tar.bz2, .tar.xz or .zip of "
+            "them.",
+        ),
     ],
-    alias: Annotated[str | None, Form(pattern=ALIAS_NAME, description="Alias to set to the new version.")] = None,
+    alias: Annotated[
+        str | None, Form(pattern=ALIAS_NAME, description="Alias to set to the new version.")
+    ] = None,
 ) -> VersionOut:
-    """Publish a new version of an adapter (the first creates it). It is ready to serve when this returns."""
+    """Publish a new version of an adapter (the first creates it). It is ready to serve when this
+    returns.
+    """
     wanted = publishing.Upload(name, files, request.receive, alias)
     return VersionOut.of(await publishing.publish(services, caller, actor_of(request), wanted))
 
@@ -98,7 +119,9 @@ async def list_all(
 ) -> ListOf[AdapterOut]:
     """List the caller's own adapters by name, each with its latest versions."""
     async with services.database.reading() as session:
-        mine, more = await adapters.list_adapters(session, caller.tenant_id, after=after, limit=limit)
+        mine, more = await adapters.list_adapters(
+            session, caller.tenant_id, after=after, limit=limit
+        )
         described = await adapters.describe(session, mine, VERSIONS_SHOWN)
     return ListOf(data=[_out(each) for each in described], has_more=more)
 
@@ -107,7 +130,9 @@ async def list_all(
 async def get(name: _Name, caller: _Caller, services: ServicesDep) -> AdapterOut:
     """Get an adapter with its latest versions and its aliases."""
     async with services.database.reading() as session:
-        return await _described(session, await adapters.find_adapter(session, caller.tenant_id, name))
+        return await _described(
+            session, await adapters.find_adapter(session, caller.tenant_id, name)
+        )
 
 
 @router.delete("/{name}")
@@ -127,18 +152,24 @@ async def list_versions(
     name: _Name,
     caller: _Caller,
     services: ServicesDep,
-    after: Annotated[int | None, Query(ge=1, lt=1 << 31, description="The last version of the previous page.")] = None,
+    after: Annotated[
+        int | None, Query(ge=1, lt=1 << 31, description="The last version of the previous page.")
+    ] = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
 ) -> ListOf[VersionOut]:
     """List the versions of an adapter, newest first."""
     async with services.database.reading() as session:
         adapter = await adapters.find_adapter(session, caller.tenant_id, name)
         found = await adapters.list_versions(session, adapter.id, before=after, limit=limit + 1)
-    return ListOf(data=[VersionOut.of(version) for version in found[:limit]], has_more=len(found) > limit)
+    return ListOf(
+        data=[VersionOut.of(version) for version in found[:limit]], has_more=len(found) > limit
+    )
 
 
 @router.get("/{name}/versions/{version}")
-async def get_version(name: _Name, version: _Version, caller: _Caller, services: ServicesDep) -> VersionOut:
+async def get_version(
+    name: _Name, version: _Version, caller: _Caller, services: ServicesDep
+) -> VersionOut:
     """Get one version of an adapter."""
     async with services.database.reading() as session:
         adapter = await adapters.find_adapter(session, caller.tenant_id, name)
@@ -155,7 +186,9 @@ async def delete_version(
         found = await adapters.find_version(session, adapter, version)
         label = f"{name}@{found.number}"
         digest = await adapters.delete_version(session, found)
-        audit.record(session, actor_of(request), "version.delete", label, caller.tenant_id, digest=digest)
+        audit.record(
+            session, actor_of(request), "version.delete", label, caller.tenant_id, digest=digest
+        )
     services.lookup.forget()
     services.spawn(publishing.retire(services, [digest]), caller.tenant_id)
     return Deleted(id=label, object="adapter.version")
@@ -164,9 +197,13 @@ async def delete_version(
 @router.get(
     "/{name}/versions/{version}/content",
     response_class=StreamingResponse,
-    responses={200: {"content": {"application/x-tar": {"schema": {"type": "string", "format": "binary"}}}}},
+    responses={
+        200: {"content": {"application/x-tar": {"schema": {"type": "string", "format": "binary"}}}}
+    },
 )
-async def download(name: _Name, version: _Version, caller: _Caller, services: ServicesDep) -> StreamingResponse:
+async def download(
+    name: _Name, version: _Version, caller: _Caller, services: ServicesDep
+) -> StreamingResponse:
     """Download the files of a version as a tar archive, which can be uploaded again."""
     async with services.database.reading() as session:
         adapter = await adapters.find_adapter(session, caller.tenant_id, name)
@@ -179,9 +216,16 @@ async def download(name: _Name, version: _Version, caller: _Caller, services: Se
 
 @router.put("/{name}/aliases/{alias}", responses=_POINTED)
 async def put_alias(
-    name: _Name, alias: _Alias, body: AliasIn, request: Request, caller: _Caller, services: ServicesDep
+    name: _Name,
+    alias: _Alias,
+    body: AliasIn,
+    request: Request,
+    caller: _Caller,
+    services: ServicesDep,
 ) -> AliasOut:
-    """Point an alias at a version. Requests for the bare name go to `production`; other aliases may take a share of them."""
+    """Point an alias at a version. Requests for the bare name go to `production`; other aliases may
+    take a share of them.
+    """
     async with services.database.writing() as session:
         adapter = await adapters.find_adapter(session, caller.tenant_id, name)
         version = await adapters.find_version(session, adapter, body.version)
@@ -189,32 +233,45 @@ async def put_alias(
             session, adapter, alias, version, body.share, base_name=services.settings.base_model
         )
         audit.record(
-            session, actor_of(request), "alias.set", f"{name}@{alias}", caller.tenant_id,
-            version=version.number, share=changed.share,
-        )  # fmt: skip
+            session,
+            actor_of(request),
+            "alias.set",
+            f"{name}@{alias}",
+            caller.tenant_id,
+            version=version.number,
+            share=changed.share,
+        )
     services.lookup.forget()
     return AliasOut.of(changed)
 
 
 @router.post("/{name}/aliases/{alias}/rollback")
-async def roll_back(name: _Name, alias: _Alias, request: Request, caller: _Caller, services: ServicesDep) -> AliasOut:
+async def roll_back(
+    name: _Name, alias: _Alias, request: Request, caller: _Caller, services: ServicesDep
+) -> AliasOut:
     """Undo the last change of an alias: point it at its previous version."""
     async with services.database.writing() as session:
         adapter = await adapters.find_adapter(session, caller.tenant_id, name)
         changed = await adapters.roll_back(session, adapter, alias)
         label, number = f"{name}@{alias}", changed.version.number
-        audit.record(session, actor_of(request), "alias.rollback", label, caller.tenant_id, version=number)
+        audit.record(
+            session, actor_of(request), "alias.rollback", label, caller.tenant_id, version=number
+        )
     services.lookup.forget()
     return AliasOut.of(changed)
 
 
 @router.delete("/{name}/aliases/{alias}")
-async def delete_alias(name: _Name, alias: _Alias, request: Request, caller: _Caller, services: ServicesDep) -> Deleted:
+async def delete_alias(
+    name: _Name, alias: _Alias, request: Request, caller: _Caller, services: ServicesDep
+) -> Deleted:
     """Delete an alias; its version is kept."""
     async with services.database.writing() as session:
         adapter = await adapters.find_adapter(session, caller.tenant_id, name)
         await adapters.delete_alias(session, adapter, alias)
-        audit.record(session, actor_of(request), "alias.delete", f"{name}@{alias}", caller.tenant_id)
+        audit.record(
+            session, actor_of(request), "alias.delete", f"{name}@{alias}", caller.tenant_id
+        )
     services.lookup.forget()
     return Deleted(id=f"{name}@{alias}", object="adapter.alias")
 
@@ -228,7 +285,9 @@ async def put_share(
         adapter = await adapters.find_adapter(session, caller.tenant_id, name)
         other = await find_tenant(session, tenant)
         await adapters.share(session, adapter, other)
-        audit.record(session, actor_of(request), "adapter.share", name, caller.tenant_id, tenant=other.id)
+        audit.record(
+            session, actor_of(request), "adapter.share", name, caller.tenant_id, tenant=other.id
+        )
         found = await _described(session, adapter)
     services.lookup.forget()
     return found
@@ -243,7 +302,9 @@ async def delete_share(
         adapter = await adapters.find_adapter(session, caller.tenant_id, name)
         other = await find_tenant(session, tenant)
         await adapters.unshare(session, adapter, other)
-        audit.record(session, actor_of(request), "adapter.unshare", name, caller.tenant_id, tenant=other.id)
+        audit.record(
+            session, actor_of(request), "adapter.unshare", name, caller.tenant_id, tenant=other.id
+        )
     services.lookup.forget()
     return Deleted(id=f"{name}:{tenant}", object="adapter.share")
 
@@ -255,10 +316,13 @@ async def _described(session: AsyncSession, adapter: Adapter) -> AdapterOut:
 def _out(described: adapters.Description) -> AdapterOut:
     adapter = described.adapter
     return AdapterOut(
-        id=adapter.id, name=adapter.name, created_at=adapter.created_ms // 1000,
+        id=adapter.id,
+        name=adapter.name,
+        created_at=adapter.created_ms // 1000,
         versions=[VersionOut.of(version) for version in described.versions],
-        aliases=[AliasOut.of(alias) for alias in described.aliases], shared_with=described.shared_with,
-    )  # fmt: skip
+        aliases=[AliasOut.of(alias) for alias in described.aliases],
+        shared_with=described.shared_with,
+    )
 
 
 def _packed(files: list[FilePath]) -> IO[bytes]:

@@ -31,7 +31,10 @@ from reft_serve.gateway.services import Services
 __all__ = ["router"]
 
 router = APIRouter(
-    prefix="/v1/admin", tags=["admin"], dependencies=[Depends(requires("admin"))], route_class=BoundedRoute
+    prefix="/v1/admin",
+    tags=["admin"],
+    dependencies=[Depends(requires("admin"))],
+    route_class=BoundedRoute,
 )
 _Tenant = Annotated[str, Path(pattern=TENANT_ID_OR_NAME, description="Id or name of a tenant.")]
 
@@ -52,7 +55,9 @@ _MADE_TENANT = leads_to(
 async def create_tenant(body: TenantIn, request: Request, services: ServicesDep) -> TenantOut:
     """Create a tenant."""
     async with services.database.writing() as session:
-        made = await tenants.create_tenant(session, body.name, body.limits.model_dump(exclude_none=True))
+        made = await tenants.create_tenant(
+            session, body.name, body.limits.model_dump(exclude_none=True)
+        )
         audit.record(session, actor_of(request), "tenant.create", made.name, made.id)
     return TenantOut.of(made)
 
@@ -60,13 +65,17 @@ async def create_tenant(body: TenantIn, request: Request, services: ServicesDep)
 @router.get("/tenants")
 async def list_tenants(
     services: ServicesDep,
-    after: Annotated[str | None, Query(pattern=TENANT_ID, description="The last id of the previous page.")] = None,
+    after: Annotated[
+        str | None, Query(pattern=TENANT_ID, description="The last id of the previous page.")
+    ] = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 1000,
 ) -> ListOf[TenantOut]:
     """List all tenants by name."""
     async with services.database.reading() as session:
         found = await tenants.list_tenants(session, after=after, limit=limit + 1)
-    return ListOf(data=[TenantOut.of(tenant) for tenant in found[:limit]], has_more=len(found) > limit)
+    return ListOf(
+        data=[TenantOut.of(tenant) for tenant in found[:limit]], has_more=len(found) > limit
+    )
 
 
 @router.get("/tenants/{tenant}")
@@ -77,7 +86,9 @@ async def get_tenant(tenant: _Tenant, services: ServicesDep) -> TenantOut:
 
 
 @router.patch("/tenants/{tenant}")
-async def change_tenant(tenant: _Tenant, body: TenantPatch, request: Request, services: ServicesDep) -> TenantOut:
+async def change_tenant(
+    tenant: _Tenant, body: TenantPatch, request: Request, services: ServicesDep
+) -> TenantOut:
     """Change a tenant's limits, disable it or enable it."""
     async with services.database.writing() as session:
         found = await tenants.find_tenant(session, tenant)
@@ -93,7 +104,9 @@ async def change_tenant(tenant: _Tenant, body: TenantPatch, request: Request, se
 
 @router.delete("/tenants/{tenant}")
 async def delete_tenant(tenant: _Tenant, request: Request, services: ServicesDep) -> Deleted:
-    """Delete a tenant with its keys, adapters, files and jobs. Its usage and audit entries are kept."""
+    """Delete a tenant with its keys, adapters, files and jobs. Its usage and audit entries are
+    kept.
+    """
     async with services.database.writing() as session:
         found = await tenants.find_tenant(session, tenant)
         if found.id == caller_of(request).tenant_id:
@@ -106,7 +119,9 @@ async def delete_tenant(tenant: _Tenant, request: Request, services: ServicesDep
 
 
 @router.post("/tenants/{tenant}/keys", status_code=201)
-async def create_key(tenant: _Tenant, body: KeyIn, request: Request, services: ServicesDep) -> NewKeyOut:
+async def create_key(
+    tenant: _Tenant, body: KeyIn, request: Request, services: ServicesDep
+) -> NewKeyOut:
     """Create an API key for a tenant. Only this response contains the secret."""
     return await make_key(services, request, caller_of(request), tenant, body)
 
@@ -129,10 +144,14 @@ async def resume(engine: EngineName, request: Request, services: ServicesDep) ->
     return await _set_draining(services, request, engine, False)
 
 
-async def _set_draining(services: Services, request: Request, name: str, draining: bool) -> EngineOut:
+async def _set_draining(
+    services: Services, request: Request, name: str, draining: bool
+) -> EngineOut:
     found = services.fleet.named(name)
     async with services.database.writing() as session:
-        audit.record(session, actor_of(request), f"engine.{'drain' if draining else 'resume'}", name, None)
+        audit.record(
+            session, actor_of(request), f"engine.{'drain' if draining else 'resume'}", name, None
+        )
     found.draining = draining
     return _out(found)
 

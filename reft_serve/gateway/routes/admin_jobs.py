@@ -19,7 +19,10 @@ from reft_serve.gateway.schemas.fine_tuning import JobAdminOut, Page
 __all__ = ["router"]
 
 router = APIRouter(
-    prefix="/v1/admin/jobs", tags=["admin"], dependencies=[Depends(requires("admin"))], route_class=BoundedRoute
+    prefix="/v1/admin/jobs",
+    tags=["admin"],
+    dependencies=[Depends(requires("admin"))],
+    route_class=BoundedRoute,
 )
 _Job = Annotated[str, Path(pattern=JOB_ID)]
 _Tenant = Annotated[
@@ -39,7 +42,9 @@ async def list_all(
     """List the jobs of all tenants or of one, newest first."""
     async with services.database.reading() as session:
         tenant_id = None if tenant is None else (await find_tenant(session, tenant)).id
-        found, more = await fine_tuning.list_jobs(session, tenant_id, after=after, limit=limit, statuses=status)
+        found, more = await fine_tuning.list_jobs(
+            session, tenant_id, after=after, limit=limit, statuses=status
+        )
     return Page.of([JobAdminOut.of(job) for job in found], more)
 
 

@@ -1,7 +1,9 @@
-"""Routes that check a request before they read it: scopes, size, memory and time, and only then the function.
+"""Routes that check a request before they read it: scopes, size, memory and time, and only then the
+function.
 
-Scopes are checked before a byte of the body is read. A body is read up to its route's own limit, within its time, and counted
-in the budgets of the process; what is refused is not kept. JSON is checked on its bytes before it is parsed.
+Scopes are checked before a byte of the body is read. A body is read up to its route's own limit,
+within its time, and counted in the budgets of the process; what is refused is not kept. JSON is
+checked on its bytes before it is parsed.
 """
 
 from __future__ import annotations
@@ -190,7 +192,9 @@ class _Body:
         """
         kind = self.request.headers.get("content-type", "")
         if kind.partition(";")[0].strip().lower() != "multipart/form-data":
-            raise errors.RequestInvalid("the request body must be multipart/form-data, with that content-type")
+            raise errors.RequestInvalid(
+                "the request body must be multipart/form-data, with that content-type"
+            )
         declared = self._declared(most)
         intake = self.services.intake
         await self.take(intake.uploads, 1)
@@ -203,7 +207,11 @@ class _Body:
                 yield part
 
         parser = _Parser(
-            self.request.headers, parts(), max_files=FORM_PARTS, max_fields=FORM_PARTS, max_part_size=FORM_BYTES
+            self.request.headers,
+            parts(),
+            max_files=FORM_PARTS,
+            max_fields=FORM_PARTS,
+            max_part_size=FORM_BYTES,
         )
         try:
             return await parser.parse()

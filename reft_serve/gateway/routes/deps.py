@@ -1,4 +1,6 @@
-"""Dependencies of routes: the gateway's services, the caller and its scopes, and the actor for the audit log."""
+"""Dependencies of routes: the gateway's services, the caller and its scopes, and the actor for the
+audit log.
+"""
 
 from __future__ import annotations
 

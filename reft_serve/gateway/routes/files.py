@@ -40,24 +40,36 @@ async def upload(
     request: Request,
     caller: _Caller,
     services: ServicesDep,
-    file: Annotated[UploadFile, File(description="JSONL of chats, of prompts and completions, or of preferences.")],
+    file: Annotated[
+        UploadFile,
+        File(description="JSONL of chats, of prompts and completions, or of preferences."),
+    ],
     purpose: Annotated[Literal["fine-tune"], BeforeValidator(_known_purpose), Form()],
     anchor: Annotated[Literal["created_at"] | None, Form(alias="expires_after[anchor]")] = None,
-    seconds: Annotated[int | None, Form(alias="expires_after[seconds]", ge=3600, le=2_592_000)] = None,
+    seconds: Annotated[
+        int | None, Form(alias="expires_after[seconds]", ge=3600, le=2_592_000)
+    ] = None,
 ) -> FileOut:
-    """Upload a data file. Every row is checked; an invalid file is rejected with the line numbers of its faults."""
+    """Upload a data file. Every row is checked; an invalid file is rejected with the line numbers
+    of its faults.
+    """
     if (anchor is None) != (seconds is None):
         raise RequestInvalid(
-            "an expiry needs both expires_after[anchor]=created_at and expires_after[seconds]", "expires_after"
+            "an expiry needs both expires_after[anchor]=created_at and expires_after[seconds]",
+            "expires_after",
         )
-    return FileOut.of(await data_files.take(services, caller, actor_of(request), file, seconds, request.receive))
+    return FileOut.of(
+        await data_files.take(services, caller, actor_of(request), file, seconds, request.receive)
+    )
 
 
 @router.get("")
 async def list_all(
     caller: _Caller,
     services: ServicesDep,
-    after: Annotated[str | None, Query(pattern=FILE_ID, description="The last id of the previous page.")] = None,
+    after: Annotated[
+        str | None, Query(pattern=FILE_ID, description="The last id of the previous page.")
+    ] = None,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
     order: Literal["asc", "desc"] = "desc",
     purpose: Annotated[str | None, Query(max_length=32, pattern=r"^[a-z_-]+$")] = None,
@@ -65,7 +77,12 @@ async def list_all(
     """List the tenant's files by creation time."""
     async with services.database.reading() as session:
         found, more = await files.list_files(
-            session, caller.tenant_id, after=after, limit=limit, ascending=order == "asc", purpose=purpose
+            session,
+            caller.tenant_id,
+            after=after,
+            limit=limit,
+            ascending=order == "asc",
+            purpose=purpose,
         )
     return Page.of([FileOut.of(file) for file in found], more)
 
@@ -80,7 +97,13 @@ async def get(file: _File, caller: _Caller, services: ServicesDep) -> FileOut:
 @router.get(
     "/{file}/content",
     response_class=StreamingResponse,
-    responses={200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}},
+    responses={
+        200: {
+            "content": {
+                "application/octet-stream": {"schema": {"type": "string", "format": "binary"}}
+            }
+        }
+    },
 )
 async def content(file: _File, caller: _Caller, services: ServicesDep) -> StreamingResponse:
     """Download a file: a data file as uploaded, or the metrics of a job as CSV."""
@@ -101,6 +124,8 @@ async def delete(file: _File, request: Request, caller: _Caller, services: Servi
     """Delete a file. A file that an unfinished job uses cannot be deleted."""
     async with services.database.writing() as session:
         gone = await files.delete_file(session, caller.tenant_id, file)
-        audit.record(session, actor_of(request), "file.delete", gone.id, caller.tenant_id, bytes=gone.bytes)
+        audit.record(
+            session, actor_of(request), "file.delete", gone.id, caller.tenant_id, bytes=gone.bytes
+        )
     services.spawn(data_files.drop(services, gone.id), caller.tenant_id)
     return Deleted(id=gone.id, object="file")

@@ -33,7 +33,8 @@ _FILTER: dict[str, Any] = {
     "explode": True,
     # All values arrive as strings.
     "schema": {"type": "object"},
-    "description": "Only jobs with this metadata, as metadata[key]=value; metadata=null for jobs without metadata.",
+    "description": "Only jobs with this metadata, as metadata[key]=value; metadata=null for jobs "
+    "without metadata.",
 }
 
 
@@ -48,7 +49,9 @@ async def list_all(
     request: Request,
     caller: _Caller,
     services: ServicesDep,
-    after: Annotated[str | None, Query(pattern=JOB_ID, description="The last id of the previous page.")] = None,
+    after: Annotated[
+        str | None, Query(pattern=JOB_ID, description="The last id of the previous page.")
+    ] = None,
     limit: _Limit = 20,
 ) -> Page[JobOut]:
     """List the tenant's jobs, newest first."""
@@ -56,7 +59,9 @@ async def list_all(
     if wanted and any("\0" in text for pair in wanted.items() for text in pair):
         return Page.of([], False)  # no metadata holds one, and PostgreSQL has no such text
     async with services.database.reading() as session:
-        found, more = await fine_tuning.list_jobs(session, caller.tenant_id, after=after, limit=limit, metadata=wanted)
+        found, more = await fine_tuning.list_jobs(
+            session, caller.tenant_id, after=after, limit=limit, metadata=wanted
+        )
     return Page.of([JobOut.of(job) for job in found], more)
 
 
@@ -75,7 +80,9 @@ async def cancel(job: _Job, request: Request, caller: _Caller, services: Service
 
 @router.post("/{job}/pause")
 async def pause(job: _Job, request: Request, caller: _Caller, services: ServicesDep) -> JobOut:
-    """Pause a job until it is resumed: at once if it is queued, after the current step if it is running."""
+    """Pause a job until it is resumed: at once if it is queued, after the current step if it is
+    running.
+    """
     return await _ask(job, "pause", request, caller, services)
 
 
@@ -93,10 +100,15 @@ async def events(
     after: _AfterEvent = None,
     limit: _Limit = 20,
     stream: Annotated[
-        bool, Query(description="Stream the events as server-sent events, oldest first, until the job ends.")
+        bool,
+        Query(
+            description="Stream the events as server-sent events, oldest first, until the job ends."
+        ),
     ] = False,
 ) -> Page[EventOut]:
-    """List the events of a job, newest first; with `stream`, follow them as they happen, oldest first."""
+    """List the events of a job, newest first; with `stream`, follow them as they happen, oldest
+    first.
+    """
     async with services.database.reading() as session:
         found = await fine_tuning.find_job(session, caller.tenant_id, job)
         if not stream:
@@ -114,7 +126,9 @@ async def checkpoints(
     after: Annotated[str | None, Query(pattern=r"^ftckpt-[A-Za-z0-9]{1,56}$")] = None,
     limit: _Limit = 10,
 ) -> Page[CheckpointOut]:
-    """List a job's checkpoints, newest first. They can be used as models once the job has succeeded."""
+    """List a job's checkpoints, newest first. They can be used as models once the job has
+    succeeded.
+    """
     async with services.database.reading() as session:
         found = await fine_tuning.find_job(session, caller.tenant_id, job)
         page, more = await fine_tuning.list_checkpoints(session, found.id, after=after, limit=limit)
@@ -122,7 +136,11 @@ async def checkpoints(
 
 
 async def _ask(
-    job: str, what: Literal["cancel", "pause", "resume"], request: Request, caller: Principal, services: Services
+    job: str,
+    what: Literal["cancel", "pause", "resume"],
+    request: Request,
+    caller: Principal,
+    services: Services,
 ) -> JobOut:
     async with services.database.writing() as session:
         found = await fine_tuning.ask(session, caller.tenant_id, job, what)
@@ -136,5 +154,7 @@ def _metadata(request: Request) -> dict[str, str] | None:
     given = {match[1]: value for match, value in found if match}
     plain = request.query_params.get("metadata")
     if plain not in (None, "null"):
-        raise RequestInvalid("write metadata[KEY]=VALUE, or metadata=null for jobs without metadata", "metadata")
+        raise RequestInvalid(
+            "write metadata[KEY]=VALUE, or metadata=null for jobs without metadata", "metadata"
+        )
     return given or (None if plain is None else {})

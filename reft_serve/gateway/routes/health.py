@@ -30,9 +30,13 @@ async def live() -> Health:
     return Health()
 
 
-@router.get("/health/ready", responses={503: {"model": ErrorAnswer}}, openapi_extra={"security": []})
+@router.get(
+    "/health/ready", responses={503: {"model": ErrorAnswer}}, openapi_extra={"security": []}
+)
 async def ready(services: ServicesDep) -> Health:
-    """Readiness: 200 if an engine is up and the database and stores are writable; else 503, also while draining."""
+    """Readiness: 200 if an engine is up and the database and stores are writable; else 503, also
+    while draining.
+    """
     if services.draining:
         raise Overloaded("the gateway is shutting down")
     try:

@@ -18,7 +18,13 @@ from reft_serve.gateway.http.connections import peer_left
 from reft_serve.gateway.inference.exchange import Endpoint, infer
 from reft_serve.gateway.routes.bounded_route import BoundedRoute
 from reft_serve.gateway.routes.deps import ServicesDep, caller_of, requires
-from reft_serve.gateway.schemas.inference import ChatBody, CompletionBody, EmbeddingBody, InferenceBody, ResponseBody
+from reft_serve.gateway.schemas.inference import (
+    ChatBody,
+    CompletionBody,
+    EmbeddingBody,
+    InferenceBody,
+    ResponseBody,
+)
 from reft_serve.gateway.services import Services, services_of
 
 __all__ = ["router"]
@@ -28,7 +34,9 @@ _FAULTS = 100
 
 
 class _Direct(BoundedRoute):
-    """A route that resolves its four arguments itself, faster than FastAPI's dependency injection."""
+    """A route that resolves its four arguments itself, faster than FastAPI's dependency
+    injection.
+    """
 
     def json_limits(self, settings: GatewaySettings) -> tuple[int, int]:
         return settings.max_request_bytes, settings.max_json_values
@@ -55,14 +63,24 @@ class _Direct(BoundedRoute):
 
 def _check_media_type(content_type: str) -> None:
     media = content_type.partition(";")[0].strip().lower()
-    if media != "application/json" and not (media.startswith("application/") and media.endswith("+json")):
-        raise RequestInvalid("the request body must be JSON, with the header content-type: application/json")
+    if media != "application/json" and not (
+        media.startswith("application/") and media.endswith("+json")
+    ):
+        raise RequestInvalid(
+            "the request body must be JSON, with the header content-type: application/json"
+        )
 
 
 async def _parse_large(
-    services: Services, request: Request, caller: Principal, kind: type[InferenceBody], content: bytes
+    services: Services,
+    request: Request,
+    caller: Principal,
+    kind: type[InferenceBody],
+    content: bytes,
 ) -> InferenceBody:
-    """Parse in a thread, one body at a time. Faults refer to the parsed value; with bytes, each would copy the body."""
+    """Parse in a thread, one body at a time. Faults refer to the parsed value; with bytes, each
+    would copy the body.
+    """
 
     def parse() -> InferenceBody:
         try:
@@ -75,14 +93,20 @@ async def _parse_large(
         return await asyncio.to_thread(parse)
 
 
-def _parsed(kind: type[InferenceBody], validate: Callable[[Any], InferenceBody], value: Any) -> InferenceBody:
+def _parsed(
+    kind: type[InferenceBody], validate: Callable[[Any], InferenceBody], value: Any
+) -> InferenceBody:
     try:
         return validate(value)
     except ValidationError as exc:
         if exc.error_count() > _FAULTS:
-            raise RequestInvalid(f"the body has {exc.error_count()} faults; {_known_fields(kind)}") from exc
+            raise RequestInvalid(
+                f"the body has {exc.error_count()} faults; {_known_fields(kind)}"
+            ) from exc
         faults = exc.errors(include_url=False, include_context=False, include_input=False)
-        raise RequestValidationError([{**fault, "loc": ("body", *fault["loc"])} for fault in faults]) from exc
+        raise RequestValidationError(
+            [{**fault, "loc": ("body", *fault["loc"])} for fault in faults]
+        ) from exc
 
 
 def _known_fields(kind: type[InferenceBody]) -> str:
@@ -107,24 +131,32 @@ _EMBEDDINGS = Endpoint("embeddings", "/v1/embeddings")
 
 
 @router.post("/completions", responses=_ANSWER, response_class=Response)
-async def completions(body: CompletionBody, request: Request, caller: _Caller, services: ServicesDep) -> Response:
+async def completions(
+    body: CompletionBody, request: Request, caller: _Caller, services: ServicesDep
+) -> Response:
     """Complete a prompt."""
     return await infer(services, request, caller, _COMPLETIONS, body)
 
 
 @router.post("/chat/completions", responses=_ANSWER, response_class=Response)
-async def chat(body: ChatBody, request: Request, caller: _Caller, services: ServicesDep) -> Response:
+async def chat(
+    body: ChatBody, request: Request, caller: _Caller, services: ServicesDep
+) -> Response:
     """Generate the next message of a conversation."""
     return await infer(services, request, caller, _CHAT, body)
 
 
 @router.post("/responses", responses=_ANSWER, response_class=Response)
-async def responses(body: ResponseBody, request: Request, caller: _Caller, services: ServicesDep) -> Response:
+async def responses(
+    body: ResponseBody, request: Request, caller: _Caller, services: ServicesDep
+) -> Response:
     """Generate a response to an input. Responses are not stored."""
     return await infer(services, request, caller, _RESPONSES, body)
 
 
 @router.post("/embeddings", responses=_ANSWER, response_class=Response)
-async def embeddings(body: EmbeddingBody, request: Request, caller: _Caller, services: ServicesDep) -> Response:
+async def embeddings(
+    body: EmbeddingBody, request: Request, caller: _Caller, services: ServicesDep
+) -> Response:
     """Compute embeddings, if the engine's model supports them."""
     return await infer(services, request, caller, _EMBEDDINGS, body)

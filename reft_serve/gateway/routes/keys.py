@@ -26,20 +26,27 @@ _Key = Annotated[str, Path(pattern=_ID)]
 
 
 @router.get("/tenant")
-async def tenant(caller: Annotated[Principal, Depends(caller_of)], services: ServicesDep) -> TenantOut:
+async def tenant(
+    caller: Annotated[Principal, Depends(caller_of)], services: ServicesDep
+) -> TenantOut:
     """Get the tenant that the caller's key belongs to."""
     async with services.database.reading() as session:
         return TenantOut.of(await find_tenant(session, caller.tenant_id))
 
 
 _MADE = {"key": "$response.body#/id"}
-_MADE_KEY = leads_to(201, (link("revoke_v1_keys__key__delete", _MADE), link("rotate_v1_keys__key__rotate_post", _MADE)))
+_MADE_KEY = leads_to(
+    201,
+    (link("revoke_v1_keys__key__delete", _MADE), link("rotate_v1_keys__key__rotate_post", _MADE)),
+)
 
 
 @router.post("/keys", status_code=201, responses=_MADE_KEY)
-async def create(body: KeyIn, request: Request, caller: _Caller, services: ServicesDep) -> NewKeyOut:
-    """Create an API key for the caller's tenant, with at most the scopes, limits and lifetime of the caller's key. Only
-    this response contains the secret.
+async def create(
+    body: KeyIn, request: Request, caller: _Caller, services: ServicesDep
+) -> NewKeyOut:
+    """Create an API key for the caller's tenant, with at most the scopes, limits and lifetime of
+    the caller's key. Only this response contains the secret.
     """
     _check_rank(caller, body.role)
     return await make_key(services, request, caller, caller.tenant_id, body)
@@ -49,13 +56,17 @@ async def create(body: KeyIn, request: Request, caller: _Caller, services: Servi
 async def list_all(
     caller: _Caller,
     services: ServicesDep,
-    after: Annotated[str | None, Query(pattern=_ID, description="The last id of the previous page.")] = None,
+    after: Annotated[
+        str | None, Query(pattern=_ID, description="The last id of the previous page.")
+    ] = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
 ) -> ListOf[KeyOut]:
     """List the tenant's keys, oldest first, without their secrets."""
     async with services.database.reading() as session:
         found = await keys.list_keys(session, caller.tenant_id, after=after, limit=limit + 1)
-    return ListOf(data=[KeyOut(**KeyOut.fields_of(key)) for key in found[:limit]], has_more=len(found) > limit)
+    return ListOf(
+        data=[KeyOut(**KeyOut.fields_of(key)) for key in found[:limit]], has_more=len(found) > limit
+    )
 
 
 @router.delete("/keys/{key}")
@@ -95,8 +106,12 @@ async def rotate(
     return NewKeyOut(secret=secret, **KeyOut.fields_of(new))
 
 
-async def make_key(services: Services, request: Request, caller: Principal, tenant_id: str, body: KeyIn) -> NewKeyOut:
-    """Create a key. In the caller's own tenant, or with role admin, it gets at most the caller's scopes and limits."""
+async def make_key(
+    services: Services, request: Request, caller: Principal, tenant_id: str, body: KeyIn
+) -> NewKeyOut:
+    """Create a key. In the caller's own tenant, or with role admin, it gets at most the caller's
+    scopes and limits.
+    """
     expires_ms = None if body.expires_at is None else body.expires_at * 1000
     limits: dict[str, Any] = body.limits.model_dump(exclude_none=True)
     async with services.database.writing() as session:
@@ -106,13 +121,25 @@ async def make_key(services: Services, request: Request, caller: Principal, tena
             expires_ms = keys.end_within(caller, expires_ms)
             limits = keys.limits_within(caller, limits)
         await keys.check_count(session, owner, services.settings.limits.merged(owner.limits).keys)
-        key, secret = await keys.create_key(session, owner, body.role, body.name, body.scopes, expires_ms, limits)
-        audit.record(session, actor_of(request), "key.create", key.id, owner.id, role=body.role, name=body.name)
+        key, secret = await keys.create_key(
+            session, owner, body.role, body.name, body.scopes, expires_ms, limits
+        )
+        audit.record(
+            session,
+            actor_of(request),
+            "key.create",
+            key.id,
+            owner.id,
+            role=body.role,
+            name=body.name,
+        )
     return NewKeyOut(secret=secret, **KeyOut.fields_of(key))
 
 
 def _check_rank(caller: Principal, role: str) -> None:
-    """Reject a key of a higher role than the caller's: an owner could revoke the operator's monitoring key."""
+    """Reject a key of a higher role than the caller's: an owner could revoke the operator's
+    monitoring key.
+    """
     if not keys.ROLES[role] <= keys.ROLES[caller.role]:  # type: ignore[index]
         raise NotAllowed(f"only an admin can create, rotate or revoke a key of role {role}")
 
@@ -122,5 +149,6 @@ def _check_scopes(caller: Principal, scopes: frozenset[str]) -> None:
     beyond = scopes - caller.scopes
     if beyond:
         raise NotAllowed(
-            f"this API key lacks the scopes {', '.join(sorted(beyond))}, so it cannot grant them: request fewer"
+            f"this API key lacks the scopes {', '.join(sorted(beyond))}, so it cannot grant them: "
+            "request fewer"
         )

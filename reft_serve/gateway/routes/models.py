@@ -29,17 +29,27 @@ _Caller = Annotated[Principal, Depends(requires("models"))]
 async def list_models(
     caller: _Caller,
     services: ServicesDep,
-    after: Annotated[str | None, Query(max_length=400, pattern=r"^[^\x00]+$", description=_AFTER)] = None,
+    after: Annotated[
+        str | None, Query(max_length=400, pattern=r"^[^\x00]+$", description=_AFTER)
+    ] = None,
     limit: Annotated[int, Query(ge=1, le=MODELS_PER_PAGE)] = MODELS_PER_PAGE,
 ) -> ListOf[ModelOut]:
-    """List the base model, then every name of the caller's adapters and of adapters shared with it."""
+    """List the base model, then every name of the caller's adapters and of adapters shared with
+    it.
+    """
     base = _base(services)
     found = [base] if after is None else []
     async with services.database.reading() as session:
         names, more = await listing.list_models(
-            session, caller.tenant_id, after=None if after == base.id else after, limit=limit - len(found)
+            session,
+            caller.tenant_id,
+            after=None if after == base.id else after,
+            limit=limit - len(found),
         )
-    found += [ModelOut(id=each.name, created=each.created_ms // 1000, owned_by=each.owner) for each in names]
+    found += [
+        ModelOut(id=each.name, created=each.created_ms // 1000, owned_by=each.owner)
+        for each in names
+    ]
     return ListOf(data=found, has_more=more)
 
 
@@ -55,8 +65,12 @@ async def get_model(model: str, caller: _Caller, services: ServicesDep) -> Model
 
 
 @router.delete("/{model:path}")
-async def delete_model(model: str, request: Request, caller: _Caller, services: ServicesDep) -> Deleted:
-    """Delete one of the caller's adapters with all its versions (`adapter`), or one version (`adapter@3`, `ft:...`)."""
+async def delete_model(
+    model: str, request: Request, caller: _Caller, services: ServicesDep
+) -> Deleted:
+    """Delete one of the caller's adapters with all its versions (`adapter`), or one version
+    (`adapter@3`, `ft:...`).
+    """
     if "adapters" not in caller.scopes:
         raise NotAllowed("this API key lacks the scope 'adapters'")
     target = await services.lookup.target(caller, model)

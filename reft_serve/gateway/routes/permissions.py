@@ -1,4 +1,6 @@
-"""OpenAI's checkpoint permissions: share one fine-tuned model with other tenants, by its full name."""
+"""OpenAI's checkpoint permissions: share one fine-tuned model with other tenants, by its full
+name.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from reft_serve.gateway.schemas.tenancy import Deleted
 __all__ = ["router"]
 
 router = APIRouter(
-    prefix="/v1/fine_tuning/checkpoints/{checkpoint}/permissions", tags=["fine-tuning"], route_class=BoundedRoute
+    prefix="/v1/fine_tuning/checkpoints/{checkpoint}/permissions",
+    tags=["fine-tuning"],
+    route_class=BoundedRoute,
 )
 _ID = r"^cp_[0-9a-f]{24}$"
 _Caller = Annotated[Principal, Depends(requires("adapters"))]
@@ -33,7 +37,11 @@ _Permission = Annotated[str, Path(pattern=_ID)]
 
 @router.post("")
 async def create(
-    checkpoint: _Checkpoint, body: PermissionsIn, request: Request, caller: _Caller, services: ServicesDep
+    checkpoint: _Checkpoint,
+    body: PermissionsIn,
+    request: Request,
+    caller: _Caller,
+    services: ServicesDep,
 ) -> Page[PermissionOut]:
     """Share a model with other tenants. A project id is a tenant's id."""
     async with services.database.writing() as session:
@@ -65,21 +73,35 @@ async def list_all(
     async with services.database.reading() as session:
         version = await permissions.find_own_version(session, caller.tenant_id, checkpoint)
         found, more = await permissions.list_permissions(
-            session, version.id, after=after, limit=limit, ascending=order == "ascending", tenant_id=project_id
+            session,
+            version.id,
+            after=after,
+            limit=limit,
+            ascending=order == "ascending",
+            tenant_id=project_id,
         )
     return Page.of([PermissionOut.of(permission) for permission in found], more)
 
 
 @router.delete("/{permission}")
 async def delete(
-    checkpoint: _Checkpoint, permission: _Permission, request: Request, caller: _Caller, services: ServicesDep
+    checkpoint: _Checkpoint,
+    permission: _Permission,
+    request: Request,
+    caller: _Caller,
+    services: ServicesDep,
 ) -> Deleted:
     """Stop sharing a model with a tenant."""
     async with services.database.writing() as session:
         version = await permissions.find_own_version(session, caller.tenant_id, checkpoint)
         gone = await permissions.delete_permission(session, version.id, permission)
         audit.record(
-            session, actor_of(request), "permission.delete", version.model_id, caller.tenant_id, tenant=gone.tenant_id
+            session,
+            actor_of(request),
+            "permission.delete",
+            version.model_id,
+            caller.tenant_id,
+            tenant=gone.tenant_id,
         )
     services.lookup.forget()
     return Deleted(id=permission, object="checkpoint.permission")

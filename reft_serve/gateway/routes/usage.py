@@ -36,7 +36,9 @@ async def totals(
     format: Literal["json", "csv"] = "json",  # noqa: A002 - the parameter's public name
     all_tenants: bool = False,
 ) -> ListOf[UsageOut]:
-    """Sum requests and tokens by bucket and group; default: the last 30 days. `format=csv` returns CSV."""
+    """Sum requests and tokens by bucket and group; default: the last 30 days. `format=csv` returns
+    CSV.
+    """
     if all_tenants and "admin" not in caller.scopes:
         raise NotAllowed("only an admin can read the usage of other tenants")
     end = end_time * 1000 if end_time is not None else now_ms() + 1
@@ -44,9 +46,13 @@ async def totals(
     groups = list(dict.fromkeys(group_by or []))
     async with services.database.reading() as session:
         found = await usage.totals(
-            session, tenant_id=None if all_tenants else caller.tenant_id, start_ms=start, end_ms=end,
-            bucket=bucket, group_by=groups,
-        )  # fmt: skip
+            session,
+            tenant_id=None if all_tenants else caller.tenant_id,
+            start_ms=start,
+            end_ms=end,
+            bucket=bucket,
+            group_by=groups,
+        )
     if format == "csv":
         return Response(_csv(found, groups), media_type="text/csv")  # type: ignore[return-value]
     return ListOf(data=[_out(total) for total in found])
@@ -56,7 +62,9 @@ async def totals(
 async def changes(
     caller: _Caller,
     services: ServicesDep,
-    after: Annotated[int | None, Query(ge=0, lt=1 << 63, description="The last id of the previous page.")] = None,
+    after: Annotated[
+        int | None, Query(ge=0, lt=1 << 63, description="The last id of the previous page.")
+    ] = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     all_tenants: bool = False,
 ) -> ListOf[AuditOut]:
@@ -64,25 +72,40 @@ async def changes(
     if all_tenants and "admin" not in caller.scopes:
         raise NotAllowed("only an admin can read the audit log of other tenants")
     async with services.database.reading() as session:
-        found = await audit.list_audit(session, None if all_tenants else caller.tenant_id, after, limit + 1)
+        found = await audit.list_audit(
+            session, None if all_tenants else caller.tenant_id, after, limit + 1
+        )
     return ListOf(data=[AuditOut.of(entry) for entry in found[:limit]], has_more=len(found) > limit)
 
 
 def _out(total: usage.Total) -> UsageOut:
     start = None if total.start_ms is None else total.start_ms // 1000
     return UsageOut(
-        start_time=start, group=total.group, requests=total.requests, prompt_tokens=total.prompt_tokens,
-        cached_tokens=total.cached_tokens, completion_tokens=total.completion_tokens,
-    )  # fmt: skip
+        start_time=start,
+        group=total.group,
+        requests=total.requests,
+        prompt_tokens=total.prompt_tokens,
+        cached_tokens=total.cached_tokens,
+        completion_tokens=total.completion_tokens,
+    )
 
 
 def _csv(found: Sequence[usage.Total], groups: Sequence[str]) -> str:
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(["start_time", *groups, "requests", "prompt_tokens", "cached_tokens", "completion_tokens"])
+    writer.writerow(
+        ["start_time", *groups, "requests", "prompt_tokens", "cached_tokens", "completion_tokens"]
+    )
     for total in map(_out, found):
-        counted = (total.requests, total.prompt_tokens, total.cached_tokens, total.completion_tokens)
-        writer.writerow([total.start_time, *(_cell(total.group[name]) for name in groups), *counted])
+        counted = (
+            total.requests,
+            total.prompt_tokens,
+            total.cached_tokens,
+            total.completion_tokens,
+        )
+        writer.writerow(
+            [total.start_time, *(_cell(total.group[name]) for name in groups), *counted]
+        )
     return text.getvalue()
 
 

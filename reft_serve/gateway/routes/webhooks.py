@@ -41,12 +41,18 @@ async def event_types(_: _Caller) -> EventTypesOut:
 
 
 @router.post("/webhook_endpoints")
-async def create(body: WebhookIn, request: Request, caller: _Caller, services: ServicesDep) -> WebhookSecretOut:
+async def create(
+    body: WebhookIn, request: Request, caller: _Caller, services: ServicesDep
+) -> WebhookSecretOut:
     """Create a webhook endpoint. Only this response contains the signing secret."""
     webhook_sender.check_url(body.url, services.settings)
     async with services.database.writing() as session:
-        made = await webhooks.add_webhook(session, caller.tenant_id, body.name, body.url, body.event_types)
-        audit.record(session, actor_of(request), "webhook.create", made.id, caller.tenant_id, name=made.name)
+        made = await webhooks.add_webhook(
+            session, caller.tenant_id, body.name, body.url, body.event_types
+        )
+        audit.record(
+            session, actor_of(request), "webhook.create", made.id, caller.tenant_id, name=made.name
+        )
     return WebhookSecretOut(signing_secret=made.secret, **WebhookOut.fields_of(made))
 
 
@@ -59,7 +65,9 @@ async def list_all(
 ) -> Page[WebhookOut]:
     """List the tenant's webhook endpoints, newest first, without their secrets."""
     async with services.database.reading() as session:
-        found, more = await webhooks.list_webhooks(session, caller.tenant_id, after=after, limit=limit)
+        found, more = await webhooks.list_webhooks(
+            session, caller.tenant_id, after=after, limit=limit
+        )
     return Page.of([WebhookOut(**WebhookOut.fields_of(webhook)) for webhook in found], more)
 
 
@@ -67,7 +75,9 @@ async def list_all(
 async def get(webhook: _Webhook, caller: _Caller, services: ServicesDep) -> WebhookOut:
     """Get one webhook endpoint."""
     async with services.database.reading() as session:
-        return WebhookOut(**WebhookOut.fields_of(await webhooks.find_webhook(session, caller.tenant_id, webhook)))
+        return WebhookOut(
+            **WebhookOut.fields_of(await webhooks.find_webhook(session, caller.tenant_id, webhook))
+        )
 
 
 @router.post("/webhook_endpoints/{webhook}")
@@ -81,12 +91,21 @@ async def change(
         found = await webhooks.find_webhook(session, caller.tenant_id, webhook)
         changes = body.model_dump(exclude_none=True)
         webhooks.change_webhook(found, changes)
-        audit.record(session, actor_of(request), "webhook.change", webhook, caller.tenant_id, changed=sorted(changes))
+        audit.record(
+            session,
+            actor_of(request),
+            "webhook.change",
+            webhook,
+            caller.tenant_id,
+            changed=sorted(changes),
+        )
         return WebhookOut(**WebhookOut.fields_of(found))
 
 
 @router.delete("/webhook_endpoints/{webhook}")
-async def delete(webhook: _Webhook, request: Request, caller: _Caller, services: ServicesDep) -> Deleted:
+async def delete(
+    webhook: _Webhook, request: Request, caller: _Caller, services: ServicesDep
+) -> Deleted:
     """Delete a webhook endpoint and its pending deliveries."""
     async with services.database.writing() as session:
         await webhooks.delete_webhook(session, caller.tenant_id, webhook)
@@ -96,19 +115,29 @@ async def delete(webhook: _Webhook, request: Request, caller: _Caller, services:
 
 @router.post("/webhook_endpoints/{webhook}/rotate_secret")
 async def rotate(
-    webhook: _Webhook, request: Request, caller: _Caller, services: ServicesDep, body: RotationIn | None = None
+    webhook: _Webhook,
+    request: Request,
+    caller: _Caller,
+    services: ServicesDep,
+    body: RotationIn | None = None,
 ) -> WebhookSecretOut:
-    """Replace the signing secret. With `keep_old_secret_active_for_24_hours`, both secrets sign for a day."""
+    """Replace the signing secret. With `keep_old_secret_active_for_24_hours`, both secrets sign for
+    a day.
+    """
     keep = body is not None and body.keep_old_secret_active_for_24_hours
     async with services.database.writing() as session:
         found = await webhooks.find_webhook(session, caller.tenant_id, webhook)
         webhooks.rotate_secret(found, keep)
-        audit.record(session, actor_of(request), "webhook.rotate", webhook, caller.tenant_id, keep_old=keep)
+        audit.record(
+            session, actor_of(request), "webhook.rotate", webhook, caller.tenant_id, keep_old=keep
+        )
         return WebhookSecretOut(signing_secret=found.secret, **WebhookOut.fields_of(found))
 
 
 @router.post("/webhook_endpoints/{webhook}/test")
-async def test(webhook: _Webhook, body: WebhookTestIn, caller: _Caller, services: ServicesDep) -> WebhookTestOut:
+async def test(
+    webhook: _Webhook, body: WebhookTestIn, caller: _Caller, services: ServicesDep
+) -> WebhookTestOut:
     """Send a sample event now and report the response. `success` is true for a 2xx status."""
     await services.quotas.take(caller, "webhook tests", TESTS_PER_MINUTE)
     async with services.database.reading() as session:
@@ -118,5 +147,8 @@ async def test(webhook: _Webhook, body: WebhookTestIn, caller: _Caller, services
     if status is None:
         raise RequestInvalid(f"the endpoint could not be reached: {outcome}")
     return WebhookTestOut(
-        webhook_endpoint_id=webhook, event_type=body.event_type, status_code=status, success=200 <= status < 300
+        webhook_endpoint_id=webhook,
+        event_type=body.event_type,
+        status_code=status,
+        success=200 <= status < 300,
     )

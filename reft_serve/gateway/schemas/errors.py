@@ -1,4 +1,6 @@
-"""Every failure in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}` with a status that the SDKs know."""
+"""Every failure in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}` with a status
+that the SDKs know.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,15 @@ from reft_serve import errors
 from reft_serve.gateway.schemas.client_fields import REFUSED
 from reft_serve.observability import request_id
 
-__all__ = ["RESPONSES", "ErrorAnswer", "answer", "error_body", "from_http", "from_validation", "status_of"]
+__all__ = [
+    "RESPONSES",
+    "ErrorAnswer",
+    "answer",
+    "error_body",
+    "from_http",
+    "from_validation",
+    "status_of",
+]
 
 # The first class that fits decides.
 _STATUS: Mapping[type[errors.ReftError], int] = {
@@ -38,8 +48,18 @@ _STATUS: Mapping[type[errors.ReftError], int] = {
     errors.TooManyConnections: 503,
     errors.ServiceError: 500,
 }
-_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
-_CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large", 415: "unsupported_media_type"}
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
+_CODES = {
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "request_too_large",
+    415: "unsupported_media_type",
+}
 
 
 class ErrorObject(BaseModel):
@@ -92,8 +112,11 @@ def answer(exc: errors.ReftError) -> JSONResponse:
     message = str(exc)
     if status >= 500 and (current := request_id.get()):
         message += f" (request {current})"
-    found = _json(status, error_body(status, message, param, exc.code), getattr(exc, "retry_after", None))
-    if isinstance(exc, errors.EngineEnded):  # OpenAI's clients repeat what fails with a 5xx, unless this says no
+    found = _json(
+        status, error_body(status, message, param, exc.code), getattr(exc, "retry_after", None)
+    )
+    # OpenAI's clients repeat what fails with a 5xx, unless this says no
+    if isinstance(exc, errors.EngineEnded):
         found.headers["x-should-retry"] = "false"
     if isinstance(exc, errors.RateLimited):
         found.headers.update(exc.headers)
@@ -101,17 +124,29 @@ def answer(exc: errors.ReftError) -> JSONResponse:
 
 
 def from_validation(exc: RequestValidationError) -> JSONResponse:
-    """The answer to a request that does not fit its schema: every fault in the message, the first one's place in `param`."""
+    """The answer to a request that does not fit its schema: every fault in the message, the first
+    one's place in `param`.
+    """
     faults = [dict(fault) for fault in exc.errors()]
     places = [".".join(str(part) for part in fault["loc"][1:]) for fault in faults]
-    sentences = [f"{place or 'the request'}: {_sentence(fault)}" for place, fault in zip(places, faults, strict=True)]
-    shown = "; ".join(sentences[:5]) + (f"; and {len(sentences) - 5} more" if len(sentences) > 5 else "")
-    return _json(400, error_body(400, shown[:2000], places[0][:200] or None if places else None, "invalid_value"))
+    sentences = [
+        f"{place or 'the request'}: {_sentence(fault)}"
+        for place, fault in zip(places, faults, strict=True)
+    ]
+    shown = "; ".join(sentences[:5]) + (
+        f"; and {len(sentences) - 5} more" if len(sentences) > 5 else ""
+    )
+    return _json(
+        400,
+        error_body(400, shown[:2000], places[0][:200] or None if places else None, "invalid_value"),
+    )
 
 
 def from_http(exc: HTTPException) -> JSONResponse:
     """The answer to a failure that the framework itself found."""
-    code = _CODES.get(exc.status_code, "invalid_request" if exc.status_code < 500 else "server_error")
+    code = _CODES.get(
+        exc.status_code, "invalid_request" if exc.status_code < 500 else "server_error"
+    )
     found = _json(exc.status_code, error_body(exc.status_code, str(exc.detail), None, code))
     found.headers.update(exc.headers or {})
     return found

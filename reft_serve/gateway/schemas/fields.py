@@ -1,4 +1,6 @@
-"""Fields of requests: JSON's whole numbers (2.0 is one, and true is none) and the patterns of ids and texts."""
+"""Fields of requests: JSON's whole numbers (2.0 is one, and true is none) and the patterns of ids
+and texts.
+"""
 
 from __future__ import annotations
 

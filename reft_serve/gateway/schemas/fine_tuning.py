@@ -1,4 +1,6 @@
-"""Request and response schemas of the files and fine-tuning routes, as the `openai` package's types have them."""
+"""Request and response schemas of the files and fine-tuning routes, as the `openai` package's types
+have them.
+"""
 
 from __future__ import annotations
 
@@ -78,16 +80,26 @@ class FileOut(Identified):
     @classmethod
     def of(cls, row: models.File) -> FileOut:
         return cls(
-            id=row.id, bytes=row.bytes, created_at=row.created_ms // 1000, filename=row.filename, purpose=row.purpose,
-            expires_at=_seconds(row.expires_ms), status=row.status, format=row.format, rows=row.rows,
-        )  # fmt: skip
+            id=row.id,
+            bytes=row.bytes,
+            created_at=row.created_ms // 1000,
+            filename=row.filename,
+            purpose=row.purpose,
+            expires_at=_seconds(row.expires_ms),
+            status=row.status,
+            format=row.format,
+            rows=row.rows,
+        )
 
 
 class _Wandb(RequestModel):
     project: Annotated[str, Field(min_length=1, max_length=128, pattern=NO_NUL)]
     name: Annotated[str, Field(max_length=128, pattern=NO_NUL)] | None = None
     entity: Annotated[str, Field(max_length=128, pattern=NO_NUL)] | None = None
-    tags: Annotated[list[Annotated[str, Field(max_length=64, pattern=NO_NUL)]], Field(max_length=32)] | None = None
+    tags: (
+        Annotated[list[Annotated[str, Field(max_length=64, pattern=NO_NUL)]], Field(max_length=32)]
+        | None
+    ) = None
 
 
 class _Integration(RequestModel):
@@ -199,18 +211,30 @@ class JobOut(Identified):
         used = _used(row)
         kind = row.method["type"]
         return {
-            "id": row.id, "model": row.model, "created_at": row.created_ms // 1000,
-            "started_at": _seconds(row.started_ms), "finished_at": _seconds(row.finished_ms),
-            "fine_tuned_model": row.fine_tuned_model, "organization_id": row.tenant_id, "status": row.status,
-            "training_file": row.training_file_id, "validation_file": row.validation_file_id,
+            "id": row.id,
+            "model": row.model,
+            "created_at": row.created_ms // 1000,
+            "started_at": _seconds(row.started_ms),
+            "finished_at": _seconds(row.finished_ms),
+            "fine_tuned_model": row.fine_tuned_model,
+            "organization_id": row.tenant_id,
+            "status": row.status,
+            "training_file": row.training_file_id,
+            "validation_file": row.validation_file_id,
             "result_files": [row.result_file_id] if row.result_file_id else [],
             "hyperparameters": {name: used[name] for name in _OLD},
             "method": {"type": kind, kind: {"hyperparameters": used}},
-            "trained_tokens": row.trained_tokens if row.status in FINAL else None, "error": row.error,
-            "seed": row.seed, "suffix": row.suffix, "metadata": row.metadata_, "integrations": row.integrations,
-            "estimated_finish": _seconds(row.estimated_finish_ms), "adapter": row.adapter,
-            "progress": {"step": row.step, "steps": row.steps}, "priority": row.priority,
-        }  # fmt: skip
+            "trained_tokens": row.trained_tokens if row.status in FINAL else None,
+            "error": row.error,
+            "seed": row.seed,
+            "suffix": row.suffix,
+            "metadata": row.metadata_,
+            "integrations": row.integrations,
+            "estimated_finish": _seconds(row.estimated_finish_ms),
+            "adapter": row.adapter,
+            "progress": {"step": row.step, "steps": row.steps},
+            "priority": row.priority,
+        }
 
     @classmethod
     def of(cls, row: models.Job) -> JobOut:
@@ -231,11 +255,15 @@ class JobAdminOut(JobOut):
     @classmethod
     def of(cls, row: models.Job) -> JobAdminOut:
         return cls(
-            tenant=row.tenant.name, wanted=row.wanted, attempts=row.attempts, worker=row.worker,
+            tenant=row.tenant.name,
+            wanted=row.wanted,
+            attempts=row.attempts,
+            worker=row.worker,
             lease_until=_seconds(row.lease_until_ms if row.status == "running" else None),
-            memory_bytes=row.memory_bytes, traceback=row.traceback,
+            memory_bytes=row.memory_bytes,
+            traceback=row.traceback,
             **cls.fields_of(row),
-        )  # fmt: skip
+        )
 
 
 class EventOut(Identified):
@@ -251,9 +279,13 @@ class EventOut(Identified):
     @classmethod
     def of(cls, row: models.Event) -> EventOut:
         return cls(
-            id=row.id, created_at=row.created_ms // 1000, level=row.level, message=row.message, type=row.type,
+            id=row.id,
+            created_at=row.created_ms // 1000,
+            level=row.level,
+            message=row.message,
+            type=row.type,
             data=row.data,
-        )  # fmt: skip
+        )
 
 
 class CheckpointOut(Identified):
@@ -271,16 +303,21 @@ class CheckpointOut(Identified):
         """From its row, which has a version."""
         assert row.version is not None
         return cls(
-            id=row.id, created_at=row.created_ms // 1000, fine_tuning_job_id=row.job_id,
-            fine_tuned_model_checkpoint=row.version.model_id, step_number=row.step,
+            id=row.id,
+            created_at=row.created_ms // 1000,
+            fine_tuning_job_id=row.job_id,
+            fine_tuned_model_checkpoint=row.version.model_id,
+            step_number=row.step,
             metrics={"step": row.step, **row.metrics},
-        )  # fmt: skip
+        )
 
 
 class PermissionsIn(RequestModel):
     """The tenants that may use a version."""
 
-    project_ids: Annotated[list[Annotated[str, Field(pattern=TENANT_ID)]], Field(min_length=1, max_length=100)]
+    project_ids: Annotated[
+        list[Annotated[str, Field(pattern=TENANT_ID)]], Field(min_length=1, max_length=100)
+    ]
 
 
 class PermissionOut(Identified):

@@ -1,7 +1,9 @@
-"""Request schemas of inference: OpenAI's fields, and those of vLLM's sampling fields that affect only the request itself.
+"""Request schemas of inference: OpenAI's fields, and those of vLLM's sampling fields that affect
+only the request itself.
 
-A field that is neither here nor among the ignored ones (`client_fields`) is refused, so that nothing reaches an engine unseen
-(templates, other requests' ids, priorities, transfers, media to fetch). Ranges and meanings are the engine's to judge.
+A field that is neither here nor among the ignored ones (`client_fields`) is refused, so that
+nothing reaches an engine unseen (templates, other requests' ids, priorities, transfers, media to
+fetch). Ranges and meanings are the engine's to judge.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ MAX_TEMPLATE_ARGUMENTS = 16
 MAX_TEMPLATE_VALUE = 256
 """Largest number of characters in one chat template argument."""
 
-# Lists stop at their first fault: an error for each element of each branch of a union would take gigabytes.
+# Lists stop at their first fault: an error for each element of each branch of a union would take
+# gigabytes.
 _FIRST = Field(fail_fast=True)
 _Name = Annotated[str, Field(min_length=1, max_length=512)]
 _Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -83,7 +86,10 @@ class _Sampling(InferenceBody):
     presence_penalty: _Penalty | None = None
     logit_bias: (
         Annotated[
-            dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
+            dict[
+                Annotated[str, Field(pattern=r"^[0-9]{1,9}$")],
+                Annotated[float, Field(ge=-100, le=100)],
+            ],
             Field(json_schema_extra={"additionalProperties": False}),
             *NULLS_ARE_ABSENT,
         ]
@@ -118,7 +124,9 @@ class CompletionBody(_Generation):
         | Annotated[list[str], Field(min_length=1, max_length=64), _FIRST]
         | Annotated[list[_Token], Field(min_length=1), _FIRST]
         | Annotated[
-            list[Annotated[list[_Token], Field(min_length=1), _FIRST]], Field(min_length=1, max_length=64), _FIRST
+            list[Annotated[list[_Token], Field(min_length=1), _FIRST]],
+            Field(min_length=1, max_length=64),
+            _FIRST,
         ]
     )
     max_tokens: Annotated[int, Field(ge=0, le=1 << 24), JsonInteger] | None = None
@@ -126,8 +134,12 @@ class CompletionBody(_Generation):
     logprobs: Annotated[int, Field(ge=0, le=20), JsonInteger] | None = None
     suffix: str | None = None
     add_special_tokens: bool = True
-    best_of: Annotated[int, Field(ge=1, le=1), JsonInteger] | None = Field(default=None, exclude=True)
-    reft_prompt_tokens: _Count | Annotated[list[_Count], Field(min_length=1, max_length=64), _FIRST] | None = None
+    best_of: Annotated[int, Field(ge=1, le=1), JsonInteger] | None = Field(
+        default=None, exclude=True
+    )
+    reft_prompt_tokens: (
+        _Count | Annotated[list[_Count], Field(min_length=1, max_length=64), _FIRST] | None
+    ) = None
 
 
 class ChatBody(_Generation):
@@ -189,7 +201,9 @@ class EmbeddingBody(InferenceBody):
         str
         | Annotated[list[str], Field(min_length=1, max_length=2048), _FIRST]
         | Annotated[list[_Token], Field(min_length=1), _FIRST]
-        | Annotated[list[Annotated[list[_Token], _FIRST]], Field(min_length=1, max_length=2048), _FIRST]
+        | Annotated[
+            list[Annotated[list[_Token], _FIRST]], Field(min_length=1, max_length=2048), _FIRST
+        ]
     )
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: _Count | None = None

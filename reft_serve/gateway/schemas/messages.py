@@ -1,7 +1,8 @@
-"""Schemas of conversations, for chat and for the Responses API: text, tools and their calls, in closed models.
+"""Schemas of conversations, for chat and for the Responses API: text, tools and their calls, in
+closed models.
 
-An engine fetches what a message refers to (images, sound, files), so nothing but text gets through, at any depth, also in
-what a tool returned.
+An engine fetches what a message refers to (images, sound, files), so nothing but text gets through,
+at any depth, also in what a tool returned.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ MAX_PARTS = 4096
 MAX_CALLS = 256
 """Largest number of tool calls in a message."""
 
-# Lists stop at their first fault: an error for each element of each branch of a union would take gigabytes.
+# Lists stop at their first fault: an error for each element of each branch of a union would take
+# gigabytes.
 _FIRST = Field(fail_fast=True)
 
 
@@ -48,7 +50,9 @@ def _only(*kinds: str, why: str) -> BeforeValidator:
     def check(given: object) -> object:
         if given not in kinds:
             raise PydanticCustomError(
-                "not_served", "type {given} is not supported: {why}", {"given": repr(given)[:60], "why": why}
+                "not_served",
+                "type {given} is not supported: {why}",
+                {"given": repr(given)[:60], "why": why},
             )
         return given
 
@@ -73,7 +77,8 @@ class _ChatPart(_Part):
 
 
 _ChatContent = Annotated[
-    Annotated[str, Tag("text")] | Annotated[list[_ChatPart], Field(max_length=MAX_PARTS), _FIRST, Tag("parts")],
+    Annotated[str, Tag("text")]
+    | Annotated[list[_ChatPart], Field(max_length=MAX_PARTS), _FIRST, Tag("parts")],
     Discriminator(_shape),
 ]
 
@@ -160,14 +165,24 @@ class ResponseToolChoice(RequestModel):
 class _InputPart(_Part):
     type: Annotated[
         Literal["input_text", "output_text", "text", "refusal", "summary_text", "reasoning_text"],
-        _only("input_text", "output_text", "text", "refusal", "summary_text", "reasoning_text", why=_TEXT_ONLY),
+        _only(
+            "input_text",
+            "output_text",
+            "text",
+            "refusal",
+            "summary_text",
+            "reasoning_text",
+            why=_TEXT_ONLY,
+        ),
     ]
     text: str | None = None
     refusal: str | None = None
 
 
 _Parts = Annotated[list[_InputPart], Field(max_length=MAX_PARTS), _FIRST]
-_Content = Annotated[Annotated[str, Tag("text")] | Annotated[_Parts, Tag("parts")], Discriminator(_shape)]
+_Content = Annotated[
+    Annotated[str, Tag("text")] | Annotated[_Parts, Tag("parts")], Discriminator(_shape)
+]
 
 
 class _Item(RequestModel):
@@ -233,13 +248,21 @@ class _ReasoningItem(RequestModel):
 
 
 _ITEMS = {
-    "message": "message", "function_call": "call", "custom_tool_call": "custom_call", "reasoning": "reasoning",
-    "function_call_output": "output", "custom_tool_call_output": "output",
-}  # fmt: skip
+    "message": "message",
+    "function_call": "call",
+    "custom_tool_call": "custom_call",
+    "reasoning": "reasoning",
+    "function_call_output": "output",
+    "custom_tool_call_output": "output",
+}
 
 
 def _item_kind(given: Any) -> str | None:
-    kind = (given.get("type") or "message") if isinstance(given, dict) else getattr(given, "type", None)
+    kind = (
+        (given.get("type") or "message")
+        if isinstance(given, dict)
+        else getattr(given, "type", None)
+    )
     return _ITEMS.get(kind) if isinstance(kind, str) else None
 
 
@@ -247,8 +270,8 @@ def _served_item(given: object) -> object:
     if isinstance(given, dict) and _item_kind(given) is None:
         raise PydanticCustomError(
             "not_served",
-            "items of type {given} are not supported: only text messages, reasoning, and function calls with their "
-            "results",
+            "items of type {given} are not supported: only text messages, reasoning, and function "
+            "calls with their results",
             {"given": repr(given.get("type"))[:60]},
         )
     return given

@@ -1,8 +1,8 @@
 """The base of every JSON object that a request may hold.
 
-A field that is `null` is a field that was not given, regardless of its name: clients in Java, Go and C# send all of their
-fields. A field that only marks something for another service is ignored, if it is listed for this object (`client_fields`).
-Any other unknown field is refused by its name.
+A field that is `null` is a field that was not given, regardless of its name: clients in Java, Go
+and C# send all of their fields. A field that only marks something for another service is ignored,
+if it is listed for this object (`client_fields`). Any other unknown field is refused by its name.
 """
 
 from __future__ import annotations
@@ -11,7 +11,14 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, GetJsonSchemaHandler, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    GetJsonSchemaHandler,
+    model_validator,
+)
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
@@ -36,20 +43,30 @@ class RequestModel(BaseModel):
         if not isinstance(given, dict):
             return given
         ignored = cls.ignored
-        return {name: value for name, value in given.items() if value is not None and name not in ignored}
+        return {
+            name: value
+            for name, value in given.items()
+            if value is not None and name not in ignored
+        }
 
     @classmethod
-    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+    def __get_pydantic_json_schema__(
+        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
         found = handler(schema)
         _allow_nulls(handler.resolve_ref_schema(found), cls.ignored)
         return found
 
 
 class NullsAreAbsent:
-    """An annotation that gives an object of another kind (a model of another package, a mapping) the same rule for null."""
+    """An annotation that gives an object of another kind (a model of another package, a mapping)
+    the same rule for null.
+    """
 
     @staticmethod
-    def __get_pydantic_json_schema__(schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+    def __get_pydantic_json_schema__(
+        schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
         """The object's own schema, with null for every value that may be left out."""
         found = handler(schema)
         _allow_nulls(handler.resolve_ref_schema(found), {})
@@ -96,5 +113,7 @@ def _allow_nulls(schema: JsonSchemaValue, ignored: Mapping[str, str]) -> None:
 
 def _takes_null(schema: JsonSchemaValue) -> bool:
     return (
-        schema.get("type") == "null" or any(map(_takes_null, schema.get("anyOf", ()))) or not schema.keys() - {"title"}
+        schema.get("type") == "null"
+        or any(map(_takes_null, schema.get("anyOf", ())))
+        or not schema.keys() - {"title"}
     )

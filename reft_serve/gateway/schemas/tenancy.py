@@ -1,4 +1,6 @@
-"""Request and response schemas of the gateway's own routes. Times are seconds since 1970, as everywhere in OpenAI's API."""
+"""Request and response schemas of the gateway's own routes. Times are seconds since 1970, as
+everywhere in OpenAI's API.
+"""
 
 from __future__ import annotations
 
@@ -38,14 +40,20 @@ T = TypeVar("T")
 AdapterName = Annotated[str, Field(pattern=ADAPTER_NAME)]
 AliasName = Annotated[str, Field(pattern=ALIAS_NAME)]
 Selector = Annotated[
-    str, Field(pattern=r"^([0-9]{1,9}|[a-z][a-z0-9-]{0,30})$", description="A version's number or an alias.")
+    str,
+    Field(
+        pattern=r"^([0-9]{1,9}|[a-z][a-z0-9-]{0,30})$",
+        description="A version's number or an alias.",
+    ),
 ]
 _Limits = Annotated[TenantLimits, *NULLS_ARE_ABSENT]
 _Seconds = Annotated[int, Field(ge=0, le=10**11), JsonInteger]
 
 
 class ListOf(BaseModel, Generic[T]):
-    """A list, or a page of one: if `has_more`, ask for the next with `after`, the last id of this page."""
+    """A list, or a page of one: if `has_more`, ask for the next with `after`, the last id of this
+    page.
+    """
 
     object: Literal["list"] = "list"
     data: list[T]
@@ -87,10 +95,17 @@ class VersionOut(BaseModel):
     @classmethod
     def of(cls, row: models.Version) -> VersionOut:
         return cls(
-            id=row.id, adapter=row.adapter.name, version=row.number, model=row.model_id, digest=row.digest,
-            bytes=row.size_bytes, base_model=row.base_model, source=row.source, facts=row.facts,
+            id=row.id,
+            adapter=row.adapter.name,
+            version=row.number,
+            model=row.model_id,
+            digest=row.digest,
+            bytes=row.size_bytes,
+            base_model=row.base_model,
+            source=row.source,
+            facts=row.facts,
             created_at=row.created_ms // 1000,
-        )  # fmt: skip
+        )
 
 
 class AliasOut(BaseModel):
@@ -104,7 +119,12 @@ class AliasOut(BaseModel):
 
     @classmethod
     def of(cls, row: models.Alias) -> AliasOut:
-        return cls(alias=row.name, version=row.version.number, share=row.share, changed_at=row.changed_ms // 1000)
+        return cls(
+            alias=row.name,
+            version=row.version.number,
+            share=row.share,
+            changed_at=row.changed_ms // 1000,
+        )
 
 
 class AliasIn(RequestModel):
@@ -115,7 +135,9 @@ class AliasIn(RequestModel):
 
 
 class AdapterOut(BaseModel):
-    """An adapter with its latest versions, the latest first; the others are listed by its `/versions`."""
+    """An adapter with its latest versions, the latest first; the others are listed by its
+    `/versions`.
+    """
 
     object: Literal["adapter"] = "adapter"
     id: str
@@ -153,9 +175,12 @@ class TenantOut(BaseModel):
     @classmethod
     def of(cls, row: models.Tenant) -> TenantOut:
         return cls(
-            id=row.id, name=row.name, limits=TenantLimits.model_validate(row.limits),
-            disabled=row.disabled_ms is not None, created_at=row.created_ms // 1000,
-        )  # fmt: skip
+            id=row.id,
+            name=row.name,
+            limits=TenantLimits.model_validate(row.limits),
+            disabled=row.disabled_ms is not None,
+            created_at=row.created_ms // 1000,
+        )
 
 
 class KeyLimits(TenantLimits):
@@ -194,12 +219,16 @@ class KeyOut(BaseModel):
     def fields_of(cls, row: models.Key) -> dict[str, Any]:
         """Its values, from its row."""
         return {
-            "id": row.id, "name": row.name, "prefix": row.prefix, "role": row.role,
+            "id": row.id,
+            "name": row.name,
+            "prefix": row.prefix,
+            "role": row.role,
             "scopes": row.scopes if row.scopes is not None else sorted(ROLES[row.role]),  # type: ignore[index]
-            "limits": TenantLimits.model_validate(own_limits(row)), "created_at": row.created_ms // 1000,
+            "limits": TenantLimits.model_validate(own_limits(row)),
+            "created_at": row.created_ms // 1000,
             "expires_at": None if row.expires_ms is None else row.expires_ms // 1000,
             "revoked": row.revoked_ms is not None,
-        }  # fmt: skip
+        }
 
 
 class NewKeyOut(KeyOut):
@@ -236,13 +265,21 @@ class AuditOut(BaseModel):
     @classmethod
     def of(cls, row: models.AuditEntry) -> AuditOut:
         return cls(
-            id=row.id, at=row.at_ms // 1000, tenant_id=row.tenant_id, key_id=row.key_id, request_id=row.request_id,
-            action=row.action, subject=row.subject, details=row.details,
-        )  # fmt: skip
+            id=row.id,
+            at=row.at_ms // 1000,
+            tenant_id=row.tenant_id,
+            key_id=row.key_id,
+            request_id=row.request_id,
+            action=row.action,
+            subject=row.subject,
+            details=row.details,
+        )
 
 
 class EngineOut(BaseModel):
-    """One engine as this gateway sees it. `reason` and `message`: why it cannot be used; null if it can."""
+    """One engine as this gateway sees it. `reason` and `message`: why it cannot be used; null if it
+    can.
+    """
 
     object: Literal["engine"] = "engine"
     name: str

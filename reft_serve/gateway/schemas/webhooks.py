@@ -26,7 +26,9 @@ __all__ = [
 _Name = Annotated[str, Field(min_length=1, max_length=128, pattern=NO_NUL)]
 _Url = Annotated[str, Field(max_length=2048, pattern=r"^https?://[!-~]+$")]
 _EventTypes = Annotated[
-    list[EventType], Field(min_length=1, max_length=8), AfterValidator(lambda types: list(dict.fromkeys(types)))
+    list[EventType],
+    Field(min_length=1, max_length=8),
+    AfterValidator(lambda types: list(dict.fromkeys(types))),
 ]
 
 
@@ -73,10 +75,14 @@ class WebhookOut(Identified):
     def fields_of(cls, row: models.Webhook) -> dict[str, Any]:
         """Its values, from its row."""
         return {
-            "id": row.id, "name": row.name, "url": row.url, "event_types": row.event_types,
-            "created_at": row.created_ms // 1000, "updated_at": row.updated_ms // 1000,
+            "id": row.id,
+            "name": row.name,
+            "url": row.url,
+            "event_types": row.event_types,
+            "created_at": row.created_ms // 1000,
+            "updated_at": row.updated_ms // 1000,
             "signing_secret_hint": f"whsec_...{row.secret[-5:-1]}",
-        }  # fmt: skip
+        }
 
 
 class WebhookSecretOut(WebhookOut):

@@ -11,7 +11,13 @@ from starlette.types import Receive
 from reft_serve.errors import RateLimited, RequestInvalid
 from reft_serve.gateway.http.streaming import ClientGone, while_there
 
-__all__ = ["CHECKS_AT_ONCE", "CHECKS_PER_TENANT", "CHECKS_WAITING_PER_TENANT", "CheckPlaces", "checking_for"]
+__all__ = [
+    "CHECKS_AT_ONCE",
+    "CHECKS_PER_TENANT",
+    "CHECKS_WAITING_PER_TENANT",
+    "CheckPlaces",
+    "checking_for",
+]
 
 CHECKS_AT_ONCE = 3
 CHECKS_PER_TENANT = 1
@@ -46,7 +52,9 @@ class CheckPlaces:
         waiting = self._waiting.setdefault(tenant_id, [])
         if len(waiting) >= CHECKS_WAITING_PER_TENANT:
             raise RateLimited(
-                f"{CHECKS_WAITING_PER_TENANT} uploads are waiting to be checked; upload again later", _RETRY_SECONDS
+                f"{CHECKS_WAITING_PER_TENANT} uploads are waiting to be checked; upload again "
+                "later",
+                _RETRY_SECONDS,
             )
         mine = asyncio.get_running_loop().create_future()
         waiting.append(mine)
@@ -69,7 +77,11 @@ class CheckPlaces:
 
     def _give(self) -> None:
         while self._free:
-            able = [tenant for tenant in self._waiting if self._running.get(tenant, 0) < CHECKS_PER_TENANT]
+            able = [
+                tenant
+                for tenant in self._waiting
+                if self._running.get(tenant, 0) < CHECKS_PER_TENANT
+            ]
             if not able:
                 break
             tenant = min(able, key=lambda each: self._last_served.get(each, 0))
@@ -94,8 +106,11 @@ class CheckPlaces:
 
 
 @asynccontextmanager
-async def checking_for(places: CheckPlaces, tenant_id: str, receive: Receive) -> AsyncIterator[None]:
-    """A place, for as long as the caller is there; when it leaves, what is done in the place is cancelled.
+async def checking_for(
+    places: CheckPlaces, tenant_id: str, receive: Receive
+) -> AsyncIterator[None]:
+    """A place, for as long as the caller is there; when it leaves, what is done in the place is
+    cancelled.
 
     Raises:
         RateLimited: too many of the tenant's checks wait.

@@ -1,7 +1,7 @@
 """A check of a tenant's upload, in its own process with limits on its memory and time.
 
-The process reads the file as its standard input and answers with one JSON object. It ends with its caller, at its limits,
-and with its gateway, however that ends.
+The process reads the file as its standard input and answers with one JSON object. It ends with its
+caller, at its limits, and with its gateway, however that ends.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ from typing import Any, Literal
 from reft_serve import errors
 from reft_serve.parent import end_with_parent
 
-__all__ = ["CHECK_MEMORY_BYTES", "CHECK_SECONDS", "CHECK_SECONDS_PER_MIB", "Check", "check_in_subprocess"]
+__all__ = [
+    "CHECK_MEMORY_BYTES",
+    "CHECK_SECONDS",
+    "CHECK_SECONDS_PER_MIB",
+    "Check",
+    "check_in_subprocess",
+]
 
 Check = Literal["data file", "archive", "adapter"]
 # Address space beyond what the process has when the check begins.
@@ -43,29 +49,38 @@ async def check_in_subprocess(
         size: bytes to check; the time limit grows with them.
 
     Raises:
-        DataInvalid, AdapterInvalid, RequestInvalid, RequestTooLarge, StoreUnusable: as the check raises them, and
-            RequestInvalid if it exceeds its memory or its processor time.
+        DataInvalid, AdapterInvalid, RequestInvalid, RequestTooLarge, StoreUnusable: as the check
+            raises them, and RequestInvalid if it exceeds its memory or its processor time.
         Overloaded: it did not get that processor time for long.
     """
     seconds = CHECK_SECONDS + CHECK_SECONDS_PER_MIB * (size >> 20)
-    job = json.dumps({"check": check, "arguments": dict(arguments), "parent": os.getpid(), "seconds": seconds})
+    job = json.dumps(
+        {"check": check, "arguments": dict(arguments), "parent": os.getpid(), "seconds": seconds}
+    )
     if descriptor is not None:
         os.lseek(descriptor, 0, os.SEEK_SET)
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "reft_serve.gateway.uploads.subprocess_check", job,
-        stdin=asyncio.subprocess.DEVNULL if descriptor is None else descriptor, stdout=asyncio.subprocess.PIPE,
-    )  # fmt: skip
+        sys.executable,
+        "-m",
+        "reft_serve.gateway.uploads.subprocess_check",
+        job,
+        stdin=asyncio.subprocess.DEVNULL if descriptor is None else descriptor,
+        stdout=asyncio.subprocess.PIPE,
+    )
     try:
         async with asyncio.timeout(4 * seconds):
             answer = await _answer(process)
     except TimeoutError as exc:
-        raise errors.Overloaded("the check of the upload took too long; upload it again", _RETRY_SECONDS) from exc
+        raise errors.Overloaded(
+            "the check of the upload took too long; upload it again", _RETRY_SECONDS
+        ) from exc
     finally:
         with suppress(ProcessLookupError):
             process.kill()
         await process.wait()
         if descriptor is not None:
-            os.lseek(descriptor, 0, os.SEEK_SET)  # it is shared, and a file object here believes it unmoved
+            # it is shared, and a file object here believes it unmoved
+            os.lseek(descriptor, 0, os.SEEK_SET)
     return _result(answer, process.returncode, seconds)
 
 
@@ -80,9 +95,13 @@ async def _answer(process: asyncio.subprocess.Process) -> bytes:
 
 def _result(answer: bytes, code: int | None, seconds: int) -> dict[str, Any]:
     if code == -signal.SIGXCPU:
-        raise errors.RequestInvalid(f"checking the upload takes more than {seconds} seconds of processor time")
+        raise errors.RequestInvalid(
+            f"checking the upload takes more than {seconds} seconds of processor time"
+        )
     if code != 0:
-        raise errors.ServiceError("the check of the upload was killed before it finished; upload it again")
+        raise errors.ServiceError(
+            "the check of the upload was killed before it finished; upload it again"
+        )
     found: dict[str, Any] = json.loads(answer)
     if "error" in found:
         kind: type[errors.ReftError] = getattr(errors, found["error"])
@@ -123,11 +142,17 @@ _CHECKS: Mapping[Check, Callable[..., dict[str, Any]]] = {
 
 
 def _limit_memory() -> None:
-    pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 1 << 16
+    pages = (
+        int(Path("/proc/self/statm").read_text().split()[0])
+        if Path("/proc/self/statm").exists()
+        else 1 << 16
+    )
     most = pages * resource.getpagesize() + CHECK_MEMORY_BYTES
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     if soft == resource.RLIM_INFINITY:
-        resource.setrlimit(resource.RLIMIT_AS, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+        resource.setrlimit(
+            resource.RLIMIT_AS, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard)
+        )
 
 
 def _end_with(parent: int) -> None:
@@ -147,7 +172,10 @@ def _found(job: Mapping[str, Any]) -> dict[str, Any]:
     except (errors.RequestTooLarge, errors.StoreUnusable) as exc:
         return {"error": type(exc).__name__, "arguments": [str(exc)]}
     except MemoryError:
-        return {"error": "RequestInvalid", "arguments": ["checking the upload takes too much memory"]}
+        return {
+            "error": "RequestInvalid",
+            "arguments": ["checking the upload takes too much memory"],
+        }
 
 
 def _main(job: Mapping[str, Any]) -> None:

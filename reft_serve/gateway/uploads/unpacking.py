@@ -1,4 +1,6 @@
-"""Unpacking of an upload into a staged directory with an adapter's files, checked, and nothing else."""
+"""Unpacking of an upload into a staged directory with an adapter's files, checked, and nothing
+else.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,22 @@ from starlette.types import Receive
 
 from reft_serve.adapters.archives import copy_file, is_archive, is_ignored
 from reft_serve.adapters.header import header_bytes
-from reft_serve.adapters.structure import CONFIG, FILES, LORA_CONFIG, LORA_TENSORS, TENSORS, check_structure
+from reft_serve.adapters.structure import (
+    CONFIG,
+    FILES,
+    LORA_CONFIG,
+    LORA_TENSORS,
+    TENSORS,
+    check_structure,
+)
 from reft_serve.errors import RequestInvalid, StoreUnusable
 from reft_serve.gateway.uploads.checking import CheckPlaces, checking_for
 from reft_serve.gateway.uploads.subprocess_check import check_in_subprocess
 
 __all__ = ["CheckedAdapter", "Uploaded", "stage"]
 
-# Configuration and headers of this size are checked in some milliseconds; a process needs longer to begin.
+# Configuration and headers of this size are checked in some milliseconds; a process needs longer to
+# begin.
 _SMALL = 128 << 10
 
 
@@ -34,7 +44,9 @@ class CheckedAdapter:
 
 @dataclass(frozen=True, slots=True)
 class Uploaded:
-    """The files of one upload. `name`: what messages call the adapter; `receive`: the request's, to see the caller leave."""
+    """The files of one upload. `name`: what messages call the adapter; `receive`: the request's, to
+    see the caller leave.
+    """
 
     name: str
     files: list[UploadFile]
@@ -42,12 +54,16 @@ class Uploaded:
     receive: Receive
 
 
-async def stage(uploaded: Uploaded, into: Path, max_bytes: int, places: CheckPlaces) -> CheckedAdapter:
-    """Write the files of an upload (single ones, or those of one archive) into a directory, and check them.
+async def stage(
+    uploaded: Uploaded, into: Path, max_bytes: int, places: CheckPlaces
+) -> CheckedAdapter:
+    """Write the files of an upload (single ones, or those of one archive) into a directory, and
+    check them.
 
     Raises:
         AdapterInvalid: they are not a sound adapter.
-        RequestInvalid: a file that does not belong to an adapter, one that appears twice, or a damaged archive.
+        RequestInvalid: a file that does not belong to an adapter, one that appears twice, or a
+            damaged archive.
         RequestTooLarge: together they have more than `max_bytes`.
         RateLimited: too many of the tenant's uploads wait to be checked.
         StoreUnusable: the directory cannot be written to.
@@ -62,17 +78,25 @@ async def stage(uploaded: Uploaded, into: Path, max_bytes: int, places: CheckPla
         manifest = await asyncio.to_thread(check_structure, into, uploaded.name)
         return CheckedAdapter(size, manifest.base_model.name, manifest.summary())
     async with checking_for(places, uploaded.tenant_id, uploaded.receive):
-        found = await check_in_subprocess("adapter", {"path": str(into), "where": uploaded.name}, None, size)
+        found = await check_in_subprocess(
+            "adapter", {"path": str(into), "where": uploaded.name}, None, size
+        )
     return CheckedAdapter(size, found["base_model"], found["facts"])
 
 
 async def _unpacked(
     uploaded: Uploaded, archive: UploadFile, into: Path, max_bytes: int, places: CheckPlaces
 ) -> CheckedAdapter:
-    arguments = {"name": archive.filename, "into": str(into), "max_bytes": max_bytes, "where": uploaded.name}
+    arguments = {
+        "name": archive.filename,
+        "into": str(into),
+        "max_bytes": max_bytes,
+        "where": uploaded.name,
+    }
     async with checking_for(places, uploaded.tenant_id, uploaded.receive):
         try:
-            descriptor = await asyncio.to_thread(archive.file.fileno)  # which may write what was in memory
+            # which may write what was in memory
+            descriptor = await asyncio.to_thread(archive.file.fileno)
         except OSError as exc:
             raise StoreUnusable(f"the upload cannot be written to disk ({exc.strerror})") from exc
         found = await check_in_subprocess("archive", arguments, descriptor, archive.size or 0)
@@ -87,8 +111,9 @@ def _copied(files: list[UploadFile], into: Path, max_bytes: int) -> int:
             continue
         if name not in FILES:
             raise RequestInvalid(
-                f"{name[:80]!r} is not an adapter file: upload {', '.join(FILES[:2])} (and {', '.join(FILES[2:])}), or one "
-                ".tar, .tar.gz, .tar.bz2, .tar.xz or .zip that contains them",
+                f"{name[:80]!r} is not an adapter file: upload {', '.join(FILES[:2])} (and "
+                f"{', '.join(FILES[2:])}), or one .tar, .tar.gz, .tar.bz2, .tar.xz or .zip that "
+                "contains them",
                 "files",
             )
         taken += copy_file(file.file, into, name, max_bytes - taken)

@@ -1,10 +1,11 @@
-"""Examples to batches: which examples share an optimiser step, and how their tokens lie in one tensor.
+"""Examples to batches: which examples share an optimiser step, and how their tokens lie in one
+tensor.
 
 Letters: B rows, T columns, N tokens of a batch, E edited tokens, Y tokens with a loss.
 
-A *packed* batch is one row with the examples end to end, so nothing is padding; attention keeps them apart
-(`attention.py`). Models without exchangeable attention get padded rows. All other code knows tokens only by their
-index in the flattened (B * T) grid.
+A *packed* batch is one row with the examples end to end, so nothing is padding; attention keeps
+them apart (`attention.py`). Models without exchangeable attention get padded rows. All other code
+knows tokens only by their index in the flattened (B * T) grid.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ __all__ = ["Batch", "StepSampler", "collate", "micro_batches"]
 class Batch:
     """Some examples as tensors.
 
-    token_ids: of each example. packed: whether they lie end to end in one row.
-    rows: the edited tokens of each part of the position rule.
-    target_rows: tokens whose next token has a loss; target_ids that next token; target_weights its factor; target_of the
+    token_ids: of each example. packed: whether they lie end to end in one row. rows: the edited
+    tokens of each part of the position rule. target_rows: tokens whose next token has a loss;
+    target_ids that next token; target_weights its factor; target_of the
         example that it belongs to. All (Y,).
-    reference: log-probability of each example's targets under the base model, where the method compares with it.
-    states: what leaves the lowest edited layer before its edit, (B, T, D), where that is known.
+    reference: log-probability of each example's targets under the base model, where the method
+    compares with it. states: what leaves the lowest edited layer before its edit, (B, T, D), where
+    that is known.
     """
 
     token_ids: tuple[tuple[int, ...], ...]
@@ -56,7 +58,14 @@ class Batch:
         """The batch on `device`; accelerate calls it by this name."""
         moved = {
             name: getattr(self, name).to(device, non_blocking=non_blocking)
-            for name in ("input_ids", "position_ids", "target_rows", "target_ids", "target_weights", "target_of")
+            for name in (
+                "input_ids",
+                "position_ids",
+                "target_rows",
+                "target_ids",
+                "target_weights",
+                "target_of",
+            )
         }
         rows = (self.rows[0].to(device), self.rows[1].to(device))
         reference = None if self.reference is None else self.reference.to(device)
@@ -89,31 +98,45 @@ def collate(examples: Sequence[Example], rule: PositionRule, *, packed: bool) ->
             if t and label != IGNORED
         ]
         start += length if packed else width
-    columns: list[Sequence[float]] = list(zip(*targets, strict=True)) if targets else [(), (), (), ()]
+    columns: list[Sequence[float]] = (
+        list(zip(*targets, strict=True)) if targets else [(), (), (), ()]
+    )
     rows, ids, of = (torch.tensor(columns[i], dtype=torch.long) for i in (0, 1, 3))
-    edited = (torch.tensor(parts[Part.PREFIX], dtype=torch.long), torch.tensor(parts[Part.SUFFIX], dtype=torch.long))
+    edited = (
+        torch.tensor(parts[Part.PREFIX], dtype=torch.long),
+        torch.tensor(parts[Part.SUFFIX], dtype=torch.long),
+    )
     weights = torch.tensor(columns[2], dtype=torch.float32)
     return Batch(token_ids, ids_BT, positions_BT, packed, edited, rows, ids, weights, of)
 
 
 class StepSampler(Sampler[list[int]]):
-    """Micro-batches of indices. Which examples share an optimiser step is chance, as without packing; how a step is cut
-    into micro-batches follows their lengths.
+    """Micro-batches of indices. Which examples share an optimiser step is chance, as without
+    packing; how a step is cut into micro-batches follows their lengths.
 
     Order is a function of the seed and the epoch alone, which resuming relies on.
 
     Args:
         lengths: tokens of each example.
-        batch: most examples of a micro-batch. accumulate: micro-batches that each process takes for one optimiser step.
+        batch: most examples of a micro-batch. accumulate: micro-batches that each process takes for
+            one optimiser step.
     """
 
     def __init__(
-        self, lengths: Sequence[int], batch: int, accumulate: int, seed: int, *, shuffle: bool, processes: int = 1
+        self,
+        lengths: Sequence[int],
+        batch: int,
+        accumulate: int,
+        seed: int,
+        *,
+        shuffle: bool,
+        processes: int = 1,
     ) -> None:
         self._lengths, self._batch, self._processes = lengths, batch, processes
         self._per_step = batch * accumulate * processes
         self._seed, self._shuffle = seed, shuffle
-        # Which epoch comes next. Not a `set_epoch`: accelerate would call that, and forgets the epoch of a resumed run.
+        # Which epoch comes next. Not a `set_epoch`: accelerate would call that, and forgets the
+        # epoch of a resumed run.
         self.epoch = 0
         # accelerate reads these two of any batch sampler.
         self.batch_size, self.drop_last = batch, False
@@ -136,10 +159,13 @@ class StepSampler(Sampler[list[int]]):
         return order
 
 
-def micro_batches(indices: Sequence[int], lengths: Sequence[int], batch: int, processes: int) -> Iterator[list[int]]:
+def micro_batches(
+    indices: Sequence[int], lengths: Sequence[int], batch: int, processes: int
+) -> Iterator[list[int]]:
     """Cut `indices` into parts of at most `batch`, of examples of like length, the longest first.
 
-    Those that `processes` take at the same time hold about as many tokens, so that none waits for another.
+    Those that `processes` take at the same time hold about as many tokens, so that none waits for
+    another.
     """
     ordered = sorted(indices, key=lambda i: (-lengths[i], i))
     for start in range(0, len(ordered), batch * processes):

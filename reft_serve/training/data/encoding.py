@@ -1,9 +1,11 @@
-"""Rows into token ids: the base tokenizer's tokens of each prompt as it is served, and of the answer after it.
+"""Rows into token ids: the base tokenizer's tokens of each prompt as it is served, and of the
+answer after it.
 
-The prompt of a chat is the chat template's with its generation prompt, and no further token; any other prompt is the text
-with the tokenizer's special tokens. vLLM does the same for `/v1/chat/completions` and `/v1/completions`, so the positions
-that an adapter edits are the same in training and serving. A conversation becomes one example for each turn to learn,
-since a position rule sees each of them as the end of its own prompt.
+The prompt of a chat is the chat template's with its generation prompt, and no further token; any
+other prompt is the text with the tokenizer's special tokens. vLLM does the same for
+`/v1/chat/completions` and `/v1/completions`, so the positions that an adapter edits are the same in
+training and serving. A conversation becomes one example for each turn to learn, since a position
+rule sees each of them as the end of its own prompt.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ class TrainingData:
 
     Args:
         too_long: the lines of examples that were left out, once for each example.
-        fingerprint: of the rows, the task, the tokenizer and its chat template, so not of the date that a template writes.
+        fingerprint: of the rows, the task, the tokenizer and its chat template, so not of the date
+            that a template writes.
     """
 
     where: str
@@ -56,8 +59,8 @@ class TrainingData:
         lines = ", ".join(map(str, self.too_long[:_LISTED])) + (", ..." if count > _LISTED else "")
         total = count + len(self.examples) + len(self.preferences)
         return [
-            f"{self.where}: {count:,} of {total:,} examples are longer than {self.max_tokens:,} tokens and are left out "
-            f"(lines {lines})"
+            f"{self.where}: {count:,} of {total:,} examples are longer than {self.max_tokens:,} "
+            f"tokens and are left out (lines {lines})"
         ]
 
 
@@ -81,18 +84,26 @@ def encode(
     """The examples of a checked file, in its order.
 
     Args:
-        max_tokens: the most tokens of an example, prompt and answer; longer ones are left out and counted.
-        task: prompts and answers of instruction and GLUE rows; Alpaca's unless given. The others bring their own.
-        now: what a chat template takes for the present time; a run that is resumed gives the time of its start.
+        max_tokens: the most tokens of an example, prompt and answer; longer ones are left out and
+            counted.
+        task: prompts and answers of instruction and GLUE rows; Alpaca's unless given. The others
+            bring their own.
+        now: what a chat template takes for the present time; a run that is resumed gives the time
+            of its start.
 
     Raises:
-        DataInvalid: with every fault of the file: a row that the task or the chat template cannot take, or no example left.
+        DataInvalid: with every fault of the file: a row that the task or the chat template cannot
+            take, or no example left.
     """
     faults = Faults()
     chats = rows.format in ("chat", "preference")
     if chats and not tokenizer.chat_template:
-        raise DataInvalid(rows.where, ["it holds chats, but the base's tokenizer has no chat template"])
-    texts = list(_chat_texts(rows, tokenizer, now, faults) if chats else _task_texts(rows, task, faults))
+        raise DataInvalid(
+            rows.where, ["it holds chats, but the base's tokenizer has no chat template"]
+        )
+    texts = list(
+        _chat_texts(rows, tokenizer, now, faults) if chats else _task_texts(rows, task, faults)
+    )
     if faults:
         raise DataInvalid(rows.where, faults.sentences())
     examples, preferences, too_long = [], [], []
@@ -107,13 +118,23 @@ def encode(
     if not examples and not preferences:
         raise DataInvalid(rows.where, [f"every example is longer than {max_tokens:,} tokens"])
     fingerprint = _fingerprint(rows, tokenizer, max_tokens, task)
-    return TrainingData(rows.where, tuple(examples), tuple(preferences), tuple(too_long), max_tokens, fingerprint)
+    return TrainingData(
+        rows.where, tuple(examples), tuple(preferences), tuple(too_long), max_tokens, fingerprint
+    )
 
 
-def _fingerprint(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_tokens: int, task: Task | None) -> str:
+def _fingerprint(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, max_tokens: int, task: Task | None
+) -> str:
     """Everything that decides the tokens, except the time at which a chat template is rendered."""
     digest = hashlib.sha256()
-    facts = (max_tokens, task, tokenizer.chat_template, sorted(tokenizer.get_vocab().items()), rows.format)
+    facts = (
+        max_tokens,
+        task,
+        tokenizer.chat_template,
+        sorted(tokenizer.get_vocab().items()),
+        rows.format,
+    )
     digest.update(repr(facts).encode())
     for row in rows.rows:
         digest.update(repr(row).encode())
@@ -140,7 +161,9 @@ def _chat_texts(
         try:
             if isinstance(row, Chat):
                 for turn in row.learnt:
-                    yield template.text(line, row.messages[:turn], row.messages[turn : turn + 1], row.tools)
+                    yield template.text(
+                        line, row.messages[:turn], row.messages[turn : turn + 1], row.tools
+                    )
             elif isinstance(row, PreferencePair):
                 answers = row.preferred_output + row.non_preferred_output
                 yield template.text(line, row.input.messages, answers, row.input.tools)
@@ -149,7 +172,9 @@ def _chat_texts(
 
 
 class _Template:
-    """A tokenizer's chat template, given conversations as vLLM gives them (vllm/renderers/hf.py)."""
+    """A tokenizer's chat template, given conversations as vLLM gives them
+    (vllm/renderers/hf.py).
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, now: datetime) -> None:
         self._tokenizer, self._now = tokenizer, now
@@ -159,29 +184,47 @@ class _Template:
         self._takes_parts = "woof" not in self._shown("woof")
 
     def text(
-        self, line: int, history: Sequence[Message], answers: Sequence[Message], tools: Sequence[Tool] | None
+        self,
+        line: int,
+        history: Sequence[Message],
+        answers: Sequence[Message],
+        tools: Sequence[Tool] | None,
     ) -> _Text:
-        """A prompt and its answers. Raises TemplateError where the template refuses the conversation."""
+        """A prompt and its answers. Raises TemplateError where the template refuses the
+        conversation.
+        """
         turns = self._turns(history)
         shown = None if tools is None else [_tool(tool) for tool in tools]
         prompt = self._render(turns, shown, add_generation_prompt=True)
-        return _Text(line, prompt, tuple(self._answer(prompt, turns, answer, shown) for answer in answers))
+        return _Text(
+            line, prompt, tuple(self._answer(prompt, turns, answer, shown) for answer in answers)
+        )
 
-    def _answer(self, prompt: str, turns: list[_Turn], answer: Message, tools: list[_Turn] | None) -> str:
-        """The text after the prompt once the answer is rendered; the bare answer if rendering rewrites the prompt."""
+    def _answer(
+        self, prompt: str, turns: list[_Turn], answer: Message, tools: list[_Turn] | None
+    ) -> str:
+        """The text after the prompt once the answer is rendered; the bare answer if rendering
+        rewrites the prompt.
+        """
         whole = self._render([*turns, _turn(answer, _SAID)], tools)
         said = whole.removeprefix(prompt) if whole.startswith(prompt) else answer.content or ""
         for call in answer.tool_calls or ():
             if call.function.name not in said:
-                raise TemplateError(f"it does not write the call of {call.function.name!r} after the prompt")
+                raise TemplateError(
+                    f"it does not write the call of {call.function.name!r} after the prompt"
+                )
         return said
 
     def _turns(self, messages: Sequence[Message]) -> list[_Turn]:
-        """Where the template does not speak of developers, their turns become system turns, and those one at the start."""
+        """Where the template does not speak of developers, their turns become system turns, and
+        those one at the start.
+        """
         turns = [_turn(message, _SAID | {"name"}) for message in messages]
         if self._knows_developers or not any(turn["role"] == "developer" for turn in turns):
             return turns
-        turns = [turn | {"role": "system"} if turn["role"] == "developer" else turn for turn in turns]
+        turns = [
+            turn | {"role": "system"} if turn["role"] == "developer" else turn for turn in turns
+        ]
         systems = [turn["content"] for turn in turns if turn["role"] == "system"]
         if len(systems) == 1 and turns[0]["role"] == "system":
             return turns
@@ -194,10 +237,16 @@ class _Template:
         except TemplateError:
             return content
 
-    def _render(self, turns: list[_Turn], tools: list[_Turn] | None, *, add_generation_prompt: bool = False) -> str:
+    def _render(
+        self, turns: list[_Turn], tools: list[_Turn] | None, *, add_generation_prompt: bool = False
+    ) -> str:
         given: list[Any] = turns
-        if self._takes_parts:  # a template that goes through a list of parts, and finds none in a text
-            given = [turn if turn["role"] == "tool" else turn | {"content": _parts(turn["content"])} for turn in turns]
+        # a template that goes through a list of parts, and finds none in a text
+        if self._takes_parts:
+            given = [
+                turn if turn["role"] == "tool" else turn | {"content": _parts(turn["content"])}
+                for turn in turns
+            ]
         rendered: str = self._tokenizer.apply_chat_template(
             given,
             tools=tools,
@@ -214,7 +263,9 @@ _SAID = frozenset({"role", "content", "tool_calls", "tool_call_id"})
 
 
 def _turn(message: Message, keys: frozenset[str]) -> _Turn:
-    """A turn as vLLM gives it to a template: no content is an empty text, and the arguments of tool calls are objects."""
+    """A turn as vLLM gives it to a template: no content is an empty text, and the arguments of tool
+    calls are objects.
+    """
     turn: _Turn = {"content": ""} | message.model_dump(include=set(keys), exclude_none=True)
     for call in turn.get("tool_calls", ()):
         call["function"]["arguments"] = json.loads(call["function"]["arguments"])
@@ -239,13 +290,18 @@ def _tokens(
     """The tokens of each prompt and of each answer to it."""
 
     def ids(batch: list[str], *, special: bool) -> list[list[int]]:
-        # split_special_tokens is False, as it is in vLLM: a chat template's own markers must stay whole.
+        # split_special_tokens is False, as it is in vLLM: a chat template's own markers must stay
+        # whole.
         return list(tokenizer(batch, add_special_tokens=special, verbose=False).input_ids)
 
     remaining = iter(texts)
     while batch := list(islice(remaining, _BATCH)):
         prompts = iter(ids([text.prompt for text in batch], special=special))
-        wholes = iter(ids([text.prompt + answer for text in batch for answer in text.answers], special=special))
+        wholes = iter(
+            ids(
+                [text.prompt + answer for text in batch for answer in text.answers], special=special
+            )
+        )
         for text, prompt_ids in zip(batch, prompts, strict=True):
             answers = []
             for answer in text.answers:
@@ -257,7 +313,9 @@ def _tokens(
 
 
 def _ended(ids: list[int], end: int | None) -> _Ids:
-    """An answer's tokens up to its last end token, which is added if there is none: generation stops there."""
+    """An answer's tokens up to its last end token, which is added if there is none: generation
+    stops there.
+    """
     if end is None:
         return tuple(ids)
     last = max((i for i, token in enumerate(ids) if token == end), default=None)

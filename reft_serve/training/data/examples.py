@@ -16,8 +16,10 @@ class Example:
 
     Args:
         input_ids: the prompt's tokens and the answer's.
-        labels: as long as `input_ids`: the token itself where its prediction is learnt, else `IGNORED`.
-        prompt_len: the tokens before generation starts, which is the length that the position rule sees when serving.
+        labels: as long as `input_ids`: the token itself where its prediction is learnt, else
+            `IGNORED`.
+        prompt_len: the tokens before generation starts, which is the length that the position rule
+            sees when serving.
         weight: factor on this example's loss.
     """
 

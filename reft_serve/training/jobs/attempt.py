@@ -1,9 +1,9 @@
 """One job as a worker has it, from its claim to its end, or back to the queue.
 
-`prepare -> follow -> settle`, while the lease is kept and checkpoints are uploaded to the file store. Nothing is lost on the
-way: what is not this job's doing (a store or database that is away, a full disk, a base model that is gone) gives the job
-back, to resume from its last stored checkpoint; what is its owner's ends it with a sentence; an unknown failure counts as a
-failed attempt.
+`prepare -> follow -> settle`, while the lease is kept and checkpoints are uploaded to the file
+store. Nothing is lost on the way: what is not this job's doing (a store or database that is away, a
+full disk, a base model that is gone) gives the job back, to resume from its last stored checkpoint;
+what is its owner's ends it with a sentence; an unknown failure counts as a failed attempt.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ AttemptResult = Literal["succeeded", "failed", "cancelled", "paused", "queued", 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a job runs: "cpu" or a GPU's number, the memory that is free there and that there is, threads on the CPU."""
+    """Where a job runs: "cpu" or a GPU's number, the memory that is free there and that there is,
+    threads on the CPU.
+    """
 
     device: str
     free: int
@@ -93,7 +95,8 @@ class Attempt:
             return await self._run()
         except _RELEASES as exc:
             _log.warning(
-                "a lost job's process was stopped", extra={"data": {"job": self.claim.id, "why": str(exc)[:300]}}
+                "a lost job's process was stopped",
+                extra={"data": {"job": self.claim.id, "why": str(exc)[:300]}},
             )
             self.troubled = not isinstance(exc, LeaseLost)
             return "lost"
@@ -160,12 +163,17 @@ class Attempt:
         """True if the job's memory is available; else it waits for memory or for another worker."""
         ctx, asked = self._ctx, read_hyperparameters(self.claim.hyperparameters)
         try:
-            self.memory = await asyncio.to_thread(memory.estimate, ctx.base, asked, gpu=self.place.device != "cpu")
+            self.memory = await asyncio.to_thread(
+                memory.estimate, ctx.base, asked, gpu=self.place.device != "cpu"
+            )
         except (OSError, ValueError, BaseModelInvalid) as exc:
             raise _Trouble("the base model cannot be read on the worker") from exc
         if self.memory > self.place.total:
             needs, has = (f"{size / 2**30:.1f} GiB" for size in (self.memory, self.place.total))
-            told = f"The job needs about {needs} of memory and worker {ctx.settings.worker_name} has {has}; "
+            told = (
+                f"The job needs about {needs} of memory and worker {ctx.settings.worker_name} has "
+                f"{has}; "
+            )
             self._lease.queue_event(told + "it waits for a larger one", "warn")
         return self.memory <= self.place.free
 
@@ -173,25 +181,45 @@ class Attempt:
         """The job process's input; None if the job is no longer wanted."""
         claim, ctx = self.claim, self._ctx
         inputs.check_name(claim)
-        files = [("training_file", claim.training_file_id), ("validation_file", claim.validation_file_id)]
-        paths = [await inputs.fetch_file(ctx, file_id, param, folder) for param, file_id in files if file_id]
+        files = [
+            ("training_file", claim.training_file_id),
+            ("validation_file", claim.validation_file_id),
+        ]
+        paths = [
+            await inputs.fetch_file(ctx, file_id, param, folder)
+            for param, file_id in files
+            if file_id
+        ]
         await inputs.fetch_checkpoint(ctx, claim, folder)
         if self._draining or self._lease.wanted != "none":
             return None
         return JobSpec(
-            job=claim.id, folder=str(folder), base=str(ctx.base), training=str(paths[0]),
-            validation=str(paths[1]) if paths[1:] else None, method=claim.method.get("type", "supervised"),
-            hyperparameters=dict(claim.hyperparameters), resolved=dict(claim.resolved), seed=claim.seed,
+            job=claim.id,
+            folder=str(folder),
+            base=str(ctx.base),
+            training=str(paths[0]),
+            validation=str(paths[1]) if paths[1:] else None,
+            method=claim.method.get("type", "supervised"),
+            hyperparameters=dict(claim.hyperparameters),
+            resolved=dict(claim.resolved),
+            seed=claim.seed,
             started=datetime.fromtimestamp(claim.started_ms / 1000, UTC).replace(tzinfo=None),
-            bounds=self._bounds(), device=self.place.device, threads=self.place.threads, reports=_reports(claim),
-        )  # fmt: skip
+            bounds=self._bounds(),
+            device=self.place.device,
+            threads=self.place.threads,
+            reports=_reports(claim),
+        )
 
     def _bounds(self) -> Bounds:
         limits = self._ctx.settings.limits.merged(self.claim.limits)
-        return Bounds(examples=limits.job_examples, tokens=limits.job_tokens, hours=limits.job_hours)
+        return Bounds(
+            examples=limits.job_examples, tokens=limits.job_tokens, hours=limits.job_hours
+        )
 
     def _end_too_long(self) -> None:
-        """End an attempt that has taken all the time of its job, in case its process does not end itself."""
+        """End an attempt that has taken all the time of its job, in case its process does not end
+        itself.
+        """
         self._too_long = True
         if self._child is not None:
             self._child.kill()
@@ -199,7 +227,8 @@ class Attempt:
     async def _follow(self, spec: JobSpec, uploads: Uploads) -> int | None:
         """Run its process, and hear it to its end."""
         child = self._child = await self._ctx.processes.start(spec)
-        if self._draining or self._lease.wanted in ("pause", "yield"):  # it was said while the process was made
+        # it was said while the process was made
+        if self._draining or self._lease.wanted in ("pause", "yield"):
             child.stop()
         if self._lost or self._giving_up or self._lease.wanted == "cancel":
             child.kill()
@@ -223,7 +252,9 @@ class Attempt:
             # Memory only once: where it was too little, more was put down since.
             resolved, needed = message.resolved, None if claim.resolved else self.memory
             await self._lease.write(
-                lambda session: queue.resolve(session, claim.id, worker, resolved, memory_bytes=needed)
+                lambda session: queue.resolve(
+                    session, claim.id, worker, resolved, memory_bytes=needed
+                )
             )
         elif isinstance(message, Started):
             self._begun = (time.monotonic(), message.step)
@@ -243,7 +274,11 @@ class Attempt:
         TRAINED_TOKENS.inc(max(0, tokens - self._tokens) if self._tokens else 0)
         self._tokens = tokens or self._tokens
         begun, first = self._begun
-        left = (time.monotonic() - begun) / max(1, message.step - first) * (before.steps - message.step)
+        left = (
+            (time.monotonic() - begun)
+            / max(1, message.step - first)
+            * (before.steps - message.step)
+        )
         ends = int((time.time() + left) * 1000) if message.step > first else None
         self._lease.progress = Progress(message.step, before.steps, self._tokens, ends)
         found = openai_metrics([{"step": message.step, **metrics}])[message.step]
@@ -268,8 +303,13 @@ class Attempt:
             return await self._failed(last)
         if self._giving_up:
             return await self._release()
-        told = f"the job's process ended with code {code} (below 0: by that signal; -9 may be a lack of memory)"
-        return await self._release(told, memory_bytes=self._more_memory() if code == -signal.SIGKILL else None)
+        told = (
+            f"the job's process ended with code {code} (below 0: by that signal; -9 may be a lack "
+            "of memory)"
+        )
+        return await self._release(
+            told, memory_bytes=self._more_memory() if code == -signal.SIGKILL else None
+        )
 
     def _stopped(self) -> Outcome | None:
         """Outcome of a job that was stopped for good."""
@@ -297,10 +337,13 @@ class Attempt:
 
     async def _failed(self, broken: Broken) -> AttemptResult:
         _log.warning(
-            "a run broke", extra={"data": {"job": self.claim.id, "whose": broken.cause, "why": broken.message}}
+            "a run broke",
+            extra={"data": {"job": self.claim.id, "whose": broken.cause, "why": broken.message}},
         )
         if broken.cause == "user":
-            return await self._finish(Failed(broken.code, broken.message, broken.param, broken.traceback))
+            return await self._finish(
+                Failed(broken.code, broken.message, broken.param, broken.traceback)
+            )
         if broken.cause == "machine":
             return await self._back(broken.message)
         return await self._release(
@@ -309,13 +352,17 @@ class Attempt:
         )
 
     def _more_memory(self) -> int:
-        """Raise the estimate after an out-of-memory kill, capped so that the job can still be scheduled."""
+        """Raise the estimate after an out-of-memory kill, capped so that the job can still be
+        scheduled.
+        """
         return min(int(1.5 * self.memory), self.place.total)
 
     async def _finish(self, outcome: Outcome) -> AttemptResult:
         claim = self.claim
         await self._tell_rest()
-        status = await self._lease.write(lambda session: queue.finish(session, claim.id, claim.worker, outcome))
+        status = await self._lease.write(
+            lambda session: queue.finish(session, claim.id, claim.worker, outcome)
+        )
         await self._forget_checkpoints()
         return status if status != "running" else "lost"
 
@@ -326,12 +373,19 @@ class Attempt:
         self._lease.queue_event(told, "warn")
         return await self._release()
 
-    async def _release(self, traceback: str | None = None, memory_bytes: int | None = None) -> AttemptResult:
+    async def _release(
+        self, traceback: str | None = None, memory_bytes: int | None = None
+    ) -> AttemptResult:
         claim = self.claim
         await self._tell_rest()
         status = await self._lease.write(
             lambda session: queue.release(
-                session, claim.id, claim.worker, traceback, memory_bytes, self._ctx.settings.train_attempts
+                session,
+                claim.id,
+                claim.worker,
+                traceback,
+                memory_bytes,
+                self._ctx.settings.train_attempts,
             )
         )
         if status in ("failed", "cancelled"):
@@ -373,6 +427,11 @@ def _reports(claim: Claim) -> dict[str, dict[str, str]]:
         asked: dict[str, Any] = integration.get("wandb") or {}
         if integration.get("type") == "wandb":
             given = {"WANDB_PROJECT": asked.get("project"), "WANDB_ENTITY": asked.get("entity")}
-            given |= {"WANDB_NAME": asked.get("name") or claim.id, "WANDB_TAGS": ",".join(asked.get("tags") or [])}
-            found["wandb"] = {name: str(value) for name, value in given.items() if value} | {"WANDB_SILENT": "true"}
+            given |= {
+                "WANDB_NAME": asked.get("name") or claim.id,
+                "WANDB_TAGS": ",".join(asked.get("tags") or []),
+            }
+            found["wandb"] = {name: str(value) for name, value in given.items() if value} | {
+                "WANDB_SILENT": "true"
+            }
     return found

@@ -1,4 +1,6 @@
-"""A run held to its tenant's limits: its size before it starts, and its time while it runs. No torch."""
+"""A run held to its tenant's limits: its size before it starts, and its time while it runs. No
+torch.
+"""
 
 from __future__ import annotations
 
@@ -25,18 +27,23 @@ def check_size(bounds: Bounds, lengths: Sequence[int], epochs: int) -> None:
     ):
         if most is not None and count > most:
             raise JobLimitExceeded(
-                f"the job has {count:,} {name} in {epochs} epochs, and the limit job_{name} is {most:,}: give fewer "
-                "examples or a smaller n_epochs"
+                f"the job has {count:,} {name} in {epochs} epochs, and the limit job_{name} is "
+                f"{most:,}: give fewer examples or a smaller n_epochs"
             )
 
 
 def hours_sentence(hours: float) -> str:
     """Error of a job that reached its limit of training time."""
-    return f"the job has trained for {hours:g} hours, which is the limit job_hours: give fewer examples or a smaller n_epochs"
+    return (
+        f"the job has trained for {hours:g} hours, which is the limit job_hours: give fewer "
+        "examples or a smaller n_epochs"
+    )
 
 
 class Clock:
-    """The seconds that a job has trained: those of earlier attempts, by their metrics, and those since now."""
+    """The seconds that a job has trained: those of earlier attempts, by their metrics, and those
+    since now.
+    """
 
     def __init__(self, metrics: Path) -> None:
         self._before, last = 0.0, 0.0

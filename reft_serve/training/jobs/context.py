@@ -27,7 +27,9 @@ TRANSIENT: tuple[type[Exception], ...] = (*FAILURES, StoreUnusable)
 
 @dataclass(frozen=True, slots=True)
 class WorkerContext:
-    """Settings, the two shared places, this machine's scratch and processes, and the base model's directory."""
+    """Settings, the two shared places, this machine's scratch and processes, and the base model's
+    directory.
+    """
 
     settings: TrainerSettings
     database: Database
@@ -39,11 +41,13 @@ class WorkerContext:
 
 
 async def retry_until(action: Callable[[], Awaitable[T]], until: Callable[[], float]) -> T:
-    """Do something that may fail because a store or the database is away, again and again until it works.
+    """Do something that may fail because a store or the database is away, again and again until it
+    works.
 
     Args:
         action: what to do.
-        until: the time (`time.monotonic`) after which a failure is raised; asked each time, since it may move.
+        until: the time (`time.monotonic`) after which a failure is raised; asked each time, since
+            it may move.
     """
     pause = 0.05
     while True:

@@ -25,21 +25,30 @@ class _Server(uvicorn.Server):
 
 
 def server(worker: Worker, host: str, port: int) -> uvicorn.Server:
-    """`/health/live`, `/health/ready` and `/metrics`, as a uvicorn server; set its `should_exit` to stop it."""
+    """`/health/live`, `/health/ready` and `/metrics`, as a uvicorn server; set its `should_exit` to
+    stop it.
+    """
 
     async def live(_: Request) -> Response:
-        return JSONResponse({"status": "live" if worker.alive else "stuck"}, 200 if worker.alive else 503)
+        return JSONResponse(
+            {"status": "live" if worker.alive else "stuck"}, 200 if worker.alive else 503
+        )
 
     async def ready(_: Request) -> Response:
         why = worker.unready
         return JSONResponse(
-            {"status": "ready"} if why is None else {"status": "not ready", "why": why}, 503 if why else 200
+            {"status": "ready"} if why is None else {"status": "not ready", "why": why},
+            503 if why else 200,
         )
 
     async def metrics(_: Request) -> Response:
         return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
-    routes = [Route("/health/live", live), Route("/health/ready", ready), Route("/metrics", metrics)]
+    routes = [
+        Route("/health/live", live),
+        Route("/health/ready", ready),
+        Route("/metrics", metrics),
+    ]
     config = uvicorn.Config(
         Starlette(routes=routes), host, port, log_config=None, access_log=False, server_header=False
     )

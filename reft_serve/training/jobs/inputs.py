@@ -1,4 +1,6 @@
-"""Inputs of a job, copied to a folder of this machine: its files, and the checkpoint to resume from."""
+"""Inputs of a job, copied to a folder of this machine: its files, and the checkpoint to resume
+from.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,14 @@ from reft_serve.training.jobs.context import WorkerContext
 from reft_serve.training.jobs.messages import RUN
 from reft_serve.training.loop import archive
 
-__all__ = ["Unfit", "check_name", "checkpoint_key", "checkpoints_of", "fetch_checkpoint", "fetch_file"]
+__all__ = [
+    "Unfit",
+    "check_name",
+    "checkpoint_key",
+    "checkpoints_of",
+    "fetch_checkpoint",
+    "fetch_file",
+]
 
 
 class Unfit(Exception):
@@ -36,7 +45,9 @@ def check_name(claim: Claim) -> None:
     try:
         check_adapter_name(claim.adapter, claim.model, claim.tenant, "suffix")
     except RequestInvalid as exc:
-        raise Unfit(Failed("reserved_name", f"{exc}: create a new job with another suffix", "suffix")) from exc
+        raise Unfit(
+            Failed("reserved_name", f"{exc}: create a new job with another suffix", "suffix")
+        ) from exc
 
 
 async def fetch_file(ctx: WorkerContext, file_id: str, param: str, folder: Path) -> Path:
@@ -61,8 +72,8 @@ async def fetch_file(ctx: WorkerContext, file_id: str, param: str, folder: Path)
 
 
 async def fetch_checkpoint(ctx: WorkerContext, claim: Claim, folder: Path) -> int | None:
-    """Bring the job's newest sound checkpoint to `folder/run`, and give its step; None if there is none. A damaged one is
-    removed, and the one before it taken.
+    """Bring the job's newest sound checkpoint to `folder/run`, and give its step; None if there is
+    none. A damaged one is removed, and the one before it taken.
     """
     for blob in reversed(await checkpoints_of(ctx, claim.id)):
         packed = folder / "checkpoint.tar"

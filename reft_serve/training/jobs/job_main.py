@@ -1,6 +1,8 @@
-"""One job in its own process: data and hyper-parameters in, checkpoints and messages out, stopped within a step.
+"""One job in its own process: data and hyper-parameters in, checkpoints and messages out, stopped
+within a step.
 
-The process says everything over one socket and ends when that closes, so a job never outlives its worker.
+The process says everything over one socket and ends when that closes, so a job never outlives its
+worker.
 """
 
 from __future__ import annotations
@@ -22,7 +24,14 @@ from transformers.utils import logging as transformers_logging
 from reft_serve.adapters.base_model import read_base_model
 from reft_serve.config import set_environment
 from reft_serve.datafiles.formats import read_rows
-from reft_serve.errors import AdapterInvalid, BaseModelInvalid, ClientError, DataInvalid, JobLimitExceeded, ServiceError
+from reft_serve.errors import (
+    AdapterInvalid,
+    BaseModelInvalid,
+    ClientError,
+    DataInvalid,
+    JobLimitExceeded,
+    ServiceError,
+)
 from reft_serve.recipes.hyperparameters import read_hyperparameters
 from reft_serve.training import defaults
 from reft_serve.training.data.encoding import TrainingData, encode
@@ -133,9 +142,17 @@ def _run(spec: JobSpec, talk: _WorkerSocket) -> Ended:
     plan = defaults.plan_from_job(resolved, _reports(spec, talk))
     follower = _Follower(talk, folder, spec.bounds.hours)
     outcome = train(
-        base, plan, training, folder / RUN, held_out=held_out, resume=True, watchers=[follower], plot=False,
-        fingerprints=fingerprints, started=spec.started,
-    )  # fmt: skip
+        base,
+        plan,
+        training,
+        folder / RUN,
+        held_out=held_out,
+        resume=True,
+        watchers=[follower],
+        plot=False,
+        fingerprints=fingerprints,
+        started=spec.started,
+    )
     if outcome.adapter is None and not talk.stopping and follower.out_of_time:
         raise JobLimitExceeded(hours_sentence(spec.bounds.hours or 0))
     return Ended(
@@ -147,13 +164,19 @@ def _run(spec: JobSpec, talk: _WorkerSocket) -> Ended:
     )
 
 
-def _data(spec: JobSpec, tokenizer: Any, longest: int, talk: _WorkerSocket) -> tuple[_Items, _Items, list[str]]:
-    """The training and the held-out items, and their fingerprints; both files are read whole before anything heavy starts."""
+def _data(
+    spec: JobSpec, tokenizer: Any, longest: int, talk: _WorkerSocket
+) -> tuple[_Items, _Items, list[str]]:
+    """The training and the held-out items, and their fingerprints; both files are read whole before
+    anything heavy starts.
+    """
     found: list[TrainingData] = []
     for param, path in (("training_file", spec.training), ("validation_file", spec.validation)):
         if path is not None:
             try:
-                found.append(encode(read_rows(Path(path)), tokenizer, max_tokens=longest, now=spec.started))
+                found.append(
+                    encode(read_rows(Path(path)), tokenizer, max_tokens=longest, now=spec.started)
+                )
             except DataInvalid as exc:
                 raise _Unusable(param, exc) from exc
     for note in (note for each in found for note in each.notes()):
@@ -202,7 +225,11 @@ def _reports(spec: JobSpec, talk: _WorkerSocket) -> tuple[str, ...]:
     """The integrations that are asked for and are here."""
     here = set(get_available_reporting_integrations())
     for name in spec.reports.keys() - here:
-        talk.tell(Noted(message=f"{name} is not installed on this worker, so it gets no report of the run"))
+        talk.tell(
+            Noted(
+                message=f"{name} is not installed on this worker, so it gets no report of the run"
+            )
+        )
     wanted = tuple(name for name in spec.reports if name in here)
     for name in wanted:
         set_environment(spec.reports[name])
@@ -216,13 +243,18 @@ def _broken(exc: Exception, spec: JobSpec) -> Broken:
     code = getattr(exc, "code", "job_failed")
     if isinstance(exc, _Unusable):
         code, param = exc.fault.code, exc.param
-    if isinstance(exc, (BaseModelInvalid, ServiceError, OSError, SafetensorError)) or _full(Path(spec.folder)):
+    if isinstance(exc, (BaseModelInvalid, ServiceError, OSError, SafetensorError)) or _full(
+        Path(spec.folder)
+    ):
         cause = "machine"
     elif isinstance(exc, (torch.OutOfMemoryError, MemoryError)):
         cause = "memory"
     elif isinstance(exc, AdapterInvalid):
         cause, code = "user", "training_diverged"
-        message = f"training diverged ({'; '.join(exc.faults)[:300]}): use a smaller learning_rate, or check the data"
+        message = (
+            f"training diverged ({'; '.join(exc.faults)[:300]}): use a smaller learning_rate, or "
+            "check the data"
+        )
     else:
         cause = "user" if isinstance(exc, ClientError) else "unknown"
     return Broken(cause=cause, code=code, message=message[:2000], param=param, traceback=told)

@@ -1,4 +1,6 @@
-"""A job's lease: renewed, polled for the owner's wishes, and released in time if the database is down. No torch."""
+"""A job's lease: renewed, polled for the owner's wishes, and released in time if the database is
+down. No torch.
+"""
 
 from __future__ import annotations
 
@@ -45,10 +47,14 @@ class Lease:
         self.wanted: Wanted = "none"
 
     def until(self) -> float:
-        """Time (`time.monotonic`) at which the job must be released, unless the lease is renewed before."""
+        """Time (`time.monotonic`) at which the job must be released, unless the lease is renewed
+        before.
+        """
         return self._kept + self._seconds * _MARGIN
 
-    def queue_event(self, message: str, level: Level = "info", metrics: dict[str, float] | None = None) -> None:
+    def queue_event(
+        self, message: str, level: Level = "info", metrics: dict[str, float] | None = None
+    ) -> None:
         """Queue an event for the job's owner; it is sent with the next heartbeat."""
         self._news.append((message, level, metrics))
 
@@ -75,7 +81,9 @@ class Lease:
                     wanted = await (self.heartbeat() if due else self._poll())
             except FAILURES as exc:
                 if time.monotonic() > self.until():
-                    raise LeaseLost(f"the database was unreachable for too long to keep job {self._claim.id}") from exc
+                    raise LeaseLost(
+                        f"the database was unreachable for too long to keep job {self._claim.id}"
+                    ) from exc
                 continue
             if wanted != self.wanted:
                 self.wanted = wanted

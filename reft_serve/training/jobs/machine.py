@@ -12,7 +12,9 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def memory(cgroup: Path = _CGROUP) -> int:
-    """Bytes: of the machine, or fewer where a container is allowed fewer (cgroup v2, `memory.max`)."""
+    """Bytes: of the machine, or fewer where a container is allowed fewer (cgroup v2,
+    `memory.max`).
+    """
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     allowed = _words(cgroup / "memory.max")
     return min(whole, int(allowed[0])) if allowed and allowed[0].isdigit() else whole

@@ -1,6 +1,7 @@
 """Memory estimate of a job, from the base model's files before anything is loaded. No torch.
 
-An upper estimate: it decides how many jobs run next to each other, and a job that is refused for it waits for nothing.
+An upper estimate: it decides how many jobs run next to each other, and a job that is refused for it
+waits for nothing.
 """
 
 from __future__ import annotations
@@ -21,14 +22,16 @@ _WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 
 
 def estimate(base: Path, asked: DpoHyperparameters, *, gpu: bool) -> int:
-    """Bytes at the peak: the frozen base, what its forward pass keeps for the backward one, logits, and the process; on a CPU
-    also what the run may keep from one epoch to the next.
+    """Bytes at the peak: the frozen base, what its forward pass keeps for the backward one, logits,
+    and the process; on a CPU also what the run may keep from one epoch to the next.
 
     Raises:
         OSError, ValueError: the model's `config.json` or weights cannot be read.
     """
     config = _config(base)
-    stored = sum(file.stat().st_size for file in base.iterdir() if file.suffix in (".safetensors", ".bin"))
+    stored = sum(
+        file.stat().st_size for file in base.iterdir() if file.suffix in (".safetensors", ".bin")
+    )
     parameters = stored // _WIDTHS.get(str(config.get("dtype") or config.get("torch_dtype")), 2)
     width = 2 if gpu else 4
     longest = most_tokens(asked, context_of(base))

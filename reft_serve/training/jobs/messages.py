@@ -53,9 +53,11 @@ class JobSpec(_Plain):
         folder: where the run lies; a checkpoint that is there already is gone on from.
         base: the base model's directory.
         training, validation: the data files.
-        hyperparameters: what was asked. resolved: what an attempt before made of it; empty at the first.
+        hyperparameters: what was asked. resolved: what an attempt before made of it; empty at the
+            first.
         device: "cpu" or a GPU's number. threads: of a job on the CPU.
-        started: when the first attempt began, as UTC without a time zone: what chat templates take for the present.
+        started: when the first attempt began, as UTC without a time zone: what chat templates take
+            for the present.
         bounds: of the tenant's limits.
         reports: environment variables of reporting integrations, by integration.
     """
@@ -99,7 +101,9 @@ class Started(_Plain):
 
 
 class Measured(_Plain):
-    """Numbers of a step or of an evaluation, named as the trainer names them (`loss`, `eval_loss`, `tokens` ...)."""
+    """Numbers of a step or of an evaluation, named as the trainer names them (`loss`, `eval_loss`,
+    `tokens` ...).
+    """
 
     kind: Literal["measured"] = "measured"
     step: int
@@ -107,7 +111,9 @@ class Measured(_Plain):
 
 
 class Saved(_Plain):
-    """A checkpoint of this step lies at `path`, one file with all that another process needs to resume from it."""
+    """A checkpoint of this step lies at `path`, one file with all that another process needs to
+    resume from it.
+    """
 
     kind: Literal["saved"] = "saved"
     step: int
@@ -126,8 +132,8 @@ class Ended(_Plain):
 
 
 class Broken(_Plain):
-    """The run cannot continue. `cause`: the user (it would fail again), the machine (it would continue elsewhere), a lack of
-    memory, or unknown.
+    """The run cannot continue. `cause`: the user (it would fail again), the machine (it would
+    continue elsewhere), a lack of memory, or unknown.
     """
 
     kind: Literal["broken"] = "broken"

@@ -1,7 +1,8 @@
-"""The process of one job, as its worker holds it: started from a warm one, heard, stopped. No torch in this process.
+"""The process of one job, as its worker holds it: started from a warm one, heard, stopped. No torch
+in this process.
 
-A server process imports torch and transformers once and forks for each job, so a job begins in a fraction of a second. It
-starts with the first job, so a worker without work is small.
+A server process imports torch and transformers once and forks for each job, so a job begins in a
+fraction of a second. It starts with the first job, so a worker without work is small.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class JobProcesses:
         self._devices: list[tuple[str, int]] | None = None
 
     async def devices(self) -> list[tuple[str, int]]:
-        """The GPUs of this machine, by number, with their memory in bytes. When it returns, jobs start quickly.
+        """The GPUs of this machine, by number, with their memory in bytes. When it returns, jobs
+        start quickly.
 
         Raises:
             ServiceError: nothing can be trained here.
@@ -52,7 +54,9 @@ class JobProcesses:
                 told = await asyncio.get_running_loop().sock_recv(ours, 1 << 16)
             await asyncio.to_thread(process.join)
             if not told:
-                raise ServiceError("training is not available here, see the log; pip install 'reft-serve[train]'")
+                raise ServiceError(
+                    "training is not available here, see the log; pip install 'reft-serve[train]'"
+                )
             self._devices = [(str(name), int(size)) for name, size in json.loads(told)]
         return self._devices
 
@@ -73,7 +77,9 @@ class JobProcesses:
 class JobProcess:
     """One running job."""
 
-    def __init__(self, process: ForkServerProcess, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(
+        self, process: ForkServerProcess, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         self._process, self._reader, self._writer = process, reader, writer
 
     async def messages(self) -> AsyncIterator[Message]:
@@ -109,7 +115,8 @@ class JobProcess:
 def _enter(spec: str, sock: socket.socket) -> None:
     from reft_serve.training.jobs.job_main import train_job
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the worker's, which stops its jobs in order
+    # Ctrl-C is the worker's, which stops its jobs in order
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     read = JobSpec.model_validate_json(spec)
     os.chdir(read.folder)  # files that libraries write are removed with the job's folder
     if read.device != "cpu":

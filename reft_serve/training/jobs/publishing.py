@@ -1,7 +1,8 @@
-"""A run that is done: its versions go to the adapter store, its metrics to the file store, then one transaction names all.
+"""A run that is done: its versions go to the adapter store, its metrics to the file store, then one
+transaction names all.
 
-What fails before that transaction leaves files that no row names. They are removed at once where the worker lives, and
-swept up later if it does not.
+What fails before that transaction leaves files that no row names. They are removed at once where
+the worker lives, and swept up later if it does not.
 """
 
 from __future__ import annotations
@@ -40,10 +41,12 @@ class _Made:
 
 
 async def publish(ctx: WorkerContext, claim: Claim, run: Path, tokens: int) -> Status:
-    """Publish what a run has made, and end the job; the answer is how it ended. To call it again after a failure is safe.
+    """Publish what a run has made, and end the job; the answer is how it ended. To call it again
+    after a failure is safe.
 
     Raises:
-        LeaseLost: the job is not ours any longer (or is ended already, by a call whose answer was lost).
+        LeaseLost: the job is not ours any longer (or is ended already, by a call whose answer was
+            lost).
         StoreUnusable, and what a database raises: try again, or give the job back.
     """
     made: list[_Made] = []
@@ -59,19 +62,26 @@ async def publish(ctx: WorkerContext, claim: Claim, run: Path, tokens: int) -> S
         outcome = Succeeded(made[0].version, steps, tokens, result)
         async with ctx.database.writing() as session:
             await lock_room(session, claim.tenant_id)
-            for each in sorted({each.version.digest: each for each in made}.values(), key=lambda e: e.version.digest):
+            for each in sorted(
+                {each.version.digest: each for each in made}.values(),
+                key=lambda e: e.version.digest,
+            ):
                 await ctx.database.lock(session, each.version.digest)
-                if not ctx.store.path(each.version.digest).is_dir():  # its last owner removed it in this moment
+                # its last owner removed it in this moment
+                if not ctx.store.path(each.version.digest).is_dir():
                     await asyncio.to_thread(_store, ctx, each.source)
             status = await finish(session, claim.id, claim.worker, outcome, ctx.settings.limits)
     except BaseException:
         await asyncio.shield(_forgive(ctx, made))
         raise
-    await retract(ctx, (each.version.digest for each in made))  # what was not named: all, or some checkpoints
+    # what was not named: all, or some checkpoints
+    await retract(ctx, (each.version.digest for each in made))
     return status
 
 
-async def retract(ctx: WorkerContext, digests: Iterable[str], *, older_than_ms: int | None = None) -> int:
+async def retract(
+    ctx: WorkerContext, digests: Iterable[str], *, older_than_ms: int | None = None
+) -> int:
     """Remove the versions that no row names from the store, and give their number.
 
     Args:
@@ -127,7 +137,12 @@ async def _write_result(ctx: WorkerContext, claim: Claim, run: Path) -> WrittenF
     name = f"{claim.id}-metrics.csv"
     async with ctx.database.writing() as session:
         file_id = await files.start_file(
-            session, claim.tenant_id, None, filename=name, purpose="fine-tune-results", expires_ms=None
+            session,
+            claim.tenant_id,
+            None,
+            filename=name,
+            purpose="fine-tune-results",
+            expires_ms=None,
         )
 
     async def chunks() -> AsyncIterator[bytes]:
@@ -146,7 +161,9 @@ def _store(ctx: WorkerContext, source: Path) -> _Made:
         manifest = check_structure(staged, source.name)
         size = sum(file.stat().st_size for file in staged.iterdir())
         digest = ctx.store.publish(staged)
-    return _Made(NewVersion(digest, manifest.base_model.name, size, dict(manifest.summary())), source)
+    return _Made(
+        NewVersion(digest, manifest.base_model.name, size, dict(manifest.summary())), source
+    )
 
 
 def _changed_ms(path: Path) -> int | None:

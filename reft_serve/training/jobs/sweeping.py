@@ -1,4 +1,6 @@
-"""Clean-up after dead processes: half-written files, checkpoints of ended jobs, versions without a row."""
+"""Clean-up after dead processes: half-written files, checkpoints of ended jobs, versions without a
+row.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,10 @@ _JOB = re.compile(r"checkpoints/([^/]+)/")
 
 
 async def sweep(ctx: WorkerContext) -> None:
-    """Remove files without an owner. Safe next to processes that publish or train, here or elsewhere: half-written files are
-    recognised by their locks, versions are looked up under the lock that a publisher takes, and a young one is left alone,
-    since its publisher may be about to name it.
+    """Remove files without an owner. Safe next to processes that publish or train, here or
+    elsewhere: half-written files are recognised by their locks, versions are looked up under the
+    lock that a publisher takes, and a young one is left alone, since its publisher may be about to
+    name it.
 
     Raises:
         StoreUnusable, and what a database raises: another time.

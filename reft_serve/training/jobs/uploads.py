@@ -1,4 +1,6 @@
-"""Checkpoints on their way to the file store, next to the run: the newest counts, and the run never waits."""
+"""Checkpoints on their way to the file store, next to the run: the newest counts, and the run never
+waits.
+"""
 
 from __future__ import annotations
 
@@ -52,22 +54,29 @@ class Uploads:
     async def _move(self) -> None:
         while self._waiting is not None:
             (saved, metrics), self._waiting = self._waiting, None
-            with contextlib.suppress(LeaseLost):  # then another has the job, and the lease's keeper says so
+            # then another has the job, and the lease's keeper says so
+            with contextlib.suppress(LeaseLost):
                 await self._store(saved, metrics)
 
     async def _store(self, saved: Saved, metrics: dict[str, float]) -> None:
         claim, step, blobs, path = self._claim, saved.step, self._ctx.blobs, Path(saved.path)
         deadline = time.monotonic() + self._ctx.settings.patience_seconds
         try:
-            await retry_until(lambda: blobs.put(path, checkpoint_key(claim.id, step)), lambda: deadline)
+            await retry_until(
+                lambda: blobs.put(path, checkpoint_key(claim.id, step)), lambda: deadline
+            )
             limits = self._ctx.settings.limits
             await self._lease.write(
-                lambda session: queue.add_checkpoint(session, claim.id, claim.worker, step, metrics, limits)
+                lambda session: queue.add_checkpoint(
+                    session, claim.id, claim.worker, step, metrics, limits
+                )
             )
             for blob in await checkpoints_of(self._ctx, claim.id):
                 if blob.key < checkpoint_key(claim.id, step):
                     await blobs.delete(blob.key)
         except TRANSIENT as exc:
-            self._lease.queue_event(f"The checkpoint of step {step} could not be stored: {exc}", "warn")
+            self._lease.queue_event(
+                f"The checkpoint of step {step} could not be stored: {exc}", "warn"
+            )
         finally:
             path.unlink(missing_ok=True)

@@ -1,4 +1,6 @@
-"""The training worker: claims jobs while there is room for them, runs each as an attempt, sweeps up, ends in order."""
+"""The training worker: claims jobs while there is room for them, runs each as an attempt, sweeps
+up, ends in order.
+"""
 
 from __future__ import annotations
 
@@ -66,14 +68,22 @@ class Worker:
         return time.monotonic() - self._ticked < _LONGEST_PAUSE
 
     def end(self) -> None:
-        """Take no more jobs, let those in progress store a checkpoint and go back to the queue, then leave `run`."""
+        """Take no more jobs, let those in progress store a checkpoint and go back to the queue,
+        then leave `run`.
+        """
         self._ending.set()
 
     async def run(self) -> None:
         settings = self._ctx.settings
         _log.info(
             "the worker starts",
-            extra={"data": {"worker": settings.worker_name, "model": str(self._ctx.base), "version": __version__}},
+            extra={
+                "data": {
+                    "worker": settings.worker_name,
+                    "model": str(self._ctx.base),
+                    "version": __version__,
+                }
+            },
         )
         while not self._ending.is_set():
             self._ticked = time.monotonic()
@@ -82,12 +92,16 @@ class Worker:
             JOB_MEMORY.set(sum(attempt.memory for attempt in self._attempts.values()))
             WORKER_READY.set(self.unready is None)
             waking = [asyncio.ensure_future(self._ending.wait()), *self._attempts]
-            await asyncio.wait(waking, timeout=settings.poll_seconds, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                waking, timeout=settings.poll_seconds, return_when=asyncio.FIRST_COMPLETED
+            )
             waking[0].cancel()
         await self._drain(settings.drain_seconds)
 
     async def _unless_ending(self, turn: Coroutine[Any, Any, None]) -> None:
-        """Await a look at the queue; once the worker ends, no longer than a moment, since the database may be away."""
+        """Await a look at the queue; once the worker ends, no longer than a moment, since the
+        database may be away.
+        """
         looking, ending = asyncio.create_task(turn), asyncio.create_task(self._ending.wait())
         await asyncio.wait([looking, ending], return_when=asyncio.FIRST_COMPLETED)
         ending.cancel()
@@ -158,20 +172,27 @@ class Worker:
         claimed = time.monotonic()
         async with ctx.database.writing() as session:
             claim = await queue.claim(
-                session, settings.worker_name, settings.lease_seconds, place.free, settings.running_per_tenant,
+                session,
+                settings.worker_name,
+                settings.lease_seconds,
+                place.free,
+                settings.running_per_tenant,
                 settings.train_attempts,
-            )  # fmt: skip
+            )
         if claim is None:
             return False
         attempt = Attempt(ctx, claim, place, claimed)
         self._attempts[asyncio.create_task(self._attend(attempt))] = attempt
         _log.info(
-            "a job was claimed", extra={"data": {"job": claim.id, "tenant": claim.tenant, "attempt": claim.attempts}}
+            "a job was claimed",
+            extra={"data": {"job": claim.id, "tenant": claim.tenant, "attempt": claim.attempts}},
         )
         return True
 
     async def _make_way(self) -> None:
-        """Ask a job that has had its turn to give way, if another tenant's waits and finds no room."""
+        """Ask a job that has had its turn to give way, if another tenant's waits and finds no
+        room.
+        """
         settings, now = self._ctx.settings, time.monotonic()
         turns = sorted((attempt.claimed, attempt.claim.id) for attempt in self._attempts.values())
         had = [job_id for claimed, job_id in turns if now - claimed >= settings.train_turn_seconds]
@@ -180,7 +201,9 @@ class Worker:
         largest = max(device.memory for device in self._devices)
         waited = _WAITED_POLLS * settings.poll_seconds
         async with self._ctx.database.writing() as session:
-            yielding = await queue.make_way(session, had, largest, settings.running_per_tenant, waited)
+            yielding = await queue.make_way(
+                session, had, largest, settings.running_per_tenant, waited
+            )
         if yielding is not None:
             _log.info("a job yields", extra={"data": {"job": yielding}})
 
@@ -188,7 +211,8 @@ class Worker:
         how, task = "crashed", asyncio.current_task()
         try:
             how = await attempt.run()
-        except Exception:  # the job stays ours until its lease runs out; then it continues elsewhere
+        # the job stays ours until its lease runs out; then it continues elsewhere
+        except Exception:
             _log.exception("an attempt failed", extra={"data": {"job": attempt.claim.id}})
         finally:
             if task is not None:
@@ -213,7 +237,10 @@ class Worker:
             # One that has not estimated yet may take all that was free when it began.
             used[attempt.place.device] += attempt.memory or attempt.place.free
         device = max(self._devices, key=lambda each: each.memory - used[each.name])
-        threads, free = settings.train_threads or max(1, cores // most), device.memory - used[device.name]
+        threads, free = (
+            settings.train_threads or max(1, cores // most),
+            device.memory - used[device.name],
+        )
         return Place(device.name, free, device.memory, threads) if free > 0 else None
 
     async def _find_devices(self) -> list[_Device]:
@@ -225,7 +252,10 @@ class Worker:
         for attempt in self._attempts.values():
             attempt.drain()
         if self._attempts:
-            _log.info("waiting for jobs to store a checkpoint", extra={"data": {"jobs": len(self._attempts)}})
+            _log.info(
+                "waiting for jobs to store a checkpoint",
+                extra={"data": {"jobs": len(self._attempts)}},
+            )
             await asyncio.wait(self._attempts, timeout=seconds)
         for attempt in self._attempts.values():
             attempt.give_up()
@@ -245,24 +275,39 @@ async def running(settings: TrainerSettings) -> AsyncIterator[Worker]:
         await (migrate if settings.migrate else check_schema)(database)
         work = settings.work.expanduser().resolve()
         ctx = WorkerContext(
-            settings, database, AdapterStore(settings.store), BlobStore(settings.blobs_url), JobProcesses(),
-            await asyncio.to_thread(_find_base, settings.model), work,
-        )  # fmt: skip
+            settings,
+            database,
+            AdapterStore(settings.store),
+            BlobStore(settings.blobs_url),
+            JobProcesses(),
+            await asyncio.to_thread(_find_base, settings.model),
+            work,
+        )
         yield Worker(ctx)
     finally:
         await database.close()
 
 
 def _find_base(model: str) -> Path:
-    """The base model's directory: itself, or where the hub's cache has it, once it is downloaded."""
+    """The base model's directory: itself, or where the hub's cache has it, once it is
+    downloaded.
+    """
     path = Path(model).expanduser()
     if path.is_dir() or model.count("/") != 1 or model.startswith((".", "~")):
         return path.resolve()
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+        return Path(
+            snapshot_download(
+                model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+            )
+        )
     except (HfHubHTTPError, RepositoryNotFoundError, LocalEntryNotFoundError, OSError) as exc:
         raise BaseModelInvalid(
             f"REFT_MODEL {model!r} is not a directory, and cannot be downloaded from the hub: {exc}"

@@ -14,7 +14,9 @@ _RECORD = ("run.json", "metrics.jsonl")
 
 
 def pack(run: Path, file: Path) -> None:
-    """Write the run's record and its whole checkpoints: the newest with all it needs to continue, the others as versions."""
+    """Write the run's record and its whole checkpoints: the newest with all it needs to continue,
+    the others as versions.
+    """
     newest = checkpoints.newest(run / "checkpoints")
     with tarfile.open(file, "w") as archive:
         for name in _RECORD:
@@ -22,7 +24,9 @@ def pack(run: Path, file: Path) -> None:
         for path in checkpoints.sealed(run / "checkpoints").values():
             served = {*checkpoints.SERVED, checkpoints.SEAL}
             # The seal last, as it was written.
-            for part in sorted(path.iterdir(), key=lambda part: (part.name == checkpoints.SEAL, part.name)):
+            for part in sorted(
+                path.iterdir(), key=lambda part: (part.name == checkpoints.SEAL, part.name)
+            ):
                 if path == newest or part.name in served:
                     archive.add(part, f"checkpoints/{path.name}/{part.name}")
 

@@ -1,7 +1,9 @@
-"""Checkpoints: each a directory that can be served, with everything that a run needs to resume from it bit for bit.
+"""Checkpoints: each a directory that can be served, with everything that a run needs to resume from
+it bit for bit.
 
-transformers writes the state of optimiser, schedule and random generators file by file, so a checkpoint counts only once
-its last file, the seal, is there. What a killed process left without one is swept away. No torch.
+transformers writes the state of optimiser, schedule and random generators file by file, so a
+checkpoint counts only once its last file, the seal, is there. What a killed process left without
+one is swept away. No torch.
 """
 
 from __future__ import annotations
@@ -68,7 +70,11 @@ def rotate(folder: Path, keep: int, best: int | None) -> None:
 def _all(folder: Path) -> dict[int, Path]:
     if not folder.is_dir():
         return {}
-    return {int(match[1]): path for path in folder.iterdir() if (match := _NAME.fullmatch(path.name)) and path.is_dir()}
+    return {
+        int(match[1]): path
+        for path in folder.iterdir()
+        if (match := _NAME.fullmatch(path.name)) and path.is_dir()
+    }
 
 
 def sync(folder: Path) -> None:

@@ -1,4 +1,5 @@
-"""Direct preference optimisation (arXiv 2305.18290): the reference is the same base without edits, so no second model.
+"""Direct preference optimisation (arXiv 2305.18290): the reference is the same base without edits,
+so no second model.
 
 What the reference gives never changes, so it is computed once, before the run.
 """
@@ -22,7 +23,8 @@ __all__ = ["Dpo"]
 class Dpo:
     """The sigmoid loss over pairs, its mean over an optimiser step.
 
-    A batch holds the chosen and the rejected answer of each pair as neighbours: examples 2i and 2i + 1.
+    A batch holds the chosen and the rejected answer of each pair as neighbours: examples 2i and 2i
+    + 1.
     """
 
     width = 4
@@ -31,7 +33,9 @@ class Dpo:
         self._beta = beta
         self._reference: dict[Preference, Tensor] = {}
 
-    def consult(self, model: EditedModel, pairs: Sequence[Preference], collate: Collate, batch: int) -> None:
+    def consult(
+        self, model: EditedModel, pairs: Sequence[Preference], collate: Collate, batch: int
+    ) -> None:
         """Compute what the base gives for `pairs`. Every pair of a batch must have been here."""
         model.eval()
         for some in _batched(sorted(set(pairs) - self._reference.keys(), key=self.tokens), batch):
@@ -57,7 +61,9 @@ class Dpo:
         return -logsigmoid(self._beta * _margins(logprobs_Y, batch)).sum() / step_count
 
     def sums(self, model: EditedModel, batch: Batch) -> Tensor:
-        """Loss, pairs, pairs that prefer the chosen answer more than the base does, and by how much in all."""
+        """Loss, pairs, pairs that prefer the chosen answer more than the base does, and by how much
+        in all.
+        """
         margins = _margins(model.score(batch)[0], batch)
         loss = -logsigmoid(self._beta * margins).sum()
         return torch.stack(
@@ -65,14 +71,20 @@ class Dpo:
         ).double()
 
     def metrics(self, total: Tensor) -> dict[str, float]:
-        """Loss per pair, the share of pairs with a positive margin, and the mean margin of the rewards."""
+        """Loss per pair, the share of pairs with a positive margin, and the mean margin of the
+        rewards.
+        """
         loss, pairs, won, margin = total.tolist()
         return {"loss": loss / pairs, "accuracy": won / pairs, "margin": margin / pairs}
 
 
 def _examples(pairs: Sequence[Preference]) -> list[Example]:
     return [
-        Example(pair.prompt_ids + answer, (IGNORED,) * len(pair.prompt_ids) + answer, len(pair.prompt_ids))
+        Example(
+            pair.prompt_ids + answer,
+            (IGNORED,) * len(pair.prompt_ids) + answer,
+            len(pair.prompt_ids),
+        )
         for pair in pairs
         for answer in (pair.chosen_ids, pair.rejected_ids)
     ]
@@ -84,7 +96,9 @@ def _sums(logprobs_Y: Tensor, batch: Batch) -> Tensor:
 
 
 def _margins(logprobs_Y: Tensor, batch: Batch) -> Tensor:
-    """Reward margin per pair: how much more than the base model the model prefers the chosen answer."""
+    """Reward margin per pair: how much more than the base model the model prefers the chosen
+    answer.
+    """
     assert batch.reference is not None
     gains = (_sums(logprobs_Y, batch) - batch.reference).view(-1, 2)
     return gains[:, 0] - gains[:, 1]

@@ -1,4 +1,6 @@
-"""Training objectives: batches from items of the data, the loss, and the metrics on held-out data."""
+"""Training objectives: batches from items of the data, the loss, and the metrics on held-out
+data.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,8 @@ Collate = Callable[[Sequence[Example]], Batch]
 class Objective(Protocol, Generic[Item_contra]):
     """One method of training.
 
-    `sums` are added up over held-out batches; `metrics` turns their total into numbers, `loss` among them. `width`: how
-    many sums there are.
+    `sums` are added up over held-out batches; `metrics` turns their total into numbers, `loss`
+    among them. `width`: how many sums there are.
     """
 
     width: int
@@ -37,7 +39,9 @@ class Objective(Protocol, Generic[Item_contra]):
         ...
 
     def loss(self, logprobs_Y: Tensor, batch: Batch, step_count: Tensor) -> Tensor:
-        """A micro-batch's share of the loss of an optimiser step, whose micro-batches count `step_count` together."""
+        """A micro-batch's share of the loss of an optimiser step, whose micro-batches count
+        `step_count` together.
+        """
         ...
 
     def sums(self, model: EditedModel, batch: Batch) -> Tensor:
@@ -48,7 +52,9 @@ class Objective(Protocol, Generic[Item_contra]):
 
 
 class Supervised:
-    """Cross-entropy of the answers: the mean over all tokens with a loss in an optimiser step, each times its weight."""
+    """Cross-entropy of the answers: the mean over all tokens with a loss in an optimiser step, each
+    times its weight.
+    """
 
     width = 3
 

@@ -8,7 +8,14 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 __all__ = ["Bar", "Record", "plot_losses"]
 
@@ -17,9 +24,11 @@ PLOT = "loss.png"
 
 
 class Record:
-    """Keeps `metrics.jsonl`: one object per step and per evaluation, each with `step` and `seconds` since the start.
+    """Keeps `metrics.jsonl`: one object per step and per evaluation, each with `step` and `seconds`
+    since the start.
 
-    A resumed run continues after the step that it resumes from; later lines, of steps that are done again, are dropped.
+    A resumed run continues after the step that it resumes from; later lines, of steps that are done
+    again, are dropped.
     """
 
     def __init__(self, out: Path) -> None:
@@ -58,12 +67,18 @@ class Bar:
 
     def __init__(self, console: Console) -> None:
         columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
         self._progress = Progress(*columns, console=console)
         self._task = self._progress.add_task("training", total=None, numbers="")
-        # When tokens were first counted, and how many there were: a resumed run brings those of earlier days.
+        # When tokens were first counted, and how many there were: a resumed run brings those of
+        # earlier days.
         self._first: tuple[float, float] | None = None
         self._held_out = ""
 
@@ -81,7 +96,9 @@ class Bar:
         self._progress.update(self._task, completed=step, numbers=numbers)
 
     def _rate(self, tokens: float) -> str:
-        """Tokens per second since this process began; nothing yet at the first step of a resumed run."""
+        """Tokens per second since this process began; nothing yet at the first step of a resumed
+        run.
+        """
         now = time.monotonic()
         if self._first is None:
             self._first = (now, tokens)

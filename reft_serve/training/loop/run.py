@@ -1,4 +1,5 @@
-"""A whole run: a base model, a plan and examples become a published adapter and a record of how it was made.
+"""A whole run: a base model, a plan and examples become a published adapter and a record of how it
+was made.
 
 ::
 
@@ -85,15 +86,17 @@ def train(
 
     Args:
         items: examples, or preferences where the plan's method is dpo. held_out: of the same sort.
-        resume: resume from the newest checkpoint under `out`, if there is one; the rest must be as it was.
+        resume: resume from the newest checkpoint under `out`, if there is one; the rest must be as
+            it was.
         watchers: notified of every step, next to the record that is kept in `out`.
         plot: draw the losses at the end.
-        fingerprints: of the data that `items` and `held_out` were made of; a run whose data have the same can be resumed,
-            also if a chat template has rendered them in another way.
+        fingerprints: of the data that `items` and `held_out` were made of; a run whose data have
+            the same can be resumed, also if a chat template has rendered them in another way.
         started: the time that chat templates were given, kept for `started_at`.
 
     Raises:
-        ClientError: the plan or the data cannot be used. AdapterExists: `out` holds a run and `resume` is not set.
+        ClientError: the plan or the data cannot be used. AdapterExists: `out` holds a run and
+            `resume` is not set.
         BaseModelInvalid: the base is none that can be edited. AdapterInvalid: training diverged.
     """
     plan.check()
@@ -130,7 +133,9 @@ def _trainer(
     packed = model.can_pack(max(objective.tokens(item) for item in (*items, *held_out)))
     if isinstance(objective, Dpo):
         lay_out = partial(collate, rule=plan.adapter.rule, packed=packed)
-        objective.consult(model, cast(Sequence[Preference], [*items, *held_out]), lay_out, plan.batch)
+        objective.consult(
+            model, cast(Sequence[Preference], [*items, *held_out]), lay_out, plan.batch
+        )
     made = plan.facts() | {"examples": len(items), "held_out_examples": len(held_out)}
     settings = arguments(plan, out / "checkpoints", evaluates=bool(held_out))
 
@@ -139,7 +144,15 @@ def _trainer(
 
     followers = (report.Record(out), *watchers)
     trainer: ReftTrainer[Any] = ReftTrainer(
-        model, plan, settings, objective, items, held_out, publish, packed=packed, watchers=followers
+        model,
+        plan,
+        settings,
+        objective,
+        items,
+        held_out,
+        publish,
+        packed=packed,
+        watchers=followers,
     )
     return trainer
 
@@ -148,18 +161,26 @@ def _objective(plan: Plan, items: Sequence[Example | Preference]) -> Objective[A
     wanted = Preference if plan.method == "dpo" else Example
     if not items or not all(isinstance(item, wanted) for item in items):
         sort = "preferences" if plan.method == "dpo" else "examples"
-        raise ClientError(f"method {plan.method} learns from {sort}, but the data holds none or other rows too")
+        raise ClientError(
+            f"method {plan.method} learns from {sort}, but the data holds none or other rows too"
+        )
     return Dpo(plan.dpo_beta) if plan.method == "dpo" else Supervised()
 
 
 def _asked(facts: BaseFacts, plan: Plan, items: Items, held_out: Items) -> dict[str, Any]:
     """Facts that must be equal for a run to be resumed."""
     digests = [hashlib.sha256(repr(list(data)).encode()).hexdigest() for data in (items, held_out)]
-    return {"base": facts.model_dump(), "plan": _recorded(plan), "data": digests[0], "held_out": digests[1]}
+    return {
+        "base": facts.model_dump(),
+        "plan": _recorded(plan),
+        "data": digests[0],
+        "held_out": digests[1],
+    }
 
 
 def _recorded(plan: Plan) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(json.dumps(asdict(replace(plan, report_to=()))))  # who is told changes nothing
+    # who is told changes nothing
+    found: dict[str, Any] = json.loads(json.dumps(asdict(replace(plan, report_to=()))))
     return found
 
 
@@ -171,19 +192,27 @@ def _filled(recorded: Any, defaults: Any) -> Any:
 
 
 def started_at(out: Path) -> datetime | None:
-    """When the run in `out` was started, for chat templates that write the date; None if `out` holds none.
+    """When the run in `out` was started, for chat templates that write the date; None if `out`
+    holds none.
 
-    The time has no time zone: it is what the clock on the wall said. A record of an earlier release has its file's time.
+    The time has no time zone: it is what the clock on the wall said. A record of an earlier release
+    has its file's time.
     """
     record = out / _RUN
     if not record.exists():
         return None
     recorded = json.loads(record.read_text()).get("started")
-    return datetime.fromisoformat(recorded) if recorded else datetime.fromtimestamp(record.stat().st_mtime)
+    return (
+        datetime.fromisoformat(recorded)
+        if recorded
+        else datetime.fromtimestamp(record.stat().st_mtime)
+    )
 
 
 def _differing(asked: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """Names of the facts that differ from the recorded run. Tokens may differ if rows and template are the same."""
+    """Names of the facts that differ from the recorded run. Tokens may differ if rows and template
+    are the same.
+    """
     wrong = [name for name in ("base", "plan") if asked[name] != found.get(name)]
     before, now = found.get("fingerprints") or (), asked["fingerprints"]
     for i, name in enumerate(("data", "held_out")):
@@ -201,10 +230,15 @@ def _claim(out: Path, asked: dict[str, Any], resume: bool, started: datetime) ->
         found["plan"] = _filled(found.get("plan"), _recorded(Plan(lora=LoraPlan())))
         wrong = _differing(asked, found)
         if wrong:
-            raise ClientError(f"{out} holds another run: its {' and '.join(wrong)} differ, so it cannot be resumed")
+            raise ClientError(
+                f"{out} holds another run: its {' and '.join(wrong)} differ, so it cannot be "
+                "resumed"
+            )
         checkpoints.sweep(out / "checkpoints")
     elif out.exists() and any(out.iterdir()):
-        raise AdapterExists(f"{out} is not empty: choose another --out, or --resume the run that is in it")
+        raise AdapterExists(
+            f"{out} is not empty: choose another --out, or --resume the run that is in it"
+        )
     else:
         out.mkdir(parents=True, exist_ok=True)
         aside = record.with_suffix(".new")
@@ -217,7 +251,10 @@ def _finish(out: Path, trainer: ReftTrainer[Any]) -> None:
     if trainer.state.global_step < trainer.state.max_steps or (out / "adapter").exists():
         return
     whole = checkpoints.sealed(out / "checkpoints")
-    chosen = whole.get(trainer.state.best_global_step or trainer.state.global_step) or list(whole.values())[-1]
+    chosen = (
+        whole.get(trainer.state.best_global_step or trainer.state.global_step)
+        or list(whole.values())[-1]
+    )
     aside = out / ".adapter"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
@@ -232,7 +269,10 @@ def _outcome(out: Path, model: EditedModel, trainer: ReftTrainer[Any], seconds: 
     path = out / "adapter"
     adapter = read_adapter(path) if path.exists() else None
     learnt = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    state, total = trainer.state, sum(p.numel() for p in model.lm.parameters() if not p.requires_grad)
+    state, total = (
+        trainer.state,
+        sum(p.numel() for p in model.lm.parameters() if not p.requires_grad),
+    )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     outcome = Outcome(
         adapter=None if adapter is None else str(path),

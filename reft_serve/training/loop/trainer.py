@@ -1,7 +1,8 @@
 """The loop: transformers' Trainer with our batches, loss, checkpoints and evaluation.
 
-AdamW, schedule, accumulation, clipping, loss scaling, reports and several processes under `accelerate launch` are the
-Trainer's own. There is not a weight decay: pyreft's never reaches an intervention, and decay means nothing to a rotation.
+AdamW, schedule, accumulation, clipping, loss scaling, reports and several processes under
+`accelerate launch` are the Trainer's own. There is not a weight decay: pyreft's never reaches an
+intervention, and decay means nothing to a rotation.
 """
 
 from __future__ import annotations
@@ -34,15 +35,17 @@ Item = TypeVar("Item")
 
 
 class Watcher(Protocol):
-    """Observer of a run: a progress bar, a file of metrics, a job's heartbeat. Called in the main process only."""
+    """Observer of a run: a progress bar, a file of metrics, a job's heartbeat. Called in the main
+    process only.
+    """
 
     def started(self, step: int, steps: int) -> None:
         """The run begins after `step` of `steps` optimiser steps."""
         ...
 
     def logged(self, step: int, metrics: dict[str, float]) -> None:
-        """Numbers of a step (loss, token_accuracy, learning_rate, grad_norm, epoch, tokens), or of an evaluation
-        (eval_loss ...).
+        """Numbers of a step (loss, token_accuracy, learning_rate, grad_norm, epoch, tokens), or of
+        an evaluation (eval_loss ...).
         """
         ...
 
@@ -64,8 +67,13 @@ def arguments(plan: Plan, folder: Path, *, evaluates: bool) -> TrainingArguments
     ready = get_available_reporting_integrations()
     missing = [name for name in plan.report_to if name not in ready]
     if missing:
-        raise ClientError(f"report_to {missing[0]!r} is not installed; {', '.join(ready) or 'no integration'} is")
-    interval: dict[str, Any] = {"save_strategy": "epoch", "eval_strategy": "epoch" if evaluates else "no"}
+        raise ClientError(
+            f"report_to {missing[0]!r} is not installed; {', '.join(ready) or 'no integration'} is"
+        )
+    interval: dict[str, Any] = {
+        "save_strategy": "epoch",
+        "eval_strategy": "epoch" if evaluates else "no",
+    }
     if plan.save_every is not None:
         steps = "steps" if evaluates else "no"
         interval = {"save_strategy": "steps", "save_steps": plan.save_every, "eval_strategy": steps}
@@ -118,14 +126,25 @@ class ReftTrainer(Trainer, Generic[Item]):  # type: ignore[misc]
         packed: bool,
         watchers: Sequence[Watcher] = (),
     ) -> None:
-        self._plan, self._objective, self._publish, self._watchers = plan, objective, publish, watchers
-        self._collate = partial(_lay_out, objective, partial(collate, rule=plan.adapter.rule, packed=packed))
+        self._plan, self._objective, self._publish, self._watchers = (
+            plan,
+            objective,
+            publish,
+            watchers,
+        )
+        self._collate = partial(
+            _lay_out, objective, partial(collate, rule=plan.adapter.rule, packed=packed)
+        )
         self._lengths = [objective.tokens(item) for item in items]
         self._sampler: StepSampler | None = None
         # Tokens of the step that were the likeliest, and all.
         self._hits = torch.zeros(2, dtype=torch.long)
         super().__init__(
-            model, settings, data_collator=self._collate, train_dataset=items, eval_dataset=held_out or None
+            model,
+            settings,
+            data_collator=self._collate,
+            train_dataset=items,
+            eval_dataset=held_out or None,
         )
         tokens = sum(self._lengths) + sum(map(objective.tokens, held_out))
         kept = worth_keeping(model, plan, len(items), tokens, self.accelerator.num_processes)
@@ -140,10 +159,17 @@ class ReftTrainer(Trainer, Generic[Item]):  # type: ignore[misc]
         """Batches of `StepSampler`, shared out over the processes by accelerate."""
         plan, world = self._plan, self.accelerator.num_processes
         sampler = StepSampler(
-            self._lengths, plan.batch, plan.accumulate, plan.seed, shuffle=plan.shuffle, processes=world
+            self._lengths,
+            plan.batch,
+            plan.accumulate,
+            plan.seed,
+            shuffle=plan.shuffle,
+            processes=world,
         )
         self._sampler = sampler
-        loader: Any = DataLoader(self.train_dataset, batch_sampler=sampler, collate_fn=self._collate)
+        loader: Any = DataLoader(
+            self.train_dataset, batch_sampler=sampler, collate_fn=self._collate
+        )
         return self.accelerator.prepare(loader)
 
     def compute_loss(
@@ -153,16 +179,22 @@ class ReftTrainer(Trainer, Generic[Item]):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
-        """The objective's loss of a micro-batch, for gradients that accelerate will average over the processes."""
+        """The objective's loss of a micro-batch, for gradients that accelerate will average over
+        the processes.
+        """
         batch = self._with_states(inputs["batch"])
         assert num_items_in_batch is not None
         processes: int = self.accelerator.num_processes
         tokens = torch.tensor(sum(batch.lengths), device=self.args.device)
-        self.state.num_input_tokens_seen += int(self.accelerator.reduce(tokens) if processes > 1 else tokens)
+        self.state.num_input_tokens_seen += int(
+            self.accelerator.reduce(tokens) if processes > 1 else tokens
+        )
         loss = self._objective.loss(model(batch), batch, num_items_in_batch)
         if batch.reference is None:
             hits = torch.stack([self.model.hits, self.model.hits.new_tensor(len(batch.target_ids))])
-            self._hits = self._hits.to(hits.device) + (self.accelerator.reduce(hits) if processes > 1 else hits)
+            self._hits = self._hits.to(hits.device) + (
+                self.accelerator.reduce(hits) if processes > 1 else hits
+            )
         return loss * processes
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -182,7 +214,9 @@ class ReftTrainer(Trainer, Generic[Item]):  # type: ignore[misc]
         parts = micro_batches(range(len(items)), lengths, self._plan.batch, world)
         total = torch.zeros(self._objective.width, dtype=torch.float64, device=self.args.device)
         for part in islice(parts, rank, None, world):
-            batch = self._with_states(self._collate([items[i] for i in part])["batch"].to(self.args.device))
+            batch = self._with_states(
+                self._collate([items[i] for i in part])["batch"].to(self.args.device)
+            )
             total += self._objective.sums(model, batch)
         summed: Tensor = self.accelerator.reduce(total, "sum")
         return summed
@@ -205,7 +239,8 @@ class ReftTrainer(Trainer, Generic[Item]):  # type: ignore[misc]
         if self.args.should_save:
             self._publish(Path(output_dir))
             save_parameters(Path(output_dir), self.model)
-        # The other processes make the directory for their random states, and publishing wants a name that is free.
+        # The other processes make the directory for their random states, and publishing wants a
+        # name that is free.
         self.accelerator.wait_for_everyone()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -221,7 +256,9 @@ class ReftTrainer(Trainer, Generic[Item]):  # type: ignore[misc]
             for watcher in self._watchers:
                 watcher.saved(self.state.global_step, path)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
         load_parameters(Path(resume_from_checkpoint), model or self.model)
 
     def begin_epoch(self, steps_done: int) -> None:

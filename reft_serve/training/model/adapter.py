@@ -1,4 +1,6 @@
-"""An adapter in training: built fresh for a base model after a plan, and written as a version that can be served."""
+"""An adapter in training: built fresh for a base model after a plan, and written as a version that
+can be served.
+"""
 
 from __future__ import annotations
 
@@ -33,22 +35,27 @@ _PARTS: dict[Part, PartName] = {Part.PREFIX: "prefix", Part.SUFFIX: "suffix"}
 
 
 def build(base: Path, plan: Plan) -> EditedModel:
-    """The base model in the plan's dtype, with interventions (and a LoRA) as the plan's seed draws them.
+    """The base model in the plan's dtype, with interventions (and a LoRA) as the plan's seed draws
+    them.
 
     Raises:
-        ClientError: float16 without a GPU, compiling without a compiler, or layers that the base has not.
-        BaseModelInvalid: the base is not a language model (a classification head, say), or none that can be edited.
+        ClientError: float16 without a GPU, compiling without a compiler, or layers that the base
+            has not.
+        BaseModelInvalid: the base is not a language model (a classification head, say), or none
+            that can be edited.
     """
     device = this_process().device
     if device.type == "cpu":
         keep_freed_memory()
     if plan.dtype == "float16" and device.type == "cpu":
         raise ClientError(
-            "float16 needs a GPU, whose loss scaling keeps small gradients from vanishing; choose bfloat16 or float32"
+            "float16 needs a GPU, whose loss scaling keeps small gradients from vanishing; choose "
+            "bfloat16 or float32"
         )
     if plan.compile and device.type == "cpu" and shutil.which(compiler()) is None:
         raise ClientError(
-            f"compiling needs a C++ compiler and {compiler()} is not found: install one, or leave out --compile"
+            f"compiling needs a C++ compiler and {compiler()} is not found: install one, or leave "
+            "out --compile"
         )
     facts = read_base_model(base)
     lm = _language_model(base, facts, plan.dtype)
@@ -56,7 +63,9 @@ def build(base: Path, plan: Plan) -> EditedModel:
     edits = _edits(plan.adapter, facts)
     if plan.lora is not None:
         lm = lora.wrap(lm, plan.lora)
-    model = EditedModel(lm, edits, gradient_checkpointing=plan.gradient_checkpointing, compiled=plan.compile)
+    model = EditedModel(
+        lm, edits, gradient_checkpointing=plan.gradient_checkpointing, compiled=plan.compile
+    )
     if device.type == "cpu" and not plan.compile:
         cpu_fusion.fuse(model.lm)
     return model.to(device)
@@ -66,14 +75,17 @@ def restore(base: Path, path: Path, dtype: DType = "float32") -> tuple[EditedMod
     """A published adapter on its base model, to be evaluated as the trainer does it.
 
     Raises:
-        AdapterNotFound, AdapterInvalid: it cannot be read. AdapterUnsupported: it edits something that is not trained here.
+        AdapterNotFound, AdapterInvalid: it cannot be read. AdapterUnsupported: it edits something
+            that is not trained here.
     """
     adapter = read_adapter(path)
     parts = {name: part for part, name in _PARTS.items()} | {"both": Part.PREFIX}
     others = {spec.component for spec in adapter.manifest.interventions} - {"block_output"}
     halves = [spec.part for spec in adapter.manifest.interventions]
     if others or ("both" in halves and not adapter.manifest.positions.tied):
-        raise AdapterUnsupported(str(path), [f"it edits {', '.join(sorted(others) or ['both halves at once'])}"])
+        raise AdapterUnsupported(
+            str(path), [f"it edits {', '.join(sorted(others) or ['both halves at once'])}"]
+        )
     lm = _language_model(base, read_base_model(base), dtype)
     if adapter.lora is not None:
         lm = lora.attach(lm, path)
@@ -94,7 +106,8 @@ def publish_version(
     """Write the adapter as it is now.
 
     Raises:
-        AdapterInvalid: training has diverged, so that the adapter holds NaN or Inf. AdapterExists: `path` is taken.
+        AdapterInvalid: training has diverged, so that the adapter holds NaN or Inf. AdapterExists:
+            `path` is taken.
     """
     shape = plan.adapter
     specs = tuple(
@@ -108,29 +121,35 @@ def publish_version(
         )
         for edit in model.edits
     )
-    manifest = Manifest(base_model=base, interventions=specs, positions=shape.rule, provenance=dict(provenance))
+    manifest = Manifest(
+        base_model=base, interventions=specs, positions=shape.rule, provenance=dict(provenance)
+    )
     weights = [_on_cpu(edit.module.weights()) for edit in model.edits]
     half = None if plan.lora is None else lora.lora_weights(model.lm, str(path))
     return publish(path, manifest, weights, half)
 
 
 def _language_model(base: Path, facts: BaseFacts, dtype: DType) -> Any:
-    """The base, whole. transformers would make up the weights that a model of another sort lacks."""
+    """The base, whole. transformers would make up the weights that a model of another sort
+    lacks.
+    """
     remedy = (
-        "use the causal language model of its family as --base; for classification, let the answer name the class, "
-        "as the GLUE recipes do (glue-cola)"
+        "use the causal language model of its family as --base; for classification, let the "
+        "answer name the class, as the GLUE recipes do (glue-cola)"
     )
     if facts.architecture.endswith(_OTHER_HEADS):
         raise BaseModelInvalid(
-            f"{facts.name} is a {facts.architecture}: its head classifies or fills in tokens and generates no text, so the "
-            f"engine could not serve an adapter trained on it; {remedy}"
+            f"{facts.name} is a {facts.architecture}: its head classifies or fills in tokens and "
+            f"generates no text, so the engine could not serve an adapter trained on it; {remedy}"
         )
-    lm, loading = AutoModelForCausalLM.from_pretrained(base, dtype=_DTYPES[dtype], output_loading_info=True)
+    lm, loading = AutoModelForCausalLM.from_pretrained(
+        base, dtype=_DTYPES[dtype], output_loading_info=True
+    )
     missing = sorted(loading["missing_keys"])
     if missing:
         raise BaseModelInvalid(
-            f"{facts.name} ({facts.architecture}) lacks {len(missing)} tensors of a language model, {missing[0]} first; "
-            f"{remedy}"
+            f"{facts.name} ({facts.architecture}) lacks {len(missing)} tensors of a language "
+            f"model, {missing[0]} first; {remedy}"
         )
     return lm
 
@@ -144,12 +163,20 @@ def _edits(shape: AdapterPlan, base: BaseFacts) -> list[Edit]:
     layers = range(base.num_hidden_layers) if shape.layers is None else shape.layers
     wrong = [layer for layer in layers if not 0 <= layer < base.num_hidden_layers]
     if wrong:
-        raise ClientError(f"there is no layer {wrong[0]}: the base model has 0 to {base.num_hidden_layers - 1}")
+        raise ClientError(
+            f"there is no layer {wrong[0]}: the base model has 0 to {base.num_hidden_layers - 1}"
+        )
     if shape.rank > base.hidden_size:
-        raise ClientError(f"rank {shape.rank} is larger than the base's hidden size {base.hidden_size}")
+        raise ClientError(
+            f"rank {shape.rank} is larger than the base's hidden size {base.hidden_size}"
+        )
     parts = (Part.PREFIX,) if shape.rule.tied else tuple(Part)
     return [
-        Edit(layer, part, Intervention(shape.kind, base.hidden_size, shape.rank, shape.activation, shape.dropout))
+        Edit(
+            layer,
+            part,
+            Intervention(shape.kind, base.hidden_size, shape.rank, shape.activation, shape.dropout),
+        )
         for part in parts
         for layer in layers
     ]

@@ -1,11 +1,13 @@
-"""Attention for packed batches: examples that lie end to end in one row, each attending to itself alone.
+"""Attention for packed batches: examples that lie end to end in one row, each attending to itself
+alone.
 
-Registered with transformers under `PACKED`, so that any model with exchangeable attention takes it. The work per example
-is transformers' own `sdpa`, causal and without a mask. Neighbours of about equal length share one call, those that are
-shorter with padding on the right, which none of their tokens attends to.
+Registered with transformers under `PACKED`, so that any model with exchangeable attention takes it.
+The work per example is transformers' own `sdpa`, causal and without a mask. Neighbours of about
+equal length share one call, those that are shorter with padding on the right, which none of their
+tokens attends to.
 
-Letters: N tokens of the batch, Y of them with a loss, C examples of a call, L its longest example, Q the most of an example's
-tokens with a loss, H heads, D width of a head.
+Letters: N tokens of the batch, Y of them with a loss, C examples of a call, L its longest example,
+Q the most of an example's tokens with a loss, H heads, D width of a head.
 """
 
 from __future__ import annotations
@@ -22,10 +24,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 __all__ = ["PACKED", "install", "look_from_targets"]
 
 PACKED = "reft_packed"
-# Examples share a call where the shortest has this share of the longest's tokens: small calls cost more than some padding.
+# Examples share a call where the shortest has this share of the longest's tokens: small calls cost
+# more than some padding.
 _ALIKE = 0.8
-# Where fewer tokens than this share have a loss, the last layer looks from them alone. It needs a mask, which does the work
-# that being causal saves.
+# Where fewer tokens than this share have a loss, the last layer looks from them alone. It needs a
+# mask, which does the work that being causal saves.
 _FEW = 0.25
 _FROM_TARGETS = "reft_looks_from_targets"
 
@@ -51,8 +54,9 @@ def _attend(
     packed_targets: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attend from query (1, H, N, D). As arguments of the model's own forward come `packed_lengths`, int64 (examples,) on the
-    CPU, and `packed_targets`, int64 (Y,): the tokens with a loss, in their order.
+    """Attend from query (1, H, N, D). As arguments of the model's own forward come
+    `packed_lengths`, int64 (examples,) on the CPU, and `packed_targets`, int64 (Y,): the tokens
+    with a loss, in their order.
     """
     options.pop("is_causal", None)
     if packed_lengths is None:
@@ -68,7 +72,9 @@ def _attend(
     return _from_all(attend, rows, calls).unsqueeze(0), None
 
 
-def _from_all(attend: Callable[..., Tensor], rows: Sequence[Tensor], calls: Sequence[tuple[int, ...]]) -> Tensor:
+def _from_all(
+    attend: Callable[..., Tensor], rows: Sequence[Tensor], calls: Sequence[tuple[int, ...]]
+) -> Tensor:
     """(N, H, D) from the queries, keys and values (N, H, D)."""
     # Split, not sliced: the gradient of each slice would be as large as the whole.
     sizes = [sum(lengths) for lengths in calls]
@@ -97,16 +103,23 @@ def _from_targets(
     counts = torch.split(count_C, [len(call) for call in calls])
     taken = [int(count.sum()) for count in counts]
     pieces = zip(
-        calls, counts, *(torch.split(t, taken) for t in (_unpad(queries, targets_Y), position_Y, turn_Y)),
-        *(torch.split(t, sizes) for t in (keys, values)), strict=True,
-    )  # fmt: skip
+        calls,
+        counts,
+        *(torch.split(t, taken) for t in (_unpad(queries, targets_Y), position_Y, turn_Y)),
+        *(torch.split(t, sizes) for t in (keys, values)),
+        strict=True,
+    )
     outputs = []
     for call, count, q_YHD, position, turn, k_NHD, v_NHD in pieces:
         most = int(count.max())
         if not most:
             continue
         place_Y = torch.arange(len(call)).repeat_interleave(count) * most + turn
-        at_CQ = torch.zeros(len(call) * most, dtype=torch.long).index_copy_(0, place_Y, position).view(len(call), most)
+        at_CQ = (
+            torch.zeros(len(call) * most, dtype=torch.long)
+            .index_copy_(0, place_Y, position)
+            .view(len(call), most)
+        )
         mask = torch.arange(max(call)) <= at_CQ[:, None, :, None]
         q_CQHD = _pad(q_YHD, place_Y, len(call) * most).view(len(call), most, *q_YHD.shape[1:])
         k, v = (_apart(t, call).transpose(1, 2) for t in (k_NHD, v_NHD))
@@ -138,7 +151,9 @@ class _Pad(torch.autograd.Function):
 
 
 class _Unpad(torch.autograd.Function):
-    """The rows at some places; no place is named twice, so that their gradient is copied, not added."""
+    """The rows at some places; no place is named twice, so that their gradient is copied, not
+    added.
+    """
 
     @staticmethod
     def forward(ctx: Any, padded: Tensor, places: Tensor) -> Tensor:
@@ -149,7 +164,9 @@ class _Unpad(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (rows,) = grads
-        return rows.new_zeros(ctx.size, *rows.shape[1:]).index_copy_(0, ctx.saved_tensors[0], rows), None
+        return rows.new_zeros(ctx.size, *rows.shape[1:]).index_copy_(
+            0, ctx.saved_tensors[0], rows
+        ), None
 
 
 # torch's `apply` has no types.
@@ -167,18 +184,31 @@ def _apart(rows_NHD: Tensor, lengths: tuple[int, ...]) -> Tensor:
 def _together(apart_CLHD: Tensor, lengths: tuple[int, ...]) -> Tensor:
     """The way back, (N, H, D)."""
     rows_NHD = apart_CLHD.flatten(0, 1)
-    return _unpad(rows_NHD, _places(lengths, rows_NHD.device)) if min(lengths) < max(lengths) else rows_NHD
+    return (
+        _unpad(rows_NHD, _places(lengths, rows_NHD.device))
+        if min(lengths) < max(lengths)
+        else rows_NHD
+    )
 
 
 @lru_cache(maxsize=64)
 def _places(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """Where each token lies among C * L. The layers of a step ask for the same ones."""
     width = max(lengths)
-    return torch.cat([torch.arange(start * width, start * width + n) for start, n in enumerate(lengths)]).to(device)
+    return torch.cat(
+        [torch.arange(start * width, start * width + n) for start, n in enumerate(lengths)]
+    ).to(device)
 
 
 def _whole(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    options: dict[str, Any],
 ) -> Tensor:
-    out: Tensor = sdpa_attention_forward(module, query, key, value, mask, is_causal=True, **options)[0]
+    out: Tensor = sdpa_attention_forward(
+        module, query, key, value, mask, is_causal=True, **options
+    )[0]
     return out

@@ -1,9 +1,10 @@
 """Small operations of a frozen float32 base, in fewer passes over memory.
 
-transformers writes RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467) as six operations, and rotary embeddings (Su et al.
-2021, arXiv 2104.09864) as five for queries and five for keys; autograd keeps what lies between them, and has as many for the
-way back. On a CPU each is a pass over all hidden states, for which a step of a small model waits longer than for the
-arithmetic. torch.compile joins them itself.
+transformers writes RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467) as six operations, and
+rotary embeddings (Su et al. 2021, arXiv 2104.09864) as five for queries and five for keys; autograd
+keeps what lies between them, and has as many for the way back. On a CPU each is a pass over all
+hidden states, for which a step of a small model waits longer than for the arithmetic. torch.compile
+joins them itself.
 
 Letters: T tokens, D hidden width or width of a head, H heads.
 """
@@ -25,10 +26,11 @@ _ROTARY = "apply_rotary_pos_emb"
 
 
 def fuse(root: nn.Module) -> int:
-    """Fuse every RMSNorm and every rotary embedding below `root` into few passes; returns how many were found.
+    """Fuse every RMSNorm and every rotary embedding below `root` into few passes; returns how many
+    were found.
 
-    They are known by their names, and by giving what ours give: some norms add one to their weight, some models turn
-    neighbouring entries and not the two halves.
+    They are known by their names, and by giving what ours give: some norms add one to their weight,
+    some models turn neighbouring entries and not the two halves.
     """
     return sum(_join_norm(module) or _join_rotary(module) for module in root.modules())
 
@@ -58,7 +60,9 @@ def _join_rotary(module: nn.Module) -> bool:
         return False
     # A copy for this module, in which the name means ours; other models of the process keep theirs.
     names = forward.__globals__ | {_ROTARY: _rotate}
-    copy = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    copy = FunctionType(
+        forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__
+    )
     copy.__kwdefaults__ = forward.__kwdefaults__
     module.forward = MethodType(copy, module)
     return True
@@ -82,7 +86,13 @@ def _turns_halves(rotary: Callable[..., Any]) -> bool:
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, eps: float, h: Tensor) -> Tensor:
-        scale = torch.linalg.vector_norm(h, dim=-1, keepdim=True).square_().div_(h.shape[-1]).add_(eps).rsqrt_()
+        scale = (
+            torch.linalg.vector_norm(h, dim=-1, keepdim=True)
+            .square_()
+            .div_(h.shape[-1])
+            .add_(eps)
+            .rsqrt_()
+        )
         ctx.save_for_backward(h, weight, scale)
         out: Tensor = (h * scale).mul_(weight)
         return out
@@ -117,7 +127,9 @@ class _Rotary(torch.autograd.Function):
         return out, None, None
 
 
-def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+def _rotate(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+) -> tuple[Tensor, Tensor]:
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     return _turn(q, cos, sin), _turn(k, cos, sin)
 

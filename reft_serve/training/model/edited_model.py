@@ -1,10 +1,11 @@
 """A frozen transformers model whose decoder layers are edited by interventions that learn.
 
-Letters: B rows, T columns, D hidden width, N = B * T tokens, E edited tokens, Y tokens with a loss, V vocabulary.
+Letters: B rows, T columns, D hidden width, N = B * T tokens, E edited tokens, Y tokens with a loss,
+V vocabulary.
 
-Work that no label depends on is left out: logits are computed for the Y tokens alone, and so are the parts of the last
-layer that look at one token at a time, and that layer's edits. Nothing below the lowest edited layer is recorded for the
-backward pass, since nothing there learns.
+Work that no label depends on is left out: logits are computed for the Y tokens alone, and so are
+the parts of the last layer that look at one token at a time, and that layer's edits. Nothing below
+the lowest edited layer is recorded for the backward pass, since nothing there learns.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ _WINDOWS = ("sliding_window", "attention_chunk_size")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Edit:
-    """One intervention at the output of a decoder layer; `part` is the half of an untied rule that it serves."""
+    """One intervention at the output of a decoder layer; `part` is the half of an untied rule that
+    it serves.
+    """
 
     layer: int
     part: Part
@@ -49,19 +52,24 @@ class EditedModel(nn.Module):
     """`forward` gives the log-probabilities of a batch's target tokens.
 
     Args:
-        lm: a causal language model of transformers, PEFT's wrapper around one included. Its parameters are frozen here,
-            LoRA's apart, and it stays in evaluation mode.
+        lm: a causal language model of transformers, PEFT's wrapper around one included. Its
+            parameters are frozen here, LoRA's apart, and it stays in evaluation mode.
         edits: in the order in which they act at one layer.
         gradient_checkpointing: recompute each layer's activations in the backward pass.
-        compiled: let torch.compile join the small operations of each layer but the last. What is between the layers stays
-            as it is.
+        compiled: let torch.compile join the small operations of each layer but the last. What is
+            between the layers stays as it is.
     """
 
     # transformers' Trainer then counts the targets of a whole optimiser step.
     accepts_loss_kwargs = True
 
     def __init__(
-        self, lm: Any, edits: Sequence[Edit], *, gradient_checkpointing: bool = False, compiled: bool = False
+        self,
+        lm: Any,
+        edits: Sequence[Edit],
+        *,
+        gradient_checkpointing: bool = False,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         self.lm = lm
@@ -73,11 +81,15 @@ class EditedModel(nn.Module):
         self._batch: Batch | None = None
         self.hits = torch.zeros((), dtype=torch.long)
         self._live, self._stopping = True, False
-        self.depth, self.lowest = len(self._layers), min((edit.layer for edit in edits), default=len(self._layers) - 1)
+        self.depth, self.lowest = (
+            len(self._layers),
+            min((edit.layer for edit in edits), default=len(self._layers) - 1),
+        )
         self._checkpointing = gradient_checkpointing
         if gradient_checkpointing:
             self.lm.gradient_checkpointing_enable({"use_reentrant": False})
-        # Not the last: it would be given the graph of the others, which lacks the hooks that leave work out of it.
+        # Not the last: it would be given the graph of the others, which lacks the hooks that leave
+        # work out of it.
         for layer in self._layers[:-1] if compiled else ():
             # Its forward, and not the module, whose hooks edit what leaves it.
             layer.forward = torch.compile(layer.forward, dynamic=True)
@@ -118,18 +130,23 @@ class EditedModel(nn.Module):
                 module.train(mode)
         if self._checkpointing:
             for layer in self._layers:
-                # transformers recomputes a layer only where this is set; its parts stay in evaluation mode.
+                # transformers recomputes a layer only where this is set; its parts stay in
+                # evaluation mode.
                 layer.training = mode
 
     def forward(self, batch: Batch) -> Tensor:
-        """Log-probabilities (Y,) in float32 of `batch.target_ids`; `hits` is then how many of these were the likeliest."""
+        """Log-probabilities (Y,) in float32 of `batch.target_ids`; `hits` is then how many of these
+        were the likeliest.
+        """
         logprobs_Y, likeliest_Y = _chosen(self._logits(batch), batch.target_ids)
         self.hits = likeliest_Y.sum()
         return logprobs_Y
 
     @torch.no_grad()
     def score(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """As `forward`, without gradients, and next to it whether each target was the likeliest token, bool (Y,)."""
+        """As `forward`, without gradients, and next to it whether each target was the likeliest
+        token, bool (Y,).
+        """
         return _chosen(self._logits(batch), batch.target_ids)
 
     @torch.no_grad()
@@ -140,7 +157,9 @@ class EditedModel(nn.Module):
 
     @torch.no_grad()
     def frozen_states(self, batch: Batch) -> Tensor:
-        """Hidden states at the lowest edited layer before its edit, (B, T, D). No layer above runs."""
+        """Hidden states at the lowest edited layer before its edit, (B, T, D). No layer above
+        runs.
+        """
         self._stopping = True
         try:
             self._logits(batch)
@@ -151,14 +170,16 @@ class EditedModel(nn.Module):
         raise AssertionError("the forward pass skipped the lowest edited layer")
 
     def can_pack(self, longest: int) -> bool:
-        """True if packed batches give this model's exact results for examples of up to `longest` tokens; prepares the model
-        for them.
+        """True if packed batches give this model's exact results for examples of up to `longest`
+        tokens; prepares the model for them.
 
         Asked of the model itself: two short examples must come out the same packed and one by one.
         """
         config = self.lm.config.get_text_config()
         windows = [getattr(config, name, None) for name in _WINDOWS]
-        if config._attn_implementation != "sdpa" or any(window and window < longest for window in windows):
+        if config._attn_implementation != "sdpa" or any(
+            window and window < longest for window in windows
+        ):
             return False
         attention.install()
         apart = self._probe(packed=False)
@@ -176,7 +197,10 @@ class EditedModel(nn.Module):
         examples = [Example(ids, ids, len(ids)) for ids in tokens]
         batches = [examples] if packed else [[example] for example in examples]
         return torch.cat(
-            [self.base_score(collate(batch, PositionRule("all"), packed=packed).to(self.device)) for batch in batches]
+            [
+                self.base_score(collate(batch, PositionRule("all"), packed=packed).to(self.device))
+                for batch in batches
+            ]
         )
 
     def _logits(self, batch: Batch, *, edited: bool = True) -> Tensor:
@@ -184,17 +208,27 @@ class EditedModel(nn.Module):
         self._batch, self._live = batch, edited
         width = batch.input_ids.shape[1]
         if batch.packed:
-            # The columns kept are the targets in their order: no copy, and no scattered sum in the backward pass.
+            # The columns kept are the targets in their order: no copy, and no scattered sum in the
+            # backward pass.
             kept = batch.target_rows
-            extra = {"packed_lengths": torch.tensor(batch.lengths), "packed_targets": batch.target_rows}
+            extra = {
+                "packed_lengths": torch.tensor(batch.lengths),
+                "packed_targets": batch.target_rows,
+            }
         else:
             kept, place_Y = torch.unique(batch.target_rows % width, return_inverse=True)
             extra = {}
         # No attention mask: padding is on the right, where no target looks.
         out = self.lm(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, logits_to_keep=kept, **extra
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            logits_to_keep=kept,
+            **extra,
         )
-        logits_YV: Tensor = out.logits[0] if batch.packed else out.logits[batch.target_rows // width, place_Y]
+        logits_YV: Tensor = (
+            out.logits[0] if batch.packed else out.logits[batch.target_rows // width, place_Y]
+        )
         return logits_YV.float()
 
     def _targets(self) -> Tensor:
@@ -215,7 +249,9 @@ class EditedModel(nn.Module):
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
     def _unless_known(self, forward: Any) -> Any:
-        """A layer's forward, which is left out where what leaves the lowest edited layer is known."""
+        """A layer's forward, which is left out where what leaves the lowest edited layer is
+        known.
+        """
         sort: list[type] = []
 
         @wraps(forward)
@@ -233,7 +269,8 @@ class EditedModel(nn.Module):
         rows_E = self._batch.rows[edit.part]
         if edit.layer < len(self._layers) - 1:
             return rows_E
-        # Above the last layer no token looks at another. Without rows the module still runs, and its gradient is zero.
+        # Above the last layer no token looks at another. Without rows the module still runs, and
+        # its gradient is zero.
         return rows_E[torch.isin(rows_E, self._batch.target_rows)]
 
 
@@ -260,12 +297,15 @@ def _decoder_layers(lm: nn.Module) -> nn.ModuleList:
         if all(attention_of(layer) is not None for layer in module):
             return module
     raise BaseModelInvalid(
-        f"{type(lm).__name__} has no list of {count} decoder layers with attention inside, so it cannot be edited"
+        f"{type(lm).__name__} has no list of {count} decoder layers with attention inside, so it "
+        "cannot be edited"
     )
 
 
 def _at_targets(layer: nn.Module, name: str, targets: Any) -> None:
-    """Restrict a token-wise part of the last layer to the target tokens; the other tokens get zeros."""
+    """Restrict a token-wise part of the last layer to the target tokens; the other tokens get
+    zeros.
+    """
     try:
         part = layer.get_submodule(name)
     except AttributeError:
@@ -277,7 +317,9 @@ def _at_targets(layer: nn.Module, name: str, targets: Any) -> None:
         size = inputs[0].shape[:2]
         shape[:] = [size]
         return tuple(
-            each.flatten(0, 1).index_select(0, targets()).unsqueeze(0) if each.shape[:2] == size else each
+            each.flatten(0, 1).index_select(0, targets()).unsqueeze(0)
+            if each.shape[:2] == size
+            else each
             for each in inputs
         )
 

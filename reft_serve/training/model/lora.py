@@ -41,6 +41,11 @@ def attach(lm: Any, path: Path) -> Any:
 def lora_weights(lm: Any, where: str) -> Lora:
     """The LoRA as it is now, in PEFT's two files."""
     config = lm.peft_config["default"].to_dict() | {"inference_mode": True}
-    plain = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
-    tensors = {name: tensor.detach().cpu().clone() for name, tensor in get_peft_model_state_dict(lm).items()}
+    plain = {
+        name: sorted(value) if isinstance(value, set) else value for name, value in config.items()
+    }
+    tensors = {
+        name: tensor.detach().cpu().clone()
+        for name, tensor in get_peft_model_state_dict(lm).items()
+    }
     return lora_of_tensors(plain, tensors, lm.config.get_text_config().num_hidden_layers, where)

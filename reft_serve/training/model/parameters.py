@@ -1,4 +1,6 @@
-"""Exact reading and writing of the trained parameters: our part of a checkpoint, next to transformers' own."""
+"""Exact reading and writing of the trained parameters: our part of a checkpoint, next to
+transformers' own.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ _PARAMETERS = "parameters.safetensors"
 
 def save_parameters(path: Path, model: nn.Module) -> None:
     """Write what learns, and what it is a function of (the rotations' fixed bases), exactly."""
-    save_file({name: tensor.contiguous() for name, tensor in _own(model).items()}, path / _PARAMETERS)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in _own(model).items()}, path / _PARAMETERS
+    )
 
 
 def load_parameters(path: Path, model: nn.Module) -> None:
@@ -27,6 +31,10 @@ def load_parameters(path: Path, model: nn.Module) -> None:
 
 
 def _own(model: nn.Module) -> dict[str, Tensor]:
-    """The trained parameters, and every buffer of a module that has some (a parametrization's base)."""
+    """The trained parameters, and every buffer of a module that has some (a parametrization's
+    base).
+    """
     learns = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    return learns | {name: buffer for name, buffer in model.named_buffers() if ".parametrizations." in name}
+    return learns | {
+        name: buffer for name, buffer in model.named_buffers() if ".parametrizations." in name
+    }

@@ -18,7 +18,9 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def this_process() -> PartialState:
-    """Accelerate's state of this process, with processes joined over gloo if there is not an accelerator."""
+    """Accelerate's state of this process, with processes joined over gloo if there is not an
+    accelerator.
+    """
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
@@ -31,10 +33,12 @@ def of_main_process(value: _T) -> _T:
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep what tensors in main memory free, from now on and in the whole process.
+    """Have the C library keep what tensors in main memory free, from now on and in the whole
+    process.
 
-    A step of training asks for as much as the one before had, and would get pages that the system clears first: up to a
-    tenth of a small model's step. Nothing happens where the C library has no `mallopt`.
+    A step of training asks for as much as the one before had, and would get pages that the system
+    clears first: up to a tenth of a small model's step. Nothing happens where the C library has no
+    `mallopt`.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:

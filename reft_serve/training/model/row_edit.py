@@ -1,7 +1,9 @@
-"""Some rows of a matrix taken out, changed and put back, with a backward pass that costs one copy of the matrix.
+"""Some rows of a matrix taken out, changed and put back, with a backward pass that costs one copy
+of the matrix.
 
-The plain way (`index_select`, then `index_copy`) makes the gradient of the taken rows a matrix of zeros as large as the
-whole, and adds it to the gradient of the rest: four passes over memory instead of one.
+The plain way (`index_select`, then `index_copy`) makes the gradient of the taken rows a matrix of
+zeros as large as the whole, and adds it to the gradient of the rest: four passes over memory
+instead of one.
 
 Letters: N rows, D width, E rows taken.
 """
@@ -18,13 +20,17 @@ __all__ = ["edit_rows"]
 
 
 def edit_rows(h_ND: Tensor, rows_E: Tensor, edit: Callable[[Tensor], Tensor]) -> Tensor:
-    """`h_ND` with `edit` of its rows `rows_E`, each named once, in their place; the given tensor is left as it is."""
+    """`h_ND` with `edit` of its rows `rows_E`, each named once, in their place; the given tensor is
+    left as it is.
+    """
     rest_ND, taken_ED = _take(h_ND, rows_E)
     return _put(rest_ND, rows_E, edit(taken_ED))
 
 
 class _Take(torch.autograd.Function):
-    """The matrix and its rows. Only `_Put` may use the matrix, since the rows' gradient replaces what comes back for it."""
+    """The matrix and its rows. Only `_Put` may use the matrix, since the rows' gradient replaces
+    what comes back for it.
+    """
 
     @staticmethod
     def forward(ctx: Any, h_ND: Tensor, rows_E: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,7 +45,9 @@ class _Take(torch.autograd.Function):
 
 
 class _Put(torch.autograd.Function):
-    """The matrix with other rows. What its gradient holds at those rows is for `_Take` to replace."""
+    """The matrix with other rows. What its gradient holds at those rows is for `_Take` to
+    replace.
+    """
 
     @staticmethod
     def forward(ctx: Any, rest_ND: Tensor, rows_E: Tensor, new_ED: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Hidden states that no weight in training can change, kept from one epoch to the next.
 
-What leaves the lowest edited layer, before its edit, is the frozen base's alone. Where few layers are edited it is much of
-the forward pass, and each epoch would compute it again.
+What leaves the lowest edited layer, before its edit, is the frozen base's alone. Where few layers
+are edited it is much of the forward pass, and each epoch would compute it again.
 """
 
 from __future__ import annotations
@@ -22,10 +22,14 @@ from reft_serve.training.plan import Plan, much_is_below
 __all__ = ["StateCache", "worth_keeping"]
 
 
-def worth_keeping(model: EditedModel, plan: Plan, examples: int, tokens: int, processes: int) -> bool:
-    """True if an epoch's `examples` repeat, enough work is saved, and the `tokens` read fit into `plan.keep_states` GiB.
+def worth_keeping(
+    model: EditedModel, plan: Plan, examples: int, tokens: int, processes: int
+) -> bool:
+    """True if an epoch's `examples` repeat, enough work is saved, and the `tokens` read fit into
+    `plan.keep_states` GiB.
 
-    Not with a LoRA, which learns below too. Not in float16, where the Trainer's autocast has other roundings than ours.
+    Not with a LoRA, which learns below too. Not in float16, where the Trainer's autocast has other
+    roundings than ours.
     """
     steps_per_epoch = examples / (plan.batch * plan.accumulate * processes)
     epochs = plan.epochs if plan.max_steps is None else plan.max_steps / steps_per_epoch
@@ -44,13 +48,16 @@ class StateCache:
     def join(self, batch: Batch) -> Batch:
         """The batch with its states; those that are met for the first time are computed."""
         new = [ids for ids in dict.fromkeys(batch.token_ids) if ids not in self._kept]
-        # One at a time on CPU: batching changes the last bits, and a resumed run batches differently.
+        # One at a time on CPU: batching changes the last bits, and a resumed run batches
+        # differently.
         some = 1 if self._model.device.type == "cpu" else len(batch.token_ids)
         for start in range(0, len(new), some):
             ids = new[start : start + some]
             self._kept.update(zip(ids, self._compute(ids, packed=batch.packed), strict=True))
         rows = [self._kept[ids] for ids in batch.token_ids]
-        states_BTD = torch.cat(rows).unsqueeze(0) if batch.packed else pad_sequence(rows, batch_first=True)
+        states_BTD = (
+            torch.cat(rows).unsqueeze(0) if batch.packed else pad_sequence(rows, batch_first=True)
+        )
         return replace(batch, states=states_BTD.to(self._model.device))
 
     def _compute(self, token_ids: Sequence[tuple[int, ...]], *, packed: bool) -> list[Tensor]:

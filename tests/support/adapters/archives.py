@@ -7,7 +7,9 @@ import tarfile
 import zipfile
 
 
-def tar_of(members: dict[str, bytes], mode: str = "w", links: dict[str, str] | None = None) -> bytes:
+def tar_of(
+    members: dict[str, bytes], mode: str = "w", links: dict[str, str] | None = None
+) -> bytes:
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode=mode) as archive:  # type: ignore[call-overload]
         for name, content in members.items():

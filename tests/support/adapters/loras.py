@@ -15,7 +15,9 @@ SCALE = 2.0
 
 
 def write_lora(path: Path, seed: int = 5) -> dict[str, Tensor]:
-    """A random LoRA on o_proj and down_proj of layers 1 and 2, alone or beside an adapter; returns its tensors."""
+    """A random LoRA on o_proj and down_proj of layers 1 and 2, alone or beside an adapter; returns
+    its tensors.
+    """
     random, tensors = torch.Generator().manual_seed(seed), {}
     for layer in (1, 2):
         for name, width in (("self_attn.o_proj", 64), ("mlp.down_proj", 128)):
@@ -24,6 +26,11 @@ def write_lora(path: Path, seed: int = 5) -> dict[str, Tensor]:
             tensors[f"{key}.lora_B.weight"] = 0.3 * torch.randn(64, 8, generator=random)
     path.mkdir(exist_ok=True)
     save_file(tensors, path / TENSORS)
-    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 8 * SCALE, "target_modules": ["o_proj", "down_proj"]}
+    config = {
+        "peft_type": "LORA",
+        "r": 8,
+        "lora_alpha": 8 * SCALE,
+        "target_modules": ["o_proj", "down_proj"],
+    }
     (path / CONFIG).write_text(json.dumps(config))
     return tensors

@@ -51,15 +51,30 @@ def _save(case: Mapping[str, str]) -> Save:
         lora_alpha=facts.get("lora", {}).get("lora_alpha"),
     )
     path, vectors = GOLDEN / case["adapter"], GOLDEN / f"{case['vectors']}.safetensors"
-    return Save(f"{case['model']}-{case['case']}", path, read_base_model(GOLDEN / facts["model"]), flags, vectors)
+    return Save(
+        f"{case['model']}-{case['case']}",
+        path,
+        read_base_model(GOLDEN / facts["model"]),
+        flags,
+        vectors,
+    )
 
 
 _REFUSED = (
-    *("mlp_input", "attention_input", "attention_value_output", "mlp_activation", "query_output", "value_output"),
+    *(
+        "mlp_input",
+        "attention_input",
+        "attention_value_output",
+        "mlp_activation",
+        "query_output",
+        "value_output",
+    ),
     *("path_norm", "cls", "subloreft"),
 )
 SAVES = [_save(case) for case in json.loads((GOLDEN / "manifest.json").read_text())["cases"]]
-IMPORTABLE = [save for save in SAVES if not save.name.endswith(_REFUSED) and "subloreft" not in save.name]
+IMPORTABLE = [
+    save for save in SAVES if not save.name.endswith(_REFUSED) and "subloreft" not in save.name
+]
 
 
 def named(name: str) -> Save:

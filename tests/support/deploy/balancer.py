@@ -1,4 +1,6 @@
-"""A Service as a cluster has it: connections go to backends that are ready, and what is ready is noticed a little late."""
+"""A Service as a cluster has it: connections go to backends that are ready, and what is ready is
+noticed a little late.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ NOTICED_SECONDS = 0.2
 
 
 class Balancer:
-    """Passes each connection on to one ready backend, byte by byte. It tries once: what fails there fails for the caller."""
+    """Passes each connection on to one ready backend, byte by byte. It tries once: what fails there
+    fails for the caller.
+    """
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()

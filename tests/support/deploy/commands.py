@@ -1,6 +1,8 @@
-"""Whether our command line, and vLLM's behind it, takes a command. A process of its own: vLLM's parser takes time to import.
+"""Whether our command line, and vLLM's behind it, takes a command. A process of its own: vLLM's
+parser takes time to import.
 
-Reads a JSON list of commands (lists of words that begin after `reft-serve`) and prints a JSON list of faults.
+Reads a JSON list of commands (lists of words that begin after `reft-serve`) and prints a JSON list
+of faults.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ def _vllm_fault(words: list[str], parsed: Any) -> str | None:
     planned = plan(ServeRequest(parsed.params["model"], passed=parsed.args)).command
     flags = list(planned[planned.index("--model") :])
     try:
-        validate_parsed_serve_args(make_arg_parser(FlexibleArgumentParser(exit_on_error=False)).parse_args(flags))
+        validate_parsed_serve_args(
+            make_arg_parser(FlexibleArgumentParser(exit_on_error=False)).parse_args(flags)
+        )
     except (Exception, SystemExit) as exc:
         return f"{words}: {exc}"
     return None

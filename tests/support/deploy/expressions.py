@@ -32,7 +32,9 @@ class Asked:
 
 @dataclass(frozen=True)
 class Selector:
-    """A metric as an expression selects it: matchers as (label, regular expression), and labels that it groups by."""
+    """A metric as an expression selects it: matchers as (label, regular expression), and labels
+    that it groups by.
+    """
 
     metric: str
     matchers: tuple[tuple[str, str], ...]
@@ -41,19 +43,25 @@ class Selector:
 
 def panels() -> list[dict[str, Any]]:
     """The dashboard's panels that show something."""
-    return [panel for panel in json.loads(DASHBOARD.read_text())["panels"] if panel["type"] != "row"]
+    return [
+        panel for panel in json.loads(DASHBOARD.read_text())["panels"] if panel["type"] != "row"
+    ]
 
 
 def alerts() -> list[dict[str, Any]]:
     """The alert rules."""
-    return [rule for group in yaml.safe_load(ALERTS.read_text())["groups"] for rule in group["rules"]]
+    return [
+        rule for group in yaml.safe_load(ALERTS.read_text())["groups"] for rule in group["rules"]
+    ]
 
 
 def asked() -> list[Asked]:
     """Every expression of dashboard and rules, with Grafana's variables filled in."""
     found = [
         Asked(
-            panel["title"], _filled(target["expr"]), frozenset(re.findall(r"{{\s*(\w+)\s*}}", target["legendFormat"]))
+            panel["title"],
+            _filled(target["expr"]),
+            frozenset(re.findall(r"{{\s*(\w+)\s*}}", target["legendFormat"])),
         )
         for panel in panels()
         for target in panel["targets"]
@@ -96,7 +104,10 @@ def _pattern(matcher: Any) -> str:
 
 
 def unmet(
-    pages: Sequence[str], *, seldom: frozenset[str] = frozenset(), of: Callable[[str], bool] = lambda metric: True
+    pages: Sequence[str],
+    *,
+    seldom: frozenset[str] = frozenset(),
+    of: Callable[[str], bool] = lambda metric: True,
 ) -> list[str]:
     """What dashboard and rules ask for and no page has, in sentences.
 
@@ -116,10 +127,18 @@ def unmet(
             if selector.metric in _OWN_METRICS or not of(selector.metric):
                 continue
             labels = (selector.labels | {name for name, _ in selector.matchers}) - _OWN_LABELS
-            patterns = [(name, pattern) for name, pattern in selector.matchers if name not in seldom | _OWN_LABELS]
+            patterns = [
+                (name, pattern)
+                for name, pattern in selector.matchers
+                if name not in seldom | _OWN_LABELS
+            ]
             if not any(
-                labels <= set(sample) and all(re.fullmatch(pattern, sample[name]) for name, pattern in patterns)
+                labels <= set(sample)
+                and all(re.fullmatch(pattern, sample[name]) for name, pattern in patterns)
                 for sample in samples.get(selector.metric, [])
             ):
-                missing.append(f"{expression.where}: no sample of {selector.metric} with {sorted(labels)}, {patterns}")
+                missing.append(
+                    f"{expression.where}: no sample of {selector.metric} with {sorted(labels)}, "
+                    f"{patterns}"
+                )
     return missing

@@ -1,4 +1,6 @@
-"""Callers that never stop asking and never try again: every answer that is not whole and right is a failure."""
+"""Callers that never stop asking and never try again: every answer that is not whole and right is a
+failure.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ class Tally:
 
 @contextmanager
 def asking(url: str, key: list[str], models: list[str], callers: int = 6) -> Iterator[Tally]:
-    """Callers with connections that they keep, some streaming. `key[0]` is the key that they use; it may be exchanged."""
+    """Callers with connections that they keep, some streaming. `key[0]` is the key that they use;
+    it may be exchanged.
+    """
     tally, ending = Tally(), threading.Event()
 
     def call(number: int) -> None:
@@ -45,9 +49,18 @@ def asking(url: str, key: list[str], models: list[str], callers: int = 6) -> Ite
             for count in range(10**6):
                 if ending.is_set():
                     return
-                tally.note(_ask(client, key[0], models[(number + count) % len(models)], stream=number % 2 == 0))
+                tally.note(
+                    _ask(
+                        client,
+                        key[0],
+                        models[(number + count) % len(models)],
+                        stream=number % 2 == 0,
+                    )
+                )
 
-    threads = [threading.Thread(target=call, args=(number,), daemon=True) for number in range(callers)]
+    threads = [
+        threading.Thread(target=call, args=(number,), daemon=True) for number in range(callers)
+    ]
     for thread in threads:
         thread.start()
     try:
@@ -62,7 +75,9 @@ def _ask(client: httpx.Client, key: str, model: str, *, stream: bool) -> str | N
     body = {"model": model, "prompt": "x", "max_tokens": TOKENS, "stream": stream}
     begun = time.strftime("%H:%M:%S")
     try:
-        answer = client.post("/v1/completions", json=body, headers={"authorization": f"Bearer {key}"})
+        answer = client.post(
+            "/v1/completions", json=body, headers={"authorization": f"Bearer {key}"}
+        )
     except httpx.HTTPError as exc:
         return f"{begun} {exc!r}"
     if answer.status_code != 200:

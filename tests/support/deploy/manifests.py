@@ -1,4 +1,6 @@
-"""The Kubernetes manifests as the cluster would get them, and what a kubelet would make of a container's description."""
+"""The Kubernetes manifests as the cluster would get them, and what a kubelet would make of a
+container's description.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def render(folder: Path) -> tuple[Object, ...]:
     kubectl = shutil.which("kubectl")
     if kubectl is None:
         pytest.skip("kubectl is not installed: it renders the manifests")
-    done = subprocess.run([kubectl, "kustomize", folder], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [kubectl, "kustomize", folder], capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert not done.stderr, done.stderr  # a warning there is a field that Kustomize will drop
     return tuple(yaml.safe_load_all(done.stdout))
@@ -45,7 +49,9 @@ def objects(overlay: str, kind: str) -> list[Object]:
 def named(overlay: str, kind: str, name: str) -> Object:
     """One object; a name that Kustomize has made longer by a hash counts too."""
     pattern = re.compile(rf"{re.escape(name)}(-[a-z0-9]{{10}})?")
-    (found,) = [each for each in objects(overlay, kind) if pattern.fullmatch(each["metadata"]["name"])]
+    (found,) = [
+        each for each in objects(overlay, kind) if pattern.fullmatch(each["metadata"]["name"])
+    ]
     return found
 
 
@@ -89,7 +95,9 @@ def workloads(overlay: str) -> Iterator[Workload]:
             yield Workload(overlay, name, spec["template"])
         for role in ("leader", "worker"):
             if f"{role}Template" in spec.get("leaderWorkerTemplate", {}):
-                yield Workload(overlay, f"{name}-{role}", spec["leaderWorkerTemplate"][f"{role}Template"])
+                yield Workload(
+                    overlay, f"{name}-{role}", spec["leaderWorkerTemplate"][f"{role}Template"]
+                )
 
 
 def workload(overlay: str, name: str) -> Workload:
@@ -99,7 +107,9 @@ def workload(overlay: str, name: str) -> Workload:
 
 
 def environment(of: Workload, secrets: Mapping[str, str]) -> dict[str, str]:
-    """What a container would find in its environment. `secrets` stands for the Secret `reft-serve`."""
+    """What a container would find in its environment. `secrets` stands for the Secret
+    `reft-serve`.
+    """
     found: dict[str, str] = {}
     for source in of.container.get("envFrom", []):
         found |= named(of.overlay, "ConfigMap", source["configMapRef"]["name"])["data"]

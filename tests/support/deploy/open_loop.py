@@ -84,7 +84,9 @@ class Run:
     memory: list[tuple[float, dict[str, int]]] = field(default_factory=list)
 
 
-def arrivals(rate: float, seconds: float, tenants: Sequence[Tenant], chance: random.Random) -> list[Arrival]:
+def arrivals(
+    rate: float, seconds: float, tenants: Sequence[Tenant], chance: random.Random
+) -> list[Arrival]:
     """The requests of a run: the same for the same seed."""
     weights = [1 / (k + 1) for k in range(len(tenants))]
     system = {tenant.name: _words(chance, 150) for tenant in tenants}
@@ -119,7 +121,9 @@ async def ask(client: httpx.AsyncClient, arrival: Arrival, begun: float) -> Outc
     try:
         async with client.stream("POST", "/v1/completions", json=body, headers=headers) as answer:
             if answer.status_code != 200:
-                found.error = f"{answer.status_code}: {(await answer.aread())[:200].decode(errors='replace')}"
+                found.error = (
+                    f"{answer.status_code}: {(await answer.aread())[:200].decode(errors='replace')}"
+                )
                 return found
             async for line in answer.aiter_lines():
                 ended = ended or line == "data: [DONE]"
@@ -140,19 +144,27 @@ async def ask(client: httpx.AsyncClient, arrival: Arrival, begun: float) -> Outc
     return found
 
 
-async def drive(deployment: Deployment, tenants: Sequence[Tenant], run: Run, chance: random.Random) -> None:
+async def drive(
+    deployment: Deployment, tenants: Sequence[Tenant], run: Run, chance: random.Random
+) -> None:
     """Let a run's requests arrive, and wait for the last answer."""
     planned = arrivals(run.rate, run.seconds, tenants, chance)
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
     timeout = httpx.Timeout(600, connect=30)
-    async with httpx.AsyncClient(base_url=deployment.url, limits=limits, timeout=timeout, trust_env=False) as client:
+    async with httpx.AsyncClient(
+        base_url=deployment.url, limits=limits, timeout=timeout, trust_env=False
+    ) as client:
         run.begun, begun = time.time(), time.perf_counter()
         watching_memory = asyncio.create_task(_watch_memory(deployment, run, begun))
-        run.outcomes = list(await asyncio.gather(*(ask(client, arrival, begun) for arrival in planned)))
+        run.outcomes = list(
+            await asyncio.gather(*(ask(client, arrival, begun) for arrival in planned))
+        )
         watching_memory.cancel()
 
 
-async def hurry(deployment: Deployment, tenants: Sequence[Tenant], count: int, chance: random.Random) -> None:
+async def hurry(
+    deployment: Deployment, tenants: Sequence[Tenant], count: int, chance: random.Random
+) -> None:
     """Send `count` short requests as fast as some connections take them, and count nothing: what fills with use (kernels for
     each number of tokens, caches of the database) is full then.
     """
@@ -162,7 +174,11 @@ async def hurry(deployment: Deployment, tenants: Sequence[Tenant], count: int, c
         for _ in left:
             tenant = chance.choice(tenants)
             prompt = _words(chance, chance.randint(1, 200))
-            await ask(client, Arrival(0, tenant, chance.choice(tenant.models), prompt, False, 2), time.perf_counter())
+            await ask(
+                client,
+                Arrival(0, tenant, chance.choice(tenant.models), prompt, False, 2),
+                time.perf_counter(),
+            )
 
     async with httpx.AsyncClient(base_url=deployment.url, timeout=600, trust_env=False) as client:
         await asyncio.gather(*(one(client) for _ in range(CONNECTIONS)))
@@ -174,7 +190,9 @@ async def _watch_memory(deployment: Deployment, run: Run, begun: float) -> None:
         await asyncio.sleep(MEMORY_SECONDS)
 
 
-def summary(outcomes: Sequence[Outcome], seconds: float, args: argparse.Namespace) -> dict[str, Any]:
+def summary(
+    outcomes: Sequence[Outcome], seconds: float, args: argparse.Namespace
+) -> dict[str, Any]:
     """The figures of some requests."""
     good = [each for each in outcomes if not each.error]
     met = [each for each in good if each.first <= args.first_token and each.each <= args.each_token]
@@ -191,7 +209,9 @@ def summary(outcomes: Sequence[Outcome], seconds: float, args: argparse.Namespac
     return found
 
 
-def growth(memory: Sequence[tuple[float, dict[str, int]]], warm_up: float) -> dict[str, dict[str, float]]:
+def growth(
+    memory: Sequence[tuple[float, dict[str, int]]], warm_up: float
+) -> dict[str, dict[str, float]]:
     """Of each process: its resident MB after the warm-up and at the end, and its growth per hour, the slope of the least
     squares after the warm-up, as a share of its size.
     """
@@ -226,12 +246,15 @@ def result_of(run: Run, args: argparse.Namespace) -> dict[str, Any]:
             )
             for name in sorted(names)
         }  # fmt: skip
-    found["late_ms_p99"] = round(1e3 * sorted(each.late for each in outcomes)[int(0.99 * (len(outcomes) - 1))], 2)
+    found["late_ms_p99"] = round(
+        1e3 * sorted(each.late for each in outcomes)[int(0.99 * (len(outcomes) - 1))], 2
+    )
     found["errors"] = Counter(each.error for each in outcomes if each.error).most_common(10)
     # A slope over less would be noise.
     long_enough = run.seconds >= 60 * args.warm_up + SLOPE_SECONDS
     found["memory"] = growth(run.memory, 60 * args.warm_up) if long_enough else {}
     found["memory_mb"] = [
-        [round(at), {name: round(size / 1e6, 1) for name, size in sizes.items()}] for at, sizes in run.memory
+        [round(at), {name: round(size / 1e6, 1) for name, size in sizes.items()}]
+        for at, sizes in run.memory
     ]
     return found

@@ -1,4 +1,6 @@
-"""Processes started as a kubelet starts containers: by command, environment and probes, at paths and ports from here."""
+"""Processes started as a kubelet starts containers: by command, environment and probes, at paths
+and ports from here.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,9 @@ BIN = Path(sys.executable).parent
 class Container:
     """One container of a workload, running here.
 
-    `places` says what stands for what: each of its keys, found in a word of the command or in a variable, is replaced.
-    `added` are variables that a controller or the machine adds to those of the manifest, `more` words after its command.
+    `places` says what stands for what: each of its keys, found in a word of the command or in a
+    variable, is replaced. `added` are variables that a controller or the machine adds to those of
+    the manifest, `more` words after its command.
     """
 
     def __init__(
@@ -39,8 +42,13 @@ class Container:
         found = environment(of, secrets) | dict(added or {})
         self.words = [_moved(word, places) for word in [*command(of, found), *more]]
         variables = {name: _moved(value, places) for name, value in found.items()}
-        # Of this process's own environment only what a machine needs: what the manifest forgets is missing here too.
-        own = {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "OMP_NUM_THREADS") if name in os.environ}
+        # Of this process's own environment only what a machine needs: what the manifest forgets is
+        # missing here too.
+        own = {
+            name: os.environ[name]
+            for name in ("LD_LIBRARY_PATH", "OMP_NUM_THREADS")
+            if name in os.environ
+        }
         self.environment = own | {"HOME": str(folder), "PATH": f"{BIN}:/usr/bin:/bin"} | variables
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -57,7 +65,9 @@ class Container:
         probe = self.of.container[f"{name}Probe"]
         try:
             answer = httpx.get(
-                self.url + probe["httpGet"]["path"], timeout=probe.get("timeoutSeconds", 1), trust_env=False
+                self.url + probe["httpGet"]["path"],
+                timeout=probe.get("timeoutSeconds", 1),
+                trust_env=False,
             )
         except httpx.HTTPError:
             return False
@@ -66,7 +76,9 @@ class Container:
     def await_probe(self, name: str) -> None:
         """Wait for a probe to succeed, as long as its container may take for it."""
         probe = self.of.container[f"{name}Probe"]
-        deadline = time.monotonic() + probe.get("periodSeconds", 10) * probe.get("failureThreshold", 3)
+        deadline = time.monotonic() + probe.get("periodSeconds", 10) * probe.get(
+            "failureThreshold", 3
+        )
         while not self.probe(name):
             assert self.process.poll() is None, self.tail()
             assert time.monotonic() < deadline, f"the {name} probe never succeeded: {self.tail()}"
@@ -74,7 +86,10 @@ class Container:
 
     def hook(self, name: str) -> subprocess.Popen[bytes]:
         """Start the command of a lifecycle hook beside it."""
-        words = [_moved(word, self._places) for word in self.of.container["lifecycle"][name]["exec"]["command"]]
+        words = [
+            _moved(word, self._places)
+            for word in self.of.container["lifecycle"][name]["exec"]["command"]
+        ]
         return subprocess.Popen(words, env=self.environment, cwd="/")
 
     def finish(self, seconds: float) -> int:

@@ -71,8 +71,12 @@ class Site:
         until = time.monotonic() + _NOTICE_LIMIT
         for port in self.gateways:
             log = self.folder / f"gateway-{port}.log"
-            while not any(event in line and f"//{address}:" in line for line in log.read_text().splitlines()):
-                assert time.monotonic() < until, f"gateway {port} has not reported {event!r} for {address}"
+            while not any(
+                event in line and f"//{address}:" in line for line in log.read_text().splitlines()
+            ):
+                assert time.monotonic() < until, (
+                    f"gateway {port} has not reported {event!r} for {address}"
+                )
                 time.sleep(0.05)
 
     def stop_engine(self, address: str) -> None:
@@ -86,7 +90,10 @@ class Site:
         """A new gateway, once the balancer sends it connections; its port."""
         port = free_port()
         code = _RESOLVER.format(zone=str(self.zone), name=NAME, port=port)
-        given = {"REFT_ENGINES": f"dns+http://{NAME}:{self._engine_port}", "REFT_GATEWAY_NAME": f"gateway-{port}"}
+        given = {
+            "REFT_ENGINES": f"dns+http://{NAME}:{self._engine_port}",
+            "REFT_GATEWAY_NAME": f"gateway-{port}",
+        }
         with (self.folder / f"gateway-{port}.log").open("wb") as log:
             self.gateways[port] = subprocess.Popen(
                 [sys.executable, "-c", code],
@@ -118,14 +125,20 @@ class Site:
     def http(self, key: str) -> httpx.Client:
         """A client of the balancer."""
         headers = {"authorization": f"Bearer {key}"}
-        return httpx.Client(base_url=self.balancer.url, headers=headers, timeout=30, trust_env=False)
+        return httpx.Client(
+            base_url=self.balancer.url, headers=headers, timeout=30, trust_env=False
+        )
 
     def upload(self, key: str, names: Sequence[str]) -> None:
         """An adapter for each name."""
         with self.http(key) as client:
             for seed, name in enumerate(names, 1):
-                parts = [("files", (file, content)) for file, content in adapter_files(seed).items()]
-                made = client.post("/v1/adapters", data={"name": name, "alias": "production"}, files=parts)
+                parts = [
+                    ("files", (file, content)) for file, content in adapter_files(seed).items()
+                ]
+                made = client.post(
+                    "/v1/adapters", data={"name": name, "alias": "production"}, files=parts
+                )
                 assert made.status_code == 201, made.text
 
     def next_release(self, migration: str) -> None:

@@ -29,11 +29,17 @@ def check_bfloat16(folder: Path) -> None:
 
     saves = import_saves("tiny-llama", folder, "bfloat16")
     assert len(saves) == 6
-    model = AutoModelForCausalLM.from_pretrained(GOLDEN / "models" / "tiny-llama", dtype=torch.bfloat16).double().eval()
+    model = (
+        AutoModelForCausalLM.from_pretrained(GOLDEN / "models" / "tiny-llama", dtype=torch.bfloat16)
+        .double()
+        .eval()
+    )
     requests, exact, golden = [], [], []
     for number, (save, path) in enumerate(saves.items(), 1):
         adapter, vectors = read_adapter(path), load_file(save.vectors)
-        for i, prompt in enumerate(json.loads(save.vectors.with_suffix(".json").read_text())["prompts"]):
+        for i, prompt in enumerate(
+            json.loads(save.vectors.with_suffix(".json").read_text())["prompts"]
+        ):
             requests.append((prompt["token_ids"], LoRARequest(save.name, number, str(path))))
             exact.append(exact_logits(model, adapter, prompt["token_ids"]).log_softmax(-1))
             golden.append(vectors[f"logits/{i}"].double().log_softmax(-1))

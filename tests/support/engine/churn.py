@@ -19,7 +19,9 @@ from safetensors.torch import load_file, save_file
 from reft_serve.adapters.directory import CONFIG, TENSORS
 from tests.support.shapes import Shape, reft_adapter
 
-SHAPE = Shape(hidden=64, layers=4, heads=2, kv_heads=2, ffn=128, vocab=512, context=128, dtype="float32")
+SHAPE = Shape(
+    hidden=64, layers=4, heads=2, kv_heads=2, ffn=128, vocab=512, context=128, dtype="float32"
+)
 PROMPT = [1, *range(20, 43)]
 MIX = {"load": 40, "unload": 30, "reload": 15, "list": 8, "pin": 5, "missing": 2}
 MOST_PINNED = 16
@@ -84,7 +86,9 @@ def _write_adapters(folder: Path, args: argparse.Namespace) -> list[Path]:
         (path / CONFIG).write_bytes(config)
         generator = torch.Generator().manual_seed(i)
         changed = {
-            name: tensor if name.endswith(".R") else tensor + 0.05 * torch.randn(tensor.shape, generator=generator)
+            name: tensor
+            if name.endswith(".R")
+            else tensor + 0.05 * torch.randn(tensor.shape, generator=generator)
             for name, tensor in tensors.items()
         }
         save_file(changed, path / TENSORS)
@@ -95,7 +99,9 @@ def _write_adapters(folder: Path, args: argparse.Namespace) -> list[Path]:
 class Churn:
     """The callers and clients of one server, and what they know of it."""
 
-    def __init__(self, engine: Any, models: Any, paths: list[Path], args: argparse.Namespace) -> None:
+    def __init__(
+        self, engine: Any, models: Any, paths: list[Path], args: argparse.Namespace
+    ) -> None:
         self.engine, self.models, self.paths, self.args = engine, models, paths, args
         self.tally, self.random = Tally(), random.Random(args.seed)
         self._busy: set[str] = set()
@@ -138,7 +144,10 @@ class Churn:
             adapter = self.models.lora_requests[name]
             async with asyncio.timeout(120):
                 answers = [
-                    a async for a in self.engine.generate(prompt, params, f"churn-{number}", lora_request=adapter)
+                    a
+                    async for a in self.engine.generate(
+                        prompt, params, f"churn-{number}", lora_request=adapter
+                    )
                 ]
             (output,) = answers[-1].outputs
             assert output.finish_reason == "length", output.finish_reason
@@ -195,7 +204,9 @@ class Churn:
         from vllm.entrypoints.serve.lora.protocol import UnloadLoRAAdapterRequest
 
         self._pinned.discard(name)
-        self._expect(await self.models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=name)), str)
+        self._expect(
+            await self.models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=name)), str
+        )
 
     async def _pin(self, name: str) -> None:
         if len(self._pinned) >= MOST_PINNED:
@@ -237,7 +248,9 @@ async def _run(args: argparse.Namespace, model: Path, paths: list[Path]) -> Tall
             await churn.probe()
             for first in range(0, len(paths), 500):
                 for start in range(first, min(first + 500, len(paths)), args.callers):
-                    names = [f"adapter{i}" for i in range(start, min(start + args.callers, len(paths)))]
+                    names = [
+                        f"adapter{i}" for i in range(start, min(start + args.callers, len(paths)))
+                    ]
                     await asyncio.gather(*(churn._load(name) for name in names))
                 await churn.probe()
                 progress.update(task, completed=churn.tally.loads)
@@ -253,7 +266,9 @@ async def _run(args: argparse.Namespace, model: Path, paths: list[Path]) -> Tall
                     await churn.probe()
                     progress.update(task, completed=churn.tally.loads)
 
-            jobs = [again(churn.call) for _ in range(args.callers)] + [again(churn.ask) for _ in range(args.clients)]
+            jobs = [again(churn.call) for _ in range(args.callers)] + [
+                again(churn.ask) for _ in range(args.clients)
+            ]
             await asyncio.gather(watch(), *jobs)
             await churn.probe()
     finally:
@@ -278,5 +293,8 @@ def _result(args: argparse.Namespace, tally: Tally) -> dict[str, Any]:
 def _quantiles(seconds: list[float]) -> dict[str, float]:
     ordered = sorted(seconds)
     at = {"p50": 0.5, "p99": 0.99, "max": 1.0}
-    found = {name: ordered[min(int(len(ordered) * share), len(ordered) - 1)] * 1e3 for name, share in at.items()}
+    found = {
+        name: ordered[min(int(len(ordered) * share), len(ordered) - 1)] * 1e3
+        for name, share in at.items()
+    }
     return {"count": len(ordered)} | found

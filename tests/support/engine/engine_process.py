@@ -31,7 +31,9 @@ Answer = tuple[list[int], Tensor]
 @contextmanager
 def engine_process() -> Iterator[Executor]:
     """A process for `answer_in_rounds`."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_prepare) as process:
+    with ProcessPoolExecutor(
+        1, multiprocessing.get_context("spawn"), initializer=_prepare
+    ) as process:
         yield process
 
 
@@ -64,7 +66,9 @@ def _spare_inspection(model: Path) -> None:
     from vllm import ModelRegistry
 
     for architecture in AutoConfig.from_pretrained(model).architectures:
-        ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
+        ModelRegistry.register_model(
+            architecture, ModelRegistry.models[architecture].load_model_cls()
+        )
 
 
 def _answers(engine: Any, asked: Sequence[Asked], with_prompts: bool) -> list[Answer]:
@@ -79,7 +83,10 @@ def _answers(engine: Any, asked: Sequence[Asked], with_prompts: bool) -> list[An
     outputs = engine.generate(
         [{"prompt_token_ids": prompt} for _, prompt in asked],
         params,
-        lora_request=[None if a is None else LoRARequest(a.name, numbers[a.name], str(a.path)) for a, _ in asked],
+        lora_request=[
+            None if a is None else LoRARequest(a.name, numbers[a.name], str(a.path))
+            for a, _ in asked
+        ],
         use_tqdm=False,
     )
     answers = []

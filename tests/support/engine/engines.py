@@ -16,7 +16,9 @@ from tests.support.paths import GOLDEN
 
 
 @contextmanager
-def running_engine(model: str, settings: dict[str, str] | None = None, **options: Any) -> Iterator[Any]:
+def running_engine(
+    model: str, settings: dict[str, str] | None = None, **options: Any
+) -> Iterator[Any]:
     """A vLLM engine of a golden model with adapters on; `settings` are REFT_* variables without the prefix."""
     from vllm import LLM
 
@@ -37,9 +39,15 @@ def running_engine(model: str, settings: dict[str, str] | None = None, **options
         gc.collect()
 
 
-def import_saves(model: str, folder: Path, dtype: str = "float32", *, lora: bool = False) -> dict[Save, Path]:
+def import_saves(
+    model: str, folder: Path, dtype: str = "float32", *, lora: bool = False
+) -> dict[Save, Path]:
     """Every golden save of a model that can be served, imported into `folder`; with `lora`, those that hold one too."""
-    saves = [s for s in IMPORTABLE if s.name.startswith(model) and ("bf16" in s.name) == (dtype == "bfloat16")]
+    saves = [
+        s
+        for s in IMPORTABLE
+        if s.name.startswith(model) and ("bf16" in s.name) == (dtype == "bfloat16")
+    ]
     saves = [s for s in saves if lora or s.flags.lora_alpha is None]
     for save in saves:
         import_adapter(save.path, save.base, folder / save.name, save.flags)
@@ -56,4 +64,6 @@ def engine_config(**options: Any) -> Any:
     from vllm.engine.arg_utils import EngineArgs
 
     model = str(GOLDEN / "models" / "tiny-llama")
-    return EngineArgs(model=model, enable_lora=True, max_model_len=64, **options).create_engine_config()
+    return EngineArgs(
+        model=model, enable_lora=True, max_model_len=64, **options
+    ).create_engine_config()

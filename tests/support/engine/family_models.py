@@ -33,7 +33,12 @@ _SIZES: dict[str, Any] = {
 }  # fmt: skip
 _GROUPED = {**_COMMON, **_SIZES, "num_key_value_heads": 1, "head_dim": 64}
 _WINDOWED = {"sliding_window": 24, "query_pre_attn_scalar": 64}
-_EXPERTS = {"moe_intermediate_size": 96, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
+_EXPERTS = {
+    "moe_intermediate_size": 96,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+}
 
 
 @dataclass(frozen=True)
@@ -58,12 +63,16 @@ class Family:
 
         torch.manual_seed(0)
         config = getattr(transformers, self.config)(**self.options)
-        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, attn_implementation="eager"
+        ).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 # Norms, and biases too: at their defaults of 1 and 0 many mistakes would not show.
                 scale = 0.3 if parameter.dim() == 1 else 1.5 * parameter.shape[-1] ** -0.5
-                parameter.copy_(scale * torch.randn_like(parameter) + (parameter if parameter.dim() == 1 else 0))
+                parameter.copy_(
+                    scale * torch.randn_like(parameter) + (parameter if parameter.dim() == 1 else 0)
+                )
         model.save_pretrained(folder)
         return model  # type: ignore[no-any-return]
 
@@ -86,17 +95,30 @@ FAMILIES: dict[str, Family] = {
         "Gemma3TextConfig",
         _GROUPED
         | _WINDOWED
-        | {"tie_word_embeddings": True, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+        | {
+            "tie_word_embeddings": True,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
     ),
     "phi3": Family("Phi3Config", {**_COMMON, **_SIZES, "num_key_value_heads": 1}),
     "gpt2": Family(
         "GPT2Config",
-        _COMMON | {"tie_word_embeddings": True, "n_embd": WIDTH, "n_layer": LAYERS, "n_head": 2, "n_positions": 256},
+        _COMMON
+        | {
+            "tie_word_embeddings": True,
+            "n_embd": WIDTH,
+            "n_layer": LAYERS,
+            "n_head": 2,
+            "n_positions": 256,
+        },
         layers="transformer.h",
         attention="attn",
     ),
     "gpt_neox": Family(
-        "GPTNeoXConfig", {**_COMMON, **_SIZES, "rotary_pct": 0.5}, layers="gpt_neox.layers", attention="attention"
+        "GPTNeoXConfig",
+        {**_COMMON, **_SIZES, "rotary_pct": 0.5},
+        layers="gpt_neox.layers",
+        attention="attention",
     ),
     "gpt_neox_sequential": Family(
         "GPTNeoXConfig",
@@ -106,7 +128,13 @@ FAMILIES: dict[str, Family] = {
     ),
     "opt": Family(
         "OPTConfig",
-        {**_COMMON, **_SIZES, "ffn_dim": 192, "word_embed_proj_dim": WIDTH, "tie_word_embeddings": True},
+        {
+            **_COMMON,
+            **_SIZES,
+            "ffn_dim": 192,
+            "word_embed_proj_dim": WIDTH,
+            "tie_word_embeddings": True,
+        },
         layers="model.decoder.layers",
         mlp="fc2",
     ),
@@ -123,18 +151,35 @@ FAMILIES: dict[str, Family] = {
         layers="model.decoder.layers",
         mlp="fc2",
     ),
-    "mixtral": Family("MixtralConfig", _GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "mixtral": Family(
+        "MixtralConfig", _GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2}
+    ),
     "qwen2_moe": Family(
         "Qwen2MoeConfig",
-        {**_COMMON, **_SIZES, "num_key_value_heads": 1, **_EXPERTS, "shared_expert_intermediate_size": 96},
+        {
+            **_COMMON,
+            **_SIZES,
+            "num_key_value_heads": 1,
+            **_EXPERTS,
+            "shared_expert_intermediate_size": 96,
+        },
     ),
     "qwen3_moe": Family("Qwen3MoeConfig", _GROUPED | _EXPERTS),
     "phi": Family("PhiConfig", {**_COMMON, **_SIZES, "partial_rotary_factor": 0.5}),
     "olmo": Family("OlmoConfig", {**_COMMON, **_SIZES}),
     "olmo2": Family("Olmo2Config", {**_COMMON, **_SIZES}),
-    "stablelm": Family("StableLmConfig", {**_COMMON, **_SIZES, "num_key_value_heads": 1, "use_qkv_bias": True}),
+    "stablelm": Family(
+        "StableLmConfig", {**_COMMON, **_SIZES, "num_key_value_heads": 1, "use_qkv_bias": True}
+    ),
     "cohere": Family(
-        "CohereConfig", {**_COMMON, **_SIZES, "num_key_value_heads": 1, "logit_scale": 0.5, "tie_word_embeddings": True}
+        "CohereConfig",
+        {
+            **_COMMON,
+            **_SIZES,
+            "num_key_value_heads": 1,
+            "logit_scale": 0.5,
+            "tie_word_embeddings": True,
+        },
     ),
     "falcon": Family(
         "FalconConfig",
@@ -144,7 +189,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "bloom": Family(
         "BloomConfig",
-        _COMMON | {"hidden_size": WIDTH, "n_layer": LAYERS, "n_head": 2, "tie_word_embeddings": True},
+        _COMMON
+        | {"hidden_size": WIDTH, "n_layer": LAYERS, "n_head": 2, "tie_word_embeddings": True},
         layers="transformer.h",
         attention=None,
         mlp=None,
@@ -152,7 +198,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "gptj": Family(
         "GPTJConfig",
-        _COMMON | {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": 2, "n_positions": 256, "rotary_dim": 32},
+        _COMMON
+        | {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": 2, "n_positions": 256, "rotary_dim": 32},
         layers="transformer.h",
         attention="attn",
     ),
@@ -186,7 +233,9 @@ class Edit:
 
     def __call__(self, h: Tensor) -> Tensor:
         """LoReFT h + R^T(Wh + b - Rh), or DiReFT h + W2^T(W1 h + b): arXiv 2404.03592, section 3.2."""
-        act: Callable[[Tensor], Tensor] = {"linear": lambda x: x, "tanh": torch.tanh}[self.activation]
+        act: Callable[[Tensor], Tensor] = {"linear": lambda x: x, "tanh": torch.tanh}[
+            self.activation
+        ]
         x = h.float()
         source = act(x @ self.tensors["W"].T + self.tensors["b"])
         if self.kind == "loreft":
@@ -216,7 +265,12 @@ class TinyAdapter:
 
 def make_adapters(family: Family, base: Path, folder: Path) -> list[TinyAdapter]:
     """One adapter for each served component with a rule of its own, and one untied one that has them all."""
-    rules = {"block_output": "f2+l2", "block_input": "all", "mlp_output": "last", "attention_output": "f2+l2"}
+    rules = {
+        "block_output": "f2+l2",
+        "block_input": "all",
+        "mlp_output": "last",
+        "attention_output": "f2+l2",
+    }
     random = torch.Generator().manual_seed(7)
     made = []
     for component in family.components:
@@ -235,7 +289,13 @@ def make_adapters(family: Family, base: Path, folder: Path) -> list[TinyAdapter]
 def _loreft(random: torch.Generator, layer: int, component: Component, half: str = "both") -> Edit:
     R = torch.linalg.qr(torch.randn(WIDTH, RANK, generator=random))[0].mT.contiguous()
     W = torch.randn(RANK, WIDTH, generator=random) * WIDTH**-0.5
-    return Edit(layer, component, "loreft", {"R": R, "W": W, "b": torch.randn(RANK, generator=random)}, half=half)
+    return Edit(
+        layer,
+        component,
+        "loreft",
+        {"R": R, "W": W, "b": torch.randn(RANK, generator=random)},
+        half=half,
+    )
 
 
 def _direft(random: torch.Generator, layer: int, component: Component, half: str) -> Edit:
@@ -259,7 +319,9 @@ def _publish(name: str, rule: str, edits: Sequence[Edit], base: Path, folder: Pa
 
 
 @contextmanager
-def hooked(model: nn.Module, family: Family, adapter: TinyAdapter | None, prompt_len: int) -> Iterator[None]:
+def hooked(
+    model: nn.Module, family: Family, adapter: TinyAdapter | None, prompt_len: int
+) -> Iterator[None]:
     """The Hugging Face model with the adapter's edits at its modules, for one sequence at a time."""
     handles = []
     for edit in adapter.edits if adapter is not None else ():
@@ -270,7 +332,9 @@ def hooked(model: nn.Module, family: Family, adapter: TinyAdapter | None, prompt
         paths = {"mlp_output": family.mlp, "attention_output": family.attention}
         module = layer.get_submodule(paths.get(edit.component) or "")
         if edit.component == "block_input":
-            handles.append(module.register_forward_pre_hook(_input_hook(edit, at), with_kwargs=True))
+            handles.append(
+                module.register_forward_pre_hook(_input_hook(edit, at), with_kwargs=True)
+            )
         else:
             handles.append(module.register_forward_hook(_output_hook(edit, at)))
     try:
@@ -287,7 +351,9 @@ def _edited(edit: Edit, at: list[int], h: Tensor) -> Tensor:
 
 
 def _input_hook(edit: Edit, at: list[int]) -> Callable[..., Any]:
-    def change(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def change(
+        _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if args:
             return (_edited(edit, at, args[0]), *args[1:]), kwargs
         return args, kwargs | {"hidden_states": _edited(edit, at, kwargs["hidden_states"])}
@@ -306,7 +372,11 @@ def _output_hook(edit: Edit, at: list[int]) -> Callable[..., Any]:
 
 @torch.no_grad()
 def reference_logprobs(
-    model: nn.Module, family: Family, adapter: TinyAdapter | None, prompt: list[int], answer: list[int]
+    model: nn.Module,
+    family: Family,
+    adapter: TinyAdapter | None,
+    prompt: list[int],
+    answer: list[int],
 ) -> Tensor:
     """Log-probabilities (tokens, vocabulary) after each token of prompt + answer but the last.
 

@@ -15,7 +15,8 @@ from tests.support.paths import GOLDEN
 
 # fp32: kernels differ in their order of summation. Seen at most 1.3e-5; the promise is 1e-3.
 TOLERANCE = 1e-3
-# Of the golden models, which have four layers: five boundaries of the stream, four attentions, four MLPs.
+# Of the golden models, which have four layers: five boundaries of the stream, four attentions, four
+# MLPs.
 PLACES = 13
 
 # By name: the golden vectors, and the imported adapter or None for the base model.
@@ -23,14 +24,18 @@ Cases = dict[str, tuple[Path, Path | None]]
 
 
 def golden_cases(model: str, folder: Path, *, lora: bool = False) -> Cases:
-    """The base and every save of a model that can be served, imported into `folder`; with `lora`, those that hold one too."""
+    """The base and every save of a model that can be served, imported into `folder`; with `lora`,
+    those that hold one too.
+    """
     saves = import_saves(model, folder, lora=lora)
     adapters: Cases = {save.name: (save.vectors, path) for save, path in saves.items()}
     return {"base": (GOLDEN / "vectors" / model / "base.safetensors", None), **adapters}
 
 
 def check_golden(engine: Any, cases: Cases) -> None:
-    """All prompts of all cases in one mixed batch: first logprobs and greedy tokens as pyreft gives them."""
+    """All prompts of all cases in one mixed batch: first logprobs and greedy tokens as pyreft gives
+    them.
+    """
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -53,24 +58,33 @@ def check_golden(engine: Any, cases: Cases) -> None:
         (answer,) = output.outputs
         expected = torch.log_softmax(logits.double(), -1)
         first = answer.logprobs[0]
-        worst = max(worst, *(abs(expected[token].item() - entry.logprob) for token, entry in first.items()))
-        for step, (token, golden) in enumerate(zip(answer.token_ids, prompt["generated"], strict=True)):
+        worst = max(
+            worst, *(abs(expected[token].item() - entry.logprob) for token, entry in first.items())
+        )
+        for step, (token, golden) in enumerate(
+            zip(answer.token_ids, prompt["generated"], strict=True)
+        ):
             if token != golden:
-                assert prompt["gen_margin"][step] < 2 * TOLERANCE, f"{name}: token {step} is {token}, not {golden}"
+                assert prompt["gen_margin"][step] < 2 * TOLERANCE, (
+                    f"{name}: token {step} is {token}, not {golden}"
+                )
                 break
     print(f"{len(requests)} prompts of {len(cases)} cases, largest logprob difference {worst:.2g}")
     assert worst < TOLERANCE
 
 
 def decode_with_adapters(engine: Any, cases: Cases) -> dict[str, float]:
-    """What the worker's counters grow by while adapters that edit prompts alone generate 40 tokens each."""
+    """What the worker's counters grow by while adapters that edit prompts alone generate 40 tokens
+    each.
+    """
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
     adapters = [
         LoRARequest(name, number, str(path))
         for number, (name, (_, path)) in enumerate(cases.items())
-        if path is not None and json.loads((path / "reft_config.json").read_text())["positions"]["phase"] == "prompt"
+        if path is not None
+        and json.loads((path / "reft_config.json").read_text())["positions"]["phase"] == "prompt"
     ]
     before = stats(engine)
     prompts = [{"prompt_token_ids": list(range(5 + i, 20 + i))} for i in range(len(adapters))]

@@ -1,6 +1,8 @@
-"""A Llama in plain Hugging Face and float64, with an adapter's edits as forward hooks: what an engine must answer.
+"""A Llama in plain Hugging Face and float64, with an adapter's edits as forward hooks: what an
+engine must answer.
 
-The model is causal, so one pass over prompt and answer gives what prefill, decoding, chunks and recomputation give.
+The model is causal, so one pass over prompt and answer gives what prefill, decoding, chunks and
+recomputation give.
 """
 
 from __future__ import annotations
@@ -27,8 +29,12 @@ class HookedLlama:
         self._model = model.eval()
 
     @torch.no_grad()
-    def logprobs(self, adapter: Adapter | None, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
-        """(tokens, vocabulary): row i is the distribution of the token after i, over prompt and answer but its last."""
+    def logprobs(
+        self, adapter: Adapter | None, prompt: Sequence[int], answer: Sequence[int]
+    ) -> Tensor:
+        """(tokens, vocabulary): row i is the distribution of the token after i, over prompt and
+        answer but its last.
+        """
         tokens = [*prompt, *answer][: max(len(prompt), len(prompt) + len(answer) - 1)]
         with self._hooked(adapter, len(prompt), len(tokens)):
             logits: Tensor = self._model(torch.tensor([tokens]), use_cache=False).logits[0]
@@ -38,7 +44,9 @@ class HookedLlama:
     def states(self, adapter: Adapter | None, prompt: Sequence[int]) -> Tensor:
         """(tokens, width): the normed states that embeddings are made of."""
         with self._hooked(adapter, len(prompt), len(prompt)):
-            states: Tensor = self._model.model(torch.tensor([list(prompt)]), use_cache=False).last_hidden_state[0]
+            states: Tensor = self._model.model(
+                torch.tensor([list(prompt)]), use_cache=False
+            ).last_hidden_state[0]
         return states
 
     @contextmanager

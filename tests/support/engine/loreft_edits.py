@@ -1,4 +1,6 @@
-"""Random LoReFT adapters of the golden Llama, and what they answer by hooks on Hugging Face's model."""
+"""Random LoReFT adapters of the golden Llama, and what they answer by hooks on Hugging Face's
+model.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ EDITS: dict[str, list[tuple[int, Component]]] = {
 PROMPT = [1, *range(20, 50)]
 
 
-def write_loreft(path: Path, places: Sequence[tuple[int, Component]], rule: PositionRule, seed: int) -> Adapter:
+def write_loreft(
+    path: Path, places: Sequence[tuple[int, Component]], rule: PositionRule, seed: int
+) -> Adapter:
     """Random loreft interventions of rank 4 at these places of the golden llama."""
     random = torch.Generator().manual_seed(seed)
     specs, weights = [], []
@@ -42,19 +46,25 @@ def write_loreft(path: Path, places: Sequence[tuple[int, Component]], rule: Posi
         W, b = 0.3 * torch.randn(4, 64, generator=random), torch.randn(4, generator=random)
         specs.append(InterventionSpec(layer=layer, component=component, kind="loreft", rank=4))
         weights.append(Weights("loreft", b, R=R, W=W))
-    manifest = Manifest(base_model=read_base_model(MODEL), interventions=tuple(specs), positions=rule)
+    manifest = Manifest(
+        base_model=read_base_model(MODEL), interventions=tuple(specs), positions=rule
+    )
     return publish(path, manifest, weights)
 
 
 @torch.no_grad()
 def by_hooks(adapter: Adapter | None) -> Tensor:
-    """Log p(first answer to PROMPT) of Hugging Face's model in float64, with hooks that edit as the paper says."""
+    """Log p(first answer to PROMPT) of Hugging Face's model in float64, with hooks that edit as the
+    paper says.
+    """
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float64).eval()
     prefix, suffix = adapter.manifest.positions.indices(len(PROMPT)) if adapter else ([], [])
     rows = [*prefix, *suffix]
-    for spec, weights in zip(adapter.manifest.interventions, adapter.weights, strict=True) if adapter else ():
+    for spec, weights in (
+        zip(adapter.manifest.interventions, adapter.weights, strict=True) if adapter else ()
+    ):
         _hook(model.model.layers[spec.layer], spec.component, weights, rows)
     return torch.log_softmax(model(torch.tensor([PROMPT])).logits[0, -1], -1)
 

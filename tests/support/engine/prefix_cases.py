@@ -1,7 +1,7 @@
 """Random work for the prefix cache: a few adapters, and several waves of requests.
 
-Prompts share stems with each other or go on from an earlier request's prompt and answer; base requests, salts and strengths
-are mixed in, in any order.
+Prompts share stems with each other or go on from an earlier request's prompt and answer; base
+requests, salts and strengths are mixed in, in any order.
 """
 
 from __future__ import annotations
@@ -28,7 +28,21 @@ _phases = st.sampled_from(["prompt", "prompt", "all", "generated"])
 RULES = st.one_of(
     st.builds(
         PositionRule,
-        st.sampled_from(["f1", "l1", "l5", "f3+l3", "f7+l7", "f40", "l40", "f33+l2", "first", "last", "0,31,-1,-33"]),
+        st.sampled_from(
+            [
+                "f1",
+                "l1",
+                "l5",
+                "f3+l3",
+                "f7+l7",
+                "f40",
+                "l40",
+                "f33+l2",
+                "first",
+                "last",
+                "0,31,-1,-33",
+            ]
+        ),
         last_offset=st.sampled_from([0, 0, 1, 3]),
         phase=_phases,
     ),
@@ -57,17 +71,21 @@ class Recipe:
             for k, spec in enumerate(self.specs)
         ]
         base = read_base_model(GOLDEN / "models" / "tiny-llama")
-        return publish(path, Manifest(base_model=base, interventions=self.specs, positions=self.rule), weights).digest
+        return publish(
+            path, Manifest(base_model=base, interventions=self.specs, positions=self.rule), weights
+        ).digest
 
 
 @dataclass(frozen=True)
 class Ask:
     """One request.
 
-    adapter: a number into the work's adapters, or -1 for the base. None goes on as `follows` was asked: the same adapter,
+    adapter: a number into the work's adapters, or -1 for the base. None goes on as `follows` was
+    asked: the same adapter,
         strength and salt.
-    follows: an earlier wave's request (a number into them all), whose prompt and answer this prompt starts with.
-    end: the part of the tokens that is the prompt for the position rule, the rest being an answer to score; None: all.
+    follows: an earlier wave's request (a number into them all), whose prompt and answer this prompt
+    starts with. end: the part of the tokens that is the prompt for the position rule, the rest
+    being an answer to score; None: all.
     """
 
     adapter: int | None
@@ -93,11 +111,20 @@ def recipes(draw: st.DrawFn) -> Recipe:
     specs = []
     for layer, component in draw(st.lists(places, min_size=1, max_size=4, unique=True)):
         kind = draw(st.sampled_from(KINDS))
-        activation = draw(st.sampled_from(["linear", "tanh", "gelu"])) if has_activation(kind) else "linear"
+        activation = (
+            draw(st.sampled_from(["linear", "tanh", "gelu"])) if has_activation(kind) else "linear"
+        )
         part = "both" if rule.tied else draw(st.sampled_from(["both", "prefix", "suffix"]))
         rank = draw(st.integers(1, MAX_RANK // 2))
         specs.append(
-            InterventionSpec(layer=layer, component=component, kind=kind, rank=rank, activation=activation, part=part)
+            InterventionSpec(
+                layer=layer,
+                component=component,
+                kind=kind,
+                rank=rank,
+                activation=activation,
+                part=part,
+            )
         )
     return Recipe(rule, tuple(specs), draw(st.integers(0, 1 << 20)))
 
@@ -119,4 +146,6 @@ def works(draw: st.DrawFn, widest: int = 24) -> Work:
         end=st.sampled_from([None, None, None, None, None, None, 0.5, 0.9]),
     )
     sizes = [draw(st.integers(1, widest)) for _ in range(draw(st.integers(1, 5)))]
-    return Work(tuple(made), tuple(tuple(draw(st.lists(asks, min_size=n, max_size=n))) for n in sizes))
+    return Work(
+        tuple(made), tuple(tuple(draw(st.lists(asks, min_size=n, max_size=n))) for n in sizes)
+    )

@@ -1,7 +1,8 @@
 """The judge of a prefix cache: an engine with it, an engine without, and what must be equal.
 
-It also knows, from the position rules alone, which blocks hold the same edits of the same tokens, and holds
-`num_cached_tokens` to that from both sides: nothing else may be shared, and all of that must be.
+It also knows, from the position rules alone, which blocks hold the same edits of the same tokens,
+and holds `num_cached_tokens` to that from both sides: nothing else may be shared, and all of that
+must be.
 """
 
 from __future__ import annotations
@@ -20,12 +21,22 @@ from hypothesis import HealthCheck, given, seed, settings
 
 from reft_serve.interventions.positions import Part, PositionRule
 from tests.support.engine.engines import running_engine
-from tests.support.engine.prefix_cases import CONTEXT, LONGEST_ANSWER, MAX_RANK, STEMS, Ask, Recipe, Work, works
+from tests.support.engine.prefix_cases import (
+    CONTEXT,
+    LONGEST_ANSWER,
+    MAX_RANK,
+    STEMS,
+    Ask,
+    Recipe,
+    Work,
+    works,
+)
 
 TOLERANCE = 1e-3
 BLOCK = 32
 
-# A block's content: salt, all tokens up to its end, and their edits: digest, strength, edited tokens with their parts.
+# A block's content: salt, all tokens up to its end, and their edits: digest, strength, edited
+# tokens with their parts.
 Content = tuple[str | None, tuple[int, ...], tuple[Any, ...]]
 
 
@@ -62,11 +73,18 @@ class Request:
 
     @property
     def prompt_tokens(self) -> int:
-        return len(self.tokens) if self.ask.end is None else max(int(self.ask.end * len(self.tokens)), 1)
+        return (
+            len(self.tokens)
+            if self.ask.end is None
+            else max(int(self.ask.end * len(self.tokens)), 1)
+        )
 
     def contents(self, tokens: tuple[int, ...], count: int) -> list[Content]:
         """The first `count` blocks of the prompt and what follows it."""
-        return [(self.ask.salt, tokens[:end], self._edits(end)) for end in range(BLOCK, (count + 1) * BLOCK, BLOCK)]
+        return [
+            (self.ask.salt, tokens[:end], self._edits(end))
+            for end in range(BLOCK, (count + 1) * BLOCK, BLOCK)
+        ]
 
     def _edits(self, end: int) -> tuple[Any, ...]:
         if self.rule is None or self.ask.strength == 0:
@@ -93,7 +111,8 @@ class Judge:
         """Run the work on both engines.
 
         Raises:
-            AssertionError: an answer differs, or the cache shared what it must not or did not share what it could.
+            AssertionError: an answer differs, or the cache shared what it must not or did not share
+                what it could.
         """
         assert self.cached.reset_prefix_cache()
         folder = self.folder / "work"
@@ -118,7 +137,9 @@ class Judge:
             assert plain.num_cached_tokens == 0
             self._compare(request, output.outputs[0], plain.outputs[0])
 
-    def _check_sharing(self, requests: list[Request], outputs: list[Any], known: dict[Content, int]) -> None:
+    def _check_sharing(
+        self, requests: list[Request], outputs: list[Any], known: dict[Content, int]
+    ) -> None:
         before, wave = dict(known), Counter[Content]()
         for request, output in zip(requests, outputs, strict=True):
             tokens = request.tokens + tuple(output.outputs[0].token_ids)
@@ -129,13 +150,20 @@ class Judge:
             blocks = request.contents(request.tokens, (len(request.tokens) - 1) // BLOCK)
             least = sum(1 for _ in itertools.takewhile(before.__contains__, blocks))
             # At most what others of its own wave have computed too.
-            most = sum(1 for _ in itertools.takewhile(lambda block: block in before or wave[block] > 1, blocks))
+            most = sum(
+                1
+                for _ in itertools.takewhile(
+                    lambda block: block in before or wave[block] > 1, blocks
+                )
+            )
             hit, left = divmod(output.num_cached_tokens, BLOCK)
             assert not left
             assert least <= hit <= most, f"{hit} blocks cached of {least} to {most}: {request}"
             self._note(request, blocks[: min(hit, least)], hit * BLOCK, before)
 
-    def _note(self, request: Request, hits: list[Content], cached: int, owners: dict[Content, int]) -> None:
+    def _note(
+        self, request: Request, hits: list[Content], cached: int, owners: dict[Content, int]
+    ) -> None:
         tally = self.tally
         tally.requests += 1
         tally.prompt_tokens += len(request.tokens)
@@ -152,7 +180,9 @@ class Judge:
         for step, (ours, theirs) in enumerate(zip(answer.logprobs, plain.logprobs, strict=True)):
             for token in ours.keys() & theirs.keys():
                 difference = abs(ours[token].logprob - theirs[token].logprob)
-                assert difference <= TOLERANCE, f"logprob off by {difference:.3g} at token {step} of {request}"
+                assert difference <= TOLERANCE, (
+                    f"logprob off by {difference:.3g} at token {step} of {request}"
+                )
                 self.tally.largest_difference = max(self.tally.largest_difference, difference)
                 self.tally.compared += 1
             mine, other = answer.token_ids[step], plain.token_ids[step]
@@ -162,8 +192,11 @@ class Judge:
                 return
 
 
-def judge_random(judge: Judge, requests: int, widest: int = 24, first_seed: int = 0) -> Iterator[Tally]:
-    """Judge random works of waves up to `widest` until there were so many requests; the tally after every 20 works.
+def judge_random(
+    judge: Judge, requests: int, widest: int = 24, first_seed: int = 0
+) -> Iterator[Tally]:
+    """Judge random works of waves up to `widest` until there were so many requests; the tally after
+    every 20 works.
 
     Raises:
         AssertionError: as `Judge.judge` does, with the smallest work that shows the fault.
@@ -173,7 +206,9 @@ def judge_random(judge: Judge, requests: int, widest: int = 24, first_seed: int 
             return
 
         @seed(number)
-        @settings(max_examples=20, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @settings(
+            max_examples=20, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+        )
         @given(works(widest))
         def check(work: Work) -> None:
             judge.judge(work)
@@ -202,7 +237,10 @@ def _request(ask: Ask, adapters: Sequence[_Written], done: list[tuple[Request, A
         prior = len(earlier.tokens)
         tokens = earlier.tokens + tuple(output.outputs[0].token_ids) + tokens[: ask.length % 40]
         if number is None:
-            number, ask = earlier.adapter, replace(ask, strength=earlier.ask.strength, salt=earlier.ask.salt)
+            number, ask = (
+                earlier.adapter,
+                replace(ask, strength=earlier.ask.strength, salt=earlier.ask.salt),
+            )
     number = -1 if number is None else number
     written = None if number < 0 else adapters[number]
     rule, digest = (written.recipe.rule, written.digest) if written else (None, None)
@@ -226,12 +264,15 @@ def _generate(engine: Any, requests: list[Request], adapters: Sequence[_Written]
         for r in requests
     ]
     prompts = [
-        {"prompt_token_ids": list(r.tokens)} | ({"cache_salt": r.ask.salt} if r.ask.salt else {}) for r in requests
+        {"prompt_token_ids": list(r.tokens)} | ({"cache_salt": r.ask.salt} if r.ask.salt else {})
+        for r in requests
     ]
     outputs: list[Any] = engine.generate(
         prompts,
         params,
-        lora_request=[a and LoRARequest(f"adapter{a.number}", a.number, str(a.path)) for a in loras],
+        lora_request=[
+            a and LoRARequest(f"adapter{a.number}", a.number, str(a.path)) for a in loras
+        ],
         use_tqdm=False,
     )
     return outputs
@@ -247,7 +288,9 @@ def _extra_args(request: Request) -> dict[str, Any] | None:
 
 @contextmanager
 def judging(folder: Path) -> Iterator[Judge]:
-    """A judge with its engines: steps, batches and slots of different sizes, so that nothing but the answers is equal."""
+    """A judge with its engines: steps, batches and slots of different sizes, so that nothing but
+    the answers is equal.
+    """
     from vllm.config import KVEventsConfig
 
     shared: dict[str, Any] = {
@@ -256,8 +299,15 @@ def judging(folder: Path) -> Iterator[Judge]:
         "enforce_eager": True,
         "block_size": BLOCK,
     }
-    events = KVEventsConfig(enable_kv_cache_events=True, publisher="zmq", endpoint=f"ipc://{folder}/events")
-    mine = {"max_loras": 3, "max_num_seqs": 48, "max_num_batched_tokens": 512, "kv_events_config": events}
+    events = KVEventsConfig(
+        enable_kv_cache_events=True, publisher="zmq", endpoint=f"ipc://{folder}/events"
+    )
+    mine = {
+        "max_loras": 3,
+        "max_num_seqs": 48,
+        "max_num_batched_tokens": 512,
+        "kv_events_config": events,
+    }
     others = {"max_loras": 64, "max_num_seqs": 64, "enable_prefix_caching": False}
     settings = {"LORA": "off", "MAX_RANK": str(MAX_RANK)}
     with pytest.MonkeyPatch.context() as patch:

@@ -44,11 +44,16 @@ class Scheme:
         for name, module in list(model.named_modules()):
             if isinstance(module, nn.Linear) and name != "lm_head":
                 quantised = self.linear(saved.pop(f"{name}.weight"))
-                saved |= {f"{name}.{suffix}": tensor.contiguous() for suffix, tensor in quantised.tensors.items()}
+                saved |= {
+                    f"{name}.{suffix}": tensor.contiguous()
+                    for suffix, tensor in quantised.tensors.items()
+                }
                 model.set_submodule(name, QuantisedLinear(quantised))
         save_file(saved, folder / "model.safetensors", {"format": "pt"})
         config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | {"quantization_config": self.config}))
+        (folder / "config.json").write_text(
+            json.dumps(config | {"quantization_config": self.config})
+        )
 
 
 class QuantisedLinear(nn.Module):
@@ -123,7 +128,9 @@ def _awq(weight: Tensor) -> Quantised:
     return Quantised(tensors, whole * scale.repeat_interleave(GROUP, 1))
 
 
-def _compressed(form: str, weights: Mapping[str, Any], inputs: Mapping[str, Any] | None) -> dict[str, Any]:
+def _compressed(
+    form: str, weights: Mapping[str, Any], inputs: Mapping[str, Any] | None
+) -> dict[str, Any]:
     group = {
         "targets": ["Linear"],
         "weights": {"symmetric": True, "dynamic": False, **weights},

@@ -42,7 +42,9 @@ class Server:
             "VLLM_CPU_KVCACHE_SPACE": "1",
         }
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen(command, env=os.environ | settings, stdout=log, stderr=log)
+            self.process = subprocess.Popen(
+                command, env=os.environ | settings, stdout=log, stderr=log
+            )
         deadline = time.monotonic() + ready_seconds
         while not self._ready():
             if self.process.poll() is not None or time.monotonic() > deadline:
@@ -59,8 +61,12 @@ class Server:
 
     def load(self, name: str, path: Path, *, again: bool = False) -> tuple[int, dict[str, Any]]:
         """POST /v1/load_lora_adapter: the status and the answer's JSON, {} where it has none."""
-        body = json.dumps({"lora_name": name, "lora_path": str(path), "load_inplace": again}).encode()
-        request = urllib.request.Request(f"{self.url}/v1/load_lora_adapter", body, {"Content-Type": "application/json"})
+        body = json.dumps(
+            {"lora_name": name, "lora_path": str(path), "load_inplace": again}
+        ).encode()
+        request = urllib.request.Request(
+            f"{self.url}/v1/load_lora_adapter", body, {"Content-Type": "application/json"}
+        )
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
                 return answer.status, {}

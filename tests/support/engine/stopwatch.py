@@ -1,6 +1,7 @@
 """How long an engine core's loop is held up by each message that may load an adapter.
 
-vLLM imports its `scheduler_cls` in the core's own process; naming the one of this module puts the stopwatch on.
+vLLM imports its `scheduler_cls` in the core's own process; naming the one of this module puts the
+stopwatch on.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ def _timed(self: Any, request_type: Any, request: Any) -> None:
 
 
 def _stopwatch(self: Any) -> dict[str, Any]:
-    """The seconds of each message since the last call, the core's memory, and the entries of our own collections in it."""
+    """The seconds of each message since the last call, the core's memory, and the entries of our
+    own collections in it.
+    """
     given = {kind: list(seconds) for kind, seconds in _spent.items()}
     for seconds in _spent.values():
         seconds.clear()

@@ -53,7 +53,11 @@ class Collector:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 content = self.rfile.read(int(self.headers["content-length"]))
-                collector.take(gzip.decompress(content) if self.headers.get("content-encoding") == "gzip" else content)
+                collector.take(
+                    gzip.decompress(content)
+                    if self.headers.get("content-encoding") == "gzip"
+                    else content
+                )
                 self.send_response(200)
                 self.send_header("content-length", "0")
                 self.end_headers()

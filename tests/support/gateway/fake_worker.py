@@ -45,10 +45,14 @@ class FakeWorker:
 
     def beat(self, job: queue.Claim, step: int = 0, steps: int = 4) -> str:
         progress = queue.Progress(step, steps, step * 100, job.created_ms + 60_000)
-        return self.act(lambda session: queue.heartbeat(session, job.id, job.worker, 60.0, progress))
+        return self.act(
+            lambda session: queue.heartbeat(session, job.id, job.worker, 60.0, progress)
+        )
 
     def tell(self, job: queue.Claim, message: str, metrics: dict[str, float] | None = None) -> None:
-        self.act(lambda session: queue.add_event(session, job.id, job.worker, message, metrics=metrics))
+        self.act(
+            lambda session: queue.add_event(session, job.id, job.worker, message, metrics=metrics)
+        )
 
     def finish(self, job: queue.Claim, outcome: Outcome) -> str:
         return self.act(lambda session: queue.finish(session, job.id, job.worker, outcome))
@@ -73,7 +77,12 @@ class FakeWorker:
     def _write_result(self, job: queue.Claim) -> files.WrittenFile:
         begun = self.act(
             lambda session: files.start_file(
-                session, job.tenant_id, None, filename="metrics.csv", purpose="fine-tune-results", expires_ms=None
+                session,
+                job.tenant_id,
+                None,
+                filename="metrics.csv",
+                purpose="fine-tune-results",
+                expires_ms=None,
             )
         )
 

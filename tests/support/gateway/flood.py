@@ -54,10 +54,20 @@ def fake() -> Iterator[tuple[str, str]]:
     """A gateway over the fake engine: its URL and an admin's key."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         port, engine, database = free_port(), free_port(), f"sqlite:///{Path(folder) / 'reft.db'}"
-        command = [sys.executable, "-m", "tests.support.gateway.engine_process", str(engine), str(TOKEN_SECONDS)]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.support.gateway.engine_process",
+            str(engine),
+            str(TOKEN_SECONDS),
+        ]
         stack.enter_context(listening([*command, str(FIRST_SECONDS)], engine))
         key = asyncio.run(first_key(database))
-        settings = {"REFT_DATABASE": database, "REFT_STORE": folder, "REFT_ENGINES": f"http://127.0.0.1:{engine}"}
+        settings = {
+            "REFT_DATABASE": database,
+            "REFT_STORE": folder,
+            "REFT_ENGINES": f"http://127.0.0.1:{engine}",
+        }
         gateway = [sys.executable, "-m", "reft_serve.cli.gateway", "--port", str(port)]
         stack.enter_context(listening(gateway, port, **settings))
         yield f"http://127.0.0.1:{port}", key
@@ -65,10 +75,14 @@ def fake() -> Iterator[tuple[str, str]]:
 
 def tenants(url: str, admin: str, limit: int) -> Place:
     """Two tenants, the second with a limit of requests per minute."""
-    with httpx.Client(base_url=url, headers={"authorization": f"Bearer {admin}"}, timeout=60, trust_env=False) as http:
+    with httpx.Client(
+        base_url=url, headers={"authorization": f"Bearer {admin}"}, timeout=60, trust_env=False
+    ) as http:
         keys = []
         for name, limits in (("steady", {}), ("flooding", {"requests_per_minute": limit})):
             http.post("/v1/admin/tenants", json={"name": name, "limits": limits}).raise_for_status()
-            made = http.post(f"/v1/admin/tenants/{name}/keys", json={"role": "inference"}).raise_for_status()
+            made = http.post(
+                f"/v1/admin/tenants/{name}/keys", json={"role": "inference"}
+            ).raise_for_status()
             keys.append(made.json()["secret"])
     return Place(url, *keys)

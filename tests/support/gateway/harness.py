@@ -31,7 +31,9 @@ ADMIN = "operator"
 class Served:
     """An ASGI application behind uvicorn, in a thread with an event loop of its own."""
 
-    def __init__(self, app: Any, host: str = "127.0.0.1", port: int = 0, http: Any = "auto") -> None:
+    def __init__(
+        self, app: Any, host: str = "127.0.0.1", port: int = 0, http: Any = "auto"
+    ) -> None:
         self.app = app
         # Without its protocol asyncio would leave Nagle on, and every answer would wait 40 ms.
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -39,7 +41,12 @@ class Served:
         self.port = self._socket.getsockname()[1]
         self.url = f"http://{host}:{self.port}"
         config = uvicorn.Config(
-            app, log_level="error", lifespan="on", timeout_graceful_shutdown=2, log_config=None, http=http
+            app,
+            log_level="error",
+            lifespan="on",
+            timeout_graceful_shutdown=2,
+            log_config=None,
+            http=http,
         )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -62,25 +69,41 @@ class Served:
 class Gateway:
     """A running gateway, with an admin's key and helpers to make tenants of it."""
 
-    def __init__(self, folder: Path, engines: Mapping[str, FakeEngine] | str, **settings: Any) -> None:
+    def __init__(
+        self, folder: Path, engines: Mapping[str, FakeEngine] | str, **settings: Any
+    ) -> None:
         self.folder = folder
         urls = engines if isinstance(engines, str) else ",".join(engines)
-        given = {"database": f"sqlite:///{folder / 'reft.db'}", "store": folder / "store", "gateway_name": "test"}
-        self.settings = GatewaySettings(**(given | {"engines": urls, "probe_seconds": 0.2} | settings))
+        given = {
+            "database": f"sqlite:///{folder / 'reft.db'}",
+            "store": folder / "store",
+            "gateway_name": "test",
+        }
+        self.settings = GatewaySettings(
+            **(given | {"engines": urls, "probe_seconds": 0.2} | settings)
+        )
         self.admin_key = asyncio.run(first_key(self.settings.database))
-        self.served = Served(create_app(self.settings), http=protocol_of(Connections(self.settings)))
+        self.served = Served(
+            create_app(self.settings), http=protocol_of(Connections(self.settings))
+        )
         self.url = self.served.url
         self.admin = self.http(self.admin_key)
 
     def http(self, key: str | None, **options: Any) -> httpx.Client:
         headers = {} if key is None else {"authorization": f"Bearer {key}"}
-        return httpx.Client(base_url=self.url, headers=headers, timeout=30, trust_env=False, **options)
+        return httpx.Client(
+            base_url=self.url, headers=headers, timeout=30, trust_env=False, **options
+        )
 
     def openai(self, key: str) -> openai.OpenAI:
         http = openai.DefaultHttpxClient(trust_env=False)
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60, http_client=http)
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60, http_client=http
+        )
 
-    def tenant(self, name: str, role: str = "owner", limits: dict[str, Any] | None = None) -> Tenant:
+    def tenant(
+        self, name: str, role: str = "owner", limits: dict[str, Any] | None = None
+    ) -> Tenant:
         made = self.admin.post("/v1/admin/tenants", json={"name": name, "limits": limits or {}})
         assert made.status_code in (201, 409), made.text
         found = self.admin.get(f"/v1/admin/tenants/{name}").json()
@@ -110,14 +133,18 @@ class Tenant:
 
 
 @contextmanager
-def running(folder: Path, engines: int = 1, **settings: Any) -> Iterator[tuple[Gateway, list[FakeEngine]]]:
+def running(
+    folder: Path, engines: int = 1, **settings: Any
+) -> Iterator[tuple[Gateway, list[FakeEngine]]]:
     """A gateway over some fake engines."""
     fakes = [FakeEngine() for _ in range(engines)]
     with ExitStack() as stack:
         served = [Served(fake.app) for fake in fakes]
         for each in served:
             stack.callback(each.stop)
-        gateway = Gateway(folder, {each.url: fake for each, fake in zip(served, fakes, strict=True)}, **settings)
+        gateway = Gateway(
+            folder, {each.url: fake for each, fake in zip(served, fakes, strict=True)}, **settings
+        )
         stack.callback(gateway.stop)
         yield gateway, fakes
 
@@ -135,7 +162,9 @@ async def first_key(url: str) -> str:
     return secret
 
 
-def adapter_files(seed: int = 0, rank: int = 2, width: int = 8, layers: int = 4) -> dict[str, bytes]:
+def adapter_files(
+    seed: int = 0, rank: int = 2, width: int = 8, layers: int = 4
+) -> dict[str, bytes]:
     """A sound adapter of a model that does not exist; another one for every seed."""
     manifest = {
         "format_version": 1,
@@ -145,7 +174,9 @@ def adapter_files(seed: int = 0, rank: int = 2, width: int = 8, layers: int = 4)
             "hidden_size": width,
             "num_hidden_layers": layers,
         },
-        "interventions": [{"layer": 1, "component": "block_output", "kind": "loreft", "rank": rank}],
+        "interventions": [
+            {"layer": 1, "component": "block_output", "kind": "loreft", "rank": rank}
+        ],
         "positions": {"spec": "f1+l1"},
         "provenance": {"seed": seed},
     }
@@ -153,7 +184,11 @@ def adapter_files(seed: int = 0, rank: int = 2, width: int = 8, layers: int = 4)
     for name in required_tensors("loreft"):
         shape = [rank] if name == "b" else [rank, width]
         size = 4 * rank * (1 if name == "b" else width)
-        header[f"interventions.0.{name}"] = {"dtype": "F32", "shape": shape, "data_offsets": [at, at + size]}
+        header[f"interventions.0.{name}"] = {
+            "dtype": "F32",
+            "shape": shape,
+            "data_offsets": [at, at + size],
+        }
         at, body = at + size, body + bytes([seed % 251 or 1]) * size
     text = json.dumps(header).encode()
     tensors = len(text).to_bytes(8, "little") + text + body

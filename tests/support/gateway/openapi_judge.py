@@ -28,7 +28,8 @@ _REFUSING = (
     "POST /v1/webhook_endpoints/{webhook}/test",
 )
 _WAIVER = "\n".join(
-    f'[[operations]]\ninclude-name = "{name}"\nchecks.positive_data_acceptance.enabled = false\n' for name in _REFUSING
+    f'[[operations]]\ninclude-name = "{name}"\nchecks.positive_data_acceptance.enabled = false\n'
+    for name in _REFUSING
 )
 
 
@@ -43,14 +44,27 @@ def furnish(client: httpx.Client) -> dict[str, list[str]]:
     models = []
     for seed in (1, 2, 3):
         parts = [("files", item) for item in adapter_files(seed).items()]
-        models.append(made("/v1/adapters", data={"name": "birds", "alias": "production"}, files=parts)["model"])
-    row = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+        models.append(
+            made("/v1/adapters", data={"name": "birds", "alias": "production"}, files=parts)[
+                "model"
+            ]
+        )
+    row = (
+        b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+    )
     files = [
-        made("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("rows.jsonl", row)})["id"] for _ in range(2)
+        made("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("rows.jsonl", row)})["id"]
+        for _ in range(2)
     ]
-    jobs = [made("/v1/fine_tuning/jobs", json={"model": "base", "training_file": files[0]})["id"] for _ in range(3)]
+    jobs = [
+        made("/v1/fine_tuning/jobs", json={"model": "base", "training_file": files[0]})["id"]
+        for _ in range(3)
+    ]
     hook = {"name": "x", "url": "http://127.0.0.1:9/x", "event_types": ["fine_tuning.job.failed"]}
-    tenants = [made("/v1/admin/tenants", json={"name": f"furnished-{secrets.token_hex(4)}"})["id"] for _ in range(2)]
+    tenants = [
+        made("/v1/admin/tenants", json={"name": f"furnished-{secrets.token_hex(4)}"})["id"]
+        for _ in range(2)
+    ]
     return {
         "path.name": ["birds"], "path.version": ["1", "2", "production"], "path.alias": ["production", "canary"],
         "path.model": ["birds", "birds@1", *models], "body.model": ["base", "birds", *models],
@@ -66,12 +80,21 @@ def _settings(known: Mapping[str, Sequence[str]]) -> str:
         f"[dictionaries.{name.replace('.', '-')}]\nvalues = {json.dumps(list(values))}\n"
         for name, values in known.items()
     ]
-    places = [f'"{name}" = {{ dictionary = "{name.replace(".", "-")}", probability = 0.66 }}' for name in known]
+    places = [
+        f'"{name}" = {{ dictionary = "{name.replace(".", "-")}", probability = 0.66 }}'
+        for name in known
+    ]
     return "\n".join([*bound, "[parameters]", *places, "", _WAIVER])
 
 
 def judge(
-    url: str, key: str, examples: int, folder: Path, known: Mapping[str, Sequence[str]], *which: str, seed: int = 1
+    url: str,
+    key: str,
+    examples: int,
+    folder: Path,
+    known: Mapping[str, Sequence[str]],
+    *which: str,
+    seed: int = 1,
 ) -> int:
     """Run every check of Schemathesis, positive, negative and stateful, and give the number of cases.
 

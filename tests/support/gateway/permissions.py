@@ -9,7 +9,9 @@ from pathlib import Path
 
 
 def readable_by_others(folder: Path) -> list[str]:
-    """Files and folders in `folder` that its group or others have any permission for, with their modes."""
+    """Files and folders in `folder` that its group or others have any permission for, with their
+    modes.
+    """
     return [f"{path.name} {mode:o}" for path, mode in _modes(folder) if mode & 0o077]
 
 

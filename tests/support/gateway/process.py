@@ -40,7 +40,10 @@ class Process:
 
     def _lives(self) -> bool:
         try:
-            return httpx.get(f"http://127.0.0.1:{self.port}/health/live", trust_env=False).status_code == 200
+            return (
+                httpx.get(f"http://127.0.0.1:{self.port}/health/live", trust_env=False).status_code
+                == 200
+            )
         except httpx.HTTPError:
             return False
 
@@ -68,7 +71,9 @@ def process(
     code = f"{before}\nimport runpy, sys\nsys.argv[1:] = ['--port', '{port}']\n"
     code += "runpy.run_module('reft_serve.cli.gateway', run_name='__main__')"
     with (folder / "gateway.log").open("ab") as log:
-        running = subprocess.Popen([sys.executable, "-c", code], env=os.environ | given, stdout=log, stderr=log)
+        running = subprocess.Popen(
+            [sys.executable, "-c", code], env=os.environ | given, stdout=log, stderr=log
+        )
     url = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + 60

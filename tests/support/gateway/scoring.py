@@ -17,7 +17,11 @@ from tests.support.paths import ROOT
 
 QUESTIONS = (
     ("Once upon a time there was a little", [" cat who liked milk.", " bird in a tall tree."], 0),
-    ("One morning the two friends went to the lake because", [" it was a sunny day.", " the cat said hello."], 0),
+    (
+        "One morning the two friends went to the lake because",
+        [" it was a sunny day.", " the cat said hello."],
+        0,
+    ),
     ("Lily looked up and", [' said, "Look at the rain!"', " went home."], 1),
 )
 TASK = """
@@ -45,12 +49,18 @@ class Endings:
 
     def pairs(self) -> list[tuple[list[int], list[int]]]:
         """Each question with each ending, as tokens."""
-        return [self.tokens(question, ending) for question, endings, _ in QUESTIONS for ending in endings]
+        return [
+            self.tokens(question, ending)
+            for question, endings, _ in QUESTIONS
+            for ending in endings
+        ]
 
     def tokens(self, question: str, ending: str) -> tuple[list[int], list[int]]:
         """As the harness splits them: what the whole has beyond the question's own tokens is the ending."""
         prompt = self._tokenizer(question, add_special_tokens=False).input_ids
-        return prompt, self._tokenizer(question + ending, add_special_tokens=False).input_ids[len(prompt) :]
+        return prompt, self._tokenizer(question + ending, add_special_tokens=False).input_ids[
+            len(prompt) :
+        ]
 
     def expected(self, model: str, prompt: list[int], answer: list[int]) -> list[float]:
         """The log-probability of each token of the answer."""
@@ -62,7 +72,9 @@ class Endings:
         return [int(row.argmax()) for row in self._rows(model, prompt, answer)] == answer
 
     def _rows(self, model: str, prompt: list[int], answer: list[int]) -> Any:
-        adapter: Adapter | None = None if model == "base" else read_adapter(DEMO / "adapters" / model, 1 << 30)
+        adapter: Adapter | None = (
+            None if model == "base" else read_adapter(DEMO / "adapters" / model, 1 << 30)
+        )
         return self._reference.logprobs(adapter, prompt, answer)[len(prompt) - 1 :]
 
     def harness(
@@ -71,7 +83,11 @@ class Endings:
         """Run lm-evaluation-harness: by question and ending, the score and whether it is the greedy answer."""
         folder.mkdir()
         rows = folder / "endings.jsonl"
-        rows.write_text("\n".join(json.dumps({"question": q, "choices": c, "label": k}) for q, c, k in QUESTIONS))
+        rows.write_text(
+            "\n".join(
+                json.dumps({"question": q, "choices": c, "label": k}) for q, c, k in QUESTIONS
+            )
+        )
         (folder / "endings.yaml").write_text(TASK.format(rows=rows))
         given = {
             "model": model, "base_url": f"{url}/v1/completions", "tokenizer": DEMO / "model",
@@ -82,8 +98,14 @@ class Endings:
             "--tasks", "endings", "--batch_size", "3", "--log_samples", "--output_path", str(folder / "out"),
             "--model_args", ",".join(f"{name}={value}" for name, value in given.items()),
         ]  # fmt: skip
-        environment = os.environ | {"OPENAI_API_KEY": key, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf")}
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        environment = os.environ | {
+            "OPENAI_API_KEY": key,
+            "HF_HUB_OFFLINE": "1",
+            "HF_HOME": str(folder / "hf"),
+        }
+        ended = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
         assert ended.returncode == 0, ended.stdout + ended.stderr
         (samples,) = (folder / "out").rglob("samples_endings_*.jsonl")
         found = {}

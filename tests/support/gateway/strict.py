@@ -1,4 +1,6 @@
-"""The `openai` client's own types as judges: the client itself takes whatever comes, so an answer is validated here."""
+"""The `openai` client's own types as judges: the client itself takes whatever comes, so an answer
+is validated here.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ def strict_each(stream: Iterable[_M]) -> list[_M]:
     found = list(stream)
     for each in found:
         wire: dict[str, Any] = each.to_dict(warnings=False)
-        if isinstance(each, Completion):  # it has no type for chunks, in which OpenAI too gives no reason but the last
+        # it has no type for chunks, in which OpenAI too gives no reason but the last
+        if isinstance(each, Completion):
             for choice in wire["choices"]:
                 choice["finish_reason"] = choice["finish_reason"] or "stop"
         _judge(each, wire)

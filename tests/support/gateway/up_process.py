@@ -75,7 +75,9 @@ class Up:
 
     def sdk(self, key: str) -> openai.OpenAI:
         transport = openai.DefaultHttpxClient(trust_env=False)
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60, http_client=transport)
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60, http_client=transport
+        )
 
     def status(self, path: str) -> int:
         """What a path answers without a key; 0 where nothing does."""
@@ -86,18 +88,26 @@ class Up:
 
     def upload(self, name: str, public: str = "", **form: str) -> httpx.Response:
         """Publish one of the shipped adapters, under its own name or another."""
-        files = [("files", (file.name, file.read_bytes())) for file in sorted((DEMO / "adapters" / name).iterdir())]
+        files = [
+            ("files", (file.name, file.read_bytes()))
+            for file in sorted((DEMO / "adapters" / name).iterdir())
+        ]
         return self.http.post("/v1/adapters", data={"name": public or name, **form}, files=files)
 
     def say(self, model: str, prompt: Any = PROMPT, **options: Any) -> str:
         given = {"max_tokens": 12, "temperature": 0} | options
-        text: str = self.openai.completions.create(model=model, prompt=prompt, **given).choices[0].text
+        text: str = (
+            self.openai.completions.create(model=model, prompt=prompt, **given).choices[0].text
+        )
         return text
 
     def children(self) -> list[int]:
         """The processes that it watches over."""
         return [
-            int(pid) for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+            int(pid)
+            for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+            .read_text()
+            .split()
         ]
 
     def stop(self) -> None:

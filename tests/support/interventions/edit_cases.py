@@ -1,4 +1,6 @@
-"""Random steps: adapters, rows and hidden states, for the tests that compare one form of the edit with another."""
+"""Random steps: adapters, rows and hidden states, for the tests that compare one form of the edit
+with another.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ from reft_serve.interventions.vocabulary import (
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def random_weights(kind: Kind, width: int, rank: int, activation: str = "linear", seed: int = 0) -> Weights:
+def random_weights(
+    kind: Kind, width: int, rank: int, activation: str = "linear", seed: int = 0
+) -> Weights:
     """Weights of ordinary size; R with orthonormal rows."""
     random = torch.Generator().manual_seed(seed)
     tensors = {}
@@ -55,7 +59,9 @@ class Case:
 
     @property
     def tiles(self) -> Tiles:
-        return Tiles(*(torch.from_numpy(part) for part in tile_rows(self.row_T, self.key_T, self.scale_T)))
+        return Tiles(
+            *(torch.from_numpy(part) for part in tile_rows(self.row_T, self.key_T, self.scale_T))
+        )
 
     @property
     def stream(self) -> Tensor:
@@ -69,10 +75,16 @@ class Case:
 
     def edited_rows(self) -> list[int]:
         """Rows that some intervention touches."""
-        return [int(t) for t, key in zip(self.row_T, self.key_T, strict=True) if self.units_of_CS[:, key].any()]
+        return [
+            int(t)
+            for t, key in zip(self.row_T, self.key_T, strict=True)
+            if self.units_of_CS[:, key].any()
+        ]
 
     def expected(self) -> tuple[Tensor, Tensor]:
-        """The first pass by the reference, row by row in float64, and the size of the terms it sums, elementwise."""
+        """The first pass by the reference, row by row in float64, and the size of the terms it
+        sums, elementwise.
+        """
         want, size = self.stream.double(), self.stream.double().abs()
         for t, key, scale in zip(self.row_T, self.key_T, self.scale_T, strict=True):
             unit = int(self.units_of_CS[0, key])
@@ -112,9 +124,13 @@ def cases(
     weights = []
     for index in range(draw(st.integers(1, 4))):
         kind = draw(st.sampled_from(KINDS))
-        activation = draw(st.sampled_from(sorted(ACTIVATION_CODES))) if has_activation(kind) else "linear"
+        activation = (
+            draw(st.sampled_from(sorted(ACTIVATION_CODES))) if has_activation(kind) else "linear"
+        )
         fits = [r for r in range(1, width + 1) if unit_rank(kind, r, activation) <= pool_rank]
-        weights.append(random_weights(kind, width, draw(st.sampled_from(fits)), activation, seed + index))
+        weights.append(
+            random_weights(kind, width, draw(st.sampled_from(fits)), activation, seed + index)
+        )
     pool = UnitPool(len(weights), pool_rank, width)
     for index, w in enumerate(weights, 1):
         pool.write(index, fold(w))

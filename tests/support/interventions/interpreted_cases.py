@@ -1,4 +1,6 @@
-"""The kernel in Triton's interpreter. `test_fused` runs this file in a process with TRITON_INTERPRET=1."""
+"""The kernel in Triton's interpreter. `test_fused` runs this file in a process with
+TRITON_INTERPRET=1.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,9 @@ steps = cases(max_width=40, max_tokens=40)
 def assert_same(got: Tensor, want: Tensor, size: Tensor, passes: int) -> None:
     """The same within float32's rounding of the terms, of `size`.
 
-    The interpreter cuts float32 to bfloat16 off instead of rounding it (the compiled kernel rounds), so bfloat16 may be one
-    number off for the sum with the residual and one for each pass; later passes carry that on, at most fourfold here.
+    The interpreter cuts float32 to bfloat16 off instead of rounding it (the compiled kernel
+    rounds), so bfloat16 may be one number off for the sum with the residual and one for each pass;
+    later passes carry that on, at most fourfold here.
     """
     tolerance = 1e-5 * size
     if got.dtype != torch.float32:
@@ -70,7 +73,9 @@ def test_tiles_beyond_the_count_are_left_alone(case: Case, live: int, beyond: in
         torch.cat([tiles.scale_KM, torch.ones(beyond, TILE)]),
     )
     count = torch.tensor([live], dtype=torch.int32)
-    fused.edit_tiles(got, got_residual, padded, case.pool, case.units_of_CS, count=count, grid=len(padded))
+    fused.edit_tiles(
+        got, got_residual, padded, case.pool, case.units_of_CS, count=count, grid=len(padded)
+    )
     assert torch.equal(got, want)
     if got_residual is not None:
         assert torch.equal(got_residual, want_residual)
@@ -84,7 +89,9 @@ def test_every_activation_is_computed() -> None:
         want = 6 * torch.randn(TILE, 20, generator=torch.Generator().manual_seed(1))
         got = want.clone()
         tiles = Tiles(
-            torch.arange(TILE, dtype=torch.int32).unsqueeze(0), torch.zeros(1, dtype=torch.int32), torch.ones(1, TILE)
+            torch.arange(TILE, dtype=torch.int32).unsqueeze(0),
+            torch.zeros(1, dtype=torch.int32),
+            torch.ones(1, TILE),
         )
         units = torch.ones(1, 1, dtype=torch.int32)
         batched.edit_tiles(want, None, tiles, pool, units)
@@ -104,7 +111,9 @@ def test_activations_hold_at_the_ends() -> None:
         rows = torch.tensor([[0] + [-1] * (TILE - 1)], dtype=torch.int32)
         tiles = Tiles(rows, torch.zeros(1, dtype=torch.int32), torch.ones(1, TILE))
         fused.edit_tiles(got, None, tiles, pool, torch.ones(1, 1, dtype=torch.int32))
-        torch.testing.assert_close(got[0], batched.activate(x, code), rtol=1e-5, atol=1e-6, msg=name)
+        torch.testing.assert_close(
+            got[0], batched.activate(x, code), rtol=1e-5, atol=1e-6, msg=name
+        )
 
 
 def test_hidden_may_be_a_slice_of_something_wider() -> None:

@@ -1,4 +1,6 @@
-"""The machine of `isolation_machine` with files, fine-tuning jobs, permissions and webhooks: all that tenants can do."""
+"""The machine of `isolation_machine` with files, fine-tuning jobs, permissions and webhooks: all
+that tenants can do.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ UNFINISHED = ("queued", "paused")
 
 @dataclass
 class Holdings:
-    """What a tenant has beside adapters and keys: files by id, those of them that jobs wrote, jobs by id (status, file)."""
+    """What a tenant has beside adapters and keys: files by id, those of them that jobs wrote, jobs
+    by id (status, file).
+    """
 
     files: dict[str, bytes] = field(default_factory=dict)
     results: set[str] = field(default_factory=set)
@@ -70,7 +74,9 @@ class Everything(Tenants):
         return {
             model
             for owner, model, guest in self.permissions.values()
-            if guest == who and not self.worlds[owner].disabled and self._lives((owner, model, guest))
+            if guest == who
+            and not self.worlds[owner].disabled
+            and self._lives((owner, model, guest))
         }
 
     @rule(who=WHO)
@@ -80,8 +86,17 @@ class Everything(Tenants):
 
     def _upload_file(self, who: int) -> None:
         tenant = self.worlds[who].tenant
-        content = jsonl({"messages": [{"role": "user", "content": tenant.id}, {"role": "assistant", "content": "x"}]})
-        sent = tenant.http.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("x.jsonl", content)})
+        content = jsonl(
+            {
+                "messages": [
+                    {"role": "user", "content": tenant.id},
+                    {"role": "assistant", "content": "x"},
+                ]
+            }
+        )
+        sent = tenant.http.post(
+            "/v1/files", data={"purpose": "fine-tune"}, files={"file": ("x.jsonl", content)}
+        )
         self.holdings[who].files[sent.json()["id"]] = content
 
     @rule(who=WHO, owner=WHO, of=ANY, end=st.booleans())
@@ -141,7 +156,9 @@ class Everything(Tenants):
             return
         claim = self.worker.act(lambda session: jobs.claim(session, "fake", 60.0))
         if claim is None:
-            assert not any(status == "queued" for held in self.holdings for status, _ in held.jobs.values())
+            assert not any(
+                status == "queued" for held in self.holdings for status, _ in held.jobs.values()
+            )
             return
         (owner,) = (k for k, held in enumerate(self.holdings) if claim.id in held.jobs)
         assert self.worker.succeed(claim, next(self.seeds)) == "succeeded"
@@ -153,7 +170,11 @@ class Everything(Tenants):
         held.files[result] = world.tenant.http.get(f"/v1/files/{result}/content").content
         adapter = world.adapters.setdefault(done["adapter"], Adapter())
         made = world.tenant.http.get(f"/v1/adapters/{done['adapter']}").json()["versions"]
-        fresh = {each["version"]: (each["model"], each["digest"]) for each in made if each["version"] >= adapter.next}
+        fresh = {
+            each["version"]: (each["model"], each["digest"])
+            for each in made
+            if each["version"] >= adapter.next
+        }
         assert sorted(fresh) == [adapter.next + k for k in range(3)]
         assert done["fine_tuned_model"] in {model for model, _ in fresh.values()}
         adapter.versions |= fresh
@@ -177,7 +198,9 @@ class Everything(Tenants):
         model = self.worlds[who].adapters[name].versions[number][0]
         self._ask(to, who, name, number, "production", "full", "completions")
         url = f"/v1/fine_tuning/checkpoints/{model}/permissions"
-        answer = self.worlds[who].tenant.http.post(url, json={"project_ids": [self.worlds[to].tenant.id]})
+        answer = self.worlds[who].tenant.http.post(
+            url, json={"project_ids": [self.worlds[to].tenant.id]}
+        )
         assert answer.status_code == 200, answer.text
         self.permissions[answer.json()["data"][0]["id"]] = (who, model, to)
         self._ask(to, who, name, number, "production", "full", "completions")
@@ -189,19 +212,27 @@ class Everything(Tenants):
             return
         permission = living[of % len(living)]
         owner, model, to = self.permissions[permission]
-        answer = world.tenant.http.delete(f"/v1/fine_tuning/checkpoints/{model}/permissions/{permission}")
+        answer = world.tenant.http.delete(
+            f"/v1/fine_tuning/checkpoints/{model}/permissions/{permission}"
+        )
         assert answer.status_code == (200 if who == owner else 404)
         if who == owner:
             del self.permissions[permission]
         for name, adapter in self.worlds[owner].adapters.items():
-            for number in [number for number, (each, _) in adapter.versions.items() if each == model]:
+            for number in [
+                number for number, (each, _) in adapter.versions.items() if each == model
+            ]:
                 self._ask(to, owner, name, number, "production", "full", "completions")
 
     @rule(who=WHO)
     def make_webhook(self, who: int) -> None:
         if (world := self._acts(who)) is None or self.holdings[who].webhooks:
             return
-        hook = {"name": "x", "url": "http://127.0.0.1:9/", "event_types": ["fine_tuning.job.succeeded"]}
+        hook = {
+            "name": "x",
+            "url": "http://127.0.0.1:9/",
+            "event_types": ["fine_tuning.job.succeeded"],
+        }
         made = world.tenant.http.post("/v1/webhook_endpoints", json=hook).json()
         self.holdings[who].webhooks.append(made["id"])
 

@@ -59,8 +59,12 @@ class Tenants(RuleBasedStateMachine):
             tenant = self.gateway.tenant(f"g{self.generation}t{k}")
             (key,) = tenant.http.get("/v1/keys").json()["data"]
             self.worlds.append(World(tenant, key["id"]))
-            self._upload(k, "birds", k + 1)  # so that there is something to take from the first step on
-        given = self.worlds[0].tenant.http.put(f"/v1/adapters/birds/shares/{self.worlds[1].tenant.id}")
+            self._upload(
+                k, "birds", k + 1
+            )  # so that there is something to take from the first step on
+        given = self.worlds[0].tenant.http.put(
+            f"/v1/adapters/birds/shares/{self.worlds[1].tenant.id}"
+        )
         assert given.status_code == 200
         self.grants.add((0, "birds", 1))
 
@@ -130,7 +134,9 @@ class Tenants(RuleBasedStateMachine):
             for alias in adapter.aliases.values():
                 alias.previous = None if alias.previous == number else alias.previous
 
-    @rule(who=WHO, name=NAMES, alias=ALIASES, number=VERSIONS, share=st.sampled_from([None, 0.0, 1.0]))
+    @rule(
+        who=WHO, name=NAMES, alias=ALIASES, number=VERSIONS, share=st.sampled_from([None, 0.0, 1.0])
+    )
     def point(self, who: int, name: str, alias: str, number: int, share: float | None) -> None:
         if (world := self._acts(who)) is None:
             return
@@ -164,7 +170,9 @@ class Tenants(RuleBasedStateMachine):
         if (world := self._acts(who)) is None:
             return
         url = f"/v1/adapters/{name}/shares/{self.worlds[to].tenant.id}"
-        self._ask(to, who, name, 1, "production", "owned", "completions")  # so that the gateway remembers the answer
+        self._ask(
+            to, who, name, 1, "production", "owned", "completions"
+        )  # so that the gateway remembers the answer
         answer = world.tenant.http.request("PUT" if give else "DELETE", url)
         grant = (who, name, to)
         if name not in world.adapters:
@@ -187,9 +195,19 @@ class Tenants(RuleBasedStateMachine):
         who, owner, name, number = n % 3, n // 3 % 3, NAMES_[n // 2 % 2], 1 + n // 5 % 4
         if n % 4 == 0:
             self._pry(who, (who + 1 + n // 4 % 2) % 3, name)
-        self._ask(who, owner, name, number, ALIASES_[n // 4 % 2], HOWS[n // 3 % 7], sorted(ENDPOINTS)[n // 7 % 4])
+        self._ask(
+            who,
+            owner,
+            name,
+            number,
+            ALIASES_[n // 4 % 2],
+            HOWS[n // 3 % 7],
+            sorted(ENDPOINTS)[n // 7 % 4],
+        )
 
-    def _ask(self, who: int, owner: int, name: str, number: int, alias: str, how: str, endpoint: str) -> None:
+    def _ask(
+        self, who: int, owner: int, name: str, number: int, alias: str, how: str, endpoint: str
+    ) -> None:
         world = self.worlds[who]
         if world.disabled:
             return
@@ -203,7 +221,10 @@ class Tenants(RuleBasedStateMachine):
             adapter = world.adapters.get(name, Adapter())
             model, wanted = name, adapter.bare()
         elif how == "version":
-            model, wanted = f"{model}@{number}", number if may and number in adapter.versions else None
+            model, wanted = (
+                f"{model}@{number}",
+                number if may and number in adapter.versions else None,
+            )
         elif how == "alias":
             named = adapter.aliases.get(alias)
             model, wanted = f"{model}@{alias}", named.number if may and named else None
@@ -212,9 +233,16 @@ class Tenants(RuleBasedStateMachine):
             model = adapter.versions[number][0] if there else "ft:base:nobody:x:y"
             wanted = number if there and (may or model in self._given(who)) else None
         elif how == "engine":
-            model, wanted = engine_name(adapter.versions[number][1]) if number in adapter.versions else "reft-v-", None
+            model, wanted = (
+                engine_name(adapter.versions[number][1])
+                if number in adapter.versions
+                else "reft-v-",
+                None,
+            )
         before = len(self.engine.requests)
-        answer = world.tenant.http.post(f"/v1/{endpoint}", json={"model": model, **ENDPOINTS[endpoint]})
+        answer = world.tenant.http.post(
+            f"/v1/{endpoint}", json={"model": model, **ENDPOINTS[endpoint]}
+        )
         self.tally[f"asked, {answer.status_code}"] += 1
         if how != "base" and wanted is None:
             assert answer.status_code == 404, (model, answer.text)
@@ -229,7 +257,11 @@ class Tenants(RuleBasedStateMachine):
         world.tokens += 0 if endpoint == "embeddings" else TOKENS
         world.salts.add(sent["cache_salt"])
 
-    @rule(who=WHO, role=st.sampled_from(["owner", "inference"]), scopes=st.none() | st.sets(st.sampled_from(SCOPES)))
+    @rule(
+        who=WHO,
+        role=st.sampled_from(["owner", "inference"]),
+        scopes=st.none() | st.sets(st.sampled_from(SCOPES)),
+    )
     def make_key(self, who: int, role: str, scopes: set[str] | None) -> None:
         if (world := self._acts(who)) is None:
             return
@@ -281,7 +313,9 @@ class Tenants(RuleBasedStateMachine):
             assert answer.status_code == 401
         elif what == "inference":
             assert answer.json()["id"] == world.tenant.id
-            asked = key.http.post("/v1/completions", json={"model": "base", **ENDPOINTS["completions"]})
+            asked = key.http.post(
+                "/v1/completions", json={"model": "base", **ENDPOINTS["completions"]}
+            )
             assert asked.status_code == (200 if "inference" in key.scopes else 403)
             if asked.status_code == 200:
                 world.requests[key.id] += 1
@@ -296,7 +330,9 @@ class Tenants(RuleBasedStateMachine):
         mine = sorted(grant for grant in self.grants if grant[0] == who)
         for owner, name, to in mine:
             self._ask(to, owner, name, 1, "production", "owned", "completions")
-        answer = self.gateway.admin.patch(f"/v1/admin/tenants/{self.worlds[who].tenant.id}", json={"disabled": off})
+        answer = self.gateway.admin.patch(
+            f"/v1/admin/tenants/{self.worlds[who].tenant.id}", json={"disabled": off}
+        )
         assert answer.status_code == 200
         self.worlds[who].disabled = off
         for owner, name, to in mine:
@@ -319,11 +355,24 @@ class Tenants(RuleBasedStateMachine):
         there = theirs.adapters.get(name, Adapter()).bare() is not None
         assert http.get(f"/v1/models/{full}").status_code == (200 if may and there else 404)
         secrets = self._ids(other)
-        for path in (*VIEWS.values(), "/v1/audit?limit=1000", "/v1/usage?group_by=model&group_by=version"):
+        for path in (
+            *VIEWS.values(),
+            "/v1/audit?limit=1000",
+            "/v1/usage?group_by=model&group_by=version",
+        ):
             text = http.get(path).text
-            shared_with = {entry for entry in secrets if path.startswith("/v1/audit") and entry == theirs.tenant.id}
+            shared_with = {
+                entry
+                for entry in secrets
+                if path.startswith("/v1/audit") and entry == theirs.tenant.id
+            }
             assert not [secret for secret in secrets - shared_with if secret in text], path
-        for path in ("/v1/usage?all_tenants=true", "/v1/audit?all_tenants=true", "/v1/admin/tenants", "/metrics"):
+        for path in (
+            "/v1/usage?all_tenants=true",
+            "/v1/audit?all_tenants=true",
+            "/v1/admin/tenants",
+            "/metrics",
+        ):
             assert http.get(path).status_code == 403
         self.tally["pried"] += 1
 
@@ -332,7 +381,9 @@ class Tenants(RuleBasedStateMachine):
         for who, world in enumerate(self.worlds):
             if world.disabled:
                 continue
-            seen = Counter(model["id"] for model in world.tenant.http.get("/v1/models").json()["data"])
+            seen = Counter(
+                model["id"] for model in world.tenant.http.get("/v1/models").json()["data"]
+            )
             expected = Counter(["base"])
             for name, adapter in world.adapters.items():
                 expected.update([name, *(model for model, _ in adapter.versions.values())])
@@ -350,7 +401,9 @@ class Tenants(RuleBasedStateMachine):
             if world.disabled:
                 continue
             found = world.tenant.http.get("/v1/usage?group_by=key").json()["data"]
-            assert {each["group"]["key"]: each["requests"] for each in found} == dict(world.requests)
+            assert {each["group"]["key"]: each["requests"] for each in found} == dict(
+                world.requests
+            )
             assert sum(each["completion_tokens"] for each in found) == world.tokens
 
     @invariant()

@@ -1,4 +1,6 @@
-"""What each tenant has and has done, as `isolation_machine` keeps it: apart from the others' and from the gateway."""
+"""What each tenant has and has done, as `isolation_machine` keeps it: apart from the others' and
+from the gateway.
+"""
 
 from __future__ import annotations
 

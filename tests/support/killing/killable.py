@@ -30,7 +30,11 @@ class Kept:
     def _start(self) -> subprocess.Popen[bytes]:
         with self._log.open("ab") as log:
             return subprocess.Popen(
-                self._command, env=os.environ | self._settings, stdout=log, stderr=log, process_group=0
+                self._command,
+                env=os.environ | self._settings,
+                stdout=log,
+                stderr=log,
+                process_group=0,
             )
 
     def kill(self) -> None:
@@ -73,7 +77,13 @@ class EngineKind:
 
 
 def _fake(port: int) -> list[str]:
-    return [sys.executable, "-m", "tests.support.gateway.engine_process", str(port), str(_TOKEN_SECONDS)]
+    return [
+        sys.executable,
+        "-m",
+        "tests.support.gateway.engine_process",
+        str(port),
+        str(_TOKEN_SECONDS),
+    ]
 
 
 def _real(port: int) -> list[str]:
@@ -90,4 +100,6 @@ def _shipped() -> dict[str, bytes]:
 
 FAKE = EngineKind(_fake, lambda: adapter_files(1), 50, 60.0)
 # So many that most have not left the engine yet when a share of them has come.
-REAL = EngineKind(_real, _shipped, 400, 240.0, {"REFT_LORA": "off", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"})
+REAL = EngineKind(
+    _real, _shipped, 400, 240.0, {"REFT_LORA": "off", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+)

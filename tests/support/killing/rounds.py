@@ -34,7 +34,9 @@ from tests.support.killing.killable import FAKE, EngineKind, Kept
 
 _SPREAD_SECONDS = 0.5
 _TIE = 1e-4  # in logprobs, which differ by about 1e-5 from batch to batch
-_RUNNING = re.compile(rb"^vllm:num_requests_(?:running|waiting)(?:\{.*\})? ([0-9.e+]+)$", re.MULTILINE)
+_RUNNING = re.compile(
+    rb"^vllm:num_requests_(?:running|waiting)(?:\{.*\})? ([0-9.e+]+)$", re.MULTILINE
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,9 @@ class Scene:
             seen = await asyncio.gather(*storm)
             await self._answered(client)
             others = [(each, self._compared(each)) for each in seen]
-            faults = [f"{each.request_id}: a wrong answer" for each, other in others if other == "wrong"]
+            faults = [
+                f"{each.request_id}: a wrong answer" for each, other in others if other == "wrong"
+            ]
             faults += [*await self._miscounted(seen, known), *await self._orphans(client)]
         if not self.reference:
             self.reference = {(each.model, each.prompt): each for each in seen}
@@ -109,11 +113,19 @@ class Scene:
         model, prompt = self.models[number % len(self.models)], f"prompt {number}"
         await asyncio.sleep(random.random() * _SPREAD_SECONDS)
         # With logprobs a real engine names the tokens of a chunk, which may be several, or none that is text yet.
-        body = {"model": model, "prompt": prompt, "max_tokens": self.kind.tokens, "stream": True, "logprobs": 2}
+        body = {
+            "model": model,
+            "prompt": prompt,
+            "max_tokens": self.kind.tokens,
+            "stream": True,
+            "logprobs": 2,
+        }
         body |= {"temperature": 0, "ignore_eos": True}
         identity, words, gaps, ended = None, [], [], "cut"
         with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError):
-            async with client.post(f"{self.url}/v1/completions", json=body, headers=_bearer(self.key)) as answer:
+            async with client.post(
+                f"{self.url}/v1/completions", json=body, headers=_bearer(self.key)
+            ) as answer:
                 identity = answer.headers["x-request-id"]
                 if answer.status != 200:
                     return Seen(model, prompt, identity, (), "refused")
@@ -122,7 +134,10 @@ class Scene:
                         ended = "failed"
                     elif line.startswith(b"data: {"):
                         for choice in json.loads(line[6:])["choices"]:
-                            told = choice["logprobs"] or {"tokens": [choice["text"]], "top_logprobs": []}
+                            told = choice["logprobs"] or {
+                                "tokens": [choice["text"]],
+                                "top_logprobs": [],
+                            }
                             words += told["tokens"]
                             gaps += [_gap(likeliest) for likeliest in told["top_logprobs"]]
                             self.delivered += len(told["tokens"])
@@ -173,7 +188,9 @@ class Scene:
             row = rows.get(identity)
             if row is not None and not self._fits(each, row):
                 told = f"{row.status} with {row.completion_tokens} tokens"
-                faults.append(f"{identity}: {each.ended} after {len(each.words)} tokens, counted as {told}")
+                faults.append(
+                    f"{identity}: {each.ended} after {len(each.words)} tokens, counted as {told}"
+                )
         unknown = len(rows) - len(answered.keys() & rows.keys())
         if unknown > sum(each.request_id is None for each in seen):
             faults.append(f"{unknown} records of requests that nobody made")
@@ -187,7 +204,9 @@ class Scene:
         if seen.ended == "refused":
             return row.status == "failed" and row.completion_tokens == 0
         # The gateway died: it may have counted the whole before the caller had its end.
-        return row.status == "interrupted" or (row.status == "completed" and row.completion_tokens == self.kind.tokens)
+        return row.status == "interrupted" or (
+            row.status == "completed" and row.completion_tokens == self.kind.tokens
+        )
 
     async def _orphans(self, client: aiohttp.ClientSession) -> list[str]:
         deadline = time.monotonic() + 5
@@ -198,7 +217,9 @@ class Scene:
                 return []
             if time.monotonic() > deadline:
                 return [f"{running:.0f} requests are at work in the engine for nobody"]
-            await self._answered(client)  # an engine counts with its steps, of which there may be none
+            await self._answered(
+                client
+            )  # an engine counts with its steps, of which there may be none
             await asyncio.sleep(0.05)
 
     async def _admitted(self) -> int:
@@ -207,7 +228,9 @@ class Scene:
 
     async def _rows(self) -> list[Usage]:
         async with self._reading() as session:
-            return list((await session.scalars(select(Usage).where(Usage.key_id == self.key_id))).all())
+            return list(
+                (await session.scalars(select(Usage).where(Usage.key_id == self.key_id))).all()
+            )
 
     async def _usage(self) -> set[str]:
         return {row.request_id for row in await self._rows()}
@@ -226,14 +249,19 @@ class Scene:
         dies in the middle of a transaction that holds the lock.
         """
         if self.database.startswith("sqlite"):
-            subprocess.run([sys.executable, "-c", _DYING, self.database.removeprefix("sqlite:///")], check=False)
+            subprocess.run(
+                [sys.executable, "-c", _DYING, self.database.removeprefix("sqlite:///")],
+                check=False,
+            )
         else:
             asyncio.run(self._terminate())
 
     async def _terminate(self) -> None:
         others = "datname = current_database() AND pid <> pg_backend_pid()"
         async with self._reading() as session:
-            await session.execute(text(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}"))
+            await session.execute(
+                text(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}")
+            )
 
 
 _DYING = """
@@ -262,11 +290,15 @@ def scene(folder: Path, database: str, kind: EngineKind = FAKE) -> Iterator[Scen
         command = [sys.executable, "-m", "reft_serve.cli.gateway", "--port", str(port)]
         gateway = Kept(command, settings, folder / "gateway.log")
         stack.callback(gateway.stop)
-        with httpx.Client(base_url=url, headers=_bearer(admin), timeout=30, trust_env=False) as http:
+        with httpx.Client(
+            base_url=url, headers=_bearer(admin), timeout=30, trust_env=False
+        ) as http:
             _wait(http, folder, kind.start_seconds)
             files = [("files", item) for item in kind.adapter().items()]
             http.post("/v1/adapters", data={"name": "birds"}, files=files).raise_for_status()
-            storm, probe = (http.post("/v1/keys", json={}).raise_for_status().json() for _ in range(2))
+            storm, probe = (
+                http.post("/v1/keys", json={}).raise_for_status().json() for _ in range(2)
+            )
         yield Scene(
             folder, database, url, engine_url, engine, gateway, kind, storm["secret"], storm["id"],
             probe["secret"],
@@ -285,7 +317,10 @@ def _wait(http: httpx.Client, folder: Path, seconds: float) -> None:
 
 
 def _gap(likeliest: dict[str, float]) -> float:
-    best, second, *_ = *sorted(likeliest.values(), reverse=True), -math.inf  # two tokens may have one text
+    best, second, *_ = (
+        *sorted(likeliest.values(), reverse=True),
+        -math.inf,
+    )  # two tokens may have one text
     return best - second
 
 

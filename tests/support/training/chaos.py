@@ -64,7 +64,9 @@ class Tally:
 class _Process:
     """A process that is started again whenever it ends, until `stop`."""
 
-    def __init__(self, name: str, command: list[str], environment: dict[str, str], log: Path) -> None:
+    def __init__(
+        self, name: str, command: list[str], environment: dict[str, str], log: Path
+    ) -> None:
         self.name, self._command, self._environment, self._log = name, command, environment, log
         self.process: asyncio.subprocess.Process | None = None
         self._keeping = asyncio.create_task(self._keep())
@@ -96,9 +98,15 @@ class _Process:
 class Chaos:
     """One run: `jobs` jobs of `tenants` tenants, whose data and settings repeat every `kinds`."""
 
-    def __init__(self, place: Place, *, seed: int, kinds: int, hyperparameters: dict[str, Any]) -> None:
+    def __init__(
+        self, place: Place, *, seed: int, kinds: int, hyperparameters: dict[str, Any]
+    ) -> None:
         self.place, self.tally = place, Tally()
-        self._choose, self._kinds, self._hyperparameters = random.Random(seed), kinds, hyperparameters
+        self._choose, self._kinds, self._hyperparameters = (
+            random.Random(seed),
+            kinds,
+            hyperparameters,
+        )
         self._tenants: list[tuple[Tenant, str]] = []
         self._jobs: dict[str, int] = {}
         self._asked: dict[str, str] = {}
@@ -129,7 +137,9 @@ class Chaos:
 
     async def _ask(self, tenant: Tenant, kind: int) -> str:
         held_out = rows(1000 + kind, 4) if kind % 2 else None
-        return await self.place.job(tenant, rows(kind), seed=kind, held_out=held_out, **self._hyperparameters)
+        return await self.place.job(
+            tenant, rows(kind), seed=kind, held_out=held_out, **self._hyperparameters
+        )
 
     @contextlib.asynccontextmanager
     async def processes(self, workers: int) -> AsyncIterator[None]:
@@ -147,12 +157,19 @@ class Chaos:
         }  # fmt: skip
         gateway = [sys.executable, "-m", "reft_serve.cli.gateway", "--port", str(port)]
         self._processes = [
-            _Process("gateway", gateway, shared | {"REFT_GATEWAY_NAME": "chaos"}, folder / "gateway.log")
+            _Process(
+                "gateway", gateway, shared | {"REFT_GATEWAY_NAME": "chaos"}, folder / "gateway.log"
+            )
         ]
         for number in range(workers):
-            own = {"REFT_WORKER_NAME": f"worker-{number}", "REFT_WORK": str(folder / f"work-{number}")}
+            own = {
+                "REFT_WORKER_NAME": f"worker-{number}",
+                "REFT_WORK": str(folder / f"work-{number}"),
+            }
             command = [sys.executable, "-m", "reft_serve.cli.worker"]
-            self._processes.append(_Process(f"worker-{number}", command, shared | own, folder / f"worker-{number}.log"))
+            self._processes.append(
+                _Process(f"worker-{number}", command, shared | own, folder / f"worker-{number}.log")
+            )
         try:
             yield
         finally:
@@ -169,7 +186,11 @@ class Chaos:
             while not await self._all_ended():
                 assert time.monotonic() < begun + most, await self._unfinished()
                 await asyncio.sleep(0.2)
-                if time.monotonic() > due and self.tally.kills.total() < most_kills and await self._kill():
+                if (
+                    time.monotonic() > due
+                    and self.tally.kills.total() < most_kills
+                    and await self._kill()
+                ):
                     due = time.monotonic() + self._choose.uniform(*every)
         finally:
             for task in (looking, asking):
@@ -180,7 +201,9 @@ class Chaos:
     async def _kill(self) -> bool:
         """Whether there was something to kill: of the workers only one that has a job, else it would show nothing."""
         victim = (
-            "worker" if not self.tally.kills else self._choose.choices(["worker", "gateway", "database"], [6, 2, 2])[0]
+            "worker"
+            if not self.tally.kills
+            else self._choose.choices(["worker", "gateway", "database"], [6, 2, 2])[0]
         )
         if victim == "database":
             await self._disturb_database()
@@ -212,7 +235,9 @@ class Chaos:
 
     async def _backends(self, what: str) -> list[Any]:
         """Something of every session of the database but this one."""
-        others = "FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        others = (
+            "FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
         async with self.place.database.reading() as session:
             return list(await session.scalars(text(f"SELECT {what} {others}")))
 
@@ -223,10 +248,14 @@ class Chaos:
             if what is None:
                 continue
             self._asked[job_id] = what
-            with contextlib.suppress(Conflict):  # it has ended; or was asked already, over a connection that was cut
+            with contextlib.suppress(
+                Conflict
+            ):  # it has ended; or was asked already, over a connection that was cut
                 await self._try(lambda job_id=job_id, what=what: self.place.ask(job_id, what))
             if what == "pause":
-                while (await self._try(lambda job_id=job_id: self.place.find(job_id))).status == "running":
+                while (
+                    await self._try(lambda job_id=job_id: self.place.find(job_id))
+                ).status == "running":
                     await asyncio.sleep(0.1)
                 with contextlib.suppress(Exception):
                     await self._try(lambda job_id=job_id: self.place.ask(job_id, "resume"))
@@ -248,11 +277,15 @@ class Chaos:
             for process in Path("/proc").glob("[0-9]*"):
                 with contextlib.suppress(OSError):
                     folder = Path(os.readlink(process / "cwd"))
-                    if folder.parent.parent == self.place.folder and folder.parent.name.startswith("work-"):
+                    if folder.parent.parent == self.place.folder and folder.parent.name.startswith(
+                        "work-"
+                    ):
                         for data in folder.glob("file-*.jsonl"):
                             found[data.name] += 1
             self.tally.looks += 1
-            self.tally.most_processes_of_a_job = max(self.tally.most_processes_of_a_job, *found.values(), 0)
+            self.tally.most_processes_of_a_job = max(
+                self.tally.most_processes_of_a_job, *found.values(), 0
+            )
             await asyncio.sleep(0.1)
 
     async def _all_ended(self) -> bool:
@@ -266,7 +299,9 @@ class Chaos:
     async def _unfinished(self) -> list[Any]:
         jobs = await self._found(self._jobs)
         return [
-            (job.id, job.status, job.step, await self.place.told(job.id)) for job in jobs if job.status not in FINAL
+            (job.id, job.status, job.step, await self.place.told(job.id))
+            for job in jobs
+            if job.status not in FINAL
         ]
 
     async def judge(self) -> None:
@@ -282,7 +317,9 @@ class Chaos:
         deadline = time.monotonic() + 40
         while time.monotonic() < deadline:
             async with self.place.database.writing() as session:
-                for file_id in await files.swept_files(session, now_ms()):  # as a gateway does, later
+                for file_id in await files.swept_files(
+                    session, now_ms()
+                ):  # as a gateway does, later
                     await self.place.blobs.delete(files.key_of_blob(file_id))
                     await files.forget_file(session, file_id)
             self.tally.orphans = await self._orphans()
@@ -294,12 +331,18 @@ class Chaos:
     async def _orphans(self) -> list[str]:
         async with self.place.database.reading() as session:
             named = set(await session.scalars(select(File.id)))
-        strays = [blob.key for blob in await self.place.blobs.list("files") if blob.key.rpartition("/")[2] not in named]
+        strays = [
+            blob.key
+            for blob in await self.place.blobs.list("files")
+            if blob.key.rpartition("/")[2] not in named
+        ]
         return strays + await self.place.orphans()
 
     async def _judge_job(self, job: Job) -> None:
         told = await self.place.told(job.id)
-        finals = [line for line in told if any(line.startswith(last) for last in _LAST_EVENTS.values())]
+        finals = [
+            line for line in told if any(line.startswith(last) for last in _LAST_EVENTS.values())
+        ]
         assert len(finals) == 1, told
         assert finals[0].startswith(_LAST_EVENTS[job.status])
         assert told[-1] == finals[0], "nothing is told of a job that has ended"
@@ -309,10 +352,14 @@ class Chaos:
             assert (job.version_id, job.result_file_id) == (None, None)
         else:
             assert job.status == "succeeded", (job.status, job.error, job.traceback, told)
-            assert digests == self._undisturbed[self._jobs[job.id]], "the weights are those of an undisturbed run"
+            assert digests == self._undisturbed[self._jobs[job.id]], (
+                "the weights are those of an undisturbed run"
+            )
             self.tally.compared += len(digests)
         self.tally.ended[job.status] += 1
-        self.tally.claims += sum(line in ("Fine-tuning job started", "The fine-tuning job continues") for line in told)
+        self.tally.claims += sum(
+            line in ("Fine-tuning job started", "The fine-tuning job continues") for line in told
+        )
         self.tally.resumed += sum(line == "The fine-tuning job continues" for line in told)
         self.tally.lost_leases += sum(line.startswith("The worker was lost") for line in told)
 
@@ -320,13 +367,21 @@ class Chaos:
         """Every version of every tenant is whole in the store, and answers through the gateway to its tenant."""
         async with self.place.database.reading() as session:
             versions = list(
-                (await session.scalars(select(Version).where(Version.source.in_(list(self._jobs))))).unique()
+                (
+                    await session.scalars(
+                        select(Version).where(Version.source.in_(list(self._jobs)))
+                    )
+                ).unique()
             )
         secrets_of = {tenant.id: secret for tenant, secret in self._tenants}
-        async with httpx.AsyncClient(base_url=self._gateway_url, trust_env=False, timeout=30) as http:
+        async with httpx.AsyncClient(
+            base_url=self._gateway_url, trust_env=False, timeout=30
+        ) as http:
             await _until_ready(http)
             for version in versions:
-                adapter = await asyncio.to_thread(read_adapter, self.place.store.path(version.digest))
+                adapter = await asyncio.to_thread(
+                    read_adapter, self.place.store.path(version.digest)
+                )
                 assert adapter.digest == version.digest
                 headers = {"authorization": f"Bearer {secrets_of[version.adapter.tenant_id]}"}
                 body = {"model": version.model_id, "prompt": "Tell me", "max_tokens": 2}

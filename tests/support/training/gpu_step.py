@@ -24,7 +24,9 @@ from tests.support.shapes import Shape
 from tests.support.training.steps import Rows, timed_steps
 
 SHAPES = {
-    "8b": Shape(hidden=4096, layers=32, heads=32, kv_heads=8, ffn=14336, vocab=128256, context=8192),
+    "8b": Shape(
+        hidden=4096, layers=32, heads=32, kv_heads=8, ffn=14336, vocab=128256, context=8192
+    ),
     "1b": Shape(hidden=2048, layers=16, heads=32, kv_heads=8, ffn=8192, vocab=128256, context=8192),
     "tiny": Shape(hidden=128, layers=2, heads=2, kv_heads=1, ffn=256, vocab=2048),
 }
@@ -36,12 +38,15 @@ def cuda(parser: argparse.ArgumentParser) -> torch.device:
     """The GPU. Ends the program with a sentence if there is none."""
     if not torch.cuda.is_available():
         parser.exit(
-            2, "train_gpu needs an NVIDIA GPU, and torch sees none here: scripts/bench train measures on a CPU\n"
+            2,
+            "train_gpu needs an NVIDIA GPU, and torch sees none here: scripts/bench train measures on a CPU\n",
         )
     return torch.device("cuda")
 
 
-def measure(args: argparse.Namespace, device: torch.device, other: Other | None = None) -> dict[str, Any]:
+def measure(
+    args: argparse.Namespace, device: torch.device, other: Other | None = None
+) -> dict[str, Any]:
     """All figures, on `device`."""
     shape = SHAPES[args.shape]
     plan = Plan(
@@ -76,7 +81,10 @@ def _base(shape: Shape, folder: Path, device: torch.device) -> Any:
 
 def _examples(shape: Shape, count: int, length: int) -> Rows:
     choose = random.Random(0)
-    return [([choose.randint(3, shape.vocab - 1) for _ in range(length)], length - length // 4) for _ in range(count)]
+    return [
+        ([choose.randint(3, shape.vocab - 1) for _ in range(length)], length - length // 4)
+        for _ in range(count)
+    ]
 
 
 def _ceiling(device: torch.device, size: int = 8192) -> float:
@@ -94,8 +102,13 @@ def _ceiling(device: torch.device, size: int = 8192) -> float:
     return float(2 * size**3 / min(seconds[1:]))
 
 
-def _ours(lm: Any, shape: Shape, plan: Plan, examples: Rows, device: torch.device) -> dict[str, float]:
-    edits = [Edit(k, Part.PREFIX, Intervention("loreft", shape.hidden, plan.adapter.rank)) for k in range(shape.layers)]
+def _ours(
+    lm: Any, shape: Shape, plan: Plan, examples: Rows, device: torch.device
+) -> dict[str, float]:
+    edits = [
+        Edit(k, Part.PREFIX, Intervention("loreft", shape.hidden, plan.adapter.rank))
+        for k in range(shape.layers)
+    ]
     model = EditedModel(lm, edits, gradient_checkpointing=True).to(device)
     packed = model.can_pack(len(examples[0][0]))
     if device.type == "cuda":
@@ -104,7 +117,11 @@ def _ours(lm: Any, shape: Shape, plan: Plan, examples: Rows, device: torch.devic
     seconds = [b[0] - a[0] for a, b in itertools.pairwise(ends)][1:]
     tokens = plan.batch * len(examples[0][0])
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else float("nan")
-    return {"tokens_per_second": tokens / statistics.median(seconds), "peak_gib": peak, "packed": packed}
+    return {
+        "tokens_per_second": tokens / statistics.median(seconds),
+        "peak_gib": peak,
+        "packed": packed,
+    }
 
 
 def _wait(device: torch.device) -> None:

@@ -48,7 +48,9 @@ def rows(seed: int, count: int = 12, words: int = 6) -> bytes:
 class Place:
     """A database and stores, with what a test does to them."""
 
-    def __init__(self, folder: Path, database: Database, url: str, blobs: str | None = None) -> None:
+    def __init__(
+        self, folder: Path, database: Database, url: str, blobs: str | None = None
+    ) -> None:
         self.folder, self.database, self.url = folder, database, url
         self.blobs_url = blobs or str(folder / "blobs")
         self.blobs, self.store = BlobStore(self.blobs_url), AdapterStore(folder / "adapters")
@@ -79,7 +81,12 @@ class Place:
     async def file(self, tenant: Tenant, content: bytes) -> str:
         async with self.database.writing() as session:
             file_id = await files.start_file(
-                session, tenant.id, None, filename="data.jsonl", purpose="fine-tune", expires_ms=None
+                session,
+                tenant.id,
+                None,
+                filename="data.jsonl",
+                purpose="fine-tune",
+                expires_ms=None,
             )
 
         async def chunks() -> AsyncIterator[bytes]:
@@ -87,7 +94,9 @@ class Place:
 
         written = await self.blobs.write(files.key_of_blob(file_id), chunks(), 1 << 30)
         async with self.database.writing() as session:
-            facts = files.WrittenFile(file_id, written.size, written.sha256, "completion", content.count(b"\n"))
+            facts = files.WrittenFile(
+                file_id, written.size, written.sha256, "completion", content.count(b"\n")
+            )
             await files.complete_file(session, facts)
         return file_id
 
@@ -105,7 +114,9 @@ class Place:
         training = await self.file(tenant, rows(seed) if content is None else content)
         validation = None if held_out is None else await self.file(tenant, held_out)
         async with self.database.writing() as session:
-            wanted = NewJob("base", training, validation, {"type": method}, QUICK | hyperparameters, seed)
+            wanted = NewJob(
+                "base", training, validation, {"type": method}, QUICK | hyperparameters, seed
+            )
             return (await fine_tuning.create_job(session, tenant, None, wanted)).id
 
     async def find(self, job_id: str) -> Job:
@@ -143,7 +154,9 @@ class Place:
     async def told(self, job_id: str) -> list[str]:
         """The messages of a job's events, the oldest first."""
         async with self.database.reading() as session:
-            return [event.message for event in await fine_tuning.events_since(session, job_id, 0, 5000)]
+            return [
+                event.message for event in await fine_tuning.events_since(session, job_id, 0, 5000)
+            ]
 
     async def version_digests(self, job_id: str) -> list[str]:
         """The digests of a job's versions in their order, its own the last."""
@@ -160,8 +173,16 @@ class Place:
                     found.append(f"version {digest}")
             named = set(await session.scalars(select(File.id).where(File.status == "processed")))
             unfinished = set(await session.scalars(select(Job.id).where(Job.status.not_in(FINAL))))
-        found += [blob.key for blob in await self.blobs.list("files") if blob.key.rpartition("/")[2] not in named]
-        found += [blob.key for blob in await self.blobs.list("checkpoints") if blob.key.split("/")[1] not in unfinished]
+        found += [
+            blob.key
+            for blob in await self.blobs.list("files")
+            if blob.key.rpartition("/")[2] not in named
+        ]
+        found += [
+            blob.key
+            for blob in await self.blobs.list("checkpoints")
+            if blob.key.split("/")[1] not in unfinished
+        ]
         found += [str(path) for path in self.folder.glob("adapters/.staging/*")]
         found += [str(path) for path in self.folder.glob("blobs/.writing/*")]
         found += [str(path) for path in self.folder.glob("work-*/*")]

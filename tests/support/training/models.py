@@ -23,7 +23,9 @@ def edited(folder: Path, lowest: int) -> EditedModel:
     lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     config = lm.config.get_text_config()
     layers = range(lowest, config.num_hidden_layers)
-    return EditedModel(lm, [Edit(k, Part.PREFIX, Intervention("loreft", config.hidden_size, 3)) for k in layers])
+    return EditedModel(
+        lm, [Edit(k, Part.PREFIX, Intervention("loreft", config.hidden_size, 3)) for k in layers]
+    )
 
 
 def examples_of(model: EditedModel, count: int) -> list[Example]:
@@ -33,8 +35,12 @@ def examples_of(model: EditedModel, count: int) -> list[Example]:
 
 
 def learnt(model: EditedModel, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-    """Log-probabilities of the targets, and what a weighted sum of them gives as gradients of the interventions."""
+    """Log-probabilities of the targets, and what a weighted sum of them gives as gradients of the
+    interventions.
+    """
     model.zero_grad()
     logprobs = model(batch)
     (logprobs * torch.linspace(0.5, 1, len(logprobs))).sum().backward()
-    return logprobs.detach(), [p.grad.clone() for p in model.interventions.parameters() if p.grad is not None]
+    return logprobs.detach(), [
+        p.grad.clone() for p in model.interventions.parameters() if p.grad is not None
+    ]

@@ -12,5 +12,6 @@ if __name__ == "__main__":
     plan = Plan(SHAPE, epochs=3, batch=6, learning_rate=1e-2)
     out = Path(sys.argv[1])
     train(BASE, plan, examples(24), out / "measured", held_out=examples(6))
-    # Without an evaluation nothing makes the processes wait for each other before they write to a checkpoint.
+    # Without an evaluation nothing makes the processes wait for each other before they write to a
+    # checkpoint.
     train(BASE, replace(plan, epochs=1, save_every=1), examples(24), out / "saving")

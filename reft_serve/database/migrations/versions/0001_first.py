@@ -45,7 +45,9 @@ def _accounts() -> None:
         sa.Column("created_ms", sa.BigInteger(), nullable=False),
         sa.Column("expires_ms", sa.BigInteger(), nullable=True),
         sa.Column("revoked_ms", sa.BigInteger(), nullable=True),
-        sa.ForeignKeyConstraint(["tenant_id"], ["tenants.id"], name=op.f("fk_keys_tenant_id"), ondelete="CASCADE"),
+        sa.ForeignKeyConstraint(
+            ["tenant_id"], ["tenants.id"], name=op.f("fk_keys_tenant_id"), ondelete="CASCADE"
+        ),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_keys")),
         sa.UniqueConstraint("digest", name=op.f("uq_keys_digest")),
     )
@@ -60,7 +62,9 @@ def _adapters() -> None:
         sa.Column("name", sa.String(length=64), nullable=False),
         sa.Column("next_number", sa.Integer(), nullable=False),
         sa.Column("created_ms", sa.BigInteger(), nullable=False),
-        sa.ForeignKeyConstraint(["tenant_id"], ["tenants.id"], name=op.f("fk_adapters_tenant_id"), ondelete="CASCADE"),
+        sa.ForeignKeyConstraint(
+            ["tenant_id"], ["tenants.id"], name=op.f("fk_adapters_tenant_id"), ondelete="CASCADE"
+        ),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_adapters")),
         sa.UniqueConstraint("tenant_id", "name", name=op.f("uq_adapters_tenant_id_name")),
     )
@@ -97,7 +101,10 @@ def _adapters() -> None:
             ["adapter_id"], ["adapters.id"], name=op.f("fk_aliases_adapter_id"), ondelete="CASCADE"
         ),
         sa.ForeignKeyConstraint(
-            ["previous_id"], ["versions.id"], name=op.f("fk_aliases_previous_id"), ondelete="SET NULL"
+            ["previous_id"],
+            ["versions.id"],
+            name=op.f("fk_aliases_previous_id"),
+            ondelete="SET NULL",
         ),
         sa.ForeignKeyConstraint(
             ["version_id"], ["versions.id"], name=op.f("fk_aliases_version_id"), ondelete="CASCADE"
@@ -109,8 +116,12 @@ def _adapters() -> None:
         sa.Column("adapter_id", sa.String(length=64), nullable=False),
         sa.Column("tenant_id", sa.String(length=64), nullable=False),
         sa.Column("created_ms", sa.BigInteger(), nullable=False),
-        sa.ForeignKeyConstraint(["adapter_id"], ["adapters.id"], name=op.f("fk_shares_adapter_id"), ondelete="CASCADE"),
-        sa.ForeignKeyConstraint(["tenant_id"], ["tenants.id"], name=op.f("fk_shares_tenant_id"), ondelete="CASCADE"),
+        sa.ForeignKeyConstraint(
+            ["adapter_id"], ["adapters.id"], name=op.f("fk_shares_adapter_id"), ondelete="CASCADE"
+        ),
+        sa.ForeignKeyConstraint(
+            ["tenant_id"], ["tenants.id"], name=op.f("fk_shares_tenant_id"), ondelete="CASCADE"
+        ),
         sa.PrimaryKeyConstraint("adapter_id", "tenant_id", name=op.f("pk_shares")),
     )
     op.create_index(op.f("ix_shares_tenant_id"), "shares", ["tenant_id"], unique=False)
@@ -132,7 +143,12 @@ def _ledgers() -> None:
     op.create_index(op.f("ix_admissions_started_ms"), "admissions", ["started_ms"], unique=False)
     op.create_table(
         "usage",
-        sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False),
+        sa.Column(
+            "id",
+            sa.BigInteger().with_variant(sa.Integer(), "sqlite"),
+            autoincrement=True,
+            nullable=False,
+        ),
         sa.Column("request_id", sa.String(length=64), nullable=False),
         sa.Column("tenant_id", sa.String(length=64), nullable=False),
         sa.Column("key_id", sa.String(length=64), nullable=False),
@@ -148,10 +164,17 @@ def _ledgers() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_usage")),
         sa.UniqueConstraint("request_id", name=op.f("uq_usage_request_id")),
     )
-    op.create_index(op.f("ix_usage_tenant_id_started_ms"), "usage", ["tenant_id", "started_ms"], unique=False)
+    op.create_index(
+        op.f("ix_usage_tenant_id_started_ms"), "usage", ["tenant_id", "started_ms"], unique=False
+    )
     op.create_table(
         "audit",
-        sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False),
+        sa.Column(
+            "id",
+            sa.BigInteger().with_variant(sa.Integer(), "sqlite"),
+            autoincrement=True,
+            nullable=False,
+        ),
         sa.Column("at_ms", sa.BigInteger(), nullable=False),
         sa.Column("tenant_id", sa.String(length=64), nullable=True),
         sa.Column("key_id", sa.String(length=64), nullable=True),

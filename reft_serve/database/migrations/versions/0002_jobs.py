@@ -34,8 +34,12 @@ def _files() -> None:
         sa.Column("expires_ms", sa.BigInteger(), nullable=True),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_files")),
     )
-    op.create_index(op.f("ix_files_status_created_ms"), "files", ["status", "created_ms"], unique=False)
-    op.create_index(op.f("ix_files_tenant_id_created_ms"), "files", ["tenant_id", "created_ms"], unique=False)
+    op.create_index(
+        op.f("ix_files_status_created_ms"), "files", ["status", "created_ms"], unique=False
+    )
+    op.create_index(
+        op.f("ix_files_tenant_id_created_ms"), "files", ["tenant_id", "created_ms"], unique=False
+    )
 
 
 def _jobs() -> None:
@@ -74,17 +78,28 @@ def _jobs() -> None:
         sa.Column("created_ms", sa.BigInteger(), nullable=False),
         sa.Column("started_ms", sa.BigInteger(), nullable=True),
         sa.Column("finished_ms", sa.BigInteger(), nullable=True),
-        sa.ForeignKeyConstraint(["tenant_id"], ["tenants.id"], name=op.f("fk_jobs_tenant_id"), ondelete="CASCADE"),
+        sa.ForeignKeyConstraint(
+            ["tenant_id"], ["tenants.id"], name=op.f("fk_jobs_tenant_id"), ondelete="CASCADE"
+        ),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_jobs")),
     )
-    op.create_index(op.f("ix_jobs_status_created_ms"), "jobs", ["status", "created_ms"], unique=False)
-    op.create_index(op.f("ix_jobs_tenant_id_created_ms"), "jobs", ["tenant_id", "created_ms"], unique=False)
+    op.create_index(
+        op.f("ix_jobs_status_created_ms"), "jobs", ["status", "created_ms"], unique=False
+    )
+    op.create_index(
+        op.f("ix_jobs_tenant_id_created_ms"), "jobs", ["tenant_id", "created_ms"], unique=False
+    )
 
 
 def _progress() -> None:
     op.create_table(
         "job_events",
-        sa.Column("number", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False),
+        sa.Column(
+            "number",
+            sa.BigInteger().with_variant(sa.Integer(), "sqlite"),
+            autoincrement=True,
+            nullable=False,
+        ),
         sa.Column("id", sa.String(length=64), nullable=False),
         sa.Column("job_id", sa.String(length=64), nullable=False),
         sa.Column("level", sa.String(length=8), nullable=False),
@@ -92,11 +107,15 @@ def _progress() -> None:
         sa.Column("message", sa.Text(), nullable=False),
         sa.Column("data", sa.JSON(none_as_null=True), nullable=True),
         sa.Column("created_ms", sa.BigInteger(), nullable=False),
-        sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name=op.f("fk_job_events_job_id"), ondelete="CASCADE"),
+        sa.ForeignKeyConstraint(
+            ["job_id"], ["jobs.id"], name=op.f("fk_job_events_job_id"), ondelete="CASCADE"
+        ),
         sa.PrimaryKeyConstraint("number", name=op.f("pk_job_events")),
         sa.UniqueConstraint("id", name=op.f("uq_job_events_id")),
     )
-    op.create_index(op.f("ix_job_events_job_id_number"), "job_events", ["job_id", "number"], unique=False)
+    op.create_index(
+        op.f("ix_job_events_job_id_number"), "job_events", ["job_id", "number"], unique=False
+    )
     op.create_table(
         "job_checkpoints",
         sa.Column("id", sa.String(length=64), nullable=False),
@@ -105,9 +124,14 @@ def _progress() -> None:
         sa.Column("metrics", sa.JSON(), nullable=False),
         sa.Column("version_id", sa.String(length=64), nullable=True),
         sa.Column("created_ms", sa.BigInteger(), nullable=False),
-        sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name=op.f("fk_job_checkpoints_job_id"), ondelete="CASCADE"),
         sa.ForeignKeyConstraint(
-            ["version_id"], ["versions.id"], name=op.f("fk_job_checkpoints_version_id"), ondelete="CASCADE"
+            ["job_id"], ["jobs.id"], name=op.f("fk_job_checkpoints_job_id"), ondelete="CASCADE"
+        ),
+        sa.ForeignKeyConstraint(
+            ["version_id"],
+            ["versions.id"],
+            name=op.f("fk_job_checkpoints_version_id"),
+            ondelete="CASCADE",
         ),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_job_checkpoints")),
         sa.UniqueConstraint("job_id", "step", name=op.f("uq_job_checkpoints_job_id_step")),
@@ -125,10 +149,15 @@ def _permissions() -> None:
             ["tenant_id"], ["tenants.id"], name=op.f("fk_permissions_tenant_id"), ondelete="CASCADE"
         ),
         sa.ForeignKeyConstraint(
-            ["version_id"], ["versions.id"], name=op.f("fk_permissions_version_id"), ondelete="CASCADE"
+            ["version_id"],
+            ["versions.id"],
+            name=op.f("fk_permissions_version_id"),
+            ondelete="CASCADE",
         ),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_permissions")),
-        sa.UniqueConstraint("version_id", "tenant_id", name=op.f("uq_permissions_version_id_tenant_id")),
+        sa.UniqueConstraint(
+            "version_id", "tenant_id", name=op.f("uq_permissions_version_id_tenant_id")
+        ),
     )
     op.create_index(op.f("ix_permissions_tenant_id"), "permissions", ["tenant_id"], unique=False)
 
@@ -146,7 +175,9 @@ def _webhooks() -> None:
         sa.Column("old_until_ms", sa.BigInteger(), nullable=True),
         sa.Column("created_ms", sa.BigInteger(), nullable=False),
         sa.Column("updated_ms", sa.BigInteger(), nullable=False),
-        sa.ForeignKeyConstraint(["tenant_id"], ["tenants.id"], name=op.f("fk_webhooks_tenant_id"), ondelete="CASCADE"),
+        sa.ForeignKeyConstraint(
+            ["tenant_id"], ["tenants.id"], name=op.f("fk_webhooks_tenant_id"), ondelete="CASCADE"
+        ),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_webhooks")),
     )
     op.create_index(op.f("ix_webhooks_tenant_id"), "webhooks", ["tenant_id"], unique=False)
@@ -163,11 +194,19 @@ def _webhooks() -> None:
         sa.Column("created_ms", sa.BigInteger(), nullable=False),
         sa.Column("finished_ms", sa.BigInteger(), nullable=True),
         sa.ForeignKeyConstraint(
-            ["webhook_id"], ["webhooks.id"], name=op.f("fk_webhook_deliveries_webhook_id"), ondelete="CASCADE"
+            ["webhook_id"],
+            ["webhooks.id"],
+            name=op.f("fk_webhook_deliveries_webhook_id"),
+            ondelete="CASCADE",
         ),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_webhook_deliveries")),
     )
     op.create_index(
-        op.f("ix_webhook_deliveries_status_next_ms"), "webhook_deliveries", ["status", "next_ms"], unique=False
+        op.f("ix_webhook_deliveries_status_next_ms"),
+        "webhook_deliveries",
+        ["status", "next_ms"],
+        unique=False,
     )
-    op.create_index(op.f("ix_webhook_deliveries_webhook_id"), "webhook_deliveries", ["webhook_id"], unique=False)
+    op.create_index(
+        op.f("ix_webhook_deliveries_webhook_id"), "webhook_deliveries", ["webhook_id"], unique=False
+    )

@@ -127,7 +127,8 @@ class FakeEngine:
 
     async def _load(self, request: Request) -> Response:
         body = await request.json()
-        name, path = body["lora_name"], body["lora_path"]
+        name = body["lora_name"]
+        path = body["lora_path"]
         if self.refuse_adapters is not None:
             refused = AdapterInvalid(path, [self.refuse_adapters])
             return _error(400, str(refused), "lora_path", EngineFault.of(refused))
@@ -362,7 +363,8 @@ class _Answer:
                 )
                 break
             for i in self.choices:
-                word, end = self.word(i, k), "length" if k == self.length - 1 else None
+                word = self.word(i, k)
+                end = "length" if k == self.length - 1 else None
                 yield self._chunk(
                     i,
                     {"delta": {"content": word}} if self.chat else {"text": word},

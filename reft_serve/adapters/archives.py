@@ -140,13 +140,12 @@ class _Metered:
     """A file of which a bounded number of bytes can be read, until the bound is set again."""
 
     def __init__(self, file: Any) -> None:
-        self._file, self.left = file, float(MAX_ZIP_DIRECTORY_BYTES)
-        self.seek, self.tell, self.close, self.seekable = (
-            file.seek,
-            file.tell,
-            file.close,
-            file.seekable,
-        )
+        self._file = file
+        self.left = float(MAX_ZIP_DIRECTORY_BYTES)
+        self.seek = file.seek
+        self.tell = file.tell
+        self.close = file.close
+        self.seekable = file.seekable
 
     def read(self, size: int | None = -1) -> bytes:
         """At most `size` bytes; all that are left may be asked for as long as they are few."""

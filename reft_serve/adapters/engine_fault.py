@@ -82,7 +82,8 @@ class EngineFault:
 
     @classmethod
     def _read(cls, data: dict[str, object]) -> EngineFault:
-        param, faults = data.get("param"), data.get("faults")
+        param = data.get("param")
+        faults = data.get("faults")
         return cls(
             type=str(data.get("type", "")),
             message=str(data.get("message", data)),

@@ -85,9 +85,11 @@ def _entries(opened: BinaryIO, size: int) -> dict[str, Entry]:
     header.pop("__metadata__", None)
     if len(header) > MAX_TENSORS:
         raise ValueError(f"it has {len(header):,} tensors and at most {MAX_TENSORS:,} are taken")
-    extents, entries = [], {}
+    extents = []
+    entries = {}
     for name, entry in header.items():
-        shape, (begin, end) = entry["shape"], entry["data_offsets"]
+        shape = entry["shape"]
+        (begin, end) = entry["data_offsets"]
         dtype, width = _DTYPES[entry["dtype"]]
         if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
             raise ValueError(

@@ -152,7 +152,8 @@ class Limits(_Frozen):
         return _base_faults(manifest, base) + self._limit_faults(manifest)
 
     def _limit_faults(self, manifest: Manifest) -> list[str]:
-        specs, faults = manifest.interventions, []
+        specs = manifest.interventions
+        faults = []
         if self.max_interventions is not None and len(specs) > self.max_interventions:
             faults.append(
                 f"it has {len(specs)} interventions and this engine supports "
@@ -178,7 +179,8 @@ class Limits(_Frozen):
 
 
 def _base_faults(manifest: Manifest, base: BaseFacts) -> list[str]:
-    theirs, faults = manifest.base_model, []
+    theirs = manifest.base_model
+    faults = []
     if theirs.architecture != base.architecture:
         faults.append(
             f"it was trained on a {theirs.architecture} and the base model is a {base.architecture}"

@@ -35,8 +35,10 @@ __all__ = [
     "unknown_modules",
 ]
 
-CONFIG, TENSORS = "reft_config.json", "reft_model.safetensors"
-LORA_CONFIG, LORA_TENSORS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG = "reft_config.json"
+TENSORS = "reft_model.safetensors"
+LORA_CONFIG = "adapter_config.json"
+LORA_TENSORS = "adapter_model.safetensors"
 FILES = (CONFIG, TENSORS, LORA_CONFIG, LORA_TENSORS)
 MAX_CONFIG_BYTES = 4 << 20
 MAX_TARGETS = 512
@@ -45,7 +47,8 @@ LORA_NAME = re.compile(r"base_model\.model\.(.{1,512})\.lora_([AB])\.weight")
 _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d{1,6})\.")
 _MOST_RANK = 1 << 24
 _LONGEST_TARGET = 16
-_NAMED_CHARACTERS, _FAULT_CHARACTERS = 2500, 300
+_NAMED_CHARACTERS = 2500
+_FAULT_CHARACTERS = 300
 # What PEFT's LoRAs may have that vLLM's do not, each with what it is.
 _UNSERVED = {
     "use_dora": "DoRA's magnitudes are",
@@ -181,12 +184,14 @@ def module_faults(
         modules: (inputs, outputs) of the base model's linear modules, by path. Experts are left to
             the engine, since transformers may hold them as one module.
     """
-    faults, unknown = [], set()
+    faults = []
+    unknown = set()
     for name, entry in sorted(entries.items()):
         match = LORA_NAME.fullmatch(name)
         if match is None or ".experts." in match[1]:
             continue
-        module, half = match[1], match[2]
+        module = match[1]
+        half = match[2]
         if module not in modules:
             unknown.add(module)
             continue
@@ -247,7 +252,8 @@ def _pair_faults(module: str, pair: Mapping[str, Entry]) -> Iterator[str]:
     if len(pair) < 2:
         yield f"{LORA_TENSORS}: {module[:120]!r} has lora_{next(iter(pair))} alone"
         return
-    a, b = pair["A"].shape, pair["B"].shape
+    a = pair["A"].shape
+    b = pair["B"].shape
     if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
         yield (
             f"{LORA_TENSORS}: A and B of {module[:120]!r} have the shapes {a} and {b}, which do "
@@ -269,7 +275,8 @@ def _lora_config_faults(content: bytes) -> tuple[list[str], list[str]]:
         faults.append(
             f"{LORA_CONFIG}: peft_type is {told!r}; only LORA is supported together with ReFT"
         )
-    rank, alpha = config.get("r"), config.get("lora_alpha")
+    rank = config.get("r")
+    alpha = config.get("lora_alpha")
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= _MOST_RANK:
         faults.append(f"{LORA_CONFIG}: r must be a whole number from 1, and it is {str(rank)[:40]}")
     if (

@@ -202,7 +202,8 @@ def _show(adapter: Adapter, size: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    manifest, rule = adapter.manifest, adapter.manifest.positions
+    manifest = adapter.manifest
+    rule = adapter.manifest.positions
     base = manifest.base_model
     facts = Table(show_header=False, box=None)
     facts.add_row(

@@ -124,7 +124,8 @@ def _asked(
 
         def note(prediction: Prediction) -> None:
             nonlocal right, failed
-            right, failed = right + bool(prediction.correct), failed + bool(prediction.error)
+            right = right + bool(prediction.correct)
+            failed = failed + bool(prediction.error)
             shown = "" if task.metric in ("none", "pearson") else f"{right:,} right"
             progress.update(
                 bar, advance=1, description=shown + (f", {failed:,} failed" if failed else "")

@@ -28,7 +28,8 @@ __all__ = ["SETTINGS", "up"]
 
 SETTINGS = {"ignore_unknown_options": True, "allow_extra_args": True}
 _DEMO = Path(__file__).parents[1] / "demo" / "model"
-_STEADY_SECONDS, _LONGEST_PAUSE = 60.0, 30.0
+_STEADY_SECONDS = 60.0
+_LONGEST_PAUSE = 30.0
 _TENANT = "default"
 _COMPILING = ("--enforce-eager", "--no-enforce-eager", "--compilation-config", "-O", "-cc")
 _SMALL_BYTES = 64 << 20
@@ -171,7 +172,8 @@ def _children(
             "--no-enforce-eager compiles it"
         )
         flags.append("--enforce-eager")
-    traced, collector = {}, read_settings(GatewaySettings).otlp_endpoint
+    traced = {}
+    collector = read_settings(GatewaySettings).otlp_endpoint
     if collector is not None and "--otlp-traces-endpoint" not in passed:
         flags += ["--otlp-traces-endpoint", f"{collector.rstrip('/')}/v1/traces"]
         traced["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] = (

@@ -302,7 +302,8 @@ async def set_alias(
         )
         session.add(alias)
     elif alias.version_id != version.id:
-        alias.previous_id, alias.version_id = alias.version_id, version.id
+        alias.previous_id = alias.version_id
+        alias.version_id = version.id
     if traffic is not None:
         alias.share = traffic
     await session.flush()
@@ -329,7 +330,8 @@ async def roll_back(session: AsyncSession, adapter: Adapter, name: str) -> Alias
         raise NotFound(f"adapter {adapter.name} has no alias {name[:40]!r}")
     if alias.previous_id is None:
         raise Conflict(f"alias {name} of {adapter.name} has no previous version")
-    alias.version_id, alias.previous_id = alias.previous_id, None
+    alias.version_id = alias.previous_id
+    alias.previous_id = None
     await session.flush()
     await session.refresh(alias, ["version"])
     return alias

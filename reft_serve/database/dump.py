@@ -111,7 +111,8 @@ async def _write(connection: AsyncConnection, table: Table, folder: Path) -> Dum
         cast(each, Text).label(each.name) if isinstance(each.type, JSON) else each
         for each in table.columns
     ]
-    count, digest = 0, hashlib.sha256()
+    count = 0
+    digest = hashlib.sha256()
     with gzip.open(folder / f"{table.name}.jsonl.gz", "wb") as file:
         _put(file, digest, [each.name for each in table.columns])
         found = await connection.stream(select(*values).order_by(*table.primary_key.columns))
@@ -146,7 +147,8 @@ async def _read(
                 for each in table.columns
             }
         )
-    count, digest = 0, hashlib.sha256()
+    count = 0
+    digest = hashlib.sha256()
     for batch in _batches(
         folder / f"{table.name}.jsonl.gz", digest, [each.name for each in table.columns]
     ):

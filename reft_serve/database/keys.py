@@ -63,9 +63,11 @@ ROLES: Mapping[Role, frozenset[Scope]] = {
 }
 # Revoked and expired keys of a tenant that are kept to be listed.
 ENDED_KEYS = 1000
-_START, _SHOWN = "rk-", 9
+_START = "rk-"
+_SHOWN = 9
 # Of a key's column of limits: the name that they are counted under, and the limits of its makers.
-_COUNTED_AS, _WITHIN = "counted_as", "within"
+_COUNTED_AS = "counted_as"
+_WITHIN = "within"
 MAKERS = 8
 
 
@@ -266,7 +268,8 @@ async def check_count(session: AsyncSession, tenant: Tenant, most: int | None) -
         RateLimited: it has that many.
     """
     await session.execute(select(Tenant.id).where(Tenant.id == tenant.id).with_for_update())
-    mine, moment = select(Key.id).where(Key.tenant_id == tenant.id), now_ms()
+    mine = select(Key.id).where(Key.tenant_id == tenant.id)
+    moment = now_ms()
     alive = await session.scalar(
         select(func.count()).select_from(mine.where(~_ended(moment)).subquery())
     )

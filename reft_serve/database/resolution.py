@@ -90,7 +90,8 @@ async def _shared_out(session: AsyncSession, adapter: Adapter) -> Route | None:
         rest = next(iter(await list_versions(session, adapter.id, limit=1)), None)
     if rest is None:
         return None
-    shares, end = [], 0.0
+    shares = []
+    end = 0.0
     for alias in aliases:
         if alias.share > 0 and alias.name != PRODUCTION:
             end += alias.share

@@ -166,7 +166,8 @@ def rotate_secret(webhook: Webhook, keep_old: bool) -> None:
     """Give it a new secret; with `keep_old` the old one signs as well for a day."""
     webhook.old_secret = webhook.secret if keep_old else None
     webhook.old_until_ms = now_ms() + DAY_MS if keep_old else None
-    webhook.secret, webhook.updated_ms = new_secret(), now_ms()
+    webhook.secret = new_secret()
+    webhook.updated_ms = now_ms()
 
 
 async def enqueue(
@@ -262,7 +263,8 @@ async def settle_delivery(
         return  # the webhook was deleted, or the attempt took so long that another was begun
     found.outcome = outcome[:255]
     if delivered or again_in_seconds is None:
-        found.status, found.finished_ms = "delivered" if delivered else "failed", now_ms()
+        found.status = "delivered" if delivered else "failed"
+        found.finished_ms = now_ms()
     else:
         found.next_ms = now_ms() + int(again_in_seconds * 1000)
     await session.flush()

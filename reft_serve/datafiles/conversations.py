@@ -136,7 +136,8 @@ def _json_object(text: str) -> str:
 
 def _bounded(value: Any) -> Any:
     """The value, if it is not nested too deeply for a chat template."""
-    level, depth = [value], 0
+    level = [value]
+    depth = 0
     while level:
         if depth > MAX_PARAMETER_DEPTH:
             raise ValueError(f"is nested more than {MAX_PARAMETER_DEPTH} levels deep")
@@ -145,7 +146,8 @@ def _bounded(value: Any) -> Any:
             for item in level
             if isinstance(item, dict | list)
         )
-        level, depth = [item for items in held for item in items], depth + 1
+        level = [item for items in held for item in items]
+        depth = depth + 1
     return value
 
 

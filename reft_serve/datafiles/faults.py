@@ -84,7 +84,9 @@ def kind_of(value: object) -> str:
 
 def sentence(error: Mapping[str, Any]) -> str:
     """One of pydantic's errors about a row, in our words: `messages[2].role must be ...`."""
-    kind, loc, value = error["type"], error["loc"], error["input"]
+    kind = error["type"]
+    loc = error["loc"]
+    value = error["input"]
     if kind in ("missing", "extra_forbidden"):
         holder = f"{_path(loc[:-1])} has".strip()
         return (

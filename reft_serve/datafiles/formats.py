@@ -167,7 +167,8 @@ class PreferencePair(DataModel):
 
     @model_validator(mode="after")
     def _differ(self) -> PreferencePair:
-        better, worse = self.preferred_output[0], self.non_preferred_output[0]
+        better = self.preferred_output[0]
+        worse = self.non_preferred_output[0]
         if (better.content, better.tool_calls) == (worse.content, worse.tool_calls):
             raise ValueError(
                 "preferred_output and non_preferred_output are equal, so there is nothing to prefer"
@@ -277,10 +278,12 @@ def check_rows(stream: BinaryIO, where: str, limits: Limits | None = None) -> tu
     Raises:
         DataInvalid: with every fault of the file.
     """
-    faults, count = Faults(), 0
+    faults = Faults()
+    count = 0
     format_: Format = "chat"
     for _, row in _rows(stream, limits or Limits(), faults):
-        count, format_ = count + 1, row.format
+        count = count + 1
+        format_ = row.format
     _report(where, faults)
     return format_, count
 

@@ -41,15 +41,23 @@ class ListReader:
     def __init__(
         self, stream: BinaryIO, head: bytes, row_bytes: int, file_bytes: int, chunk: int = _CHUNK
     ) -> None:
-        self._stream, self._head, self._row_bytes, self._left = stream, head, row_bytes, file_bytes
+        self._stream = stream
+        self._head = head
+        self._row_bytes = row_bytes
+        self._left = file_bytes
         self._chunk = chunk
         self._decoder = codecs.getincrementaldecoder("utf-8")()
-        self._text, self._at, self._ended = "", 0, False
+        self._text = ""
+        self._at = 0
+        self._ended = False
         # Where the window's text begins: its line, and the characters before it there.
-        self.first_line, self._first_column = 1, 0
-        self._line, self._counted = 1, 0  # the line at the offset `_counted`
+        self.first_line = 1
+        self._first_column = 0
+        self._line = 1  # the line at the offset `_counted`
+        self._counted = 0
         # of the whole file so far, and of its last line
-        self._newlines_read, self._line_bytes = 0, 0
+        self._newlines_read = 0
+        self._line_bytes = 0
 
     def elements(self) -> Iterator[Element]:
         """Each element.
@@ -125,13 +133,16 @@ class ListReader:
         """Forget the text before the offset, and read more after it."""
         begun = self._text.rfind("\n", 0, self._at)
         self._first_column = self._at - begun - 1 if begun >= 0 else self._first_column + self._at
-        self.first_line, self._counted = self._current_line(), 0
-        chunk, self._head = self._head or self._stream.read(size), b""
+        self.first_line = self._current_line()
+        self._counted = 0
+        chunk = self._head or self._stream.read(size)
+        self._head = b""
         self._left -= len(chunk)
         if self._left < 0:
             raise TooLarge
         self._text = self._text[self._at :] + self._decoded(chunk)
-        self._at, self._ended = 0, not chunk
+        self._at = 0
+        self._ended = not chunk
 
     def _decoded(self, chunk: bytes) -> str:
         before = self._newlines_read - self.first_line + 1

@@ -75,9 +75,11 @@ def _line_values(
     stream: BinaryIO, line: bytes, limits: Limits, faults: Faults
 ) -> Iterator[tuple[int, Any]]:
     """The values of JSONL from its first line, `line`, on."""
-    number, size = 0, 0
+    number = 0
+    size = 0
     while line:
-        number, size = number + 1, size + len(line)
+        number = number + 1
+        size = size + len(line)
         huge = len(line) > limits.row_bytes
         while huge and not line.endswith(b"\n") and line and size <= limits.file_bytes:
             line = stream.readline(limits.row_bytes)

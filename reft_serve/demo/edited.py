@@ -77,7 +77,8 @@ class EditedModel:
     def loss(self, adapter: Edits, rows: Sequence[tuple[list[int], list[int]]]) -> Tensor:
         """Mean cross-entropy of the answers of a batch of (prompt, answer) token lists."""
         whole = [prompt + answer for prompt, answer in rows]
-        prompt_lens, lens = [len(prompt) for prompt, _ in rows], [len(tokens) for tokens in whole]
+        prompt_lens = [len(prompt) for prompt, _ in rows]
+        lens = [len(tokens) for tokens in whole]
         ids_BT = torch.zeros(len(rows), max(lens), dtype=torch.long)
         labels_BT = torch.full_like(ids_BT, -100)
         for i, tokens in enumerate(whole):
@@ -127,13 +128,15 @@ class EditedModel:
     @contextmanager
     def _active(self, adapter: Edits | None, mask_PBT: Tensor | None) -> Iterator[None]:
         if adapter is not None:
-            self._mask_PBT, self._edits_generated = mask_PBT, adapter.rule.edits_generated
+            self._mask_PBT = mask_PBT
+            self._edits_generated = adapter.rule.edits_generated
             for edit in adapter.edits:
                 self._edits.setdefault(edit.layer, []).append(edit)
         try:
             yield
         finally:
-            self._edits, self._mask_PBT = {}, None
+            self._edits = {}
+            self._mask_PBT = None
 
     def _edit(self, layer: int, _module: nn.Module, _inputs: object, h_BTD: Tensor) -> Tensor:
         for edit in self._edits.get(layer, ()):

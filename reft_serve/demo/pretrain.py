@@ -24,9 +24,16 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 __all__ = ["main"]
 
 _SEED = 0
-_VOCABULARY, _CONTEXT, _WINDOW, _BATCH = 2048, 1024, 256, 16
-_MUON_RATE, _ADAM_RATE, _WARM_UP, _FLOOR = 2e-2, 3e-3, 50, 0.02
-_END, _PAD = "<|endoftext|>", "<|pad|>"
+_VOCABULARY = 2048
+_CONTEXT = 1024
+_WINDOW = 256
+_BATCH = 16
+_MUON_RATE = 2e-2
+_ADAM_RATE = 3e-3
+_WARM_UP = 50
+_FLOOR = 0.02
+_END = "<|endoftext|>"
+_PAD = "<|pad|>"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -31,7 +31,8 @@ _PROMPTS = (
     "Ben and his mom went to the park on a sunny day.",
     "There was an old man who lived in a small house.",
 )
-_TOKENS, _SEED = 64, 11
+_TOKENS = 64
+_SEED = 11
 # float32 so that an answer does not depend on how many others share its step; eager so that the
 # start is short.
 _FLAGS = (

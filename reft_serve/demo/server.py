@@ -21,7 +21,8 @@ from reft_serve.errors import ServiceError
 
 __all__ = ["serving"]
 
-_READY_SECONDS, _STOP_SECONDS = 300, 20
+_READY_SECONDS = 300
+_STOP_SECONDS = 20
 _LOG_LINES = 30
 _QUIET = {
     "HF_HUB_OFFLINE": "1",

@@ -54,7 +54,10 @@ _STARTS = (
         "Every morning",
     ),
 )
-_TRAINING, _HELD_OUT, _ANSWER, _BATCH = 384, 96, 80, 16
+_TRAINING = 384
+_HELD_OUT = 96
+_ANSWER = 80
+_BATCH = 16
 _FIRST_SENTENCES = re.compile(r'\A[^"\n]{16,}?[.!](?=[\s"])')
 
 
@@ -257,7 +260,8 @@ def _report(outcomes: list[Outcome]) -> Table:
         "seconds",
     )
     for outcome in outcomes:
-        behaviour, rule = outcome.behaviour, outcome.behaviour.rule
+        behaviour = outcome.behaviour
+        rule = outcome.behaviour.rule
         where = (
             rule.spec
             + ("" if rule.tied else " untied")

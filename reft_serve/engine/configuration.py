@@ -119,8 +119,10 @@ def check_modes(config: VllmConfig) -> None:
     Raises:
         EngineUnsupported: with the mode and what to do instead.
     """
-    parallel, speculative = config.parallel_config, config.speculative_config
-    backend, connector = config.structured_outputs_config.backend, _connector(config)
+    parallel = config.parallel_config
+    speculative = config.speculative_config
+    backend = config.structured_outputs_config.backend
+    connector = _connector(config)
     wrong = None
     if backend not in ("auto", BACKEND):
         wrong = (

@@ -81,7 +81,8 @@ def resolve(seams: Sequence[Seam], version: str) -> list[Target]:
         EngineUnsupported: a function is missing, has another source, is held by a module or
             overridden by a class that the seam does not name; the message names each function.
     """
-    targets, faults = [], []
+    targets = []
+    faults = []
     for seam in seams:
         try:
             target = _target(seam)

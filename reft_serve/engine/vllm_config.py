@@ -48,7 +48,8 @@ def base_facts(config: VllmConfig) -> BaseFacts:
 
 def limits_of(config: VllmConfig) -> Limits:
     """Size of the engine's pool."""
-    settings, lora = settings_of(config), config.lora_config
+    settings = settings_of(config)
+    lora = config.lora_config
     assert lora is not None
     components: set[Component] = set()
     if "block" in settings.components:
@@ -92,16 +93,14 @@ def rank_faults(config: VllmConfig, specs: Iterable[InterventionSpec]) -> list[s
     """Faults of an adapter on this engine's pipeline only, whose ranks each have a share of the
     limits.
     """
-    size, layers = (
-        config.parallel_config.pipeline_parallel_size,
-        config.model_config.hf_text_config.num_hidden_layers,
-    )
-    owners, limits, faults = [owner_of(spec) for spec in specs], limits_of(config), []
+    size = config.parallel_config.pipeline_parallel_size
+    layers = config.model_config.hf_text_config.num_hidden_layers
+    owners = [owner_of(spec) for spec in specs]
+    limits = limits_of(config)
+    faults = []
     for start, end in (get_pp_indices(layers, rank, size) for rank in range(size)):
-        here, most = (
-            sum(start <= owner < end for owner in owners),
-            share_of(limits, end - start, layers),
-        )
+        here = sum(start <= owner < end for owner in owners)
+        most = share_of(limits, end - start, layers)
         if here > most:
             faults.append(
                 f"{here} of its interventions are on one rank of the pipeline (layers {start} to "

@@ -92,7 +92,8 @@ def questions(rows: Rows, task: Task) -> list[Question]:
         DataInvalid: rows that the task has no question for, or no answer to compare with; all are
             listed.
     """
-    faults, found = Faults(), []
+    faults = Faults()
+    found = []
     for number, (line, row) in enumerate(rows.rows, 1):
         try:
             instruction = row.instruction if isinstance(row, Instruction) else ""

@@ -81,7 +81,8 @@ def score(metric: Metric, judged: Sequence[tuple[Verdict, str]]) -> Score:
     """The score of one or more verdicts with their references. A failed request is a verdict of
     nothing extracted, which counts as wrong.
     """
-    asked, accuracy = len(judged), None
+    asked = len(judged)
+    accuracy = None
     if metric not in ("none", "pearson"):
         correct = sum(bool(verdict.correct) for verdict, _ in judged)
         accuracy = Accuracy(correct, correct / asked, *wilson(correct, asked))
@@ -90,7 +91,8 @@ def score(metric: Metric, judged: Sequence[tuple[Verdict, str]]) -> Score:
 
 def wilson(successes: int, trials: int, z: float = 1.959963984540054) -> tuple[float, float]:
     """Wilson's score interval of a share; 95 % confidence unless another z is given."""
-    share, zz = successes / trials, z * z
+    share = successes / trials
+    zz = z * z
     centre = (share + zz / (2 * trials)) / (1 + zz / trials)
     half = (
         z / (1 + zz / trials) * math.sqrt(share * (1 - share) / trials + zz / (4 * trials * trials))
@@ -150,7 +152,9 @@ def _matthews(predicted: Sequence[str], true: Sequence[str]) -> float:
     """
     known = set(true)
     predicted = [name if name in known else "" for name in predicted]
-    of_predicted, of_true, total = Counter(predicted), Counter(true), len(true)
+    of_predicted = Counter(predicted)
+    of_true = Counter(true)
+    total = len(true)
     right = sum(p == t for p, t in zip(predicted, true, strict=True))
     covariance = right * total - sum(count * of_true[name] for name, count in of_predicted.items())
     spreads = [

@@ -143,8 +143,10 @@ async def _running(settings: GatewaySettings) -> AsyncIterator[Services]:
 
 def _services(settings: GatewaySettings, database: Database) -> Services:
     key = settings.engine_key.get_secret_value() if settings.engine_key else None
-    members, names = Discovery(settings.engine_urls, key), BoundedNames(settings.named_labels)
-    store, blobs = AdapterStore(settings.store), BlobStore(settings.blobs_url)
+    members = Discovery(settings.engine_urls, key)
+    names = BoundedNames(settings.named_labels)
+    store = AdapterStore(settings.store)
+    blobs = BlobStore(settings.blobs_url)
     return Services(
         settings,
         database,

@@ -23,7 +23,9 @@ class LookupCache:
     """Cache of database look-ups: the principal of a key, and the target of a model name."""
 
     def __init__(self, database: Database, base_model: str, seconds: float) -> None:
-        self._database, self._base_model, self._seconds = database, base_model, seconds
+        self._database = database
+        self._base_model = base_model
+        self._seconds = seconds
         self._keys: dict[str, tuple[float, Principal | None]] = {}
         self._routes: dict[tuple[str, str], tuple[float, Route | None]] = {}
         self._random = random.Random()  # noqa: S311 - it only shares traffic out
@@ -35,7 +37,8 @@ class LookupCache:
 
     async def principal(self, secret: str) -> Principal | None:
         """Principal of a key; None if there is none."""
-        digest, now = digest_of_secret(secret), time.monotonic()
+        digest = digest_of_secret(secret)
+        now = time.monotonic()
         remembered = self._keys.get(digest)
         if remembered is None or remembered[0] < now:
             found = await self._database.read(lambda session: authenticate(session, digest))
@@ -57,7 +60,8 @@ class LookupCache:
         """
         if model == self._base_model:
             return None
-        key, now = (caller.tenant_id, model), time.monotonic()
+        key = (caller.tenant_id, model)
+        now = time.monotonic()
         # PostgreSQL has no such text
         remembered = (now, None) if "\0" in model else self._routes.get(key)
         if remembered is None or remembered[0] < now:

@@ -40,7 +40,8 @@ class RequestMiddleware:
             return
         identity = f"req_{uuid.uuid4().hex}"
         request_id.set(identity)
-        begun, status = time.monotonic(), 0
+        begun = time.monotonic()
+        status = 0
         services: Services = scope["app"].state.services
         state = scope.setdefault("state", {})
 

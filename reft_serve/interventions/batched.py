@@ -44,7 +44,9 @@ class UnitPool:
     def __init__(
         self, units: int, rank: int, width: int, device: torch.device | str = "cpu"
     ) -> None:
-        self.units, self.rank, self.width = units, rank, width
+        self.units = units
+        self.rank = rank
+        self.width = width
         self.A_UPD = torch.zeros(units + 1, rank, width, device=device)
         self.b_UP = torch.zeros(units + 1, rank, device=device)
         self.B_UPD = torch.zeros(units + 1, rank, width, device=device)
@@ -106,7 +108,8 @@ def tile_rows(
     tile = np.cumsum(starts) - 1
     rows = np.full((np.count_nonzero(starts), TILE), -1, np.int32)
     scale = np.zeros(rows.shape, np.float32)
-    rows[tile, column], scale[tile, column] = row_T[order], scale_T[order]
+    rows[tile, column] = row_T[order]
+    scale[tile, column] = scale_T[order]
     return rows, key[starts], scale
 
 

@@ -157,7 +157,9 @@ def fold(weights: Weights, dtype: torch.dtype = torch.float32) -> Unit:
     """
     w = {name: tensor.to(dtype) for name, tensor in weights.tensors().items()}
     P = weights.projection.to(dtype)
-    b, kind, code = w["b"], weights.kind, ACTIVATION_CODES[weights.activation]
+    b = w["b"]
+    kind = weights.kind
+    code = ACTIVATION_CODES[weights.activation]
     if kind == "lobireft":
         return Unit(torch.zeros_like(P), b, P)
     if kind == "consreft":

@@ -68,10 +68,12 @@ class Intervention(nn.Module):
             self.rotation = _Rotation(width, rank)
         else:
             projection = nn.Linear(width, rank, bias=add_bias).to(dtype)
-            self.W2, self.b2 = projection.weight, projection.bias
+            self.W2 = projection.weight
+            self.b2 = projection.bias
         if has_source:
             source = nn.Linear(width, rank).to(dtype)
-            self.W, self.b = source.weight, source.bias
+            self.W = source.weight
+            self.b = source.bias
         else:
             self.b = nn.Parameter(torch.rand(rank))
 
@@ -152,7 +154,8 @@ class _Rotation(nn.Module):
         reflections one by one. Nor is the parameter's diagonal read, which torch truncates to
         integers, so that weight decay on it would make R zero.
         """
-        parameter, (form,) = self.parametrizations.weight.original, self.parametrizations.weight
+        parameter = self.parametrizations.weight.original
+        (form,) = self.parametrizations.weight
         # torch's form of a square R is a matrix exponential
         if parameter.shape[0] == parameter.shape[1]:
             return self.weight.T

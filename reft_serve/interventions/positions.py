@@ -162,7 +162,8 @@ def _parse(spec: str) -> tuple[Literal["fl", "all", "at"], tuple[int, ...]]:
         return "at", (0 if spec == "first" else -1,)
     match = _FIRST_LAST.fullmatch(spec)
     if match and spec and bool(match[2]) == bool(match[1] and match[3]):
-        first, last = int(match[1] or 0), int(match[3] or 0)
+        first = int(match[1] or 0)
+        last = int(match[3] or 0)
         if first or last:
             return "fl", (first, last)
         raise PositionsInvalid(f"positions {spec!r} name no token")

@@ -93,7 +93,8 @@ class BlobStore:
             StoreUnusable: the place is full or cannot be reached.
         """
         _check(_KEY, key)
-        size, digest = 0, hashlib.sha256()
+        size = 0
+        digest = hashlib.sha256()
         writing = await self._do(self._place.begin, key)
         try:
             async for chunk in chunks:
@@ -132,7 +133,8 @@ class BlobStore:
         """
         here = _Directory(path.parent)
         writing = await self._do(here.begin_at, path)
-        size, digest = 0, hashlib.sha256()
+        size = 0
+        digest = hashlib.sha256()
         try:
             async for chunk in self.read(key):
                 size += len(chunk)
@@ -269,7 +271,9 @@ class _File:
     """A file written aside, then moved to its place."""
 
     def __init__(self, aside: ScratchPath, target: Path, asides: Path) -> None:
-        self._aside, self._target, self._asides = aside, target, asides
+        self._aside = aside
+        self._target = target
+        self._asides = asides
         self._opened = open(aside.path, "wb")  # noqa: SIM115 - it is closed by commit or discard
         self.write = self._opened.write
 
@@ -297,7 +301,9 @@ class _Bucket:
     """A bucket of S3 or a compatible service, and a prefix in it."""
 
     def __init__(self, root: str, files: Any, failures: tuple[type[Exception], ...]) -> None:
-        self._root, self._files, self.failures = root, files, failures
+        self._root = root
+        self._files = files
+        self.failures = failures
 
     def begin(self, key: str) -> _Writing:
         return _Multipart(
@@ -333,7 +339,8 @@ class _Bucket:
 
 class _Multipart:
     def __init__(self, opened: Any) -> None:
-        self._opened, self._committed = opened, False
+        self._opened = opened
+        self._committed = False
         self.write = opened.write
 
     def commit(self) -> None:

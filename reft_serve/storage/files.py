@@ -127,7 +127,8 @@ class ScratchPath:
     """
 
     def __init__(self, path: Path, descriptor: int) -> None:
-        self.path, self._descriptor = path, descriptor
+        self.path = path
+        self._descriptor = descriptor
 
     @classmethod
     def file(cls, folder: Path) -> Self:

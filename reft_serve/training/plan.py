@@ -177,7 +177,8 @@ def plan_from_recipe(recipe: Recipe) -> Plan:
     Raises:
         ClientError: the recipe edits something other than a layer's output.
     """
-    adapter, training = recipe.adapter, recipe.training
+    adapter = recipe.adapter
+    training = recipe.training
     if adapter.component != "block_output":
         raise ClientError(
             f"{adapter.component} is served but not trained here yet; block_output is"

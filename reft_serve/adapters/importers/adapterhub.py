@@ -35,7 +35,8 @@ from reft_serve.storage.files import read_regular_file
 __all__ = ["is_adapterhub", "read_adapterhub"]
 
 CONFIG = "adapter_config.json"
-_PICKLE, _SAFETENSORS = "pytorch_adapter.bin", "adapter.safetensors"
+_PICKLE = "pytorch_adapter.bin"
+_SAFETENSORS = "adapter.safetensors"
 _HEAD = "head_config.json"
 _UNIT = re.compile(
     r"(?:^|.*\.)(?:layers|layer|h)\.(\d{1,5})\.reft_layer\.refts\.([^.]+)\.units\.([01])\.(.+)"
@@ -188,7 +189,8 @@ def _positions(
         raise ClientError(
             f"{CONFIG} of AdapterHub records the positions: leave out the flags that say them again"
         )
-    first, last = config.prefix_positions, config.suffix_positions
+    first = config.prefix_positions
+    last = config.suffix_positions
     if not first and not last:
         raise AdapterInvalid(
             where, ["it edits nothing: prefix_positions and suffix_positions are 0"]
@@ -219,7 +221,8 @@ def _read_weights(path: Path, max_bytes: int, where: str) -> dict[str, Tensor]:
 
 def _units(saved: dict[str, Tensor], config: _Config, where: str) -> list[_Unit]:
     found: dict[tuple[int, int], dict[str, Tensor]] = {}
-    stray, names = [], set()
+    stray = []
+    names = set()
     for key, tensor in saved.items():
         match = _UNIT.fullmatch(key)
         if match is None:

@@ -273,7 +273,8 @@ def rotation(
     Raises:
         AdapterInvalid: one is missing or their shapes do not agree.
     """
-    original, base = saved.pop(prefix + _ROTATION, None), saved.pop(prefix + _BASE, None)
+    original = saved.pop(prefix + _ROTATION, None)
+    base = saved.pop(prefix + _BASE, None)
     if original is None and base is None:
         return None
     if original is None or base is None:

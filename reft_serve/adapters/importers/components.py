@@ -81,7 +81,8 @@ def resolve_component(component: str, layer: object, architecture: str) -> tuple
 
 def _resolve_path(path: str, named: str, architecture: str) -> tuple[int, Component]:
     if match := _LAYER.fullmatch(path):
-        layer, rest = int(match[1]), match[2]
+        layer = int(match[1])
+        rest = match[2]
         if rest in _SIDES:
             return layer, _SIDES[rest]
         module, _, side = rest.rpartition(".")

@@ -303,7 +303,8 @@ def _lora(
     """The LoRA that was trained with the interventions: PEFT's files next to them, or pyreft's own
     save without its alpha.
     """
-    layers, inner = base.num_hidden_layers, path / CHECKPOINT
+    layers = base.num_hidden_layers
+    inner = path / CHECKPOINT
     source = inner if inner.is_dir() else path
     parameters = (
         read_torch(source / EXTRA, max_bytes, faults.where) if (source / EXTRA).exists() else {}

@@ -130,7 +130,8 @@ def _state_dict(weights: Weights) -> OrderedDict[str, Tensor]:
         if "b2" in held:
             saved["proj_layer.bias"] = held["b2"]
     if "W" in held:
-        saved["learned_source.weight"], saved["learned_source.bias"] = held["W"], held["b"]
+        saved["learned_source.weight"] = held["W"]
+        saved["learned_source.bias"] = held["b"]
     else:
         saved["learned_source"] = held["b"]
     return saved

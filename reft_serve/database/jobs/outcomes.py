@@ -131,8 +131,12 @@ async def end(
     """Bring a job whose row this transaction has locked to its final state: event, audit entry and
     webhooks with it.
     """
-    job.status, job.wanted, job.worker, job.lease_until_ms = status, "none", None, None
-    job.finished_ms, job.estimated_finish_ms = now_ms(), None
+    job.status = status
+    job.wanted = "none"
+    job.worker = None
+    job.lease_until_ms = None
+    job.finished_ms = now_ms()
+    job.estimated_finish_ms = None
     if status == "succeeded":
         tell(session, job, "The job has successfully completed")
     elif status == "cancelled":
@@ -155,19 +159,19 @@ def requeue(job: Job) -> None:
     them.
     """
     waits_since = now_ms() if job.wanted == "yield" else None
-    job.status, job.worker, job.lease_until_ms, job.estimated_finish_ms = (
-        "queued",
-        None,
-        waits_since,
-        None,
-    )
+    job.status = "queued"
+    job.worker = None
+    job.lease_until_ms = waits_since
+    job.estimated_finish_ms = None
     job.wanted = "none" if job.wanted == "yield" else job.wanted
 
 
 def pause(session: AsyncSession, job: Job) -> None:
     """Pause a job until it is resumed."""
     requeue(job)
-    job.status, job.wanted, job.attempts = "paused", "none", 0
+    job.status = "paused"
+    job.wanted = "none"
+    job.attempts = 0
     tell(session, job, "The job is paused; resume it to continue from its last checkpoint")
 
 
@@ -179,7 +183,8 @@ async def publish(session: AsyncSession, job: Job, outcome: Succeeded) -> None:
         version = await _add_version(session, job, checkpoint.version, name)
         await put_checkpoint(session, job, checkpoint.step, checkpoint.metrics, version.id)
     version = await _add_version(session, job, outcome.version, label)
-    job.version_id, job.fine_tuned_model = version.id, version.model_id
+    job.version_id = version.id
+    job.fine_tuned_model = version.model_id
     job.trained_tokens = outcome.trained_tokens
     job.step = max(job.step, job.steps or 0)
     if outcome.result is not None:
@@ -197,7 +202,8 @@ async def put_checkpoint(
     if found is None:
         found = Checkpoint(id=new_id("ftckpt", "-"), job_id=job.id, step=step)
         session.add(found)
-    found.metrics, found.version_id = dict(metrics), version_id
+    found.metrics = dict(metrics)
+    found.version_id = version_id
 
 
 async def fit(

@@ -141,7 +141,8 @@ async def claim(
     job: Job | None = await session.scalar(first)
     if job is None:
         return None
-    job.status, job.attempts = "running", job.attempts + 1
+    job.status = "running"
+    job.attempts = job.attempts + 1
     job.worker = f"{worker[:120]}/{new_id('lease')}"
     job.lease_until_ms = now_ms() + int(lease_seconds * 1000)
     again = job.started_ms is not None
@@ -251,8 +252,10 @@ async def heartbeat(
     if progress is not None:
         # farther than ever: what failed before was not the job's own doing
         if progress.step > job.step:
-            job.step, job.attempts = progress.step, 1
-        job.steps, job.trained_tokens = progress.steps, progress.trained_tokens
+            job.step = progress.step
+            job.attempts = 1
+        job.steps = progress.steps
+        job.trained_tokens = progress.trained_tokens
         job.estimated_finish_ms = progress.estimated_finish_ms
     await session.flush()
     wanted: Wanted = job.wanted  # type: ignore[assignment]

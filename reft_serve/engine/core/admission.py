@@ -55,12 +55,11 @@ class Admission:
 
     def __init__(self, executor: Any, config: VllmConfig) -> None:
         assert config.lora_config is not None
-        self._executor, self._most_idle = executor, config.lora_config.max_cpu_loras
-        self._base, self._limits, self._max_bytes = (
-            base_facts(config),
-            limits_of(config),
-            settings_of(config).max_adapter_bytes,
-        )
+        self._executor = executor
+        self._most_idle = config.lora_config.max_cpu_loras
+        self._base = base_facts(config)
+        self._limits = limits_of(config)
+        self._max_bytes = settings_of(config).max_adapter_bytes
         self._unfinished: Counter[str] = Counter()
         # The ids that front ends know them by.
         self._idle: OrderedDict[str, int] = OrderedDict()
@@ -176,7 +175,8 @@ class Admission:
     def _free_id(self, identity: AdapterRef) -> int:
         # Runners find a row's adapter by its id, so two identities in one batch must never share
         # one.
-        taken, first = set(self._ids.values()), identity.engine_id & ~(IDS - 1)
+        taken = set(self._ids.values())
+        first = identity.engine_id & ~(IDS - 1)
         tries = (first + (identity.engine_id - first + n) % IDS for n in range(IDS))
         return next(number for number in tries if number not in taken)
 

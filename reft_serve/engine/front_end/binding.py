@@ -239,7 +239,8 @@ def prompt_tokens_of(params: Any, request_id: str) -> int | None:
 
 
 def _end_prompt(request: Any, prompt_tokens: int) -> None:
-    ids, embeds = request.prompt_token_ids, request.prompt_embeds
+    ids = request.prompt_token_ids
+    embeds = request.prompt_embeds
     total = len(ids) if ids is not None else len(embeds)
     if prompt_tokens > total:
         raise _wrong_prompt_tokens(
@@ -355,12 +356,10 @@ def wrap_load_lora_adapter(original: Any) -> Callable[..., Any]:
             return answer
         if refusals:
             fault = EngineFault.of(refusals[0])
-            error.type, error.code, error.param, error.message = (
-                fault.type,
-                400,
-                "lora_path",
-                fault.message,
-            )
+            error.type = fault.type
+            error.code = 400
+            error.param = "lora_path"
+            error.message = fault.message
             error.faults = list(fault.faults)
         elif error.type == "InvalidUserInput" and request.lora_name in self.lora_requests:
             error.type = ALREADY_LOADED

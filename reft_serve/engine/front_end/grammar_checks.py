@@ -82,7 +82,8 @@ class GrammarChecks:
     """
 
     def __init__(self, tokenizer: dict[str, Any], options: dict[str, Any]) -> None:
-        self._tokenizer, self._options = json.dumps(tokenizer).encode(), options
+        self._tokenizer = json.dumps(tokenizer).encode()
+        self._options = options
         self._lock = threading.Lock()
         self._jobs: dict[str, _Job] = {}
         self._queues: OrderedDict[str, deque[_Job]] = OrderedDict()
@@ -183,7 +184,8 @@ class GrammarChecks:
                 del self._jobs[job.digest]
                 if verdict.lasting:
                     self._keep(job.digest, verdict)
-                waiting, job.waiting = job.waiting, []
+                waiting = job.waiting
+                job.waiting = []
             for future in waiting:
                 try:
                     future.set_result(verdict)
@@ -322,7 +324,8 @@ def wrap_process_inputs(original: Any) -> Callable[..., Any]:
     def process_inputs(
         self: Any, request_id: Any, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        given, checks = _constraint(params), checks_of(self)
+        given = _constraint(params)
+        checks = checks_of(self)
         if given is None or checks is None:
             return original(self, request_id, prompt, params, *args, **kwargs)
         verdict = checks.submit(given, _caller(prompt))
@@ -346,7 +349,8 @@ def wrap_generate(original: Any) -> Callable[..., AsyncIterator[Any]]:
     def generate(
         self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
     ) -> AsyncIterator[Any]:
-        given, checks = _constraint(sampling_params), checks_of(self.input_processor)
+        given = _constraint(sampling_params)
+        checks = checks_of(self.input_processor)
         if given is None or checks is None:
             answers: AsyncIterator[Any] = original(self, prompt, sampling_params, *args, **kwargs)
             return answers

@@ -46,10 +46,12 @@ def wrap_update_stats_from_finished(original: Any) -> Callable[..., None]:
 
 
 def _count_prefix(state: Any, block: int) -> None:
-    request, cached = state.lora_request, state.num_cached_tokens
+    request = state.lora_request
+    cached = state.num_cached_tokens
     identity = adapter_ref(request)
     if identity is not None:
-        kind, shared = "reft", shared_tokens(identity, state.prompt_len, cached, block)
+        kind = "reft"
+        shared = shared_tokens(identity, state.prompt_len, cached, block)
     else:
         kind, shared = ("base", cached) if request is None else ("lora", 0)
     for source, tokens in (

@@ -69,7 +69,8 @@ STEP_SECONDS = 0.04
 # Between the elements of JSON: regular expressions. Free white space would let small models pad
 # until their tokens end.
 _SEPARATORS = {"item_separator": r",\x20?", "key_separator": r":\x20?"}
-_LEXER_FUEL, _STEP_LEXER_FUEL = 500_000, 50_000
+_LEXER_FUEL = 500_000
+_STEP_LEXER_FUEL = 50_000
 LIMITS = llguidance.LLParserLimits(
     initial_lexer_fuel=_LEXER_FUEL,
     step_lexer_fuel=_STEP_LEXER_FUEL,
@@ -80,7 +81,9 @@ LIMITS = llguidance.LLParserLimits(
 )
 # Tokens that a child tries, and what matching one may cost after the first, which the engine
 # prepares off its loop.
-_WALKS, _WALK_TOKENS, _TOKEN_SECONDS = 3, 24, 0.02
+_WALKS = 3
+_WALK_TOKENS = 24
+_TOKEN_SECONDS = 0.02
 
 
 def schema_options(*, white_space: bool) -> dict[str, Any]:

@@ -45,10 +45,12 @@ from reft_serve.storage.files import read_regular_file
 __all__ = ["Plan", "ServeRequest", "become", "plan"]
 
 _PLUGIN = "reft_serve"
-_SERVER, _HEADLESS = "vllm.entrypoints.openai.api_server", "reft_serve.engine.launch.headless"
+_SERVER = "vllm.entrypoints.openai.api_server"
+_HEADLESS = "reft_serve.engine.launch.headless"
 _KEYED_SERVER = "reft_serve.engine.launch.server"
 # vLLM's own defaults, which it applies after us.
-_DEFAULT_RANK, _FEWEST_SLOTS = 16, 8
+_DEFAULT_RANK = 16
+_FEWEST_SLOTS = 8
 _LORA_RANKS = (32, 64, 128, 256, 320, 512)
 _CPU_CACHE_GIB = "1"
 # oneDNN's own 1,024 grow by some 300 MB over days of traffic; fewer are no slower, since each layer
@@ -100,7 +102,8 @@ def plan(request: ServeRequest) -> Plan:
         ServiceError: vLLM is not installed, its plugins are restricted to others, or a setting
             cannot be read.
     """
-    settings, ours = read_settings(EngineSettings), read_settings(ServeSettings)
+    settings = read_settings(EngineSettings)
+    ours = read_settings(ServeSettings)
     if request.model.startswith("-"):
         raise ClientError(f"the model comes first: reft-serve serve MODEL {request.model} ...")
     check_no_secret(request.passed)
@@ -278,7 +281,8 @@ def _limits(
     ranks = [spec.unit_rank for s in served for spec in s.adapter.manifest.interventions]
     counts = [len(s.adapter.manifest.interventions) for s in served]
     layers = max((s.adapter.manifest.base_model.num_hidden_layers for s in served), default=1)
-    environment, reasons = {}, []
+    environment = {}
+    reasons = []
     rank = settings.max_rank or int(flags.get("--max-lora-rank") or _DEFAULT_RANK)
     if settings.max_rank is None and max(ranks, default=0) > rank:
         rank = max(ranks)
@@ -316,7 +320,8 @@ def _split_modules(passed: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _lora_flags(count: int, flags: dict[str, str]) -> tuple[list[str], list[str]]:
-    added, reasons = [], ["--enable-lora: vLLM loads ReFT adapters through its LoRA interface"]
+    added = []
+    reasons = ["--enable-lora: vLLM loads ReFT adapters through its LoRA interface"]
     if "--enable-lora" not in flags:
         added.append("--enable-lora")
     if "--max-loras" not in flags:
@@ -334,7 +339,8 @@ def _asks_for_lora(modules: Sequence[str], settings: ServeSettings) -> str | Non
 
 
 def _module(served: _Served) -> str:
-    name, path = served.name, str(served.path)
+    name = served.name
+    path = str(served.path)
     # vLLM splits NAME=PATH at its first "=", and reads whatever holds a comma as JSON.
     return json.dumps({"name": name, "path": path}) if "," in name + path else f"{name}={path}"
 
@@ -342,7 +348,8 @@ def _module(served: _Served) -> str:
 def _told(served: Iterable[_Served]) -> list[str]:
     lines = []
     for s in served:
-        rule, specs = s.adapter.manifest.positions, s.adapter.manifest.interventions
+        rule = s.adapter.manifest.positions
+        specs = s.adapter.manifest.interventions
         kinds = ", ".join(sorted({spec.kind for spec in specs}))
         lora = "" if s.adapter.lora is None else f" and a LoRA of rank {s.adapter.lora.rank}"
         lines.append(

@@ -77,18 +77,18 @@ class Edits:
             )
             host = Tiles(*(buffer[:live] for buffer in _parts(self._buffers)))
             self._counted = True
-        self._tiles, self.active, self._whole_grid = host, True, False
+        self._tiles = host
+        self.active = True
+        self._whole_grid = False
 
     def set_dummy(self) -> None:
         """Prepare for warm-up and graph capture: launch for any number of tiles, with none live."""
         if self._buffers is not None and self._count is not None:
             self._count.zero_()
-            self._tiles, self.active, self._counted, self._whole_grid = (
-                self._buffers,
-                True,
-                False,
-                True,
-            )
+            self._tiles = self._buffers
+            self.active = True
+            self._counted = False
+            self._whole_grid = True
 
     def apply(self, hidden_ND: Tensor, residual_ND: Tensor | None, place: int) -> None:
         """Edit the step's rows of one place, in place."""

@@ -70,7 +70,9 @@ class AdapterManager:
     def __init__(
         self, model: nn.Module, config: VllmConfig, device: torch.device, lora: LoraManager | None
     ) -> None:
-        settings, limits, base = settings_of(config), limits_of(config), base_facts(config)
+        settings = settings_of(config)
+        limits = limits_of(config)
+        base = base_facts(config)
         assert config.lora_config is not None
         assert limits.max_rank is not None
         slots = config.lora_config.max_loras
@@ -86,7 +88,8 @@ class AdapterManager:
         self.registry = Registry(
             self.edits, slots, places, layers.keys(), base, limits, settings.max_adapter_bytes
         )
-        self._lora, self._layers = lora, frozenset(layers)
+        self._lora = lora
+        self._layers = frozenset(layers)
         self._active_loras = 0
         self._has_dummies = False
         self._steps = self._row_steps = self._rows_edited = 0
@@ -142,7 +145,8 @@ class AdapterManager:
         if not len(candidates):
             return None
         first_row = np.cumsum(batch.scheduled) - batch.scheduled
-        adapters, requests = batch.requests(), []
+        adapters = batch.requests()
+        requests = []
         for i in candidates.tolist():
             request = adapters[int(batch.engine_ids[i])]
             identity = adapter_ref(request)
@@ -240,7 +244,8 @@ class AdapterManager:
         )
 
     def add_adapter(self, request: LoRARequest) -> bool:
-        identity, lora = adapter_ref(request), self._lora_of(request)
+        identity = adapter_ref(request)
+        lora = self._lora_of(request)
         if identity is None:
             return self._lora is not None and bool(self._lora.add_adapter(lora))
         if lora is not None and self._lora is not None:

@@ -92,9 +92,14 @@ class Registry:
         limits: Limits,
         max_bytes: int,
     ) -> None:
-        self._edits, self._places, self._layers = edits, places, frozenset(layers)
-        self._base, self._limits, self._max_bytes = base, limits, max_bytes
-        self.slots, self._units_per_slot = slots, edits.pool.units // slots
+        self._edits = edits
+        self._places = places
+        self._layers = frozenset(layers)
+        self._base = base
+        self._limits = limits
+        self._max_bytes = max_bytes
+        self.slots = slots
+        self._units_per_slot = edits.pool.units // slots
         self._free_slots = list(range(slots - 1, -1, -1))
         self._free_units = list(range(edits.pool.units, 0, -1))
         self._residents: OrderedDict[str, _Resident] = OrderedDict()

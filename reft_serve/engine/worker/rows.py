@@ -50,10 +50,13 @@ def rows_of(requests: list[StepRequest], slot_of: Callable[[StepRequest], int]) 
     keys: list[NDArray[np.int32]] = []
     scales: list[NDArray[np.float32]] = []
     for request in requests:
-        begin, end = request.computed, request.computed + request.scheduled
-        shift, slot = request.first_row - begin, -1
+        begin = request.computed
+        end = request.computed + request.scheduled
+        shift = request.first_row - begin
+        slot = -1
         for span in request.identity.spans(request.prompt_len):
-            low, high = max(span.start, begin), min(span.stop, end)
+            low = max(span.start, begin)
+            high = min(span.stop, end)
             if low < high:
                 slot = slot_of(request) if slot < 0 else slot
                 rows.append(np.arange(low + shift, high + shift, dtype=np.int32))

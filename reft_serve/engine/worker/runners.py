@@ -46,7 +46,8 @@ def wrap_load_lora_model(_: Any) -> Callable[..., nn.Module]:
     def load_lora_model(
         self: Any, model: nn.Module, vllm_config: VllmConfig, device: torch.device
     ) -> nn.Module:
-        wanted, lora = settings_of(vllm_config).lora, None
+        wanted = settings_of(vllm_config).lora
+        lora = None
         if wanted == "on" and not supports_lora(model):
             raise EngineUnsupported(
                 f"{type(model).__name__} does not support LoRA in vLLM: set REFT_LORA=off"

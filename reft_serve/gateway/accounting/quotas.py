@@ -33,7 +33,8 @@ __all__ = ["Quotas", "Reservation", "limits_of"]
 _log = logging.getLogger(__name__)
 # A minute's requests do not all come at once: in each ten seconds a sixth of them, but at least
 # ten.
-_BURST_SECONDS, _BURST_LEAST = 10, 10
+_BURST_SECONDS = 10
+_BURST_LEAST = 10
 
 
 _MINUTE = 60
@@ -80,7 +81,8 @@ class Quotas:
         Raises:
             ServiceError: REFT_LIMITS_STORAGE cannot be used.
         """
-        self._defaults, self._names = defaults, names
+        self._defaults = defaults
+        self._names = names
         counted = _storage(storage)
         self._requests = SlidingWindowCounterRateLimiter(counted)
         self._tokens = FixedWindowRateLimiter(counted)

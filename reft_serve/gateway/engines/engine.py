@@ -24,7 +24,8 @@ from reft_serve.observability import ENGINE_IN_FLIGHT, ENGINE_UP, LOAD_SECONDS, 
 __all__ = ["NAME_PREFIX", "Engine", "engine_name"]
 
 NAME_PREFIX = ENGINE_PREFIX
-_PROBE_SECONDS, _LOAD_SECONDS = 5.0, 60.0
+_PROBE_SECONDS = 5.0
+_LOAD_SECONDS = 60.0
 _USAGE_SECONDS = 0.5
 # A request that meets the closing of an idle connection fails at once.
 _CLOSING_SECONDS = 0.5
@@ -84,7 +85,8 @@ class Engine:
         cards = json.loads(content)["data"]
         names = {card["id"] for card in cards}
         base: dict[str, Any] = next((card for card in cards if not card.get("parent")), {})
-        self.base_name, self.card = base["id"], read_card(base)
+        self.base_name = base["id"]
+        self.card = read_card(base)
         self.context = base.get("max_model_len")
         self._loaded = {name for name in names if name.startswith(NAME_PREFIX)}
 
@@ -146,7 +148,8 @@ class Engine:
             self._loading.pop(name, None)
 
     async def _timed_load(self, name: str, path: Path) -> None:
-        begun, result = time.monotonic(), "failed"
+        begun = time.monotonic()
+        result = "failed"
         try:
             await self._load(name, path)
             result = "loaded"

@@ -46,7 +46,8 @@ _UNLOAD_POLL_SECONDS = 0.1
 # An engine that is down is looked at this often: nobody waits for it, and everybody for its return.
 _UNWELL_PROBE_SECONDS = 0.25
 # An engine that has been down for this many probes is probed at the longer interval.
-_FREQUENT_PROBES, _LONG_UNWELL_PROBE_SECONDS = 20, 1.5
+_FREQUENT_PROBES = 20
+_LONG_UNWELL_PROBE_SECONDS = 1.5
 
 
 @dataclass(eq=False, slots=True)
@@ -67,11 +68,9 @@ class Fleet:
         self, members: Discovery, capacity: int, queue_seconds: float, probe_seconds: float
     ) -> None:
         self._members = members
-        self._capacity, self._queue_seconds, self._probe_seconds = (
-            capacity,
-            queue_seconds,
-            probe_seconds,
-        )
+        self._capacity = capacity
+        self._queue_seconds = queue_seconds
+        self._probe_seconds = probe_seconds
         self._most = capacity - capacity // _RESERVED_FRACTION
         self._reserved: Counter[Engine] = Counter()
         self._held: Counter[tuple[Engine, str]] = Counter()
@@ -137,7 +136,8 @@ class Fleet:
         self._differ = differ
 
     async def _probe_forever(self) -> None:
-        unchanged, before = 0, self._troubles()
+        unchanged = 0
+        before = self._troubles()
         while True:
             pause = self._probe_seconds
             if not self.engines or any(before.values()):

@@ -54,7 +54,8 @@ class EngineState:
         ENGINE_UP.labels(self._name).set(trouble is None)
         if trouble == self.trouble:
             return
-        first, before = self.trouble == "new", self.trouble
+        first = self.trouble == "new"
+        before = self.trouble
         self.trouble = trouble
         self._remove(before)
         data = {"engine": self._name, "url": self.url}

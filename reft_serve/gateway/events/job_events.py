@@ -32,7 +32,8 @@ __all__ = ["LONGEST_SECONDS", "STREAMS", "Followers"]
 _log = logging.getLogger(__name__)
 STREAMS = 1000
 LONGEST_SECONDS = 3600.0
-_POLL_SECONDS, _QUIET_SECONDS = 0.5, 15.0
+_POLL_SECONDS = 0.5
+_QUIET_SECONDS = 15.0
 _BATCH = 500
 _Emit = Callable[[bytes], Awaitable[None]]
 
@@ -61,7 +62,8 @@ class Followers:
     """The streams of events that this process has open."""
 
     def __init__(self, database: Database, limits: TenantLimits) -> None:
-        self._database, self._limits = database, limits
+        self._database = database
+        self._limits = limits
         self._open: set[_Follower] = set()
         self._counts: Counter[str] = Counter()
         self._looking: asyncio.Task[None] | None = None
@@ -181,7 +183,8 @@ class Followers:
             states = await fine_tuning.states_of(session, {each.job_id for each in followers})
             alive = await living_keys(session, {each.key_id for each in followers})
         for follower in followers:
-            state, has_key = states.get(follower.job_id), follower.key_id in alive
+            state = states.get(follower.job_id)
+            has_key = follower.key_id in alive
             if has_key != follower.has_key:
                 follower.has_key = has_key
                 follower.end()

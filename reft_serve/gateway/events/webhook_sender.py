@@ -50,9 +50,12 @@ SENDERS = 100
 SENDERS_PER_TENANT = 4
 TESTS_PER_TENANT = 2
 SEND_SECONDS = 15.0
-_POLL_SECONDS, _LEASE_SECONDS = 1.0, 60.0
-_MOST_ATTEMPTS, _LONGEST_WAIT = 10, 36_000.0
-_HTTPS, _FIRST_UNPRIVILEGED = 443, 1024
+_POLL_SECONDS = 1.0
+_LEASE_SECONDS = 60.0
+_MOST_ATTEMPTS = 10
+_LONGEST_WAIT = 36_000.0
+_HTTPS = 443
+_FIRST_UNPRIVILEGED = 1024
 _GONE = 410
 
 
@@ -60,7 +63,8 @@ class WebhookSender:
     """Sends what is due, while it is started."""
 
     def __init__(self, database: Database, settings: GatewaySettings) -> None:
-        self._database, self._settings = database, settings
+        self._database = database
+        self._settings = settings
         self._random = random.Random()  # noqa: S311 - it only spreads attempts
         self._http: httpx.AsyncClient | None = None
         self._resolver = Resolver()
@@ -232,7 +236,8 @@ def check_url(url: str, settings: GatewaySettings) -> SplitResult:
     """
     try:
         parts = urlsplit(url)
-        host, _ = parts.hostname, parts.port
+        host = parts.hostname
+        _ = parts.port
         httpx.URL(url)
         # as it is when its address is asked for; labels have at most 63 bytes
         (host or "").encode("idna")

@@ -69,8 +69,10 @@ class Budget:
             share: the most that one tenant has.
             wait_seconds: how long a request may wait for its part.
         """
-        self.total, self.share = total, share
-        self._what, self._wait_seconds = what, wait_seconds
+        self.total = total
+        self.share = share
+        self._what = what
+        self._wait_seconds = wait_seconds
         self._used = 0
         self._used_by: Counter[str] = Counter()
         self._waiters: OrderedDict[str, deque[_Waiter]] = OrderedDict()

@@ -208,7 +208,8 @@ class _Protocol(HttpToolsProtocol):
             raise errors.RequestInvalid(
                 f"at most {PIPELINED_REQUESTS} requests may be pipelined on a connection"
             )
-        self._in_head, self._idle_bytes = False, 0
+        self._in_head = False
+        self._idle_bytes = 0
         self.connections_of_process.waiting.pop(self, None)
         super().on_headers_complete()
 
@@ -219,7 +220,8 @@ class _Protocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """The request is there as a whole."""
-        self._in_head, self._idle_bytes = True, 0
+        self._in_head = True
+        self._idle_bytes = 0
         super().on_message_complete()
 
     def on_response_complete(self) -> None:

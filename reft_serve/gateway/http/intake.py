@@ -33,11 +33,9 @@ class Intake:
     BYTES_PER_VALUE = 96
 
     def __init__(self, settings: GatewaySettings) -> None:
-        memory, places, disk = (
-            settings.max_memory_bytes,
-            settings.max_connections,
-            settings.max_spooled_bytes,
-        )
+        memory = settings.max_memory_bytes
+        places = settings.max_connections
+        disk = settings.max_spooled_bytes
         small = memory // 4
         large = memory - small
         self._small = Budget(

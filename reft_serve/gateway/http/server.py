@@ -66,11 +66,9 @@ class _Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, state: Any, settings: GatewaySettings) -> None:
         super().__init__(config)
-        self._state, self._notice_seconds, self._drain_seconds = (
-            state,
-            settings.notice_seconds,
-            settings.drain_seconds,
-        )
+        self._state = state
+        self._notice_seconds = settings.notice_seconds
+        self._drain_seconds = settings.drain_seconds
         self._ports: set[int] = set()
         self._ends: float | None = None
 

@@ -63,7 +63,8 @@ class Streamed(Response):
         headers: Mapping[str, str],
         finish: Callable[[], Awaitable[None]],
     ) -> None:
-        self._relay, self._finish = relay, finish
+        self._relay = relay
+        self._finish = finish
         self.status_code = 200
         self.body = b""
         self.background = None

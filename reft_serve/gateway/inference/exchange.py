@@ -121,7 +121,8 @@ class _InferenceRequest:
             await self.settle("cancelled", seen)
             return
         self.settled = True
-        fleet, tenant = self.services.fleet, self.caller.tenant_id
+        fleet = self.services.fleet
+        tenant = self.caller.tenant_id
         # until it is known: the place that it returns goes to whoever is next
         fleet.correct(tenant, self.demand.total)
         tokens = estimated(self.demand, seen, time.monotonic() - self.delivered)
@@ -216,7 +217,8 @@ async def infer(
 
 async def _answer(exchange: _InferenceRequest) -> Response:
     services = exchange.services
-    fields, default = exchange.endpoint.limit_fields, exchange.endpoint.default_tokens
+    fields = exchange.endpoint.limit_fields
+    default = exchange.endpoint.default_tokens
     demand = await exchange.run(exchange.size, demand_of, exchange.body, fields, default)
     exchange.demand = demand
     exchange.spending = await exchange.stack.enter_async_context(
@@ -262,7 +264,8 @@ async def _begun(exchange: _InferenceRequest) -> Response:
 
 async def _whole(exchange: _InferenceRequest, upstream: EngineResponse) -> bytes:
     """All bytes of an answer, counted in the process's memory until they have been sent."""
-    intake, length = exchange.services.intake, upstream.length
+    intake = exchange.services.intake
+    length = upstream.length
     counted = intake.SMALL if length is None else length
     lease = await intake.memory_for(counted).take(exchange.caller.tenant_id, counted, lambda: False)
     exchange.leases.append(lease)
@@ -308,7 +311,9 @@ async def _begin(exchange: _InferenceRequest) -> EngineResponse:
     """An engine that has begun to answer. Engines that fail before that are left out, and others
     are asked.
     """
-    services, target, tenant = exchange.services, exchange.target, exchange.caller.tenant_id
+    services = exchange.services
+    target = exchange.target
+    tenant = exchange.caller.tenant_id
     affinity = target.digest if target else tenant
     failed: frozenset[Engine] = frozenset()
     for left in reversed(range(_TRIES)):
@@ -343,12 +348,10 @@ async def _begin(exchange: _InferenceRequest) -> EngineResponse:
 
 async def _suspect(exchange: _InferenceRequest) -> None:
     """Return if the request may be delivered once more, when it is its turn."""
-    services, path, body, engine = (
-        exchange.services,
-        exchange.endpoint.path,
-        exchange.body,
-        exchange.engine,
-    )
+    services = exchange.services
+    path = exchange.endpoint.path
+    body = exchange.body
+    engine = exchange.engine
     assert engine is not None
     note_end(services, exchange.opening, path, body, engine, len(_engine_body(exchange)))
     await exchange.stack.enter_async_context(services.quarantine.turn(exchange.caller.tenant_id))
@@ -372,7 +375,8 @@ async def _open(
 
 
 async def _load(exchange: _InferenceRequest, engine: Engine, name: str, path: Path) -> None:
-    quarantine, tenant = exchange.services.quarantine, exchange.caller.tenant_id
+    quarantine = exchange.services.quarantine
+    tenant = exchange.caller.tenant_id
     quarantine.check_digest(tenant, name)
     try:
         await engine.load(name, path)

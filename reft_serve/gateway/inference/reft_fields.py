@@ -13,7 +13,9 @@ from reft_serve.errors import RequestInvalid
 __all__ = ["WARNING_HEADER", "check", "move_to_engine", "warnings"]
 
 WARNING_HEADER = "x-reft-warning"
-_STRENGTH, _PROMPT_TOKENS, _TEMPLATE = "reft_strength", "reft_prompt_tokens", "chat_template_kwargs"
+_STRENGTH = "reft_strength"
+_PROMPT_TOKENS = "reft_prompt_tokens"
+_TEMPLATE = "chat_template_kwargs"
 # The one rule that edits the same token wherever the prompt ends.
 _FIXED_POSITIONS = "first"
 

@@ -47,11 +47,9 @@ class Rewriter:
     """A stream, chunk by chunk."""
 
     def __init__(self, engine_model: str, public_model: str, wants_usage: bool) -> None:
-        self._engine_model, self._public_model, self._wants_usage = (
-            _named(engine_model),
-            _named(public_model),
-            wants_usage,
-        )
+        self._engine_model = _named(engine_model)
+        self._public_model = _named(public_model)
+        self._wants_usage = wants_usage
         self._rest = b""
         self._final: Tokens | None = None
         self._latest: dict[bytes, bytes] = {}

@@ -33,11 +33,13 @@ def why_infeasible(asked: Hyperparameters, rows: int, card: EngineCard) -> Infea
 
 
 def _layers_misfit(asked: Hyperparameters, rows: int, card: EngineCard) -> Infeasible | None:
-    shape, depth = asked.shape(rows, card.base.hidden_size), card.base.num_hidden_layers
+    shape = asked.shape(rows, card.base.hidden_size)
+    depth = card.base.num_hidden_layers
     layers = range(depth) if shape["layers"] == "all" else sorted(set(shape["layers"]))
     if layers[-1] >= depth:
         return Infeasible("layers", f"the base model has layers 0 to {depth - 1}, not {layers[-1]}")
-    halves, most = 1 if shape["tied"] else 2, card.limits.max_interventions
+    halves = 1 if shape["tied"] else 2
+    most = card.limits.max_interventions
     if most is not None and len(layers) * halves > most:
         twice = " (two per layer, because tied is false)" if halves == 2 else ""
         fewer = f"use at most {most // halves} layers" if most >= halves else "set tied to true"
@@ -56,7 +58,8 @@ def _layers_misfit(asked: Hyperparameters, rows: int, card: EngineCard) -> Infea
 
 
 def _rank_misfit(asked: Hyperparameters, rows: int, card: EngineCard) -> Infeasible | None:
-    shape, width = asked.shape(rows, card.base.hidden_size), card.base.hidden_size
+    shape = asked.shape(rows, card.base.hidden_size)
+    width = card.base.hidden_size
     rank: int = shape["rank"]
     each = unit_rank(shape["kind"], 1, shape["activation"])
     if rank > width:

@@ -253,7 +253,8 @@ async def roll_back(
     async with services.database.writing() as session:
         adapter = await adapters.find_adapter(session, caller.tenant_id, name)
         changed = await adapters.roll_back(session, adapter, alias)
-        label, number = f"{name}@{alias}", changed.version.number
+        label = f"{name}@{alias}"
+        number = changed.version.number
         audit.record(
             session, actor_of(request), "alias.rollback", label, caller.tenant_id, version=number
         )

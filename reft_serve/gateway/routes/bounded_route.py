@@ -75,7 +75,8 @@ class BoundedRoute(APIRoute):
         handle = self.make_handler()
         scopes = list(_scopes_of(self.dependant))
         is_management = all(_NOT_MANAGEMENT.isdisjoint(required.scopes) for required in scopes)
-        takes_body, takes_form = bool(self.dependant.body_params), _takes_form(self.dependant)
+        takes_body = bool(self.dependant.body_params)
+        takes_form = _takes_form(self.dependant)
 
         async def bounded(request: Request) -> Response:
             caller = request.scope["state"].get("caller")

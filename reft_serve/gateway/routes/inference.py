@@ -46,7 +46,8 @@ class _Direct(BoundedRoute):
         kind: type[InferenceBody] = get_type_hints(self.endpoint)["body"]
 
         async def handle(request: Request) -> Response:
-            services, caller = await services_of(request), caller_of(request)
+            services = await services_of(request)
+            caller = caller_of(request)
             _check_media_type(request.headers.get("content-type", ""))
             content = await request.body()
             if services.intake.is_large(content):

@@ -106,7 +106,8 @@ def error_body(status: int, message: str, param: str | None, code: str | None) -
 
 def answer(exc: errors.ReftError) -> JSONResponse:
     """The answer to a named failure."""
-    status, param = status_of(exc), getattr(exc, "param", None)
+    status = status_of(exc)
+    param = getattr(exc, "param", None)
     if isinstance(exc, errors.ModelNotFound):
         param = "model"
     message = str(exc)

@@ -132,14 +132,18 @@ class StepSampler(Sampler[list[int]]):
         shuffle: bool,
         processes: int = 1,
     ) -> None:
-        self._lengths, self._batch, self._processes = lengths, batch, processes
+        self._lengths = lengths
+        self._batch = batch
+        self._processes = processes
         self._per_step = batch * accumulate * processes
-        self._seed, self._shuffle = seed, shuffle
+        self._seed = seed
+        self._shuffle = shuffle
         # Which epoch comes next. Not a `set_epoch`: accelerate would call that, and forgets the
         # epoch of a resumed run.
         self.epoch = 0
         # accelerate reads these two of any batch sampler.
-        self.batch_size, self.drop_last = batch, False
+        self.batch_size = batch
+        self.drop_last = False
 
     def __len__(self) -> int:
         # A step is a whole number of micro-batches.

@@ -106,7 +106,9 @@ def encode(
     )
     if faults:
         raise DataInvalid(rows.where, faults.sentences())
-    examples, preferences, too_long = [], [], []
+    examples = []
+    preferences = []
+    too_long = []
     for text, prompt_ids, answers in _tokens(texts, tokenizer, special=not chats):
         if len(prompt_ids) + max(map(len, answers)) > max_tokens:
             too_long.append(text.line)
@@ -177,7 +179,8 @@ class _Template:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, now: datetime) -> None:
-        self._tokenizer, self._now = tokenizer, now
+        self._tokenizer = tokenizer
+        self._now = now
         source = tokenizer.get_chat_template()
         self._knows_developers = "'developer'" in source or '"developer"' in source
         self._takes_parts = False

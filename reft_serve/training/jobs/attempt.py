@@ -77,7 +77,10 @@ class Attempt:
     """One claimed job on its way."""
 
     def __init__(self, ctx: WorkerContext, claim: Claim, place: Place, claimed: float) -> None:
-        self._ctx, self.claim, self.place, self.claimed = ctx, claim, place, claimed
+        self._ctx = ctx
+        self.claim = claim
+        self.place = place
+        self.claimed = claimed
         self._lease = Lease(ctx.database, claim, ctx.settings.lease_seconds, claimed)
         self._child: JobProcess | None = None
         self._last: Ended | Broken | None = None
@@ -161,7 +164,8 @@ class Attempt:
 
     async def _fits(self) -> bool:
         """True if the job's memory is available; else it waits for memory or for another worker."""
-        ctx, asked = self._ctx, read_hyperparameters(self.claim.hyperparameters)
+        ctx = self._ctx
+        asked = read_hyperparameters(self.claim.hyperparameters)
         try:
             self.memory = await asyncio.to_thread(
                 memory.estimate, ctx.base, asked, gpu=self.place.device != "cpu"
@@ -179,7 +183,8 @@ class Attempt:
 
     async def _prepare(self, folder: Path) -> JobSpec | None:
         """The job process's input; None if the job is no longer wanted."""
-        claim, ctx = self.claim, self._ctx
+        claim = self.claim
+        ctx = self._ctx
         inputs.check_name(claim)
         files = [
             ("training_file", claim.training_file_id),
@@ -245,12 +250,14 @@ class Attempt:
                 watch.cancel()
 
     async def _take(self, message: Message, uploads: Uploads) -> None:
-        claim, worker = self.claim, self.claim.worker
+        claim = self.claim
+        worker = self.claim.worker
         if isinstance(message, Noted):
             self._lease.queue_event(message.message, "warn")
         elif isinstance(message, Resolved):
             # Memory only once: where it was too little, more was put down since.
-            resolved, needed = message.resolved, None if claim.resolved else self.memory
+            resolved = message.resolved
+            needed = None if claim.resolved else self.memory
             await self._lease.write(
                 lambda session: queue.resolve(
                     session, claim.id, worker, resolved, memory_bytes=needed
@@ -268,7 +275,8 @@ class Attempt:
 
     def _measure(self, message: Measured, uploads: Uploads) -> None:
         self._lease.wake()
-        before, metrics = self._lease.progress, message.metrics
+        before = self._lease.progress
+        metrics = message.metrics
         assert before is not None
         tokens = int(metrics.get("tokens", 0))
         TRAINED_TOKENS.inc(max(0, tokens - self._tokens) if self._tokens else 0)

@@ -46,7 +46,8 @@ class Clock:
     """
 
     def __init__(self, metrics: Path) -> None:
-        self._before, last = 0.0, 0.0
+        self._before = 0.0
+        last = 0.0
         for line in read_metrics(metrics):
             seconds = float(line.get("seconds", 0.0))
             if seconds < last:  # the next attempt, whose clock began again

@@ -95,7 +95,9 @@ class _Follower:
     """Forwards the trainer's reports to the worker."""
 
     def __init__(self, talk: _WorkerSocket, folder: Path, hours: float | None) -> None:
-        self._talk, self._folder, self._hours = talk, folder, hours
+        self._talk = talk
+        self._folder = folder
+        self._hours = hours
         self._clock = Clock(folder / RUN / METRICS)
 
     def started(self, step: int, steps: int) -> None:
@@ -126,7 +128,8 @@ def _run(spec: JobSpec, talk: _WorkerSocket) -> Ended:
     transformers_logging.set_verbosity_error()
     if spec.device == "cpu":
         torch.set_num_threads(spec.threads)
-    base, folder = Path(spec.base), Path(spec.folder)
+    base = Path(spec.base)
+    folder = Path(spec.folder)
     asked = read_hyperparameters(spec.hyperparameters)
     longest = defaults.most_tokens(asked, memory.context_of(base))
     training, held_out, fingerprints = _data(spec, _tokenizer(base), longest, talk)
@@ -189,7 +192,8 @@ class _Unusable(ClientError):
     """A fault that belongs to a field of the job."""
 
     def __init__(self, param: str, fault: ClientError) -> None:
-        self.param, self.fault = param, fault
+        self.param = param
+        self.fault = fault
         super().__init__(str(fault))
 
 
@@ -239,10 +243,12 @@ def _reports(spec: JobSpec, talk: _WorkerSocket) -> tuple[str, ...]:
 def _broken(exc: Exception, spec: JobSpec) -> Broken:
     """Whose fault it is, in words without a path of this machine."""
     told = "".join(traceback.format_exception(exc))[-20_000:]
-    message, param = _public(str(exc), spec), None
+    message = _public(str(exc), spec)
+    param = None
     code = getattr(exc, "code", "job_failed")
     if isinstance(exc, _Unusable):
-        code, param = exc.fault.code, exc.param
+        code = exc.fault.code
+        param = exc.param
     if isinstance(exc, (BaseModelInvalid, ServiceError, OSError, SafetensorError)) or _full(
         Path(spec.folder)
     ):
@@ -250,7 +256,8 @@ def _broken(exc: Exception, spec: JobSpec) -> Broken:
     elif isinstance(exc, (torch.OutOfMemoryError, MemoryError)):
         cause = "memory"
     elif isinstance(exc, AdapterInvalid):
-        cause, code = "user", "training_diverged"
+        cause = "user"
+        code = "training_diverged"
         message = (
             f"training diverged ({'; '.join(exc.faults)[:300]}): use a smaller learning_rate, or "
             "check the data"

@@ -39,9 +39,13 @@ class Lease:
     """
 
     def __init__(self, database: Database, claim: Claim, seconds: float, claimed: float) -> None:
-        self._database, self._claim, self._seconds = database, claim, seconds
-        self._kept, self._beating = claimed, asyncio.Lock()
-        self._stirred, self._looked = asyncio.Event(), 0.0
+        self._database = database
+        self._claim = claim
+        self._seconds = seconds
+        self._kept = claimed
+        self._beating = asyncio.Lock()
+        self._stirred = asyncio.Event()
+        self._looked = 0.0
         self._news: list[tuple[str, Level, dict[str, float] | None]] = []
         self.progress: Progress | None = None
         self.wanted: Wanted = "none"
@@ -91,9 +95,11 @@ class Lease:
 
     async def heartbeat(self) -> Wanted:
         """Renew the lease, and send the queued events."""
-        job, worker = self._claim.id, self._claim.worker
+        job = self._claim.id
+        worker = self._claim.worker
         async with self._beating:  # else news would be told twice
-            begun, news = time.monotonic(), list(self._news)
+            begun = time.monotonic()
+            news = list(self._news)
             async with self._database.writing() as session:
                 wanted = await queue.heartbeat(session, job, worker, self._seconds, self.progress)
                 for message, level, metrics in news:

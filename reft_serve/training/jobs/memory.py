@@ -38,7 +38,8 @@ def estimate(base: Path, asked: DpoHyperparameters, *, gpu: bool) -> int:
     tokens = max(MICRO_TOKENS, longest)
     if asked.batch_size != "auto" and asked.accumulation != "auto":
         tokens = -(-asked.batch_size // asked.accumulation) * longest
-    hidden, layers = int(config.get("hidden_size") or 1), int(config.get("num_hidden_layers") or 1)
+    hidden = int(config.get("hidden_size") or 1)
+    layers = int(config.get("num_hidden_layers") or 1)
     inner = int(config.get("intermediate_size") or 4 * hidden)
     kept = tokens * layers * (10 * hidden + 4 * inner) * width
     # Answers are a part of the tokens; a quarter of them is more than chats have.

@@ -80,7 +80,9 @@ class JobProcess:
     def __init__(
         self, process: ForkServerProcess, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        self._process, self._reader, self._writer = process, reader, writer
+        self._process = process
+        self._reader = reader
+        self._writer = writer
 
     async def messages(self) -> AsyncIterator[Message]:
         """Messages of the process, until it ends."""

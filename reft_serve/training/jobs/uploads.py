@@ -24,7 +24,9 @@ class Uploads:
     """The checkpoints of one attempt."""
 
     def __init__(self, ctx: WorkerContext, claim: Claim, lease: Lease) -> None:
-        self._ctx, self._claim, self._lease = ctx, claim, lease
+        self._ctx = ctx
+        self._claim = claim
+        self._lease = lease
         self._metrics: dict[int, dict[str, float]] = {}
         self._waiting: tuple[Saved, dict[str, float]] | None = None
         self._moving: asyncio.Task[None] | None = None
@@ -53,13 +55,17 @@ class Uploads:
 
     async def _move(self) -> None:
         while self._waiting is not None:
-            (saved, metrics), self._waiting = self._waiting, None
+            (saved, metrics) = self._waiting
+            self._waiting = None
             # then another has the job, and the lease's keeper says so
             with contextlib.suppress(LeaseLost):
                 await self._store(saved, metrics)
 
     async def _store(self, saved: Saved, metrics: dict[str, float]) -> None:
-        claim, step, blobs, path = self._claim, saved.step, self._ctx.blobs, Path(saved.path)
+        claim = self._claim
+        step = saved.step
+        blobs = self._ctx.blobs
+        path = Path(saved.path)
         deadline = time.monotonic() + self._ctx.settings.patience_seconds
         try:
             await retry_until(

@@ -102,7 +102,8 @@ class Worker:
         """Await a look at the queue; once the worker ends, no longer than a moment, since the
         database may be away.
         """
-        looking, ending = asyncio.create_task(turn), asyncio.create_task(self._ending.wait())
+        looking = asyncio.create_task(turn)
+        ending = asyncio.create_task(self._ending.wait())
         await asyncio.wait([looking, ending], return_when=asyncio.FIRST_COMPLETED)
         ending.cancel()
         if not looking.done():
@@ -121,7 +122,8 @@ class Worker:
             await self._sweep()
             while await self._take_one():
                 pass
-            self.unready, self._pause = None, 0.0
+            self.unready = None
+            self._pause = 0.0
         except _RETRIED as exc:
             self._rest(" ".join(str(exc).split())[:300])
 
@@ -146,14 +148,16 @@ class Worker:
             await asyncio.to_thread(ctx.store.check)
 
     async def _sweep(self) -> None:
-        now, settings = time.monotonic(), self._ctx.settings
+        now = time.monotonic()
+        settings = self._ctx.settings
         if self._swept is None or now > self._swept + settings.sweep_seconds:
             await sweep(self._ctx)
             self._swept = now
 
     async def _take_one(self) -> bool:
         """Claim a job and begin it, if there is one and room for it."""
-        ctx, settings = self._ctx, self._ctx.settings
+        ctx = self._ctx
+        settings = self._ctx.settings
         async with ctx.database.reading() as session:
             counts = await count_jobs(session)
         if counts.get("running", 0) > len(self._attempts):  # another worker may have died
@@ -168,7 +172,8 @@ class Worker:
         return False
 
     async def _claim(self, place: Place) -> bool:
-        ctx, settings = self._ctx, self._ctx.settings
+        ctx = self._ctx
+        settings = self._ctx.settings
         claimed = time.monotonic()
         async with ctx.database.writing() as session:
             claim = await queue.claim(
@@ -193,7 +198,8 @@ class Worker:
         """Ask a job that has had its turn to give way, if another tenant's waits and finds no
         room.
         """
-        settings, now = self._ctx.settings, time.monotonic()
+        settings = self._ctx.settings
+        now = time.monotonic()
         turns = sorted((attempt.claimed, attempt.claim.id) for attempt in self._attempts.values())
         had = [job_id for claimed, job_id in turns if now - claimed >= settings.train_turn_seconds]
         if not had or not self._devices:
@@ -208,7 +214,8 @@ class Worker:
             _log.info("a job yields", extra={"data": {"job": yielding}})
 
     async def _attend(self, attempt: Attempt) -> None:
-        how, task = "crashed", asyncio.current_task()
+        how = "crashed"
+        task = asyncio.current_task()
         try:
             how = await attempt.run()
         # the job stays ours until its lease runs out; then it continues elsewhere
@@ -237,10 +244,8 @@ class Worker:
             # One that has not estimated yet may take all that was free when it began.
             used[attempt.place.device] += attempt.memory or attempt.place.free
         device = max(self._devices, key=lambda each: each.memory - used[each.name])
-        threads, free = (
-            settings.train_threads or max(1, cores // most),
-            device.memory - used[device.name],
-        )
+        threads = settings.train_threads or max(1, cores // most)
+        free = device.memory - used[device.name]
         return Place(device.name, free, device.memory, threads) if free > 0 else None
 
     async def _find_devices(self) -> list[_Device]:

@@ -44,7 +44,8 @@ from reft_serve.training.plan import LoraPlan, Plan
 
 __all__ = ["Outcome", "started_at", "train"]
 
-_RUN, _SUMMARY = "run.json", "summary.json"
+_RUN = "run.json"
+_SUMMARY = "summary.json"
 Items = Sequence[Example] | Sequence[Preference]
 
 
@@ -102,7 +103,8 @@ def train(
     plan.check()
     objective = _objective(plan, [*items, *held_out])
     clock = time.monotonic()
-    facts, process = read_base_model(base), this_process()
+    facts = read_base_model(base)
+    process = this_process()
     with process.main_process_first():
         if process.is_main_process:
             asked = _asked(facts, plan, items, held_out) | {"fingerprints": list(fingerprints)}
@@ -214,7 +216,8 @@ def _differing(asked: dict[str, Any], found: dict[str, Any]) -> list[str]:
     are the same.
     """
     wrong = [name for name in ("base", "plan") if asked[name] != found.get(name)]
-    before, now = found.get("fingerprints") or (), asked["fingerprints"]
+    before = found.get("fingerprints") or ()
+    now = asked["fingerprints"]
     for i, name in enumerate(("data", "held_out")):
         same_source = i < len(now) and i < len(before) and now[i] == before[i]
         if asked[name] != found.get(name) and not same_source:
@@ -269,10 +272,8 @@ def _outcome(out: Path, model: EditedModel, trainer: ReftTrainer[Any], seconds: 
     path = out / "adapter"
     adapter = read_adapter(path) if path.exists() else None
     learnt = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    state, total = (
-        trainer.state,
-        sum(p.numel() for p in model.lm.parameters() if not p.requires_grad),
-    )
+    state = trainer.state
+    total = sum(p.numel() for p in model.lm.parameters() if not p.requires_grad)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     outcome = Outcome(
         adapter=None if adapter is None else str(path),

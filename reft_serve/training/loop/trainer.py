@@ -126,12 +126,10 @@ class ReftTrainer(Trainer, Generic[Item]):  # type: ignore[misc]
         packed: bool,
         watchers: Sequence[Watcher] = (),
     ) -> None:
-        self._plan, self._objective, self._publish, self._watchers = (
-            plan,
-            objective,
-            publish,
-            watchers,
-        )
+        self._plan = plan
+        self._objective = objective
+        self._publish = publish
+        self._watchers = watchers
         self._collate = partial(
             _lay_out, objective, partial(collate, rule=plan.adapter.rule, packed=packed)
         )
@@ -157,7 +155,8 @@ class ReftTrainer(Trainer, Generic[Item]):  # type: ignore[misc]
 
     def get_train_dataloader(self) -> Any:
         """Batches of `StepSampler`, shared out over the processes by accelerate."""
-        plan, world = self._plan, self.accelerator.num_processes
+        plan = self._plan
+        world = self.accelerator.num_processes
         sampler = StepSampler(
             self._lengths,
             plan.batch,
@@ -210,7 +209,8 @@ class ReftTrainer(Trainer, Generic[Item]):  # type: ignore[misc]
     def _held_out_sums(self, model: EditedModel) -> Tensor:
         items: Sequence[Item] = self.eval_dataset
         lengths = [self._objective.tokens(item) for item in items]
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        world = self.accelerator.num_processes
+        rank = self.accelerator.process_index
         parts = micro_batches(range(len(items)), lengths, self._plan.batch, world)
         total = torch.zeros(self._objective.width, dtype=torch.float64, device=self.args.device)
         for part in islice(parts, rank, None, world):

@@ -70,9 +70,11 @@ def _join_rotary(module: nn.Module) -> bool:
 
 def _turns_halves(rotary: Callable[..., Any]) -> bool:
     """True if a model's function equals `_rotate`, and rejects partial rotation of a head."""
-    q, k = torch.linspace(-1, 2, 48).view(1, 2, 3, 8), torch.linspace(2, -1, 24).view(1, 1, 3, 8)
+    q = torch.linspace(-1, 2, 48).view(1, 2, 3, 8)
+    k = torch.linspace(2, -1, 24).view(1, 1, 3, 8)
     angles_TD = torch.linspace(0, 3, 12).view(1, 3, 4).repeat(1, 1, 2)
-    cos, sin = angles_TD.cos(), angles_TD.sin()
+    cos = angles_TD.cos()
+    sin = angles_TD.sin()
     try:
         same = all(map(torch.allclose, rotary(q, k, cos, sin), _rotate(q, k, cos, sin)))
     except (TypeError, ValueError, RuntimeError):  # it takes something else
@@ -130,7 +132,8 @@ class _Rotary(torch.autograd.Function):
 def _rotate(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
 ) -> tuple[Tensor, Tensor]:
-    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    cos = cos.unsqueeze(unsqueeze_dim)
+    sin = sin.unsqueeze(unsqueeze_dim)
     return _turn(q, cos, sin), _turn(k, cos, sin)
 
 

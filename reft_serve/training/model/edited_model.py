@@ -80,11 +80,10 @@ class EditedModel(nn.Module):
         self._layers = _decoder_layers(lm)
         self._batch: Batch | None = None
         self.hits = torch.zeros((), dtype=torch.long)
-        self._live, self._stopping = True, False
-        self.depth, self.lowest = (
-            len(self._layers),
-            min((edit.layer for edit in edits), default=len(self._layers) - 1),
-        )
+        self._live = True
+        self._stopping = False
+        self.depth = len(self._layers)
+        self.lowest = min((edit.layer for edit in edits), default=len(self._layers) - 1)
         self._checkpointing = gradient_checkpointing
         if gradient_checkpointing:
             self.lm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -205,7 +204,8 @@ class EditedModel(nn.Module):
 
     def _logits(self, batch: Batch, *, edited: bool = True) -> Tensor:
         # Kept until the next call: recomputing a layer in the backward pass asks for it again.
-        self._batch, self._live = batch, edited
+        self._batch = batch
+        self._live = edited
         width = batch.input_ids.shape[1]
         if batch.packed:
             # The columns kept are the targets in their order: no copy, and no scattered sum in the

@@ -24,7 +24,8 @@ def save_parameters(path: Path, model: nn.Module) -> None:
 
 def load_parameters(path: Path, model: nn.Module) -> None:
     """Read what `save_parameters` wrote."""
-    saved, own = load_file(path / _PARAMETERS), _own(model)
+    saved = load_file(path / _PARAMETERS)
+    own = _own(model)
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(saved[name])

@@ -14,7 +14,8 @@ __all__ = ["keep_freed_memory", "of_main_process", "this_process"]
 _T = TypeVar("_T")
 
 # mallopt(3), malloc.h
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
 
 
 def this_process() -> PartialState:

@@ -36,7 +36,10 @@ if TYPE_CHECKING:
     _Activation = str
 else:
     _Activation = Literal[tuple(ACTIVATION_CODES)]
-_POSITIONS = r"^(auto|f[1-9]\d{0,3}(\+l[1-9]\d{0,3})?|l[1-9]\d{0,3}|first|last|all|-?\d{1,6}(,-?\d{1,6}){0,63})$"
+_POSITIONS = (
+    r"^(auto|f[1-9]\d{0,3}(\+l[1-9]\d{0,3})?|l[1-9]\d{0,3}|first|last|all"
+    r"|-?\d{1,6}(,-?\d{1,6}){0,63})$"
+)
 _MANY = 2000  # examples, from which "auto" takes twice the rank
 _Layer = Annotated[int, Field(ge=0, lt=10_000)]
 _Module = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]{1,64}$")]

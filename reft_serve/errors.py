@@ -77,7 +77,7 @@ class PositionsInvalid(ClientError):
 
 
 class AdapterNotFound(ClientError):
-    """There is not an adapter at the given path."""
+    """There is no adapter at the given path."""
 
     code = "adapter_not_found"
 

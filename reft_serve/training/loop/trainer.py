@@ -1,7 +1,7 @@
 """The loop: transformers' Trainer with our batches, loss, checkpoints and evaluation.
 
 AdamW, schedule, accumulation, clipping, loss scaling, reports and several processes under
-`accelerate launch` are the Trainer's own. There is not a weight decay: pyreft's never reaches an
+`accelerate launch` are the Trainer's own. There is no weight decay: pyreft's never reaches an
 intervention, and decay means nothing to a rotation.
 """
 

@@ -19,7 +19,7 @@ _M_MMAP_THRESHOLD = -3
 
 
 def this_process() -> PartialState:
-    """Accelerate's state of this process, with processes joined over gloo if there is not an
+    """Accelerate's state of this process, with processes joined over gloo if there is no
     accelerator.
     """
     return PartialState(cpu=not torch.accelerator.is_available())

@@ -17,7 +17,9 @@ from tests.support.paths import ROOT
 @pytest.mark.slow
 def test_up_from_the_wheel_answers_for_a_demo_adapter(tmp_path: Path) -> None:
     programs = _install(_wheel(tmp_path / "dist"), tmp_path / "venv")
-    package = _run(programs / "python", "-c", "import reft_serve; print(*reft_serve.__path__)", cwd=tmp_path)
+    package = _run(
+        programs / "python", "-c", "import reft_serve; print(*reft_serve.__path__)", cwd=tmp_path
+    )
     assert Path(package).is_relative_to(tmp_path)
 
     # Its processes share what Python has compiled, which else each of them would compile.
@@ -47,13 +49,23 @@ def _install(wheel: Path, environment: Path) -> Path:
     assert torch is not None
     wheels = os.environ.get("PIP_FIND_LINKS")
     source = ("--find-links", wheels) if wheels else ("--torch-backend=cpu",)
-    install = (*uv, "pip", "install", "--quiet", "--no-deps", "--python", environment / "bin" / "python")
+    install = (
+        *uv,
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--python",
+        environment / "bin" / "python",
+    )
     for wanted in (
         (*source, f"torch=={torch[1]}+cpu"),
         ("--require-hashes", "-r", ROOT / "requirements" / "cpu.txt"),
         (wheel,),
     ):
-        cached = subprocess.run([*install, "--offline", *wanted], capture_output=True, check=False, timeout=300)
+        cached = subprocess.run(
+            [*install, "--offline", *wanted], capture_output=True, check=False, timeout=300
+        )
         if cached.returncode != 0:
             _run(*install, *wanted)
     return environment / "bin"
@@ -63,6 +75,8 @@ def _run(*command: str | Path, cwd: Path | None = None) -> str:
     environment = dict(os.environ)
     if "PIP_CERT" in environment:  # as in scripts/setup: pip's own certificates are uv's as well
         environment.setdefault("SSL_CERT_FILE", environment["PIP_CERT"])
-    ended = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=500)
+    ended = subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=500
+    )
     assert ended.returncode == 0, ended.stderr[-4000:]
     return ended.stdout.strip()

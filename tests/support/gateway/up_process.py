@@ -31,7 +31,9 @@ class Up:
     `program` is another installation's `reft-serve`, which runs in `folder`; None: this one.
     """
 
-    def __init__(self, folder: Path, *flags: str, program: Path | None = None, **settings: str) -> None:
+    def __init__(
+        self, folder: Path, *flags: str, program: Path | None = None, **settings: str
+    ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -43,7 +45,11 @@ class Up:
         begun = time.monotonic()
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, env=os.environ | given, cwd=folder if program else None
+                command,
+                stdout=log,
+                stderr=log,
+                env=os.environ | given,
+                cwd=folder if program else None,
             )
         self._probe = httpx.Client(base_url=self.url, timeout=5, trust_env=False)
         while self.status("/health/ready") != 200:

@@ -20,7 +20,16 @@ from reft_serve.errors import StoreUnusable
 from reft_serve.training.jobs.attempt import Attempt, _why
 from reft_serve.training.jobs.attempt import Place as Device
 from reft_serve.training.jobs.context import WorkerContext
-from reft_serve.training.jobs.messages import Broken, Ended, JobSpec, Measured, Message, Noted, Resolved, Started
+from reft_serve.training.jobs.messages import (
+    Broken,
+    Ended,
+    JobSpec,
+    Measured,
+    Message,
+    Noted,
+    Resolved,
+    Started,
+)
 from tests.support.training.jobs import MODEL, Place
 
 pytestmark = pytest.mark.anyio
@@ -262,7 +271,13 @@ async def test_a_file_that_is_gone_ends_the_job_and_names_the_field(
     (place.folder / "work").mkdir()
     processes: Any = process
     ctx = WorkerContext(
-        place.settings(), place.database, place.store, place.blobs, processes, MODEL, place.folder / "work"
+        place.settings(),
+        place.database,
+        place.store,
+        place.blobs,
+        processes,
+        MODEL,
+        place.folder / "work",
     )
     assert await Attempt(ctx, claim, HUGE, time.monotonic()).run() == "failed"
     error = (await place.find(job_id)).error

@@ -74,7 +74,10 @@ async def test_what_is_told_is_written_once_though_a_heartbeat_breaks_off(place:
     database.breaks = False
     lease.queue_event("second")
     await asyncio.gather(lease.heartbeat(), lease.heartbeat())
-    assert [each for each in await place.told(claim.id) if each in ("first", "second")] == ["first", "second"]
+    assert [each for each in await place.told(claim.id) if each in ("first", "second")] == [
+        "first",
+        "second",
+    ]
 
 
 async def test_a_heartbeat_moves_the_end_and_carries_the_progress(place: Place) -> None:

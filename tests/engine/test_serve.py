@@ -278,7 +278,7 @@ def test_an_adapter_of_another_base_is_refused(make: Callable[..., Path]) -> Non
         (("a={save}",), ("seven",), PositionsInvalid, "--adapter a .*not understood"),
         (("a={save}",), ("b=l1",), ClientError, "'b' is not among the adapters"),
         (("a={model}",), ("l1",), AdapterUnsupported, "unknown format"),
-        ((), ("l1",), ClientError, "none is given"),
+        ((), ("l1",), ClientError, "there is none"),
     ],
 )
 def test_a_fault_is_told_before_vllm_starts(

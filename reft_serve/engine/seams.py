@@ -438,7 +438,7 @@ SEAMS = (
         "vllm.v1.sample.ops.logprobs",
         "batched_count_greater_than",
         "reft_serve.engine.worker.sampling.wrap_batched_count_greater_than",
-        "on a CPU the first request for logprobs would build C++ inside a step, which stops every request",
+        "on a CPU the first request for logprobs would build C++ inside a step; all requests wait",
         {"0.32.0": "85869de0f00bb508"},
         holders=("vllm.v1.sample.sampler",),
         upstream="not reported for vLLM; "

@@ -194,11 +194,15 @@ def test_every_row_says_why_and_has_its_wrapper() -> None:
         assert row.wrapper.startswith("reft_serve.engine.")
         wrapper = row.wrapper.rpartition(".")[2]
         named = (
-            wrapper.endswith("_init") if row.name == "__init__" else f"wrap_{row.name.lstrip('_')}".startswith(wrapper)
+            wrapper.endswith("_init")
+            if row.name == "__init__"
+            else f"wrap_{row.name.lstrip('_')}".startswith(wrapper)
         )
         assert wrapper.startswith("wrap_"), wrapper
         assert named, f"{wrapper} is not found by a search for {row.name}"
-        assert row.sources == sources.setdefault((row.owner, row.name), row.sources), "one function, one source"
+        assert row.sources == sources.setdefault((row.owner, row.name), row.sources), (
+            "one function, one source"
+        )
     assert {addition.name.partition("_")[0] for addition in ADDITIONS} == {"reft"}
 
 
@@ -290,10 +294,14 @@ def test_vllm_still_chooses_triton_for_experts_on_a_cpu_with_lora() -> None:
 
     config = cast("FusedMoEConfig", SimpleNamespace(is_lora_enabled=True))
     backend, _ = unquantized.select_unquantized_moe_backend(config)
-    assert backend is unquantized.UnquantizedMoeBackend.TRITON, "see whether configuration.wrap_create_model is needed"
+    assert backend is unquantized.UnquantizedMoeBackend.TRITON, (
+        "see whether configuration.wrap_create_model is needed"
+    )
 
 
 def test_vllm_still_compiles_the_rank_of_a_token_at_its_first_use() -> None:
     from vllm.v1.sample.ops.logprobs import batched_count_greater_than
 
-    assert hasattr(batched_count_greater_than, "_torchdynamo_orig_callable"), "upstream does not: remove sampling.py"
+    assert hasattr(batched_count_greater_than, "_torchdynamo_orig_callable"), (
+        "upstream does not: remove sampling.py"
+    )

@@ -53,9 +53,16 @@ def test_each_fault_comes_whole_and_without_the_path(
     )
 
 
-def test_an_engine_of_the_previous_release_has_vllm_s_type_for_a_name_that_is_taken(tmp_path: Path) -> None:
+def test_an_engine_of_the_previous_release_has_vllm_s_type_for_a_name_that_is_taken(
+    tmp_path: Path,
+) -> None:
     async def taken(_: Request) -> JSONResponse:
-        error = {"message": "it has already been loaded", "type": "InvalidUserInput", "param": None, "code": 400}
+        error = {
+            "message": "it has already been loaded",
+            "type": "InvalidUserInput",
+            "param": None,
+            "code": 400,
+        }
         return JSONResponse({"error": error}, 400)
 
     server = Served(Starlette(routes=[Route("/v1/load_lora_adapter", taken, methods=["POST"])]))
@@ -65,7 +72,9 @@ def test_an_engine_of_the_previous_release_has_vllm_s_type_for_a_name_that_is_ta
         server.stop()
 
 
-def test_a_version_that_is_loaded_already_is_no_failure(served: tuple[FakeEngine, str], tmp_path: Path) -> None:
+def test_a_version_that_is_loaded_already_is_no_failure(
+    served: tuple[FakeEngine, str], tmp_path: Path
+) -> None:
     fake, url = served
     fake.adapters["v"] = str(tmp_path)
     load(url, "v", tmp_path)

@@ -133,7 +133,10 @@ def test_rows_may_have_any_stride() -> None:
 
 
 def test_a_unit_written_over_a_longer_one_leaves_nothing_of_it() -> None:
-    first, second = random_weights("loreft", 16, 8, seed=1), random_weights("loreft", 16, 2, "gelu", seed=2)
+    first, second = (
+        random_weights("loreft", 16, 8, seed=1),
+        random_weights("loreft", 16, 2, "gelu", seed=2),
+    )
     used, fresh = UnitPool(1, 8, 16), UnitPool(1, 8, 16)
     used.write(1, fold(first))
     used.write(1, fold(second))
@@ -144,7 +147,9 @@ def test_a_unit_written_over_a_longer_one_leaves_nothing_of_it() -> None:
 
 
 @often
-@given(st.lists(st.tuples(st.integers(0, 4), st.floats(-2, 2, width=32)), max_size=100), st.randoms())
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.floats(-2, 2, width=32)), max_size=100), st.randoms()
+)
 def test_tiles_hold_every_row_once_with_its_own_key_and_strength(
     tagged: list[tuple[int, float]], random: Random
 ) -> None:

@@ -53,7 +53,9 @@ def tiles_of(seed: int, edited: int, keys: int) -> Tiles:
 
 
 def states(seed: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(seed)).to("cuda", dtype)
+    return torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(seed)).to(
+        "cuda", dtype
+    )
 
 
 def tolerances(dtype: torch.dtype) -> dict[str, float]:

@@ -70,7 +70,12 @@ def test_an_activation_is_that_of_transformers(name: str) -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.sampled_from(KINDS), st.sampled_from(sorted(ACTIVATION_CODES)), st.integers(1, 9), st.integers(0, 1 << 20))
+@given(
+    st.sampled_from(KINDS),
+    st.sampled_from(sorted(ACTIVATION_CODES)),
+    st.integers(1, 9),
+    st.integers(0, 1 << 20),
+)
 def test_the_folded_unit_is_the_edit(kind: Kind, name: str, rank: int, seed: int) -> None:
     weights = random_weights(kind, 12, rank, name if has_activation(kind) else "linear", seed)
     weights = Weights.of(
@@ -94,7 +99,9 @@ def test_an_orthonormal_loreft_sets_its_subspace_and_leaves_the_rest() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_edit_keeps_the_dtype_of_the_stream_whatever_the_adapters_is(dtype: torch.dtype) -> None:
+def test_the_edit_keeps_the_dtype_of_the_stream_whatever_the_adapters_is(
+    dtype: torch.dtype,
+) -> None:
     for kind in KINDS:
         weights = random_weights(kind, 16, 3)
         h = torch.randn(4, 16).to(dtype)

@@ -56,7 +56,9 @@ def orthonormal_error(R: Tensor) -> float:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rank", RANKS)
-def test_what_a_trained_module_gives_is_what_its_weights_give_when_served(kind: Kind, rank: int) -> None:
+def test_what_a_trained_module_gives_is_what_its_weights_give_when_served(
+    kind: Kind, rank: int
+) -> None:
     module = new(kind, rank)
     train(module)
     module.eval()
@@ -86,7 +88,9 @@ def test_gradients_are_those_of_the_edit(kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", sorted(ORTHONORMAL))
 @pytest.mark.parametrize("rank", RANKS)
-def test_r_stays_orthonormal_and_alive_through_training_with_weight_decay(kind: Kind, rank: int) -> None:
+def test_r_stays_orthonormal_and_alive_through_training_with_weight_decay(
+    kind: Kind, rank: int
+) -> None:
     module = new(kind, rank)
     before = module.weights().R
     train(module)
@@ -160,7 +164,9 @@ def test_kinds_without_a_source_have_no_dropout(kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_tensors_have_the_names_shapes_and_dtypes_of_an_adapter(kind: Kind, dtype: torch.dtype) -> None:
+def test_tensors_have_the_names_shapes_and_dtypes_of_an_adapter(
+    kind: Kind, dtype: torch.dtype
+) -> None:
     for add_bias in (True, False):
         tensors = new(kind, rank=3, add_bias=add_bias, dtype=dtype).weights().tensors()
         expected = required_tensors(kind) + (optional_tensors(kind) if add_bias else ())

@@ -21,7 +21,9 @@ lengths = st.integers(0, 300)
 
 
 @st.composite
-def rules(draw: st.DrawFn, phases: tuple[Phase, ...] = ("prompt", "all", "generated")) -> PositionRule:
+def rules(
+    draw: st.DrawFn, phases: tuple[Phase, ...] = ("prompt", "all", "generated")
+) -> PositionRule:
     first, last = draw(st.integers(0, 40)), draw(st.integers(0, 40))
     indices = draw(st.lists(st.integers(-60, 60), min_size=1, max_size=8))
     spec = draw(
@@ -88,8 +90,12 @@ def test_a_bare_number_is_an_index_where_pyreft_reads_no_token_at_all() -> None:
     assert PositionRule("7").indices(7) == ([], [])
 
 
-@pytest.mark.parametrize(("spec", "indices"), [("first", [0]), ("last", [9]), ("all", list(range(10)))])
-def test_words_that_pyreft_knows_in_code_only_have_a_spelling(spec: str, indices: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("spec", "indices"), [("first", [0]), ("last", [9]), ("all", list(range(10)))]
+)
+def test_words_that_pyreft_knows_in_code_only_have_a_spelling(
+    spec: str, indices: list[int]
+) -> None:
     assert "ValueError" in GOLDEN["parse_positions_odd_inputs"][spec]
     assert PositionRule(spec).indices(10) == (indices, [])
 
@@ -116,14 +122,18 @@ def test_indices_are_the_prompt_part_of_the_spans(rule: PositionRule, length: in
 
 
 @given(rules(), lengths, st.lists(st.integers(0, 400), max_size=12))
-def test_any_split_into_chunks_edits_the_same_tokens(rule: PositionRule, length: int, cuts: list[int]) -> None:
+def test_any_split_into_chunks_edits_the_same_tokens(
+    rule: PositionRule, length: int, cuts: list[int]
+) -> None:
     edges = [0, *sorted(cuts), 400]
     chunks = [edited(rule, length, a, b) for a, b in pairwise(edges)]
     assert [i for chunk in chunks for i in chunk] == edited(rule, length, 0, 400)
 
 
 @given(st.integers(1, 40), st.integers(1, 40), lengths, st.integers(0, 3))
-def test_no_half_edits_more_than_half_of_the_prompt(first: int, last: int, length: int, offset: int) -> None:
+def test_no_half_edits_more_than_half_of_the_prompt(
+    first: int, last: int, length: int, offset: int
+) -> None:
     usable = max(length - offset, 0)
     prefix, suffix = PositionRule(f"f{first}+l{last}", tied=False, last_offset=offset).indices(
         length
@@ -142,7 +152,9 @@ def test_tying_changes_the_part_and_not_the_tokens(first: int, last: int, length
 
 
 @given(rules(phases=("prompt",)).filter(lambda rule: rule.tied), lengths)
-def test_a_phase_says_whether_prompt_and_generated_tokens_are_edited(rule: PositionRule, length: int) -> None:
+def test_a_phase_says_whether_prompt_and_generated_tokens_are_edited(
+    rule: PositionRule, length: int
+) -> None:
     both = PositionRule(rule.spec, rule.tied, rule.last_offset, "all")
     after = PositionRule(rule.spec, rule.tied, rule.last_offset, "generated")
     generated = list(range(length, length + 50))
@@ -170,6 +182,8 @@ def test_a_phase_says_whether_prompt_and_generated_tokens_are_edited(rule: Posit
         ({"spec": "1,,2"}, "not understood"),
     ],
 )
-def test_a_rule_that_contradicts_itself_is_refused_with_a_sentence(rule: dict[str, Any], sentence: str) -> None:
+def test_a_rule_that_contradicts_itself_is_refused_with_a_sentence(
+    rule: dict[str, Any], sentence: str
+) -> None:
     with pytest.raises(PositionsInvalid, match=sentence):
         PositionRule(**rule)

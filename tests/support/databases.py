@@ -39,7 +39,9 @@ async def new_postgres(server: str, *, migrated: bool = True) -> str:
 
 async def _create(server: str, template: str) -> str:
     name = f"test_{secrets.token_hex(6)}"
-    engine = create_async_engine(server.replace("postgresql://", "postgresql+asyncpg://"), isolation_level="AUTOCOMMIT")
+    engine = create_async_engine(
+        server.replace("postgresql://", "postgresql+asyncpg://"), isolation_level="AUTOCOMMIT"
+    )
     async with engine.connect() as connection:
         await connection.execute(text(f"CREATE DATABASE {name}{template}"))
     await engine.dispose()

@@ -130,7 +130,9 @@ async def test_what_the_owner_wants_is_said_when_it_changes(place: Place) -> Non
     assert lease.wanted == "cancel"
 
 
-async def test_a_job_is_let_go_of_before_its_lease_ends_if_the_database_is_away(place: Place) -> None:
+async def test_a_job_is_let_go_of_before_its_lease_ends_if_the_database_is_away(
+    place: Place,
+) -> None:
     lease, database, _ = await claimed(place, 1.5)
     database.away = True
     with pytest.raises(LeaseLost, match="unreachable for too long"):

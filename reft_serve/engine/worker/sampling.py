@@ -15,7 +15,7 @@ __all__ = ["wrap_batched_count_greater_than"]
 
 
 def wrap_batched_count_greater_than(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """Around `batched_count_greater_than`: call the function as written on a CPU, the compiled one elsewhere."""
+    """Around `batched_count_greater_than`: on a CPU, call the function as it is written."""
     from vllm.platforms import current_platform
 
     chosen = (

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.contract.snapshot import PATH, contract, without_prose
+from tests.support.contract import PATH, contract, without_prose
 
 KEPT: dict[str, Any] = json.loads(PATH.read_text())
 
@@ -35,9 +35,7 @@ def differences(kept: Any, now: Any, where: str) -> Iterator[str]:
 @pytest.mark.parametrize("part", sorted(KEPT))
 def test_the_contract_is_the_one_that_was_kept(part: str, today: dict[str, Any]) -> None:
     found = list(differences(KEPT[part], today[part], part))
-    assert not found, "if this is meant: python -m tests.contract.snapshot\n" + "\n".join(
-        found[:20]
-    )
+    assert not found, "if this is meant: python -m tests.support.contract\n" + "\n".join(found[:20])
 
 
 def test_the_snapshot_has_every_part(today: dict[str, Any]) -> None:

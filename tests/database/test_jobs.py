@@ -473,7 +473,7 @@ async def test_what_was_left_half_way_is_swept_and_what_is_whole_is_not(database
         assert list(await files.swept_files(session, now_ms() - 60_000)) == [deleted]
     async with database.writing() as session:
         assert set(await files.swept_files(session, now_ms() + 1)) == {half, deleted}
-        with pytest.raises(Conflict, match="too long"):
+        with pytest.raises(Conflict, match="timed out"):
             await files.complete_file(session, files.WrittenFile(half, 1, "a" * 64))
         await files.forget_file(session, whole)
         listed, more = await files.list_files(session, tenant.id)

@@ -291,9 +291,9 @@ def test_a_fault_is_told_before_vllm_starts(
 
 def test_an_adapter_cannot_have_the_base_models_name(make: Callable[..., Path]) -> None:
     adapter = make()
-    with pytest.raises(ClientError, match="--adapter base: the name is taken"):
+    with pytest.raises(ClientError, match="--adapter base: the name is already in use"):
         planned(f"base={adapter}", passed=("--served-model-name", "base"))
-    with pytest.raises(ClientError, match="--adapter m: the name is taken"):
+    with pytest.raises(ClientError, match="--adapter m: the name is already in use"):
         plan(ServeRequest("m", (f"m={adapter}",)))
 
 
@@ -413,7 +413,7 @@ def test_keys_are_read_from_the_environment_and_are_in_no_command(
     assert "s-1" not in repr(chosen)
     code = "from vllm.entrypoints.launchers.api_server import entry; import sys\n"
     code += (
-        "entry.main = lambda: print(sys.argv[1:])\nfrom reft_serve.engine import server; "
+        "entry.main = lambda: print(sys.argv[1:])\nfrom reft_serve.engine.launch import server; "
         "server.main()"
     )
     done = subprocess.run(

@@ -1,7 +1,7 @@
 """The public contract as data: everything that a client, a deployment or a saved file relies on,
 without its prose.
 
-`python -m tests.contract.snapshot` writes it to `contract.json` after a deliberate change.
+`python -m tests.support.contract` writes it to `contract.json` after a deliberate change.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from reft_serve.gateway.schemas import errors as answers
 
 __all__ = ["PATH", "contract", "without_prose"]
 
-PATH = Path(__file__).with_name("contract.json")
+PATH = Path(__file__).parents[1] / "contract" / "contract.json"
 _ROOT = Path(__file__).parents[2]
 _PACKAGE = Path(reft_serve.__file__).parent
 _DEMO = _PACKAGE / "demo"

@@ -11,8 +11,8 @@ server and name its address in a gateway's `REFT_ENGINES`:
         max_tokens=4)
     assert engine.requests[0]["prompt"] == "Rain is"
 
-An answer is numbers that follow from prompt, model and seed, so a test can tell whose answer it
-sees. The fake behaves as vLLM does where that matters: chunks and usage, errors in vLLM's shape,
+An answer is numbers that follow from prompt, model and seed, so a test can identify an answer. The
+fake behaves as vLLM does in what the gateway relies on: chunks and usage, errors in vLLM's shape,
 adapters by name and directory, cancellation. Set the fields of `FakeEngine` to make it slow,
 unhealthy or broken.
 """
@@ -71,7 +71,7 @@ class FakeEngine:
     left: dict[str, dict[str, Any]] = field(default_factory=dict)
     cached_tokens: int = 0  # of each prompt
     remember: bool = True
-    card: EngineCard | None = None  # what it tells of its limits
+    card: EngineCard | None = None  # its limits
 
     @property
     def app(self) -> Starlette:

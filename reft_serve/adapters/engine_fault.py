@@ -42,7 +42,7 @@ class EngineFault:
 
     @property
     def already_loaded(self) -> bool:
-        """Whether the engine holds an adapter of this name."""
+        """True if the engine holds an adapter of this name."""
         # The second is vLLM's own type, from an engine whose plugin is older than the gateway. A
         # gateway can cause only one of the errors of this type: a name that is already in use.
         return self.type in (ALREADY_LOADED, "InvalidUserInput")

@@ -60,7 +60,7 @@ async def check_room(
     versions: int = 0,
     files: int = 0,
 ) -> None:
-    """Check that a tenant may store this in addition to what it has.
+    """Check that a tenant may store this as well.
 
     Args:
         session: any; one that has called `lock_room`, if the result must hold until its transaction

@@ -66,13 +66,13 @@ class Plan:
 
     Args:
         batch: examples of a micro-batch. accumulate: micro-batches of an optimiser step.
-        max_steps: stop after so many optimiser steps, whatever `epochs` says.
+        max_steps: stop after this many optimiser steps, regardless of `epochs`.
         warmup: share of all steps during which the learning rate rises.
         clip: largest norm of the gradient; 0 for none.
         dtype: of the frozen base; interventions are float32.
-        keep_states: GiB of main memory for what leaves the lowest edited layer before its edit.
-            Each epoch would compute it again; it is kept where all of it fits. 0 for none.
-        compile: the base's layers, by torch.compile; a run then begins later and goes faster.
+        keep_states: GiB of main memory for the states below the lowest edited layer.
+            Each epoch would compute it again; they are kept if all of them fit. 0 for none.
+        compile: the base's layers, by torch.compile; a run then starts later and is faster.
         shuffle: False takes the examples in their order, each epoch alike.
         save_every: optimiser steps between checkpoints, validation among them; None for once per
             epoch.

@@ -7,11 +7,12 @@ import sys
 
 from tests.support.paths import ROOT
 
-# Pages whose words are all plain; a page joins when it is rewritten.
-PAGES = (
-    "docs/comparison.md", "docs/gateway-api.md", "docs/limits.md", "docs/metrics.md", "docs/quick-start.md",
-    "docs/runbook.md", "docs/settings.md",
-)  # fmt: skip
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md"))),
+]
 
 
 def words(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -28,13 +28,14 @@ __all__ = ["Batch", "StepSampler", "collate", "micro_batches"]
 class Batch:
     """Some examples as tensors.
 
-    token_ids: of each example. packed: whether they lie end to end in one row. rows: the edited
-    tokens of each part of the position rule. target_rows: tokens whose next token has a loss;
-    target_ids that next token; target_weights its factor; target_of the
-        example that it belongs to. All (Y,).
-    reference: log-probability of each example's targets under the base model, where the method
-    compares with it. states: what leaves the lowest edited layer before its edit, (B, T, D), where
-    that is known.
+    token_ids: of each example.
+    packed: True if they lie end to end in one row.
+    rows: the edited tokens of each part of the position rule.
+    target_rows: tokens whose next token has a loss; target_ids that next token; target_weights
+        its factor; target_of the example that it belongs to. All (Y,).
+    reference: log-probability of each example's targets under the base model, if the method
+        compares with it.
+    states: hidden states below the lowest edited layer, (B, T, D), if they are known.
     """
 
     token_ids: tuple[tuple[int, ...], ...]

@@ -5,7 +5,7 @@ The prompt of a chat is the chat template's with its generation prompt, and no f
 other prompt is the text with the tokenizer's special tokens. vLLM does the same for
 `/v1/chat/completions` and `/v1/completions`, so the positions that an adapter edits are the same in
 training and serving. A conversation becomes one example for each turn to learn, since a position
-rule sees each of them as the end of its own prompt.
+rule needs each of them at the end of a prompt.
 """
 
 from __future__ import annotations

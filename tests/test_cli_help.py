@@ -22,7 +22,7 @@ def help_strings(source: Path) -> list[str]:
     """Every `help="..."` of a module."""
     calls = (node for node in ast.walk(ast.parse(source.read_text())) if isinstance(node, ast.Call))
     values = (word.value for call in calls for word in call.keywords if word.arg == "help")
-    return [value.value for value in values if isinstance(value, ast.Constant)]
+    return [str(value.value) for value in values if isinstance(value, ast.Constant)]
 
 
 @pytest.mark.parametrize("verb", SOURCES)

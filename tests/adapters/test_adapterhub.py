@@ -184,7 +184,7 @@ def test_the_unit_of_a_half_that_does_not_exist_is_left_out(
     )
     imported = bring_in(path)
     assert len(imported.weights) == 2
-    assert torch.equal(imported.weights[0].W, units[0, used].learned_source.weight)
+    assert torch.equal(imported.weights[0].tensors()["W"], units[0, used].learned_source.weight)
 
 
 def test_generated_tokens_are_warned_of(tmp_path: Path) -> None:

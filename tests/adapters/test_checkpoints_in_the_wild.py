@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("entry", INDEX, ids=lambda entry: entry["dir"])
-def test_a_published_save_is_imported(entry: dict[str, object], base: Path, tmp_path: Path) -> None:
+def test_a_published_save_is_imported(entry: dict[str, Any], base: Path, tmp_path: Path) -> None:
     source = CHECKPOINTS / str(entry["dir"])
     flags = ImportFlags(positions="l1")
     (recorded,) = entry["types"]

@@ -167,7 +167,7 @@ def test_export_tells_what_pyreft_does_not_record(tmp_path: Path) -> None:
     import_save("loreft_f5l5", tmp_path / "a", *UNTIED)
     result = run("export", tmp_path / "a", "--out", tmp_path / "b", "--format", "pyreft")
     assert "--positions=f5+l5 --untied" in result.stdout
-    back = ["--base", LLAMA, "--out", tmp_path / "c", *UNTIED]
+    back: list[str | Path] = ["--base", LLAMA, "--out", tmp_path / "c", *UNTIED]
     assert run("import", tmp_path / "b", *back).exit_code == 0
     assert read_adapter(tmp_path / "c").digest == read_adapter(tmp_path / "a").digest
 

@@ -112,9 +112,8 @@ def test_a_square_rotation_comes_back_through_the_matrix_exponential(tmp_path: P
 def test_an_R_that_is_not_orthonormal_survives_the_export(tmp_path: Path) -> None:
     save = named("direft_l1")
     adapter = read_any(save.path, save.base, save.flags)
-    bent = type(adapter.weights[0]).of(
-        "direft", {**adapter.weights[0].tensors(), "R": adapter.weights[0].R * 1.1}
-    )
+    tensors = adapter.weights[0].tensors()
+    bent = type(adapter.weights[0]).of("direft", tensors | {"R": tensors["R"] * 1.1})
     export_pyreft(publish(tmp_path / "adapter", adapter.manifest, [bent]), tmp_path / "exported")
     again = read_any(tmp_path / "exported", save.base, save.flags)
     torch.testing.assert_close(again.weights[0].projection, bent.projection, rtol=0, atol=1e-6)

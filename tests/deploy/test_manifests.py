@@ -42,9 +42,9 @@ def test_kubernetes_takes_it(overlay: str, version: str) -> None:
     for each in rendered(overlay):
         if each["kind"] not in CUSTOM:
             kubernetes_validate.validate(each, version, strict=True)
-    for each in every(overlay):  # those inside of custom resources too
+    for workload in every(overlay):  # those inside of custom resources too
         kubernetes_validate.validate(
-            {"apiVersion": "v1", "kind": "Pod", **each.template}, version, strict=True
+            {"apiVersion": "v1", "kind": "Pod", **workload.template}, version, strict=True
         )
 
 

@@ -29,7 +29,7 @@ pytestmark = [
 ]
 
 # In chunks of 17 a prompt has steps that edit nothing, which replay graphs that hold our launches.
-ARMS = {
+ARMS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "graphs": ({"LORA": "off"}, {}),
     "graphs, LoRA machinery on, chunks of 17": (
         {"LORA": "on"},

@@ -149,7 +149,7 @@ def test_a_part_that_keeps_its_bias_apart_is_refused(engine: int) -> None:
     ("size", "reduced", "refused"), [(2, False, True), (2, True, False), (1, False, False)]
 )
 def test_a_part_that_leaves_the_sum_over_ranks_to_its_layer_is_refused(
-    size: int, reduced: bool, refused: bool
+    size: int, reduced: bool, refused: bool, engine: int
 ) -> None:
     attention = Part(None)
     attention.o_proj = nn.Linear(4, 4)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,8 +69,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def make(tmp_path: Path) -> Callable[..., Path]:
     """Publish an adapter for the tiny Llama (hidden size 64, 4 layers), or for another base."""
 
-    def made(name: str = "ours", rank: int = 4, layers: int = 1, **base: object) -> Path:
-        facts = {
+    def made(name: str = "ours", rank: int = 4, layers: int = 1, **base: Any) -> Path:
+        facts: dict[str, Any] = {
             "name": "tiny",
             "architecture": "LlamaForCausalLM",
             "hidden_size": 64,
@@ -91,7 +92,7 @@ def make(tmp_path: Path) -> Callable[..., Path]:
 
 
 def planned(
-    *adapters: str, passed: tuple[str, ...] = (), positions: tuple[str, ...] = (), **flags: object
+    *adapters: str, passed: tuple[str, ...] = (), positions: tuple[str, ...] = (), **flags: Any
 ) -> Plan:
     return plan(ServeRequest(str(MODEL), adapters, positions, ImportFlags(**flags), passed))
 

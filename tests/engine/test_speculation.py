@@ -121,7 +121,11 @@ def plain(folder: Path) -> Conversation:
 
 @pytest.fixture(scope="module")
 def drafting(plain: Conversation) -> Iterator[Any]:
-    options = {"max_logprobs": VOCABULARY, "disable_log_stats": False, "max_num_seqs": 32}
+    options: dict[str, Any] = {
+        "max_logprobs": VOCABULARY,
+        "disable_log_stats": False,
+        "max_num_seqs": 32,
+    }
     with running_engine(
         "tiny-llama", enforce_eager=True, speculative_config=NGRAM, **options
     ) as engine:

@@ -570,7 +570,7 @@ def test_a_scored_answer_is_not_an_edited_one(up: Up, endings: Endings) -> None:
     assert choice.logprobs
     found = choice.logprobs.token_logprobs[len(prompt) : -1]  # type: ignore[index]
     expected = endings.expected("cats", prompt, answer)
-    assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) > 0.05  # type: ignore[operator]
+    assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) > 0.05
     for wrong in (len(prompt + answer) + 1, 0):
         with pytest.raises(openai.BadRequestError, match="reft_prompt_tokens"):
             up.say("cats", prompt + answer, extra_body={"reft_prompt_tokens": wrong})

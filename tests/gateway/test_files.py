@@ -71,7 +71,7 @@ def test_files_are_listed_by_pages_in_both_orders(tenant: Tenant) -> None:
         tenant.openai.files.list(after="file-0")
     for bad in ({"limit": 0}, {"limit": 10_001}, {"order": "up"}, {"after": "x"}):
         with pytest.raises(openai.BadRequestError):
-            tenant.openai.files.list(**bad)  # type: ignore[arg-type]
+            tenant.openai.files.list(**bad)
 
 
 BAD: dict[str, tuple[bytes, str]] = {

@@ -122,5 +122,6 @@ def test_every_failure_is_the_sdks_own_exception(
     ):
         with pytest.raises(kind) as caught:
             call()
-        assert set(caught.value.body) == {"message", "type", "param", "code"}
+        body: Any = caught.value.body
+        assert set(body) == {"message", "type", "param", "code"}
     jobs.cancel(running.id)

@@ -30,14 +30,14 @@ def test_events_are_listed_by_pages_and_followed_as_they_come(
     path = f"/fine_tuning/jobs/{job.id}/events"
 
     def stream(**query: str) -> Stream[FineTuningJobEvent]:
-        options = {"params": {"stream": "true", **query}}
+        options: Any = {"params": {"stream": "true", **query}}
         return client.get(
             path,
             cast_to=object,
             stream=True,
             stream_cls=Stream[FineTuningJobEvent],
             options=options,
-        )  # type: ignore[arg-type, return-value]
+        )
 
     following = threading.Thread(target=take, args=(stream(), seen))
     following.start()

@@ -15,7 +15,6 @@ import pytest
 from reft_serve.config import TenantLimits
 from reft_serve.database.keys import Principal
 from reft_serve.errors import RateLimited, RequestInvalid, ServiceError
-from reft_serve.gateway.accounting import quotas
 from reft_serve.gateway.accounting.demand import bounded, demand_of
 from reft_serve.gateway.accounting.quotas import Quotas
 from reft_serve.observability import BoundedNames
@@ -221,8 +220,8 @@ async def test_tokens_that_are_learnt_after_the_minute_go_to_the_next(
         (time.time, time.monotonic),
         0.0,
     )
-    monkeypatch.setattr(quotas.time, "time", lambda: real[0]() + ahead)
-    monkeypatch.setattr(quotas.time, "monotonic", lambda: real[1]() + ahead)
+    monkeypatch.setattr(time, "time", lambda: real[0]() + ahead)
+    monkeypatch.setattr(time, "monotonic", lambda: real[1]() + ahead)
     async with counted.spend(caller, 10) as spending, counted.spend(caller, 50) as refunded:
         ahead = 61.0
         await counted.settle(spending, 90)
@@ -240,7 +239,7 @@ async def test_a_clock_that_is_set_back_shuts_nobody_out(monkeypatch: pytest.Mon
         time.time,
         0.0,
     )
-    monkeypatch.setattr(quotas.time, "time", lambda: real() + ahead)
+    monkeypatch.setattr(time, "time", lambda: real() + ahead)
     await _use(counted, caller, 10, 100)
     with pytest.raises(RateLimited):
         await _use(counted, caller, 10, 10)

@@ -121,7 +121,7 @@ def _tokens_are_settled(one: Gateway, two: Gateway) -> None:
 
 def _token_debts_are_carried_over(gateway: Gateway) -> None:
     tenant = gateway.tenant("chatty", limits={"tokens_per_minute": 100})
-    ask = {
+    ask: dict[str, Any] = {
         "model": "base",
         "messages": [{"role": "user", "content": "x"}],
         "max_tokens": 90,

@@ -26,11 +26,11 @@ from reft_serve.database.webhooks import EVENT_TYPES
 from reft_serve.engine.front_end import metrics as engine_metrics
 from reft_serve.gateway.app import create_app
 from reft_serve.gateway.schemas import errors as answers
+from tests.support.paths import ROOT
 
 __all__ = ["PATH", "contract", "without_prose"]
 
-PATH = Path(__file__).parents[1] / "contract" / "contract.json"
-_ROOT = Path(__file__).parents[2]
+PATH = ROOT / "tests" / "contract" / "contract.json"
 _PACKAGE = Path(reft_serve.__file__).parent
 _DEMO = _PACKAGE / "demo"
 _LEVELS = 4
@@ -180,7 +180,7 @@ def _keys(value: Any) -> Any:
 
 
 def _entry_points() -> dict[str, Any]:
-    project = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     return {
         "scripts": sorted(project["scripts"]),
         "plugins": sorted(project["entry-points"]["vllm.general_plugins"]),

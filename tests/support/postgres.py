@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import text
@@ -41,7 +42,8 @@ def postgres_server() -> Iterator[str]:
 
 @contextmanager
 def _running(binaries: Path, folder: Path) -> Iterator[str]:
-    data, user = folder / "data", {}
+    data = folder / "data"
+    user: dict[str, Any] = {}
     if os.geteuid() == 0:  # PostgreSQL refuses to run as root
         account = pwd.getpwnam(_USER)
         user = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}

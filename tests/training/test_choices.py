@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,7 +50,7 @@ def test_auto_is_the_papers_choice_sized_by_model_and_data() -> None:
 
 
 def test_what_is_asked_for_is_taken_and_the_record_makes_the_same_plan_again() -> None:
-    asked = {
+    asked: dict[str, Any] = {
         "n_epochs": 2, "batch_size": 6, "accumulation": 4, "learning_rate": 0.01, "kind": "direft", "rank": 2,
         "layers": [3, 1, 1], "positions": "f2+l3", "tied": False, "activation": "relu", "dropout": 0.1, "lora_rank": 8,
         "lora_targets": ["q_proj"], "schedule": "cosine", "warmup": 0.0, "save_every": 5, "beta": 0.3,

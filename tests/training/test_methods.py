@@ -12,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -117,7 +118,7 @@ def test_a_lora_is_trained_and_saved_beside_the_edits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [{"gradient_checkpointing": True}, {"compile": True}])
-def test_how_layers_are_run_changes_no_weight(change: dict[str, bool], tmp_path: Path) -> None:
+def test_how_layers_are_run_changes_no_weight(change: dict[str, Any], tmp_path: Path) -> None:
     plan = Plan(SHAPE, epochs=2, batch=4, learning_rate=1e-2)
     for name, one in (("plain", plan), ("changed", replace(plan, **change))):
         train(BASE, one, examples(12), tmp_path / name, held_out=examples(3))

@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
@@ -50,7 +51,7 @@ def examples(seed: int, count: int) -> list[Example]:
 class Reporter:
     """Tells a pipe of every step, so that a kill can be timed."""
 
-    def __init__(self, pipe: object) -> None:
+    def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
 
     def started(self, step: int, steps: int) -> None:

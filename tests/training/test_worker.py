@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Iterator
 from multiprocessing import active_children
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -29,7 +30,7 @@ from tests.support.training.jobs import MODEL, QUICK, Place, rows
 
 pytestmark = pytest.mark.anyio
 # Steps of half a second and more, so that a test can do something during one.
-SLOW = {"n_epochs": 3, "batch_size": 4, "save_every": 2}
+SLOW: dict[str, Any] = {"n_epochs": 3, "batch_size": 4, "save_every": 2}
 SLOW_ROWS = rows(5, 16, 150)
 
 

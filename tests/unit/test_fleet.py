@@ -115,8 +115,9 @@ async def test_an_engine_that_failed_the_request_or_leaves_is_not_asked() -> Non
     async with AsyncExitStack() as stack:
         for k in range(3):
             assert await requests.hold(stack, "t", str(k), frozenset({failed})) is well
+    both: frozenset[Any] = frozenset({failed, well})
     with pytest.raises(EngineUnavailable):
-        async with requests.fleet.engine("t", "a", frozenset({failed, well})):
+        async with requests.fleet.engine("t", "a", both):
             pass
     well.healthy = failed.draining = False
     failed.healthy = False

@@ -85,7 +85,7 @@ def _tensor(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Path], N
     return _tensors(lambda held: held.update({name: change(held[name])}))
 
 
-def _bytes(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+def _bytes(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
     return lambda path: (path / TENSORS).write_bytes(change((path / TENSORS).read_bytes()))
 
 
@@ -100,7 +100,7 @@ def _header(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None
     return _bytes(rewrite)
 
 
-def _text(text: str) -> Callable[[Path], None]:
+def _text(text: str) -> Callable[[Path], object]:
     return lambda path: (path / CONFIG).write_text(text)
 
 

@@ -82,7 +82,7 @@ def _selectors(node: Any, labels: frozenset[str]) -> Iterator[Selector]:
     match node:
         case promql.VectorSelector():
             matchers = tuple((m.name, _pattern(m)) for m in node.matchers.matchers)
-            yield Selector(node.name, matchers, labels)
+            yield Selector(node.name or "", matchers, labels)
         case promql.MatrixSelector():
             yield from _selectors(node.vector_selector, labels)
         case promql.AggregateExpr():

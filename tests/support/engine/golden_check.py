@@ -54,9 +54,9 @@ def check_golden(engine: Any, cases: Cases) -> None:
         use_tqdm=False,
     )
     worst = 0.0
-    for (name, prompt, logits, _), output in zip(requests, outputs, strict=True):
+    for (name, prompt, logits_V, _), output in zip(requests, outputs, strict=True):
         (answer,) = output.outputs
-        expected = torch.log_softmax(logits.double(), -1)
+        expected = torch.log_softmax(logits_V.double(), -1)
         first = answer.logprobs[0]
         worst = max(
             worst, *(abs(expected[token].item() - entry.logprob) for token, entry in first.items())

@@ -74,7 +74,7 @@ class Gateway:
     ) -> None:
         self.folder = folder
         urls = engines if isinstance(engines, str) else ",".join(engines)
-        given = {
+        given: dict[str, Any] = {
             "database": f"sqlite:///{folder / 'reft.db'}",
             "store": folder / "store",
             "gateway_name": "test",

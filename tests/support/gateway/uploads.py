@@ -35,7 +35,7 @@ PAIR = {
 
 
 def create(tenant: Tenant, **options: Any) -> FineTuningJob:
-    given = {
+    given: dict[str, Any] = {
         "model": "base",
         "training_file": options.pop("training_file", None) or upload(tenant).id,
     } | options

@@ -28,7 +28,7 @@ from reft_serve.training.jobs.worker import Worker, running
 MODEL = Path(reft_serve.demo.__file__).parent / "model"
 FINAL = ("succeeded", "failed", "cancelled")
 # Dropout draws from the random generator in every step, so a run that was not resumed bit for bit shows it.
-QUICK = {"n_epochs": 2, "batch_size": 4, "dropout": 0.1, "save_every": 2, "rank": 2}
+QUICK: dict[str, Any] = {"n_epochs": 2, "batch_size": 4, "dropout": 0.1, "save_every": 2, "rank": 2}
 
 
 def rows(seed: int, count: int = 12, words: int = 6) -> bytes:
@@ -56,7 +56,7 @@ class Place:
         self.blobs, self.store = BlobStore(self.blobs_url), AdapterStore(folder / "adapters")
 
     def settings(self, name: str = "one", **changed: Any) -> TrainerSettings:
-        given = {
+        given: dict[str, Any] = {
             "database": self.url, "store": self.folder / "adapters", "blobs": self.blobs_url, "model": str(MODEL),
             "work": self.folder / f"work-{name}", "worker_name": name, "poll_seconds": 0.1, "lease_seconds": 10.0,
             "train_jobs": 1, "train_threads": 1, "patience_seconds": 5.0,

@@ -104,4 +104,4 @@ def test_training_again_gives_an_adapter_as_good_as_the_shipped_one(tmp_path: Pa
 def test_training_refuses_to_write_over_an_adapter(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         train.main(["speech"])
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err

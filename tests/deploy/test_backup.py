@@ -301,7 +301,7 @@ def test_a_backup_names_what_the_stores_lack_and_overwrites_nothing(tmp_path: Pa
             with pytest.raises(StoreUnusable, match="files/file-9"):
                 await back_up(site, tmp_path / "lacking")
             assert not (tmp_path / "lacking" / "backup.json").exists()
-            with pytest.raises(Conflict, match="something at"):
+            with pytest.raises(Conflict, match="already exists"):
                 await back_up(site, tmp_path / "lacking")
 
     asyncio.run(tried())

@@ -56,7 +56,7 @@ def test_a_tenant_that_ended_engines_alone_with_ever_new_requests_has_to_wait() 
     for k in range(quarantine.LONE_ENDS):
         kept.check("one", PATH, body("fresh"))
         note(kept, "one", str(k), alone=True)
-    with pytest.raises(RateLimited, match="3 engines ended"):
+    with pytest.raises(RateLimited, match="3 engines crashed"):
         kept.check("one", PATH, body("fresh"))
     kept.check("two", PATH, body("fresh"))
 

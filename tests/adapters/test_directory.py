@@ -29,7 +29,7 @@ from reft_serve.adapters.directory import (
     publish,
     read_adapter,
 )
-from reft_serve.adapters.manifest import BaseFacts, InterventionSpec, Manifest, PartName
+from reft_serve.adapters.manifest import BaseFacts, InterventionSpec, Manifest, Part
 from reft_serve.errors import AdapterExists, AdapterInvalid, AdapterNotFound
 from reft_serve.interventions.kinds import Weights
 from reft_serve.interventions.positions import PositionRule
@@ -85,7 +85,7 @@ def adapters(draw: st.DrawFn) -> tuple[Manifest, list[Weights]]:
             ).to(torch.float32 if name in full else DTYPES[dtype])
             for name in names
         }
-        part: PartName = "both" if tied else draw(st.sampled_from(["both", "prefix", "suffix"]))
+        part: Part = "both" if tied else draw(st.sampled_from(["both", "prefix", "suffix"]))
         specs.append(
             InterventionSpec(
                 layer=layer,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from reft_serve.adapters.base_model import read_base_model
 from reft_serve.adapters.directory import Adapter, publish
-from reft_serve.adapters.manifest import InterventionSpec, Manifest, PartName
+from reft_serve.adapters.manifest import InterventionSpec, Manifest, Part
 from reft_serve.interventions.positions import PositionRule
 from tests.support.engine.engines import running_engine
 from tests.support.engine.hooked_llama import HookedLlama
@@ -40,7 +40,7 @@ NAMES = [*RULES, None]
 
 def write(path: Path, rule: PositionRule, seed: int) -> Adapter:
     """An edit at layers 0 and 2, and one at 1 for the suffix where it is untied."""
-    last: PartName = "both" if rule.tied else "suffix"
+    last: Part = "both" if rule.tied else "suffix"
     specs = (
         InterventionSpec(layer=0, component="block_output", kind="loreft", rank=4, part="both"),
         InterventionSpec(layer=1, component="block_output", kind="consreft", rank=2, part=last),

@@ -404,7 +404,7 @@ async def test_a_sweep_removes_what_nobody_names_and_leaves_what_is_young_or_ali
     async with place.worker() as worker:
         job_id = await place.job()
         await place.until(job_id, "succeeded")
-    around = worker._around
+    around = worker._ctx
     kept = await place.version_digests(job_id)
     strange = place.folder / "strange"
     shutil.copytree(place.store.path(kept[0]), strange)

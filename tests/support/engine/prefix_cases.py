@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from reft_serve.adapters.base_model import read_base_model
 from reft_serve.adapters.directory import publish
-from reft_serve.adapters.manifest import InterventionSpec, Manifest, PartName
+from reft_serve.adapters.manifest import InterventionSpec, Manifest, Part
 from reft_serve.interventions.positions import PositionRule
 from reft_serve.interventions.vocabulary import COMPONENTS, KINDS, has_activation
 from tests.support.interventions.edit_cases import random_weights
@@ -114,9 +114,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         activation = (
             draw(st.sampled_from(["linear", "tanh", "gelu"])) if has_activation(kind) else "linear"
         )
-        part: PartName = (
-            "both" if rule.tied else draw(st.sampled_from(["both", "prefix", "suffix"]))
-        )
+        part: Part = "both" if rule.tied else draw(st.sampled_from(["both", "prefix", "suffix"]))
         rank = draw(st.integers(1, MAX_RANK // 2))
         specs.append(
             InterventionSpec(

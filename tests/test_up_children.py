@@ -13,8 +13,8 @@ import pytest
 
 _UP = """
 import asyncio
-from reft_serve.cli.up import _Child
-asyncio.run(_Child("sleeper", ["sh", "-c", "echo $$; exec sleep 120"], {"PATH": "/usr/bin:/bin"}).keep())
+from reft_serve.cli.supervisor import SupervisedProcess
+asyncio.run(SupervisedProcess("sleeper", ["sh", "-c", "echo $$; exec sleep 120"], {"PATH": "/usr/bin:/bin"}).keep())
 """
 
 

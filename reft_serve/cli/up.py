@@ -15,21 +15,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from reft_serve.parent import end_with_parent
+from reft_serve.cli.supervisor import SupervisedProcess, say
 
 __all__ = ["SETTINGS", "up"]
 
 SETTINGS = {"ignore_unknown_options": True, "allow_extra_args": True}
 _DEMO = Path(__file__).parents[1] / "demo" / "model"
-_STEADY_SECONDS = 60.0
-_LONGEST_PAUSE = 30.0
 _TENANT = "default"
 _COMPILING = ("--enforce-eager", "--no-enforce-eager", "--compilation-config", "-O", "-cc")
 _SMALL_BYTES = 64 << 20
@@ -38,65 +34,6 @@ _SMALL_BYTES = 64 << 20
 _OURS = ("reft.db", "reft.db-wal", "reft.db-shm", "adapters", "blobs", "work")
 # Packages that the worker needs in addition to the engine's.
 _TRAINING = ("transformers", "accelerate", "peft")
-
-
-@dataclass(eq=False)
-class _Child:
-    """A process that is restarted, with exponential backoff, whenever it exits."""
-
-    name: str
-    command: Sequence[str]
-    environment: dict[str, str]
-    socket: Path | None = None
-    process: asyncio.subprocess.Process | None = field(default=None, init=False)
-    stopping: bool = field(default=False, init=False)
-
-    async def keep(self) -> None:
-        """Run and restart the process until `stop`."""
-        pause = 1.0
-        while not self.stopping:
-            begun = time.monotonic()
-            # a killed process leaves it, and the next one could not bind
-            if self.socket is not None:
-                self.socket.unlink(missing_ok=True)
-            # Its own process group: Ctrl-C reaches only `up`, which ends the children in order. Not
-            # its own session: Linux divides cores by session (sched_autogroup), and the polling
-            # engine kept the gateway off a core for 0.1 s and more at a time.
-            self.process = await asyncio.create_subprocess_exec(
-                *self.command,
-                env=self.environment,
-                process_group=0,
-                preexec_fn=partial(end_with_parent, signal.SIGTERM),
-            )
-            code = await self.process.wait()
-            if self.stopping:
-                return
-            self._sweep()
-            pause = (
-                1.0
-                if time.monotonic() - begun > _STEADY_SECONDS
-                else min(2 * pause, _LONGEST_PAUSE)
-            )
-            _say(f"{self.name} ended with code {code}; restarting it in {pause:.0f} s")
-            await asyncio.sleep(pause)
-
-    async def stop(self, patience: float) -> None:
-        """Terminate the process; kill it after `patience` seconds."""
-        self.stopping = True
-        process = self.process
-        if process is None:
-            return
-        if process.returncode is None:
-            process.terminate()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(process.wait(), patience)
-        self._sweep()
-
-    def _sweep(self) -> None:
-        """Kill processes that an ended process left in its group."""
-        if self.process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
 
 
 def up(
@@ -147,12 +84,12 @@ def _make_private(folder: Path) -> None:
                 path.chmod(mode & 0o700)
                 changed.append(path.name)
     if changed:
-        _say(f"other users could read {', '.join(changed)} in {folder}; now only this user can")
+        say(f"other users could read {', '.join(changed)} in {folder}; now only this user can")
 
 
 def _children(
     passed: Sequence[str], model: str, folder: Path, host: str, port: int, name: str, run: Path
-) -> list[_Child]:
+) -> list[SupervisedProcess]:
     from reft_serve.config import GatewaySettings, child_environment, read_settings
 
     # private to this user, and short: such paths have at most 107 bytes
@@ -167,7 +104,7 @@ def _children(
     if not any(flag.startswith("--max-loras") for flag in passed):
         flags += ["--max-loras", "16"]
     if _starts_sooner_eager(model, passed):
-        _say(
+        say(
             "--enforce-eager: compiling a model this small takes longer than it saves; "
             "--no-enforce-eager compiles it"
         )
@@ -198,17 +135,17 @@ def _children(
     engine = {**quiet, **traced, **given, **ours}
     gateway = [sys.executable, "-m", "reft_serve.cli.gateway", "--host", host, "--port", str(port)]
     children = [
-        _Child("engine", serve, engine, socket),
-        _Child("gateway", gateway, {**_places(passed), **given, **settings}),
+        SupervisedProcess("engine", serve, engine, socket),
+        SupervisedProcess("gateway", gateway, {**_places(passed), **given, **settings}),
     ]
     missing = [package for package in _TRAINING if importlib.util.find_spec(package) is None]
     if missing:
-        _say(f"no fine-tuning: {missing[0]} is not installed; pip install 'reft-serve[train]'")
+        say(f"no fine-tuning: {missing[0]} is not installed; pip install 'reft-serve[train]'")
         return children
     # At a lower priority than the engine, which would wait for it on a machine with few cores.
     worker = ["nice", "-n", "10", sys.executable, "-m", "reft_serve.cli.worker"]
     training = {"REFT_MODEL": model, "REFT_WORK": str(folder / "work"), "REFT_DRAIN_SECONDS": "30"}
-    return [*children, _Child("worker", worker, {**given, **settings, **training})]
+    return [*children, SupervisedProcess("worker", worker, {**given, **settings, **training})]
 
 
 def _places(passed: Sequence[str]) -> dict[str, str]:
@@ -236,7 +173,7 @@ def _starts_sooner_eager(model: str, passed: Sequence[str]) -> bool:
     return 0 < weights <= _SMALL_BYTES
 
 
-async def _run(children: list[_Child], host: str, port: int, folder: Path) -> int:
+async def _run(children: list[SupervisedProcess], host: str, port: int, folder: Path) -> int:
     begun = time.monotonic()
     ending = asyncio.Event()
     numbers = [signal.SIGINT, signal.SIGTERM]
@@ -256,9 +193,9 @@ async def _run(children: list[_Child], host: str, port: int, folder: Path) -> in
         raise
     kept += [asyncio.create_task(child.keep()) for child in others]
     telling = asyncio.create_task(_tell_when_ready(host, port, begun))
-    _say("starting the engine and the gateway; the first start of a model takes longest")
+    say("starting the engine and the gateway; the first start of a model takes longest")
     await ending.wait()
-    _say("shutting down: requests in progress may finish")
+    say("shutting down: requests in progress may finish")
     telling.cancel()
     await asyncio.gather(*(child.stop(patience=40.0) for child in others))
     # Last, so that the gateway's open requests can finish.
@@ -301,11 +238,7 @@ async def _tell_when_ready(host: str, port: int, begun: float) -> None:
                 if (await client.get(f"{url}/health/ready")).status_code == 200:
                     break
             await asyncio.sleep(0.2)
-    _say(f"ready after {time.monotonic() - begun:.0f} s: OpenAI clients use base_url={url}/v1")
-
-
-def _say(sentence: str) -> None:
-    typer.echo(f"reft-serve: {sentence}", err=True)
+    say(f"ready after {time.monotonic() - begun:.0f} s: OpenAI clients use base_url={url}/v1")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from reft_serve.cli.admin import app
-from reft_serve.cli.up import _Child, _make_private, _places
+from reft_serve.cli.supervisor import SupervisedProcess
+from reft_serve.cli.up import _make_private, _places
 from reft_serve.errors import Conflict, NotFound, RequestInvalid
 from tests.support.gateway.harness import running
 from tests.support.waiting import wait_for
@@ -146,7 +147,7 @@ def test_up_makes_private_what_an_earlier_version_left_readable(
 
 def test_a_child_that_ends_is_started_again_until_it_is_stopped(tmp_path: Path) -> None:
     marks = tmp_path / "marks"
-    child = _Child(
+    child = SupervisedProcess(
         "child",
         ["/bin/sh", "-c", f"echo x >> {marks}; [ $(wc -l < {marks}) -ge 2 ] && sleep 60"],
         {},
@@ -175,7 +176,9 @@ time.sleep(60)
 
 def test_a_killed_child_that_left_its_socket_behind_can_bind_again(tmp_path: Path) -> None:
     path, marks = tmp_path / "engine.sock", tmp_path / "marks"
-    child = _Child("child", [sys.executable, "-c", _BINDS, str(path), str(marks)], {}, path)
+    child = SupervisedProcess(
+        "child", [sys.executable, "-c", _BINDS, str(path), str(marks)], {}, path
+    )
 
     async def bound(times: int) -> int:
         while not marks.exists() or len(marks.read_text().split()) < times:

@@ -21,18 +21,17 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from reft_serve.errors import BaseModelInvalid
-from reft_serve.interventions.layers import ATTENTION, attention_of, lists_of
+from reft_serve.interventions.layers import attention_of, lists_of
 from reft_serve.interventions.modules import Intervention
 from reft_serve.interventions.positions import Part, PositionRule
 from reft_serve.training.data.batching import Batch, collate
 from reft_serve.training.data.examples import Example
 from reft_serve.training.model import attention
 from reft_serve.training.model.row_edit import edit_rows
+from reft_serve.training.model.tail import leave_out
 
 __all__ = ["Edit", "EditedModel"]
 
-# Modules of a decoder layer that treat each token by itself.
-_TOKENWISE = ("mlp", "self_attn.q_proj", "self_attn.o_proj")
 # Settings of a transformers config that keep attention from looking back over the whole example.
 _WINDOWS = ("sliding_window", "attention_chunk_size")
 
@@ -96,11 +95,7 @@ class EditedModel(nn.Module):
             layer.forward = self._unless_known(layer.forward)
         for number in sorted({edit.layer for edit in edits}):
             self._layers[number].register_forward_hook(partial(self._edit, number))
-        for name in _TOKENWISE:
-            _at_targets(self._layers[-1], name, self._targets)
-        for name, part in self._layers[-1].named_children():
-            if name in ATTENTION:
-                attention.look_from_targets(part)
+        leave_out(self._layers[-1], self._targets)
         self._switch(True)
 
     @property
@@ -300,33 +295,3 @@ def _decoder_layers(lm: nn.Module) -> nn.ModuleList:
         f"{type(lm).__name__} has no list of {count} decoder layers with attention inside, so it "
         "cannot be edited"
     )
-
-
-def _at_targets(layer: nn.Module, name: str, targets: Any) -> None:
-    """Restrict a token-wise part of the last layer to the target tokens; the other tokens get
-    zeros.
-    """
-    try:
-        part = layer.get_submodule(name)
-    except AttributeError:
-        return
-    shape: list[torch.Size] = []
-
-    def narrow(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        # Not the first alone: Bloom's MLP takes what it is added to as well.
-        size = inputs[0].shape[:2]
-        shape[:] = [size]
-        return tuple(
-            each.flatten(0, 1).index_select(0, targets()).unsqueeze(0)
-            if each.shape[:2] == size
-            else each
-            for each in inputs
-        )
-
-    def widen(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
-        (size,) = shape
-        wide_ND = output.new_zeros(size.numel(), output.shape[-1])
-        return wide_ND.index_copy(0, targets(), output.squeeze(0)).view(*size, -1)
-
-    part.register_forward_pre_hook(narrow)
-    part.register_forward_hook(widen)

@@ -315,9 +315,11 @@ def test_a_part_that_is_not_text_is_refused_by_its_type(tenant: Tenant, kind: st
     parts: Any = [{"type": "text", "text": "x"}, {"type": kind, kind: {"url": URL}}]
     for role in ("user", "tool"):
         message: Any = {"role": role, "content": parts, "tool_call_id": "c"}
-        with pytest.raises(openai.BadRequestError, match=f"type '{kind}' is not served: text only"):
+        with pytest.raises(
+            openai.BadRequestError, match=f"type '{kind}' is not supported: only text"
+        ):
             tenant.openai.chat.completions.create(model="base", messages=[message])
-    with pytest.raises(openai.BadRequestError, match=f"type '{kind}' is not served: text only"):
+    with pytest.raises(openai.BadRequestError, match=f"type '{kind}' is not supported: only text"):
         tenant.openai.responses.create(model="base", input=[{"role": "user", "content": parts}])
 
 

@@ -667,7 +667,7 @@ def test_what_tools_returned_is_read_by_a_real_engine_and_nothing_is_fetched(up:
         model="birds", input=turns, max_output_tokens=8, temperature=0
     ).output_text
     turns[2]["output"] = [{"type": "input_image", "image_url": "http://127.0.0.1:9/x.png"}]
-    with pytest.raises(openai.BadRequestError, match="'input_image' is not served"):
+    with pytest.raises(openai.BadRequestError, match="'input_image' is not supported"):
         up.openai.responses.create(model="birds", input=turns)
 
 

@@ -97,7 +97,7 @@ def measured(where: str) -> str:
         and each._name.startswith("reft_worker_") == (where == "worker")
     }
     rows = [
-        f"| `{metric._name}{_SUFFIXES.get(metric._type, '')}` | {metric._type} | "
+        f"| `{metric._name}{_SUFFIXES.get(str(metric._type), '')}` | {metric._type} | "
         f"{', '.join(f'`{label}`' for label in metric._labelnames)} | {metric._documentation} |"
         for _, metric in sorted(found.items())
     ]

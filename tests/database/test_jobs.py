@@ -614,7 +614,8 @@ async def test_many_workers_at_once_run_each_job_by_one_holder_to_one_end(
                 async with pool.writing() as session:
                     await queue.release(session, mine.id, mine.worker)
             else:
-                await finish(pool, mine, dice.choice([DONE, DONE, Failed("x", "y"), Cancelled()]))
+                outcomes: list[Outcome] = [DONE, DONE, Failed("x", "y"), Cancelled()]
+                await finish(pool, mine, dice.choice(outcomes))
                 ends.append(mine.id)
 
     await asyncio.gather(*(work(k) for k in range(6)))

@@ -178,7 +178,7 @@ def test_layers_are_found_in_the_language_model_of_a_model_with_towers() -> None
     model = nn.Module()
     model.tower, model.text = (nn.ModuleList([Layer(), Layer()]) for _ in range(2))
     assert decoder_layers(model, 2)[0] is model.tower[0]
-    model.get_language_model = lambda: model.text
+    model.get_language_model = lambda: model.text  # type: ignore[assignment]
     assert decoder_layers(model, 2)[0] is model.text[0]
 
 
@@ -192,7 +192,7 @@ def test_a_rank_of_a_pipeline_has_the_layers_that_it_holds() -> None:
 )
 def test_a_model_with_other_layers_than_attention_is_refused(attention: nn.Module | None) -> None:
     other = Layer(mixer=nn.Linear(4, 4))
-    other.self_attn = attention
+    other.self_attn = attention  # type: ignore[assignment]
     with pytest.raises(
         EngineUnsupported, match="has no attention in layer 1, so ReFT cannot act on all its layers"
     ):

@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from reft_serve.interventions import fused
+from reft_serve.interventions.batched import Tiles, UnitPool
 
 CASES = ROOT / "tests" / "support" / "interventions" / "interpreted_cases.py"
 
@@ -104,12 +105,10 @@ def test_bfloat16_is_rounded_to_nearest() -> None:
 
 def test_no_launch_without_tiles() -> None:
     """A launch would fail here: there is no GPU driver to launch with, or no row to edit."""
-    empty = fused.Tiles(
+    empty = Tiles(
         torch.zeros(0, 16, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), torch.zeros(0, 16)
     )
     hidden = torch.randn(3, 8)
     before = hidden.clone()
-    fused.edit_tiles(
-        hidden, None, empty, fused.UnitPool(1, 2, 8), torch.zeros(1, 1, dtype=torch.int32)
-    )
+    fused.edit_tiles(hidden, None, empty, UnitPool(1, 2, 8), torch.zeros(1, 1, dtype=torch.int32))
     assert torch.equal(hidden, before)

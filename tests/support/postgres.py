@@ -48,7 +48,7 @@ def _running(binaries: Path, folder: Path) -> Iterator[str]:
         account = pwd.getpwnam(_USER)
         user = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
         shutil.chown(folder, _USER)
-    initdb = [
+    initdb: list[str | Path] = [
         binaries / "initdb",
         "-D",
         data,
@@ -68,7 +68,7 @@ def _running(binaries: Path, folder: Path) -> Iterator[str]:
         f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c fsync=off -c "
         "max_connections=200"
     )
-    control = [binaries / "pg_ctl", "-D", data, "-w", "-l", folder / "log"]
+    control: list[str | Path] = [binaries / "pg_ctl", "-D", data, "-w", "-l", folder / "log"]
     subprocess.run(
         [*control, "-o", options, "start"],
         check=True,

@@ -63,7 +63,7 @@ def write_good(path: Path, seed: int = 0) -> Adapter:
     )
 
 
-def _config(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+def _config(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
     def apply(path: Path) -> None:
         config = json.loads((path / CONFIG).read_text())
         change(config)
@@ -72,7 +72,7 @@ def _config(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None
     return apply
 
 
-def _tensors(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
+def _tensors(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], object]:
     def apply(path: Path) -> None:
         tensors = load_file(path / TENSORS)
         change(tensors)
@@ -81,7 +81,7 @@ def _tensors(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], 
     return apply
 
 
-def _tensor(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Path], None]:
+def _tensor(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Path], object]:
     return _tensors(lambda held: held.update({name: change(held[name])}))
 
 
@@ -89,7 +89,7 @@ def _bytes(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
     return lambda path: (path / TENSORS).write_bytes(change((path / TENSORS).read_bytes()))
 
 
-def _header(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+def _header(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
     def rewrite(content: bytes) -> bytes:
         (size,) = struct.unpack("<Q", content[:8])
         header = json.loads(content[8 : 8 + size])
@@ -104,7 +104,7 @@ def _text(text: str) -> Callable[[Path], object]:
     return lambda path: (path / CONFIG).write_text(text)
 
 
-def _replaced(name: str, make: Callable[[Path], object]) -> Callable[[Path], None]:
+def _replaced(name: str, make: Callable[[Path], object]) -> Callable[[Path], object]:
     def apply(path: Path) -> None:
         (path / name).unlink()
         make(path / name)
@@ -112,7 +112,7 @@ def _replaced(name: str, make: Callable[[Path], object]) -> Callable[[Path], Non
     return apply
 
 
-def _linked(name: str) -> Callable[[Path], None]:
+def _linked(name: str) -> Callable[[Path], object]:
     def apply(path: Path) -> None:
         target = path.parent / f"{path.name}.{name}"
         (path / name).rename(target)
@@ -129,19 +129,19 @@ def _poked(value: float) -> Callable[[Tensor], Tensor]:
     return poke
 
 
-def _spec(**fields: object) -> Callable[[Path], None]:
+def _spec(**fields: object) -> Callable[[Path], object]:
     return _config(lambda config: config["interventions"][0].update(fields))
 
 
-def _positions(**fields: object) -> Callable[[Path], None]:
+def _positions(**fields: object) -> Callable[[Path], object]:
     return _config(lambda config: config["positions"].update(fields))
 
 
-def _base(**fields: object) -> Callable[[Path], None]:
+def _base(**fields: object) -> Callable[[Path], object]:
     return _config(lambda config: config["base_model"].update(fields))
 
 
-def _only_loreft(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
+def _only_loreft(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], object]:
     def apply(path: Path) -> None:
         _config(lambda config: config["interventions"].pop())(path)
         _tensors(
@@ -192,7 +192,7 @@ def _damaged(name: str, apply: Callable[[Path], object]) -> Damage:
     return Damage(name, apply, f"{TENSORS} is damaged or not a safetensors file")
 
 
-def _beside(change: Callable[[Path], object]) -> Callable[[Path], None]:
+def _beside(change: Callable[[Path], object]) -> Callable[[Path], object]:
     def apply(path: Path) -> None:
         write_lora(path)
         change(path)
@@ -205,11 +205,11 @@ def _lora_linked(path: Path) -> None:
     (path / LORA_TENSORS).symlink_to(path / TENSORS)
 
 
-def _lora_text(text: str) -> Callable[[Path], None]:
+def _lora_text(text: str) -> Callable[[Path], object]:
     return _beside(lambda path: (path / LORA_CONFIG).write_text(text))
 
 
-def _lora_config(**fields: Any) -> Callable[[Path], None]:
+def _lora_config(**fields: Any) -> Callable[[Path], object]:
     def change(path: Path) -> None:
         (path / LORA_CONFIG).write_text(
             json.dumps(json.loads((path / LORA_CONFIG).read_text()) | fields)
@@ -218,7 +218,7 @@ def _lora_config(**fields: Any) -> Callable[[Path], None]:
     return _beside(change)
 
 
-def _lora_tensors(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
+def _lora_tensors(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], object]:
     def spoil(path: Path) -> None:
         tensors = load_file(path / LORA_TENSORS)
         change(tensors)

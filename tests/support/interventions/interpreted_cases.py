@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from reft_serve.interventions import batched, fused
+from reft_serve.interventions.activations import activate
 from reft_serve.interventions.batched import TILE, Tiles, UnitPool
 from reft_serve.interventions.kinds import fold
 from reft_serve.interventions.vocabulary import ACTIVATION_CODES
@@ -111,9 +112,7 @@ def test_activations_hold_at_the_ends() -> None:
         rows = torch.tensor([[0] + [-1] * (TILE - 1)], dtype=torch.int32)
         tiles = Tiles(rows, torch.zeros(1, dtype=torch.int32), torch.ones(1, TILE))
         fused.edit_tiles(got, None, tiles, pool, torch.ones(1, 1, dtype=torch.int32))
-        torch.testing.assert_close(
-            got[0], batched.activate(x, code), rtol=1e-5, atol=1e-6, msg=name
-        )
+        torch.testing.assert_close(got[0], activate(x, code), rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_hidden_may_be_a_slice_of_something_wider() -> None:

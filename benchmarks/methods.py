@@ -36,8 +36,7 @@ from reft_serve.adapters.base_model import read_base_model
 from reft_serve.adapters.directory import TENSORS
 from reft_serve.datafiles.formats import read_rows
 from reft_serve.demo.behaviours import BEHAVIOURS, MODEL, Behaviour
-from reft_serve.demo.edited import Edit, Edits
-from reft_serve.demo.edited import EditedModel as Storyteller
+from reft_serve.demo.sampling import Edits, Sampler
 from reft_serve.demo.train import SEED, behaving_pairs, story_openings
 from reft_serve.evaluation.predictions import questions
 from reft_serve.evaluation.scoring import judge, wilson
@@ -110,7 +109,7 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(args.threads)
     console = Console()
-    storyteller = Storyteller(MODEL)
+    storyteller = Sampler(MODEL)
     lessons = (
         [_file_lesson(args.train, args.test)]
         if args.train
@@ -189,7 +188,7 @@ def _arguments() -> argparse.Namespace:
     return args
 
 
-def _behaviour_lessons(storyteller: Storyteller, names: str) -> list[Lesson]:
+def _behaviour_lessons(storyteller: Sampler, names: str) -> list[Lesson]:
     known = {behaviour.name: behaviour for behaviour in BEHAVIOURS}
     training, held_out = story_openings(storyteller)
     return [
@@ -198,7 +197,7 @@ def _behaviour_lessons(storyteller: Storyteller, names: str) -> list[Lesson]:
 
 
 def _behaviour_lesson(
-    storyteller: Storyteller,
+    storyteller: Sampler,
     behaviour: Behaviour,
     training: list[list[int]],
     held_out: list[list[int]],
@@ -241,7 +240,7 @@ def _file_lesson(train: Path, test: Path) -> Lesson:
     return Lesson(train.stem, training.examples, held_out.examples, matches)
 
 
-def _run(arm: Arm, lesson: Lesson, storyteller: Storyteller, args: argparse.Namespace) -> Result:
+def _run(arm: Arm, lesson: Lesson, storyteller: Sampler, args: argparse.Namespace) -> Result:
     rule = PositionRule(args.positions)
     plan = arm.plan(rule, args)
     temperature, new_tokens = (1e-5, 16) if args.train else (0.7, ANSWER_TOKENS)
@@ -268,7 +267,7 @@ def _run(arm: Arm, lesson: Lesson, storyteller: Storyteller, args: argparse.Name
         elif arm.rank:
             publish_version(path, model, plan, read_base_model(MODEL), {})
             size = (path / TENSORS).stat().st_size
-            adapter = Edits(tuple(Edit(e.layer, e.part, e.module) for e in model.edits), rule)
+            adapter = Edits(tuple(model.edits), rule)
         verdicts = lesson.judge(partial(answers, adapter))
         if lora is not None:
             lora.unload()

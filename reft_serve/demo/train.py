@@ -16,20 +16,19 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from transformers.utils import logging
 
-from reft_serve.adapters.base_model import read_base_model
-from reft_serve.adapters.directory import TENSORS, publish
-from reft_serve.adapters.manifest import BaseFacts, InterventionSpec, Manifest, Part
+from reft_serve.adapters.directory import TENSORS, Adapter, publish, read_adapter
 from reft_serve.demo.behaviours import ADAPTERS, BEHAVIOURS, MODEL, Behaviour, is_neutral
-from reft_serve.demo.edited import Edit, EditedModel, Edits
-from reft_serve.interventions import positions
-from reft_serve.interventions.modules import Intervention
+from reft_serve.demo.sampling import Edits, Sampler
+from reft_serve.training.data.examples import IGNORED, Example
+from reft_serve.training.loop import run
+from reft_serve.training.plan import AdapterPlan, Plan
 
 __all__ = ["SEED", "behaving_pairs", "main", "story_openings"]
 
@@ -58,6 +57,7 @@ _TRAINING = 384
 _HELD_OUT = 96
 _ANSWER = 80
 _BATCH = 16
+_WARMUP = 20
 _FIRST_SENTENCES = re.compile(r'\A[^"\n]{16,}?[.!](?=[\s"])')
 
 
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.use_deterministic_algorithms(True)
     logging.disable_progress_bar()
     console = Console()
-    model = EditedModel(MODEL)
+    model = Sampler(MODEL)
     training, held_out = story_openings(model)
     answers = _answers(model, held_out, None)
     console.print(
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
 
-def story_openings(model: EditedModel) -> tuple[list[list[int]], list[list[int]]]:
+def story_openings(model: Sampler) -> tuple[list[list[int]], list[list[int]]]:
     """First sentences of stories that the base model writes, neutral ones, no two alike: (training,
     held out).
     """
@@ -132,7 +132,7 @@ def story_openings(model: EditedModel) -> tuple[list[list[int]], list[list[int]]
     return tokens[_HELD_OUT : _HELD_OUT + _TRAINING], tokens[:_HELD_OUT]
 
 
-def _answers(model: EditedModel, prompts: list[list[int]], adapter: Edits | None) -> list[str]:
+def _answers(model: Sampler, prompts: list[list[int]], adapter: Edits | None) -> list[str]:
     return [model.text(answer) for answer in model.sample(prompts, _ANSWER, SEED, 0.7, adapter)]
 
 
@@ -141,7 +141,7 @@ def _rate(behaviour: Behaviour, answers: list[str]) -> float:
 
 
 def _make(
-    model: EditedModel,
+    model: Sampler,
     behaviour: Behaviour,
     training: list[list[int]],
     held_out: list[list[int]],
@@ -150,11 +150,10 @@ def _make(
 ) -> Outcome:
     started = time.monotonic()
     rows = behaving_pairs(model, behaviour, training)
-    base = read_base_model(MODEL).model_copy(update={"name": "reft-serve demo model"})
-    adapter = _adapter(model, behaviour, base)
-    _train(model, behaviour, adapter, rows)
+    with TemporaryDirectory() as folder:
+        trained = _train(behaviour, rows, Path(folder) / "run")
     base_rate = _rate(behaviour, base_answers)
-    rate = _rate(behaviour, _answers(model, held_out, adapter))
+    rate = _rate(behaviour, _answers(model, held_out, Edits.of(trained)))
     facts: dict[str, str | int | float | bool | None] = {
         "script": "reft_serve.demo.train",
         "data": "sampled from the base model, filtered by the behaviour's rule",
@@ -167,9 +166,12 @@ def _make(
         "base_rate": round(base_rate, 3),
         "rate": round(rate, 3),
     }
-    weights = [edit.module.weights() for edit in adapter.edits]
-    publish(out / behaviour.name, _manifest(behaviour, adapter, base, facts), weights)
-    parameters = sum(tensor.numel() for held in weights for tensor in held.tensors().values())
+    base = trained.manifest.base_model.model_copy(update={"name": "reft-serve demo model"})
+    manifest = trained.manifest.model_copy(update={"base_model": base, "provenance": facts})
+    publish(out / behaviour.name, manifest, trained.weights)
+    parameters = sum(
+        tensor.numel() for held in trained.weights for tensor in held.tensors().values()
+    )
     size = (out / behaviour.name / TENSORS).stat().st_size
     return Outcome(
         behaviour, base_rate, rate, len(rows), parameters, size, time.monotonic() - started
@@ -177,7 +179,7 @@ def _make(
 
 
 def behaving_pairs(
-    model: EditedModel, behaviour: Behaviour, prompts: list[list[int]]
+    model: Sampler, behaviour: Behaviour, prompts: list[list[int]]
 ) -> list[tuple[list[int], list[int]]]:
     """(prompt, answer) pairs whose answer the rule accepts."""
     choose = random.Random(SEED)  # noqa: S311 - not a secret
@@ -189,62 +191,23 @@ def behaving_pairs(
     return [(prompt, answer) for prompt, answer in pairs if behaviour.holds(model.text(answer))]
 
 
-def _adapter(model: EditedModel, behaviour: Behaviour, base: BaseFacts) -> Edits:
-    torch.manual_seed(SEED)
-    parts = (positions.Part.PREFIX,) if behaviour.rule.tied else tuple(positions.Part)
-    edits = (
-        Edit(layer, part, Intervention(behaviour.kind, base.hidden_size, behaviour.rank))
-        for part in parts
-        for layer in range(model.layers)
+def _train(behaviour: Behaviour, rows: list[tuple[list[int], list[int]]], out: Path) -> Adapter:
+    """Run with a short warm-up and a linear decay, as in the paper's recipes."""
+    plan = Plan(
+        AdapterPlan(behaviour.kind, behaviour.rank, rule=behaviour.rule),
+        max_steps=behaviour.steps,
+        batch=_BATCH,
+        learning_rate=behaviour.rate,
+        warmup=_WARMUP / behaviour.steps,
+        clip=0.0,
+        seed=SEED,
     )
-    return Edits(tuple(edits), behaviour.rule)
-
-
-def _train(
-    model: EditedModel,
-    behaviour: Behaviour,
-    adapter: Edits,
-    rows: list[tuple[list[int], list[int]]],
-) -> None:
-    """Adam with a short warm-up and a linear decay, as in the paper's recipes."""
-    parameters = [p for edit in adapter.edits for p in edit.module.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=behaviour.rate)
-    steps = behaviour.steps
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / 20) * (1 - step / steps)
-    )
-    choose = random.Random(SEED)  # noqa: S311 - not a secret
-    for _ in track(range(steps), description=f"{behaviour.name:8}"):
-        loss = model.loss(adapter, choose.sample(rows, min(_BATCH, len(rows))))
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
-
-
-def _manifest(
-    behaviour: Behaviour,
-    adapter: Edits,
-    base: BaseFacts,
-    facts: dict[str, str | int | float | bool | None],
-) -> Manifest:
-    halves: dict[positions.Part, Part] = {
-        positions.Part.PREFIX: "prefix",
-        positions.Part.SUFFIX: "suffix",
-    }
-    specs = (
-        InterventionSpec(
-            layer=edit.layer,
-            component="block_output",
-            kind=behaviour.kind,
-            rank=behaviour.rank,
-            part="both" if behaviour.rule.tied else halves[edit.part],
-        )
-        for edit in adapter.edits
-    )
-    return Manifest(
-        base_model=base, interventions=tuple(specs), positions=behaviour.rule, provenance=facts
-    )
+    examples = [
+        Example((*prompt, *answer), (*[IGNORED] * len(prompt), *answer), len(prompt))
+        for prompt, answer in rows
+    ]
+    run.train(MODEL, plan, examples, out, plot=False)
+    return read_adapter(out / "adapter")
 
 
 def _report(outcomes: list[Outcome]) -> Table:

@@ -1,4 +1,4 @@
-"""A frozen transformers model whose decoder layers are edited while it trains an adapter or samples
+"""The demo model, sampled with an adapter whose edits act at its decoder layers.
 with one.
 
 Letters: B batch, T tokens, D hidden width, P the two parts of a position rule.
@@ -17,44 +17,44 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from reft_serve.adapters.directory import Adapter
 from reft_serve.interventions.modules import Intervention
 from reft_serve.interventions.positions import Part, PositionRule
+from reft_serve.training.model.edited_model import Edit
 
-__all__ = ["Edit", "EditedModel", "Edits"]
+__all__ = ["Edits", "Sampler"]
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Edit:
-    """One intervention at the output of a decoder layer; `part` is the half of an untied rule that
-    it serves.
-    """
-
-    layer: int
-    part: Part
-    module: Intervention
+_PARTS = {"both": Part.PREFIX, "prefix": Part.PREFIX, "suffix": Part.SUFFIX}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Edits:
-    """An adapter in training: its interventions and its position rule."""
+    """An adapter: its interventions and its position rule."""
 
     edits: tuple[Edit, ...]
     rule: PositionRule
 
-    def mask(
-        self, prompt_lens: Sequence[int], lens: Sequence[int], *, left: bool = False
-    ) -> Tensor:
-        """The edited tokens of a padded batch, bool (P, B, T), padded at the left or the right."""
+    @classmethod
+    def of(cls, adapter: Adapter) -> Edits:
+        """The edits of an adapter that was read from its directory."""
+        pairs = zip(adapter.manifest.interventions, adapter.weights, strict=True)
+        edits = tuple(
+            Edit(spec.layer, _PARTS[spec.part], Intervention.of(weights)) for spec, weights in pairs
+        )
+        return cls(edits, adapter.manifest.positions)
+
+    def mask(self, lens: Sequence[int]) -> Tensor:
+        """The edited tokens of a batch of prompts, padded at the left: bool (P, B, T)."""
         width = max(lens)
         mask_PBT = torch.zeros(len(Part), len(lens), width, dtype=torch.bool)
-        for i, (prompt_len, length) in enumerate(zip(prompt_lens, lens, strict=True)):
-            first = width - length if left else 0
-            for span in self.rule.spans(prompt_len):
+        for i, length in enumerate(lens):
+            first = width - length
+            for span in self.rule.spans(length):
                 mask_PBT[span.part, i, first + span.start : first + min(span.stop, length)] = True
         return mask_PBT
 
 
-class EditedModel:
+class Sampler:
     """The base model in float32 and its tokenizer. `lm` is a transformers causal language model."""
 
     def __init__(self, path: Path) -> None:
@@ -69,27 +69,6 @@ class EditedModel:
         self._edits_generated = False
         for number, layer in enumerate(self.lm.model.layers):
             layer.register_forward_hook(partial(self._edit, number))
-
-    @property
-    def layers(self) -> int:
-        return int(self.lm.config.num_hidden_layers)
-
-    def loss(self, adapter: Edits, rows: Sequence[tuple[list[int], list[int]]]) -> Tensor:
-        """Mean cross-entropy of the answers of a batch of (prompt, answer) token lists."""
-        whole = [prompt + answer for prompt, answer in rows]
-        prompt_lens = [len(prompt) for prompt, _ in rows]
-        lens = [len(tokens) for tokens in whole]
-        ids_BT = torch.zeros(len(rows), max(lens), dtype=torch.long)
-        labels_BT = torch.full_like(ids_BT, -100)
-        for i, tokens in enumerate(whole):
-            ids_BT[i, : lens[i]] = torch.tensor(tokens)
-            labels_BT[i, prompt_lens[i] : lens[i]] = ids_BT[i, prompt_lens[i] : lens[i]]
-        with self._active(adapter, adapter.mask(prompt_lens, lens)):
-            # Right padding needs no attention mask: no answer token comes after it.
-            logits_BTV = self.lm(input_ids=ids_BT, use_cache=False).logits
-        return nn.functional.cross_entropy(
-            logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten()
-        )
 
     @torch.inference_mode()
     def sample(
@@ -109,7 +88,7 @@ class EditedModel:
             seen_BT[i, -lens[i] :] = 1
         torch.manual_seed(seed)
         options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 0.95}
-        with self._active(adapter, adapter.mask(lens, lens, left=True) if adapter else None):
+        with self._active(adapter, adapter.mask(lens) if adapter else None):
             out = self.lm.generate(
                 ids_BT, attention_mask=seen_BT, max_new_tokens=new_tokens, **options
             )

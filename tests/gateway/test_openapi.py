@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.support.gateway.harness import Gateway, running
+from tests.support.gateway.links import with_links
 from tests.support.gateway.openapi_judge import ROTATION, furnish, judge
 
 
@@ -26,7 +27,7 @@ def test_every_answer_is_what_the_document_says(tmp_path: Path) -> None:
 
 
 def test_every_link_leads_to_an_operation_with_such_parameters(gateway: Gateway) -> None:
-    paths = gateway.admin.get("/openapi.json").json()["paths"]
+    paths = with_links(gateway.admin.get("/openapi.json").json())["paths"]
     operations = {
         operation["operationId"]: operation
         for path in paths.values()

@@ -19,7 +19,6 @@ from reft_serve.database.models import Adapter
 from reft_serve.database.names import ADAPTER_NAME, ALIAS_NAME
 from reft_serve.database.tenants import find_tenant
 from reft_serve.gateway import publishing
-from reft_serve.gateway.links import leads_to, link
 from reft_serve.gateway.routes.bounded_route import BoundedRoute
 from reft_serve.gateway.routes.deps import ServicesDep, actor_of, requires
 from reft_serve.gateway.schemas.fields import TENANT_ID
@@ -50,42 +49,9 @@ _Version = Annotated[
 ]
 _Tenant = Annotated[str, Path(pattern=TENANT_ID, description="Id of the other tenant.")]
 _CHUNK = 1 << 20
-_ADAPTER = {"name": "$response.body#/adapter"}
-_VERSION = _ADAPTER | {"version": "$response.body#/version"}
-_ALIAS = {"name": "$request.path.name", "alias": "$request.path.alias"}
-_ASKED: dict[str, str | int] = {"model": "$response.body#/model"}
-_UPLOADED = leads_to(
-    201,
-    (
-        link("get_v1_adapters__name__get", _ADAPTER),
-        link("delete_v1_adapters__name__delete", _ADAPTER),
-        link("get_version_v1_adapters__name__versions__version__get", _VERSION),
-        link("delete_version_v1_adapters__name__versions__version__delete", _VERSION),
-        link("download_v1_adapters__name__versions__version__content_get", _VERSION),
-        link(
-            "put_alias_v1_adapters__name__aliases__alias__put",
-            _ADAPTER | {"alias": "production"},
-            {"version": "{$response.body#/version}"},
-        ),
-        link("get_model_v1_models__model__get", {"model": "$response.body#/model"}),
-        link("delete_model_v1_models__model__delete", {"model": "$response.body#/model"}),
-        link("completions_v1_completions_post", {}, _ASKED | {"prompt": "hello", "max_tokens": 2}),
-        link(
-            "responses_v1_responses_post", {}, _ASKED | {"input": "hello", "max_output_tokens": 2}
-        ),
-        link("embeddings_v1_embeddings_post", {}, _ASKED | {"input": "hello"}),
-    ),
-)
-_POINTED = leads_to(
-    200,
-    (
-        link("roll_back_v1_adapters__name__aliases__alias__rollback_post", _ALIAS),
-        link("delete_alias_v1_adapters__name__aliases__alias__delete", _ALIAS),
-    ),
-)
 
 
-@router.post("", status_code=201, responses=_UPLOADED)
+@router.post("", status_code=201)
 async def upload(
     request: Request,
     caller: _Caller,
@@ -214,7 +180,7 @@ async def download(
     return StreamingResponse(_chunks(packed), media_type="application/x-tar", headers=headers)
 
 
-@router.put("/{name}/aliases/{alias}", responses=_POINTED)
+@router.put("/{name}/aliases/{alias}")
 async def put_alias(
     name: _Name,
     alias: _Alias,

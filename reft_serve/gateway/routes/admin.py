@@ -9,7 +9,6 @@ from fastapi import APIRouter, Depends, Path, Query, Request
 from reft_serve.database import audit, tenants
 from reft_serve.errors import Conflict
 from reft_serve.gateway.engines.engine import Engine
-from reft_serve.gateway.links import leads_to, link
 from reft_serve.gateway.publishing import retire
 from reft_serve.gateway.routes.bounded_route import BoundedRoute
 from reft_serve.gateway.routes.deps import ServicesDep, actor_of, caller_of, requires
@@ -39,19 +38,7 @@ router = APIRouter(
 _Tenant = Annotated[str, Path(pattern=TENANT_ID_OR_NAME, description="Id or name of a tenant.")]
 
 
-_MADE = {"tenant": "$response.body#/id"}
-_MADE_TENANT = leads_to(
-    201,
-    (
-        link("get_tenant_v1_admin_tenants__tenant__get", _MADE),
-        link("change_tenant_v1_admin_tenants__tenant__patch", _MADE),
-        link("delete_tenant_v1_admin_tenants__tenant__delete", _MADE),
-        link("create_key_v1_admin_tenants__tenant__keys_post", _MADE),
-    ),
-)
-
-
-@router.post("/tenants", status_code=201, responses=_MADE_TENANT)
+@router.post("/tenants", status_code=201)
 async def create_tenant(body: TenantIn, request: Request, services: ServicesDep) -> TenantOut:
     """Create a tenant."""
     async with services.database.writing() as session:

@@ -11,7 +11,6 @@ from reft_serve.database import audit, keys
 from reft_serve.database.keys import Principal
 from reft_serve.database.tenants import find_tenant
 from reft_serve.errors import Conflict, NotAllowed
-from reft_serve.gateway.links import leads_to, link
 from reft_serve.gateway.routes.bounded_route import BoundedRoute
 from reft_serve.gateway.routes.deps import ServicesDep, actor_of, caller_of, requires
 from reft_serve.gateway.schemas.tenancy import KeyIn, KeyOut, ListOf, NewKeyOut, TenantOut
@@ -34,14 +33,7 @@ async def tenant(
         return TenantOut.of(await find_tenant(session, caller.tenant_id))
 
 
-_MADE = {"key": "$response.body#/id"}
-_MADE_KEY = leads_to(
-    201,
-    (link("revoke_v1_keys__key__delete", _MADE), link("rotate_v1_keys__key__rotate_post", _MADE)),
-)
-
-
-@router.post("/keys", status_code=201, responses=_MADE_KEY)
+@router.post("/keys", status_code=201)
 async def create(
     body: KeyIn, request: Request, caller: _Caller, services: ServicesDep
 ) -> NewKeyOut:

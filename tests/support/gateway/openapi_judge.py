@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 
 from tests.support.gateway.harness import adapter_files
+from tests.support.gateway.links import with_links
 
 # A key that rotates itself ends itself, so that path is run last, with a key to spare.
 ROTATION = "rotate$"
@@ -111,10 +112,12 @@ def judge(
         AssertionError: an answer is not what the document says; the message has the case that shows it.
     """
     (folder / "schemathesis.toml").write_text(_settings(known))
+    answer = httpx.get(f"{url}/openapi.json", headers={"authorization": f"Bearer {key}"})
+    (folder / "openapi.json").write_text(json.dumps(with_links(answer.raise_for_status().json())))
     # Of one operation alone no sequences can be made.
     phases = "coverage,fuzzing" if "--include-path-regex" in which else "coverage,fuzzing,stateful"
     command: Sequence[str] = [
-        str(Path(sys.executable).with_name("schemathesis")), "run", f"{url}/openapi.json", *which,
+        str(Path(sys.executable).with_name("schemathesis")), "run", "openapi.json", "--url", url, *which,
         "-H", f"Authorization: Bearer {key}", "--phases", phases, "--mode", "all",
         "--max-examples", str(examples), "--seed", str(seed), "--no-color", "--request-timeout", "20",
     ]  # fmt: skip

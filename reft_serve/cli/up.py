@@ -231,7 +231,8 @@ async def _first_key(folder: Path) -> None:
 async def _tell_when_ready(host: str, port: int, begun: float) -> None:
     import httpx
 
-    url = "0.0.0.0"  # noqa: S104 - compared, not bound
+    shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host  # noqa: S104 - compared, not bound
+    url = f"http://{shown}:{port}"
     async with httpx.AsyncClient(trust_env=False, timeout=5) as client:
         while True:
             with contextlib.suppress(httpx.HTTPError):

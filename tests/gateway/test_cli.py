@@ -131,9 +131,11 @@ def test_up_makes_private_what_an_earlier_version_left_readable(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("adapters", "blobs"):
-        (tmp_path / name).mkdir(mode=0o755)
+        (tmp_path / name).mkdir()
+        (tmp_path / name).chmod(0o755)
     for name in ("reft.db", "reft.db-wal", "not-ours"):
-        (tmp_path / name).touch(0o644)
+        (tmp_path / name).touch()
+        (tmp_path / name).chmod(0o644)  # whatever this process's umask is
     (tmp_path / "work").mkdir(mode=0o700)
     _make_private(tmp_path)
     assert "reft.db, reft.db-wal, adapters, blobs" in capsys.readouterr().err

@@ -64,7 +64,8 @@ def _refuses_what_the_engine_would(client: openai.OpenAI) -> None:
     wrong: tuple[Any, ...] = ({"rank": 17}, {"lora_rank": 1}, {"layers": [99]})
     for setting in wrong:
         with pytest.raises(
-            openai.BadRequestError, match=r"the engines support|the base model has"
+            openai.BadRequestError,
+            match=r"the engines support|the engines do not serve LoRA|the base model has",
         ) as refused:
             client.fine_tuning.jobs.create(
                 model="base", training_file=file.id, hyperparameters=setting

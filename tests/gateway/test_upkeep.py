@@ -31,4 +31,4 @@ def test_a_job_that_loses_its_workers_has_as_many_attempts_as_the_settings_say(
             assert status() == ("queued" if attempt < 5 else "failed")
         error = tenant.openai.fine_tuning.jobs.retrieve(job.id).error
         assert error is not None
-        assert (error.code, "in 5 attempts" in error.message) == ("too_many_attempts", True)
+        assert (error.code, "after 5 attempts" in error.message) == ("too_many_attempts", True)

@@ -24,6 +24,7 @@ async def new_sqlite(url: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
             await _migrated(f"sqlite:///{folder}/reft.db")
             _SQLITE.append((Path(folder) / "reft.db").read_bytes())
+    path.touch(0o600)
     path.write_bytes(_SQLITE[0])
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from reft_serve.adapters.directory import read_adapter
@@ -68,6 +69,7 @@ class Reporter:
 
 
 def run(out: Path, pipe: object) -> None:
+    torch.set_num_threads(1)  # as in this process: the order of sums depends on it
     train(
         BASE,
         PLAN,

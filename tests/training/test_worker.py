@@ -214,7 +214,7 @@ async def test_a_job_whose_process_dies_is_tried_again_and_a_poison_one_fails_wi
         assert job.attempts == 3
         assert job.error is not None
         assert job.error["code"] == "too_many_attempts"
-        assert "in 3 attempts" in job.error["message"]
+        assert "after 3 attempts" in job.error["message"]
         assert "ignore_mismatched_sizes" in (job.traceback or "")
         assert str(place.folder) not in " ".join(await place.told(job_id))
         (model / "config.json").write_text(config)

@@ -177,8 +177,8 @@ def _tree(pid: int) -> list[int]:
 
 def _role(command: str) -> str:
     roles = {
-        "cli_up": "up", "cli_gateway": "gateway", "cli_worker": "training worker", "EngineCore": "engine core",
-        "Worker": "engine worker", "api_server": "engine front end", "engine.server": "engine front end",
+        "cli.up": "up", "cli.gateway": "gateway", "cli.worker": "training worker", "EngineCore": "engine core",
+        "Worker": "engine worker", "api_server": "engine front end", "launch.server": "engine front end",
     }  # fmt: skip
     for part, role in roles.items():
         if part in command:

@@ -201,8 +201,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             deployment.stop()
         result |= _processes(watch, last)
         result["left_running"] = _running(watch.roles)
-        # vLLM leaves the sockets that its processes talked over.
-        left = [path for path in temporary.rglob("*") if not path.is_socket()]
+        # vLLM leaves the sockets of its processes and, at each start, the file of their group.
+        left = [
+            path
+            for path in temporary.rglob("*")
+            if not path.is_socket() and not path.name.startswith("vllm_dist_")
+        ]
         result["left_temporary"] = sorted(str(path.relative_to(temporary)) for path in left)
         result["log_tail"] = deployment.log.read_text(errors="replace")[-2000:]
     result["failures"] = _failures(result)

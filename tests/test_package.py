@@ -33,6 +33,11 @@ def test_a_command_still_runs_under_its_earlier_module_name(verb: str) -> None:
     assert getattr(shim, verb) is getattr(module, verb)
 
 
+def test_the_fake_engine_is_still_found_under_its_earlier_name() -> None:
+    shim = importlib.import_module("reft_serve.gateway.fake_engine")
+    assert shim.FakeEngine is importlib.import_module("reft_serve.testing").FakeEngine
+
+
 def test_no_folder_holds_more_than_fifteen_modules() -> None:
     package = Path(__file__).parents[1] / "reft_serve"
     for folder in (package, *(path for path in package.rglob("*") if path.is_dir())):

@@ -477,8 +477,7 @@ class GatewaySettings(_Installation):
         default=0.0,
         ge=0,
         description='After SIGTERM, time to report "not ready" while still serving. Set it longer '
-        "than "
-        "the load balancer's check interval.",
+        "than the load balancer's check interval.",
     )
     drain_seconds: float = Field(
         default=30.0, ge=0, description="Time for requests in progress to finish at shutdown."

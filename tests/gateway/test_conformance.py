@@ -672,7 +672,7 @@ def test_what_tools_returned_is_read_by_a_real_engine_and_nothing_is_fetched(up:
 
 
 COSTLY: dict[str, Any] = {
-    "a schema of two milliard items": {"json": {"type": "array", "minItems": 2**31, "prefixItems": [{}, {}]}},
+    "a schema of two billion items": {"json": {"type": "array", "minItems": 2**31, "prefixItems": [{}, {}]}},
     "a schema that two backends read differently": {
         "json": {"type": "object", "patternProperties": {"^n_": {"type": "integer"}}, "required": ["x"],
                  "properties": {"x": {"type": "number", "multipleOf": 0.5}}, "additionalProperties": False},

@@ -115,7 +115,8 @@ async def test_a_block_that_ends_by_itself_is_not_cancelled() -> None:
     assert caller.watchers == 0
 
 
-async def test_the_servers_own_cancellation_is_not_the_callers() -> None:
+@pytest.mark.parametrize("leaves", [False, True], ids=["the caller stays", "the caller leaves"])
+async def test_the_servers_own_cancellation_is_not_the_callers(leaves: bool) -> None:
     async def work() -> None:
         async with while_there(caller.receive):
             await asyncio.sleep(60)
@@ -123,24 +124,12 @@ async def test_the_servers_own_cancellation_is_not_the_callers() -> None:
     caller = Caller()
     working = asyncio.create_task(work())
     await asyncio.sleep(0.01)
+    if leaves:
+        caller.leave()
     working.cancel()
     with pytest.raises(asyncio.CancelledError):
         await working
     assert caller.watchers == 0
-
-
-async def test_leaving_while_the_server_ends_is_the_servers_cancellation() -> None:
-    async def work() -> None:
-        async with while_there(caller.receive):
-            await asyncio.sleep(60)
-
-    caller = Caller()
-    working = asyncio.create_task(work())
-    await asyncio.sleep(0.01)
-    caller.leave()
-    working.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await working
 
 
 async def test_a_block_knows_that_its_caller_has_left() -> None:

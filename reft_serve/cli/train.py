@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from reft_serve.recipes.recipe import Recipe
     from reft_serve.training.loop.run import Outcome
+    from reft_serve.training.model.parent import Parent
     from reft_serve.training.plan import AdapterPlan, Plan
 
 __all__ = ["train"]
@@ -152,6 +154,14 @@ def train(
         int | None,
         typer.Option(metavar="N", help="Optimiser steps between checkpoints. [one epoch]"),
     ] = None,
+    parent: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="DIR",
+            help="Continue from this adapter, run or checkpoint: its structure and its weights.",
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the newest checkpoint in --out.")
     ] = False,
@@ -164,6 +174,7 @@ def train(
     from reft_serve.recipes.recipe import load_recipe
 
     chosen = None if recipe is None else load_recipe(recipe)
+    version = None if parent is None else _version(parent)
     adapter = _given(
         kind=kind,
         rank=rank,
@@ -191,16 +202,65 @@ def train(
         keep_states=keep_states,
     )
     reports = tuple(report_to.split(",")) if report_to else ()
+    if version is not None:
+        adapter = _inherited(version, base, adapter, half)
+        half = None
     plan = replace(
         _plan(base, chosen, adapter, run, half),
         gradient_checkpointing=gradient_checkpointing,
         compile=compiled,
         report_to=reports,
     )
+    if version is not None:
+        plan = version.plan(plan)
     longest = max_tokens or (_MAX_TOKENS if chosen is None else chosen.training.max_tokens)
     _run(
-        data, validation, base, plan, chosen, longest, out, resume, method_given=method is not None
+        data,
+        validation,
+        base,
+        plan,
+        chosen,
+        longest,
+        out,
+        resume,
+        method_given=method is not None,
+        parent=version,
     )
+
+
+def _version(path: Path) -> Parent:
+    from reft_serve.training.model.parent import read_parent
+
+    return read_parent(path)
+
+
+def _inherited(
+    version: Parent,
+    base: Path,
+    adapter: dict[str, Any],
+    half: tuple[int, float | None, str | None] | None,
+) -> dict[str, Any]:
+    """What the command line says of the adapter apart from its structure, which is the parent's.
+
+    Raises:
+        ClientError: it says something else of the structure.
+    """
+    from reft_serve.adapters.base_model import read_base_model
+    from reft_serve.training.plan import parse_layers
+
+    facts, asked = read_base_model(base), dict(adapter)
+    if "layers" in asked:
+        layers = parse_layers(asked["layers"], facts.num_hidden_layers)
+        asked["layers"] = list(range(facts.num_hidden_layers) if layers is None else layers)
+    if "untied" in asked:
+        asked["tied"] = not asked.pop("untied")
+    if half is not None:
+        rank, alpha, targets = half
+        asked |= _given(
+            lora_rank=rank, lora_alpha=alpha, lora_targets=targets.split(",") if targets else None
+        )
+    version.check(asked, facts)
+    return _given(dropout=adapter.get("dropout"))
 
 
 def _given(**options: Any) -> dict[str, Any]:
@@ -247,6 +307,7 @@ def _run(
     resume: bool,
     *,
     method_given: bool,
+    parent: Parent | None,
 ) -> None:
     from rich.console import Console
     from transformers import AutoTokenizer
@@ -255,7 +316,7 @@ def _run(
     from reft_serve.datafiles.formats import read_rows
     from reft_serve.training.data.encoding import encode
     from reft_serve.training.loop.report import Bar
-    from reft_serve.training.loop.run import started_at, train
+    from reft_serve.training.loop.run import fresh_because, started_at, train
     from reft_serve.training.model.processes import of_main_process, this_process
 
     console = Console(quiet=not this_process().is_main_process)
@@ -275,6 +336,15 @@ def _run(
     if not method_given and read[0].preferences:
         plan = replace(plan, method="dpo")
     items, held_out, *_ = [(found.preferences or found.examples) for found in read] + [()]
+    fingerprints = [found.fingerprint for found in read]
+    if parent is not None:
+        fresh = fresh_because(parent, plan, items, fingerprints)
+        how = (
+            f"after step {parent.step}, with the optimiser's state"
+            if fresh is None
+            else f"with a new optimiser: {fresh}"
+        )
+        console.print(f"note: continues from {parent.name} {how}", markup=False, highlight=False)
     bar = Bar(console)
     try:
         outcome = train(
@@ -285,12 +355,24 @@ def _run(
             held_out=held_out,
             resume=resume,
             watchers=[bar],
-            fingerprints=[found.fingerprint for found in read],
+            fingerprints=fingerprints,
             started=started,
+            parent=parent,
+            lineage=_lineage(data, validation) if parent is not None else {},
         )
     finally:
         bar.stop()
     _show(console, outcome, out)
+
+
+def _lineage(data: Path, validation: Path | None) -> dict[str, str]:
+    """Digests of the data files, for the record of a version."""
+    named = {"data_sha256": data, "held_out_sha256": validation}
+    return {
+        name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for name, path in named.items()
+        if path is not None
+    }
 
 
 def _show(console: Console, outcome: Outcome, out: Path) -> None:

@@ -300,6 +300,9 @@ class Job(Base):
     # What was asked: the base model's public name, the method as OpenAI spells it, hyper-parameters
     # with their "auto".
     model: Mapped[str] = mapped_column(String(128))
+    # The version to continue from: its full name and its files' digest. None for a new adapter.
+    parent_model: Mapped[str | None] = mapped_column(String(255))
+    parent_digest: Mapped[str | None] = mapped_column(String(64))
     method: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
     hyperparameters: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
     training_file_id: Mapped[str] = mapped_column(String(64))

@@ -179,5 +179,6 @@ class _Rotation(nn.Module):
         # Assigning completes R to a whole orthonormal base (width, width), with rounding; then R's
         # own bits go in. With the second step alone the rest of the base would not be orthogonal to
         # R, and training would bend R.
-        self.weight = R.T
+        # Contiguous as a fresh one is: products over other strides would differ in their last bits.
+        self.weight = R.T.contiguous()
         self.parametrizations.weight[0].base[:, : len(R)] = R.T

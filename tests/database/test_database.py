@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import Connection, select, text
+from sqlalchemy import Connection, insert, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from reft_serve.database import adapters, audit, keys, resolution, tenants, usage
 from reft_serve.database.connection import Database, check_schema, migrate
-from reft_serve.database.models import Base, Key, Tenant, Usage, Version, now_ms
+from reft_serve.database.models import Base, Job, Key, Tenant, Usage, Version, now_ms
 from reft_serve.errors import Conflict, DatabaseUnusable, NotAllowed, NotFound, RequestInvalid
 
 pytestmark = pytest.mark.anyio
@@ -74,6 +74,20 @@ async def test_to_migrate_again_or_from_many_processes_at_once_changes_nothing(
     await make_tenant(opened[0], "acme")
     for each in opened:
         await each.close()
+
+
+async def test_a_job_of_an_earlier_schema_is_kept_and_has_no_parent(database_url: str) -> None:
+    opened = Database(database_url)
+    await migrate(opened, "0002")
+    tenant = await make_tenant(opened, "acme")
+    job = {"id": "ftjob-1", "tenant_id": tenant.id, "model": "base", "adapter": "birds"}
+    async with opened.writing() as session:
+        await session.execute(insert(Job).values(job | {"training_file_id": "file-1", "seed": 7}))
+    await migrate(opened)
+    async with opened.reading() as session:
+        found = await session.get_one(Job, "ftjob-1")
+    assert (found.model, found.parent_model, found.parent_digest) == ("base", None, None)
+    await opened.close()
 
 
 async def test_a_schema_of_a_later_version_is_refused(database: Database) -> None:

@@ -57,6 +57,9 @@ def test_a_jobs_life_is_the_same_on_both(tmp_path: Path, url: str) -> None:
         assert worker.succeed(worker.claim()) == "succeeded"
         done = fine_tuning.jobs.retrieve(made[0].id)
         assert len(list(fine_tuning.jobs.list_events(done.id, limit=2))) == 5
+        after = fine_tuning.jobs.create(model="birds", training_file=data.id)
+        assert after.model == done.fine_tuned_model
+        assert worker.claim().parent_model == done.fine_tuned_model
         later, earlier = fine_tuning.jobs.checkpoints.list(done.id, limit=1)
         name = later.fine_tuned_model_checkpoint
         (given,) = fine_tuning.checkpoints.permissions.create(name, project_ids=[guest.id])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from reft_serve.database import tenants
 from reft_serve.database.connection import Database, migrate
 from reft_serve.database.files import key_of_blob
 from reft_serve.database.jobs import fine_tuning
-from reft_serve.database.models import Job
+from reft_serve.database.models import Job, Version
 from reft_serve.training.jobs.health import server
 from reft_serve.training.jobs.sweeping import sweep
 from tests.support.buckets import s3_bucket
@@ -94,9 +95,47 @@ async def test_a_job_becomes_versions_that_can_be_called_and_leaves_nothing_else
             "Step 6/6"
         ) == 2
         assert told[-2:] == [
-            f"New fine-tuned model created: {job.fine_tuned_model}", "The job has successfully completed"
-        ]  # fmt: skip
+            f"New fine-tuned model created: {job.fine_tuned_model}",
+            "The job has successfully completed",
+        ]
     assert await place.orphans() == []
+
+
+async def test_a_job_continues_from_a_version_and_records_its_lineage(place: Place) -> None:
+    tenant = await place.tenant()
+    async with place.worker():
+        first = await place.until(await place.job(tenant), "succeeded")
+        async with place.database.reading() as session:
+            parent = await session.get(Version, first.version_id)
+        assert parent is not None
+        content = rows(3)
+        job_id = await place.job(tenant, content=content, parent=parent, learning_rate=1e-9)
+        job = await place.until(job_id, "succeeded")
+        async with place.database.reading() as session:
+            made = await session.get(Version, job.version_id)
+        assert made is not None
+        digest = hashlib.sha256(content).hexdigest()
+        assert made.facts["lineage"] == {
+            "job": job_id,
+            "parent": parent.model_id,
+            "parent_sha256": parent.digest,
+            "step": 6,
+            "data_sha256": digest,
+        }
+        ours, theirs = (read_adapter(place.store.path(each.digest)) for each in (made, parent))
+        assert ours.manifest.interventions == theirs.manifest.interventions
+        for mine, before in zip(ours.weights, theirs.weights, strict=True):
+            for name, tensor in mine.tensors().items():
+                assert (tensor - before.tensors()[name]).abs().max() < 1e-6, (
+                    "it started at the parent's weights"
+                )
+        place.store.remove(parent.digest)
+        orphan = await place.until(await place.job(tenant, parent=parent), "failed")
+    assert orphan.error == {
+        "code": "model_missing",
+        "param": "model",
+        "message": f"the model {parent.model_id} was deleted: create a new job with another model",
+    }
 
 
 async def test_preferences_are_learnt_from(place: Place) -> None:
@@ -234,11 +273,13 @@ async def test_data_and_settings_that_cannot_be_used_fail_at_once_with_a_sentenc
 ) -> None:
     tenant = await place.tenant()
     asked = {
-        "damaged": await place.job(tenant), "missing": await place.job(tenant),
+        "damaged": await place.job(tenant),
+        "missing": await place.job(tenant),
         "template": await place.job(tenant, content=b'{"prompt": "x"}\n'),
-        "layer": await place.job(tenant, layers=[6]), "method": await place.job(tenant, method="dpo"),
+        "layer": await place.job(tenant, layers=[6]),
+        "method": await place.job(tenant, method="dpo"),
         "target": await place.job(tenant, lora_rank=2, lora_targets=["nothing_of_this_name"]),
-    }  # fmt: skip
+    }
     key = key_of_blob((await place.find(asked["damaged"])).training_file_id)
     (place.folder / "blobs" / key).write_bytes(b'{"prompt": "other", "completion": "bytes"}\n')
     await place.blobs.delete(key_of_blob((await place.find(asked["missing"])).training_file_id))

@@ -41,7 +41,7 @@ _LABEL = len(":00000000:ckpt-step-0000000")
 @dataclass(frozen=True, slots=True)
 class NewJob:
     """A requested job. `model`: the base model's public name; `method` and `hyperparameters` keep
-    their "auto".
+    their "auto"; `parent_model` and `parent_digest`: the version to continue from.
     """
 
     model: str
@@ -54,6 +54,8 @@ class NewJob:
     metadata_: dict[str, str] = field(default_factory=dict)
     integrations: list[dict[str, Any]] = field(default_factory=list)
     priority: int = 0
+    parent_model: str | None = None
+    parent_digest: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,12 @@ async def create_job(
     await session.flush()
     tell(session, job, f"Created fine-tuning job: {job.id}")
     tell(session, job, "The files were validated on upload; the job is queued")
+    if job.parent_model is not None:
+        tell(
+            session,
+            job,
+            f"The job continues from {job.parent_model}: its structure and its weights",
+        )
     await session.flush()
     return job
 

@@ -69,6 +69,7 @@ class Claim:
         step: as far as any attempt has come.
         adapter: the name that the version will have.
         started_ms: when the first attempt began.
+        parent_model, parent_digest: the version to continue from; None for a new adapter.
         limits: the tenant's own.
     """
 
@@ -91,6 +92,8 @@ class Claim:
     created_ms: int
     started_ms: int
     limits: Mapping[str, Any]
+    parent_model: str | None = None
+    parent_digest: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -503,4 +506,6 @@ def _claimed(job: Job) -> Claim:
         created_ms=job.created_ms,
         started_ms=job.started_ms or now_ms(),
         limits=job.tenant.limits,
+        parent_model=job.parent_model,
+        parent_digest=job.parent_digest,
     )

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
+from dataclasses import dataclass
 from typing import Any, Literal
 
+from pydantic import ValidationError
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from reft_serve.adapters.inheritance import Structure, structure_of
 from reft_serve.database import audit, files
 from reft_serve.database.jobs import fine_tuning
 from reft_serve.database.keys import Principal
-from reft_serve.database.models import File, Job
+from reft_serve.database.models import File, Job, Version
+from reft_serve.database.resolution import resolve
 from reft_serve.database.room import check_adapters_of_jobs, check_room
 from reft_serve.database.tenants import find_tenant
-from reft_serve.errors import NotAllowed, NotFound, RateLimited, RequestInvalid
+from reft_serve.errors import (
+    AdapterUnsupported,
+    ModelNotFound,
+    NotAllowed,
+    NotFound,
+    RateLimited,
+    RequestInvalid,
+)
 from reft_serve.gateway.jobs.feasibility import why_infeasible
 from reft_serve.gateway.schemas.fine_tuning import JobIn
 from reft_serve.gateway.services import Services
@@ -44,13 +56,20 @@ async def submit(services: Services, caller: Principal, actor: audit.Actor, want
         raise NotAllowed(
             "only an admin can set a priority above 0, which delays other tenants' jobs"
         )
-    await _check_model(services, caller, wanted.model)
+    parent = await _parent(services, caller, wanted.model)
+    where = (
+        "hyperparameters"
+        if wanted.method is None
+        else f"method.{wanted.method.type}.hyperparameters"
+    )
     async with services.database.writing() as session:
         training = await _file(session, caller, wanted.training_file, "training_file")
         held_out = None
         if wanted.validation_file is not None:
             held_out = await _file(session, caller, wanted.validation_file, "validation_file")
         method, chosen = _method(wanted, training)
+        if parent is not None:
+            chosen = _continued(parent, chosen, where)
         _check_formats(method, training, held_out)
         _check_engines(services, wanted, chosen, training)
         _check_size(services, caller, wanted, chosen, training)
@@ -58,7 +77,7 @@ async def submit(services: Services, caller: Principal, actor: audit.Actor, want
         await services.database.lock(session, f"jobs:{caller.tenant_id}")
         await _check_room(services, caller, session, wanted.suffix)
         new = fine_tuning.NewJob(
-            wanted.model,
+            services.settings.base_model,
             training.id,
             held_out.id if held_out else None,
             {"type": method},
@@ -68,6 +87,8 @@ async def submit(services: Services, caller: Principal, actor: audit.Actor, want
             wanted.metadata or {},
             [each.model_dump(exclude_none=True) for each in wanted.integrations or ()],
             wanted.priority,
+            parent.model if parent else None,
+            parent.digest if parent else None,
         )
         job = await fine_tuning.create_job(
             session, await find_tenant(session, caller.tenant_id), caller.key_id, new
@@ -84,17 +105,64 @@ async def submit(services: Services, caller: Principal, actor: audit.Actor, want
         return job
 
 
-async def _check_model(services: Services, caller: Principal, model: str) -> None:
-    base = services.settings.base_model
-    if model == base:
-        return
+@dataclass(frozen=True, slots=True)
+class _Parent:
+    """The version to continue from: its full name, its digest, its structure."""
+
+    model: str
+    digest: str
+    structure: Structure
+
+
+async def _parent(services: Services, caller: Principal, model: str) -> _Parent | None:
+    """The version that `model` names, in any of the spellings of a request; None for the base
+    model. A bare name means its production version, else its latest.
+
+    Raises:
+        ModelNotFound: there is none.
+        RequestInvalid: it is another tenant's, or no job could have made it.
+    """
+    if model == services.settings.base_model:
+        return None
     await services.lookup.target(caller, model)
-    raise RequestInvalid(
-        f"{model[:200]!r} is a fine-tuned model; an existing adapter cannot be trained further: "
-        f"use the base model, {base!r}, and the same suffix to create the next version of an "
-        "adapter",
-        "model",
-    )
+    async with services.database.reading() as session:
+        route = await resolve(session, caller.tenant_id, model)
+        version = await session.get(Version, route.shares[-1][1].version_id) if route else None
+    if version is None:
+        raise ModelNotFound(
+            f"The model {model[:200]!r} does not exist or you do not have access to it.", "model"
+        )
+    if version.adapter.tenant_id != caller.tenant_id:
+        raise RequestInvalid(
+            "the model is another tenant's: it can be used, and only its owner can train it",
+            "model",
+        )
+    try:
+        structure = await asyncio.to_thread(
+            structure_of, services.store.path(version.digest), version.model_id
+        )
+    except AdapterUnsupported as exc:
+        raise RequestInvalid(str(exc), "model") from exc
+    return _Parent(version.model_id, version.digest, structure)
+
+
+def _continued(parent: _Parent, chosen: dict[str, Any], where: str) -> dict[str, Any]:
+    """The hyper-parameters with the parent's structure.
+
+    Raises:
+        RequestInvalid: they would change it, or no hyper-parameters describe it.
+    """
+    changes = parent.structure.changes(chosen)
+    if changes:
+        raise RequestInvalid("; ".join(changes.values()), f"{where}.{next(iter(changes))}")
+    merged = chosen | parent.structure.hyperparameters()
+    try:
+        read_hyperparameters(merged)
+    except ValidationError as exc:
+        raise RequestInvalid(
+            f"no job can continue from {parent.model}: {exc.errors()[0]['msg']}", "model"
+        ) from exc
+    return merged
 
 
 async def _file(session: AsyncSession, caller: Principal, file_id: str, param: str) -> File:

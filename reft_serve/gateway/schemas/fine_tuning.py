@@ -212,7 +212,7 @@ class JobOut(Identified):
         kind = row.method["type"]
         return {
             "id": row.id,
-            "model": row.model,
+            "model": row.parent_model or row.model,
             "created_at": row.created_ms // 1000,
             "started_at": _seconds(row.started_ms),
             "finished_at": _seconds(row.finished_ms),

@@ -195,6 +195,7 @@ class Attempt:
             for param, file_id in files
             if file_id
         ]
+        parent = await inputs.fetch_parent(ctx, claim, folder)
         await inputs.fetch_checkpoint(ctx, claim, folder)
         if self._draining or self._lease.wanted != "none":
             return None
@@ -213,6 +214,8 @@ class Attempt:
             device=self.place.device,
             threads=self.place.threads,
             reports=_reports(claim),
+            parent=None if parent is None else str(parent),
+            parent_name=claim.parent_model,
         )
 
     def _bounds(self) -> Bounds:

@@ -25,6 +25,7 @@ __all__ = [
     "checkpoints_of",
     "fetch_checkpoint",
     "fetch_file",
+    "fetch_parent",
 ]
 
 
@@ -69,6 +70,26 @@ async def fetch_file(ctx: WorkerContext, file_id: str, param: str, folder: Path)
         told = f"file {file_id} was damaged after its upload: upload it again and create a new job"
         raise Unfit(Failed("file_damaged", told, param))
     return path
+
+
+async def fetch_parent(ctx: WorkerContext, claim: Claim, folder: Path) -> Path | None:
+    """A copy of the version to continue from; None if the job makes a new adapter.
+
+    Raises:
+        Unfit: it was deleted.
+        OSError: the store or the disk cannot be used.
+    """
+    if claim.parent_digest is None:
+        return None
+    source, copy = ctx.store.path(claim.parent_digest), folder / "parent"
+    try:
+        await asyncio.to_thread(shutil.copytree, source, copy)
+    except (FileNotFoundError, shutil.Error) as exc:
+        if source.is_dir():
+            raise
+        told = f"the model {claim.parent_model} was deleted: create a new job with another model"
+        raise Unfit(Failed("model_missing", told, "model")) from exc
+    return copy
 
 
 async def fetch_checkpoint(ctx: WorkerContext, claim: Claim, folder: Path) -> int | None:

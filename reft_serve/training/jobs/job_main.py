@@ -7,6 +7,7 @@ worker.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import socket
@@ -54,6 +55,7 @@ from reft_serve.training.jobs.messages import (
 from reft_serve.training.loop import archive
 from reft_serve.training.loop.report import METRICS
 from reft_serve.training.loop.run import train
+from reft_serve.training.model.parent import Parent, read_parent
 from reft_serve.training.plan import DType
 
 __all__ = ["train_job"]
@@ -142,7 +144,11 @@ def _run(spec: JobSpec, talk: _WorkerSocket) -> Ended:
         )
     talk.tell(Resolved(resolved=resolved))
     check_size(spec.bounds, [_trained_tokens(item) for item in training], resolved["n_epochs"])
+    parent = _parent(spec)
     plan = defaults.plan_from_job(resolved, _reports(spec, talk))
+    if parent is not None:
+        parent.check({}, read_base_model(base))
+        plan = parent.plan(plan)
     follower = _Follower(talk, folder, spec.bounds.hours)
     outcome = train(
         base,
@@ -155,6 +161,8 @@ def _run(spec: JobSpec, talk: _WorkerSocket) -> Ended:
         plot=False,
         fingerprints=fingerprints,
         started=spec.started,
+        parent=parent,
+        lineage=_lineage(spec),
     )
     if outcome.adapter is None and not talk.stopping and follower.out_of_time:
         raise JobLimitExceeded(hours_sentence(spec.bounds.hours or 0))
@@ -186,6 +194,32 @@ def _data(
         talk.tell(Noted(message=_public(note, spec)))
     training, held_out, *_ = [(each.preferences or each.examples) for each in found] + [()]
     return training, held_out, [each.fingerprint for each in found]
+
+
+def _parent(spec: JobSpec) -> Parent | None:
+    """The version to continue from.
+
+    Raises:
+        ClientError: it cannot be trained.
+    """
+    if spec.parent is None:
+        return None
+    try:
+        found = read_parent(Path(spec.parent), spec.parent_name)
+        found.edits(0.0)
+    except AdapterInvalid as exc:  # which means divergence, if training raises it
+        raise ClientError(str(exc)) from exc
+    return found
+
+
+def _lineage(spec: JobSpec) -> dict[str, str | int]:
+    """Digests of the data files, for the record of a version."""
+    named = {"data_sha256": spec.training, "held_out_sha256": spec.validation}
+    return {
+        name: hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        for name, path in named.items()
+        if path
+    }
 
 
 class _Unusable(ClientError):

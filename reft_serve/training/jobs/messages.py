@@ -60,6 +60,7 @@ class JobSpec(_Plain):
             for the present.
         bounds: of the tenant's limits.
         reports: environment variables of reporting integrations, by integration.
+        parent: directory of the version to continue from. parent_name: its full name.
     """
 
     job: str
@@ -76,6 +77,8 @@ class JobSpec(_Plain):
     device: str = "cpu"
     threads: int = 1
     reports: dict[str, dict[str, str]] = {}
+    parent: str | None = None
+    parent_name: str | None = None
 
 
 class Noted(_Plain):

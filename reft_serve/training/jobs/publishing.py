@@ -30,6 +30,8 @@ __all__ = ["openai_metrics", "publish", "result_csv", "retract"]
 
 _COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
 _MOST_RESULT_BYTES = 1 << 30
+# What a version records of where it comes from.
+_LINEAGE = ("parent", "parent_sha256", "parent_step", "step", "data_sha256", "held_out_sha256")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,7 @@ async def publish(ctx: WorkerContext, claim: Claim, run: Path, tokens: int) -> S
     made: list[_Made] = []
     try:
         for source in (run / "adapter", *checkpoints.sealed(run / "checkpoints").values()):
-            made.append(await asyncio.to_thread(_store, ctx, source))
+            made.append(await asyncio.to_thread(_store, ctx, claim, source))
         metrics = openai_metrics(read_metrics(run / METRICS))
         steps = [
             NewCheckpoint(step, metrics.get(step, {}), each.version)
@@ -69,7 +71,7 @@ async def publish(ctx: WorkerContext, claim: Claim, run: Path, tokens: int) -> S
                 await ctx.database.lock(session, each.version.digest)
                 # its last owner removed it in this moment
                 if not ctx.store.path(each.version.digest).is_dir():
-                    await asyncio.to_thread(_store, ctx, each.source)
+                    await asyncio.to_thread(_store, ctx, claim, each.source)
             status = await finish(session, claim.id, claim.worker, outcome, ctx.settings.limits)
     except BaseException:
         await asyncio.shield(_forgive(ctx, made))
@@ -152,7 +154,7 @@ async def _write_result(ctx: WorkerContext, claim: Claim, run: Path) -> WrittenF
     return WrittenFile(file_id, written.size, written.sha256)
 
 
-def _store(ctx: WorkerContext, source: Path) -> _Made:
+def _store(ctx: WorkerContext, claim: Claim, source: Path) -> _Made:
     """Put a version into the store. Blocks."""
     with ctx.store.staging() as staged:
         for name in FILES:
@@ -161,9 +163,9 @@ def _store(ctx: WorkerContext, source: Path) -> _Made:
         manifest = check_structure(staged, source.name)
         size = sum(file.stat().st_size for file in staged.iterdir())
         digest = ctx.store.publish(staged)
-    return _Made(
-        NewVersion(digest, manifest.base_model.name, size, dict(manifest.summary())), source
-    )
+    made = {name: manifest.provenance[name] for name in _LINEAGE if name in manifest.provenance}
+    facts = {**manifest.summary(), "lineage": {"job": claim.id, **made}}
+    return _Made(NewVersion(digest, manifest.base_model.name, size, facts), source)
 
 
 def _changed_ms(path: Path) -> int | None:

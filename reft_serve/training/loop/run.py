@@ -18,11 +18,12 @@ import os
 import resource
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -39,10 +40,11 @@ from reft_serve.training.loop.objectives import Objective, Supervised
 from reft_serve.training.loop.trainer import ReftTrainer, Watcher, arguments
 from reft_serve.training.model.adapter import build, publish_version
 from reft_serve.training.model.edited_model import EditedModel
+from reft_serve.training.model.parent import Parent
 from reft_serve.training.model.processes import this_process
 from reft_serve.training.plan import LoraPlan, Plan
 
-__all__ = ["Outcome", "started_at", "train"]
+__all__ = ["Outcome", "fresh_because", "started_at", "train"]
 
 _RUN = "run.json"
 _SUMMARY = "summary.json"
@@ -82,6 +84,8 @@ def train(
     plot: bool = True,
     fingerprints: Sequence[str] = (),
     started: datetime | None = None,
+    parent: Parent | None = None,
+    lineage: Mapping[str, str | int] = MappingProxyType({}),
 ) -> Outcome:
     """Train an adapter for the model at `base` and publish it under `out`.
 
@@ -94,6 +98,9 @@ def train(
         fingerprints: of the data that `items` and `held_out` were made of; a run whose data have
             the same can be resumed, also if a chat template has rendered them in another way.
         started: the time that chat templates were given, kept for `started_at`.
+        parent: the version to continue from; `plan` has its structure already (`Parent.plan`).
+        lineage: what else the versions record of where they come from, such as digests of data
+            files.
 
     Raises:
         ClientError: the plan or the data cannot be used. AdapterExists: `out` holds a run and
@@ -105,13 +112,20 @@ def train(
     clock = time.monotonic()
     facts = read_base_model(base)
     process = this_process()
+    begins = None
+    if parent is not None:
+        lineage = {**parent.lineage(), **lineage}
+        if fresh_because(parent, plan, items, fingerprints) is None:
+            begins, plan = parent.path, parent.extended(plan)
     with process.main_process_first():
         if process.is_main_process:
             asked = _asked(facts, plan, items, held_out) | {"fingerprints": list(fingerprints)}
+            if parent is not None:
+                asked |= {"parent": parent.adapter.digest}
             _claim(out, asked, resume, started or datetime.now())
-    model = build(base, plan)
-    trainer = _trainer(model, plan, facts, objective, items, held_out, out, watchers)
-    last = checkpoints.newest(out / "checkpoints")
+    model = build(base, plan, parent)
+    trainer = _trainer(model, plan, facts, objective, items, held_out, out, watchers, lineage)
+    last = checkpoints.newest(out / "checkpoints") or begins
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
     process.wait_for_everyone()
     if process.is_main_process:
@@ -120,6 +134,15 @@ def train(
         _finish(out, trainer)
     process.wait_for_everyone()
     return _outcome(out, model, trainer, time.monotonic() - clock)
+
+
+def fresh_because(
+    parent: Parent, plan: Plan, items: Items, fingerprints: Sequence[str] = ()
+) -> str | None:
+    """Why a run that continues from `parent` starts with a new optimiser; None if it takes over the
+    optimiser's state.
+    """
+    return parent.fresh_because(plan, _recorded(plan), [*fingerprints[:1], _digest(items)])
 
 
 def _trainer(
@@ -131,6 +154,7 @@ def _trainer(
     held_out: Items,
     out: Path,
     watchers: Sequence[Watcher],
+    lineage: Mapping[str, str | int],
 ) -> ReftTrainer[Any]:
     packed = model.can_pack(max(objective.tokens(item) for item in (*items, *held_out)))
     if isinstance(objective, Dpo):
@@ -138,7 +162,9 @@ def _trainer(
         objective.consult(
             model, cast(Sequence[Preference], [*items, *held_out]), lay_out, plan.batch
         )
-    made = plan.facts() | {"examples": len(items), "held_out_examples": len(held_out)}
+    made = (
+        plan.facts() | {"examples": len(items), "held_out_examples": len(held_out)} | dict(lineage)
+    )
     settings = arguments(plan, out / "checkpoints", evaluates=bool(held_out))
 
     def publish(path: Path) -> None:
@@ -171,13 +197,17 @@ def _objective(plan: Plan, items: Sequence[Example | Preference]) -> Objective[A
 
 def _asked(facts: BaseFacts, plan: Plan, items: Items, held_out: Items) -> dict[str, Any]:
     """Facts that must be equal for a run to be resumed."""
-    digests = [hashlib.sha256(repr(list(data)).encode()).hexdigest() for data in (items, held_out)]
+    digests = [_digest(data) for data in (items, held_out)]
     return {
         "base": facts.model_dump(),
         "plan": _recorded(plan),
         "data": digests[0],
         "held_out": digests[1],
     }
+
+
+def _digest(items: Items) -> str:
+    return hashlib.sha256(repr(list(items)).encode()).hexdigest()
 
 
 def _recorded(plan: Plan) -> dict[str, Any]:
@@ -215,7 +245,7 @@ def _differing(asked: dict[str, Any], found: dict[str, Any]) -> list[str]:
     """Names of the facts that differ from the recorded run. Tokens may differ if rows and template
     are the same.
     """
-    wrong = [name for name in ("base", "plan") if asked[name] != found.get(name)]
+    wrong = [name for name in ("base", "plan", "parent") if asked.get(name) != found.get(name)]
     before = found.get("fingerprints") or ()
     now = asked["fingerprints"]
     for i, name in enumerate(("data", "held_out")):

@@ -23,6 +23,7 @@ from reft_serve.interventions.modules import Intervention
 from reft_serve.interventions.positions import Part, PositionRule
 from reft_serve.training.model import cpu_fusion, lora
 from reft_serve.training.model.edited_model import Edit, EditedModel
+from reft_serve.training.model.parent import Parent
 from reft_serve.training.model.processes import keep_freed_memory, this_process
 from reft_serve.training.plan import AdapterPlan, DType, Plan
 
@@ -34,9 +35,9 @@ _OTHER_HEADS = ("Classification", "ForMaskedLM", "ForQuestionAnswering", "ForMul
 _PARTS: dict[Part, PartName] = {Part.PREFIX: "prefix", Part.SUFFIX: "suffix"}
 
 
-def build(base: Path, plan: Plan) -> EditedModel:
+def build(base: Path, plan: Plan, parent: Parent | None = None) -> EditedModel:
     """The base model in the plan's dtype, with interventions (and a LoRA) as the plan's seed draws
-    them.
+    them, or as the parent has them, whose structure the plan then is.
 
     Raises:
         ClientError: float16 without a GPU, compiling without a compiler, or layers that the base
@@ -60,9 +61,13 @@ def build(base: Path, plan: Plan) -> EditedModel:
     facts = read_base_model(base)
     lm = _language_model(base, facts, plan.dtype)
     set_seed(plan.seed)
-    edits = _edits(plan.adapter, facts)
+    edits = _edits(plan.adapter, facts) if parent is None else parent.edits(plan.adapter.dropout)
     if plan.lora is not None:
-        lm = lora.wrap(lm, plan.lora)
+        lm = (
+            lora.wrap(lm, plan.lora)
+            if parent is None
+            else lora.attach(lm, parent.path, trained=True)
+        )
     model = EditedModel(
         lm, edits, gradient_checkpointing=plan.gradient_checkpointing, compiled=plan.compile
     )

@@ -33,9 +33,11 @@ def wrap(lm: Any, plan: LoraPlan) -> Any:
         raise ClientError(f"the LoRA cannot be added to the base model: {str(exc)[:400]}") from exc
 
 
-def attach(lm: Any, path: Path) -> Any:
-    """PEFT's model around `lm`, with the LoRA in an adapter's directory."""
-    return PeftModel.from_pretrained(lm, str(path))
+def attach(lm: Any, path: Path, *, trained: bool = False) -> Any:
+    """PEFT's model around `lm`, with the LoRA in an adapter's directory, to be trained on or as it
+    is.
+    """
+    return PeftModel.from_pretrained(lm, str(path), is_trainable=trained)
 
 
 def lora_weights(lm: Any, where: str) -> Lora:

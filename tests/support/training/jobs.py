@@ -9,6 +9,7 @@ import random
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,7 @@ class Place:
         seed: int = 7,
         held_out: bytes | None = None,
         method: str = "supervised",
+        parent: Version | None = None,
         **hyperparameters: Any,
     ) -> str:
         """Ask for a job, and give its id."""
@@ -117,6 +119,8 @@ class Place:
             wanted = NewJob(
                 "base", training, validation, {"type": method}, QUICK | hyperparameters, seed
             )
+            if parent is not None:
+                wanted = replace(wanted, parent_model=parent.model_id, parent_digest=parent.digest)
             return (await fine_tuning.create_job(session, tenant, None, wanted)).id
 
     async def find(self, job_id: str) -> Job:

@@ -18,8 +18,9 @@ __all__ = ["base_facts", "read_base_model"]
 
 _CONFIG = "config.json"
 _MAX_CONFIG_BYTES = 4 << 20
-# Families name the same facts differently: Llama, GPT-2 and MPT in turn, GPT-Neo last.
-_WIDTH = ("hidden_size", "n_embd", "d_model")
+# Families name the same facts differently: Llama, GPT-2 and MPT in turn, GPT-Neo or DistilBERT
+# last.
+_WIDTH = ("hidden_size", "n_embd", "d_model", "dim")
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from reft_serve.adapters.digest import digest_of
+from reft_serve.adapters.head import HEAD_PREFIX
 from reft_serve.adapters.lora import Lora, holds_lora, lora_of_files
 from reft_serve.adapters.manifest import DType, Manifest, manifest_faults, parse_manifest
 from reft_serve.adapters.structure import (
@@ -30,8 +31,10 @@ from reft_serve.adapters.structure import (
 )
 from reft_serve.adapters.tensors import entries_of, parse_tensors
 from reft_serve.errors import AdapterChanged, AdapterInvalid, AdapterNotFound, AdapterUnsupported
+from reft_serve.interventions.heads import Head
 from reft_serve.interventions.kinds import Weights, fold
 from reft_serve.interventions.vocabulary import (
+    ACTIVATION_CODES,
     ORTHONORMAL,
     ORTHONORMAL_TOLERANCE,
     optional_tensors,
@@ -45,6 +48,7 @@ __all__ = [
     "TENSORS",
     "Adapter",
     "check_tensors",
+    "head_of",
     "is_adapter",
     "publish",
     "read_adapter",
@@ -61,7 +65,7 @@ DTYPES: dict[DType, torch.dtype] = {
 @dataclass(frozen=True, slots=True, eq=False)
 class Adapter:
     """One immutable version. `weights[k]` belongs to `manifest.interventions[k]`; `digest` is
-    sha256 in hex; `lora` is its other half, if it has one.
+    sha256 in hex; `lora` is its other half and `head` its classifier, if it has one.
     """
 
     manifest: Manifest
@@ -69,6 +73,7 @@ class Adapter:
     digest: str
     warnings: tuple[str, ...] = ()
     lora: Lora | None = None
+    head: Head | None = None
 
 
 def is_adapter(path: Path) -> bool:
@@ -99,14 +104,13 @@ def read_adapter(
     manifest = parse_manifest(files[CONFIG], str(path))
     if unsupported is not None and (faults := unsupported(manifest)):
         raise AdapterUnsupported(str(path), faults)
-    weights, warnings = check_tensors(
-        manifest, parse_tensors(files[TENSORS], TENSORS, str(path)), str(path)
-    )
+    named = parse_tensors(files[TENSORS], TENSORS, str(path))
+    weights, warnings = check_tensors(manifest, named, str(path))
     lora = None
     if LORA_CONFIG in files:
         halves = {name: files[name] for name in (LORA_CONFIG, LORA_TENSORS)}
         lora = lora_of_files(halves, manifest.base_model.num_hidden_layers, str(path))
-    return Adapter(manifest, weights, digest_of(files), warnings, lora)
+    return Adapter(manifest, weights, digest_of(files), warnings, lora, head_of(manifest, named))
 
 
 def read_version(path: Path, digest: str, max_bytes: int = 1 << 30) -> Adapter:
@@ -125,12 +129,13 @@ def read_version(path: Path, digest: str, max_bytes: int = 1 << 30) -> Adapter:
             "again"
         )
     manifest = parse_manifest(files[CONFIG], str(path))
-    own = _by_intervention(manifest, parse_tensors(files[TENSORS], TENSORS, str(path)))
+    named = parse_tensors(files[TENSORS], TENSORS, str(path))
+    own = _by_intervention(manifest, named)
     weights = (
         Weights.of(s.kind, mine, s.activation)
         for s, mine in zip(manifest.interventions, own, strict=True)
     )
-    return Adapter(manifest, tuple(weights), digest)
+    return Adapter(manifest, tuple(weights), digest, head=head_of(manifest, named))
 
 
 def _read_files(path: Path, max_bytes: int) -> dict[str, bytes]:
@@ -160,8 +165,24 @@ def _by_intervention(manifest: Manifest, named: Mapping[str, Tensor]) -> list[di
     return [{letter: named[key] for letter, key in own.items() if key in named} for own in keys]
 
 
+def head_of(manifest: Manifest, named: Mapping[str, Tensor]) -> Head | None:
+    """The head among an adapter's tensors, which `check_tensors` has found sound."""
+    if manifest.head is None:
+        return None
+    own = {
+        name.removeprefix(HEAD_PREFIX): tensor
+        for name, tensor in named.items()
+        if name.startswith(HEAD_PREFIX)
+    }
+    return Head.of(own, ACTIVATION_CODES[manifest.head.activation or "linear"])
+
+
 def publish(
-    path: Path, manifest: Manifest, weights: Sequence[Weights], lora: Lora | None = None
+    path: Path,
+    manifest: Manifest,
+    weights: Sequence[Weights],
+    lora: Lora | None = None,
+    head: Head | None = None,
 ) -> Adapter:
     """Write an adapter so that it is there whole or not at all, even when the process dies
     half-way.
@@ -176,6 +197,11 @@ def publish(
         for k, w in enumerate(weights)
         for name, t in w.tensors().items()
     }
+    if head is not None:
+        named |= {
+            f"{HEAD_PREFIX}{name}": t.detach().clone(memory_format=torch.contiguous_format)
+            for name, t in head.tensors().items()
+        }
     faults = manifest_faults(manifest)
     if faults:
         raise AdapterInvalid(str(path), faults)
@@ -184,7 +210,7 @@ def publish(
     if lora is not None:
         files |= lora.files
     write_directory(path, files.items())
-    return Adapter(manifest, kept, digest_of(files), warnings, lora)
+    return Adapter(manifest, kept, digest_of(files), warnings, lora, head_of(manifest, named))
 
 
 def check_tensors(
@@ -198,6 +224,11 @@ def check_tensors(
     structural = list(tensor_faults(manifest, entries_of(named)))
     damaged = {name for name, _ in structural}
     faults = [fault for _, fault in structural]
+    faults += [
+        f"{name} holds NaN or Inf"
+        for name, tensor in sorted(named.items())
+        if name.startswith(HEAD_PREFIX) and name not in damaged and not tensor.isfinite().all()
+    ]
     weights: list[Weights] = []
     warnings: list[str] = []
     for k, (spec, own) in enumerate(

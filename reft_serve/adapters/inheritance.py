@@ -118,6 +118,8 @@ def _faults(manifest: Manifest) -> Iterator[str]:
             yield f"its interventions differ in {name} ({', '.join(values[:4])})"
     if specs[0].component != "block_output":
         yield f"it edits {specs[0].component}, and only block_output is trained"
+    if manifest.head is not None:
+        yield "it has a classifier head, and only interventions and a LoRA can be continued"
     if manifest.positions.phase != "prompt":
         phase = manifest.positions.phase
         yield f"it edits tokens of phase {phase}, and training edits only prompt tokens"

@@ -13,11 +13,13 @@ from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from reft_serve.adapters.head import HeadSpec
 from reft_serve.errors import MAX_ADAPTER_FAULTS, AdapterInvalid
 from reft_serve.interventions.positions import PositionRule
 from reft_serve.interventions.vocabulary import (
     ACTIVATION_CODES,
     LINEAR,
+    MAX_LABELS,
     Component,
     Kind,
     has_activation,
@@ -44,6 +46,7 @@ MAX_INTERVENTIONS = 8192
 MAX_KEYS = 32
 MAX_PROVENANCE = 128
 _MOST_ERRORS = 1000
+_TOLD_LABELS = 32
 Part = Literal["both", "prefix", "suffix"]
 DType = Literal["float32", "bfloat16", "float16"]
 _Count = Annotated[int, Field(ge=1, le=1 << 24)]
@@ -113,6 +116,7 @@ class Manifest(_Frozen):
         Field(min_length=1, max_length=MAX_INTERVENTIONS, strict=False),
     ]
     positions: PositionRule
+    head: HeadSpec | None = None
     provenance: dict[str, str | int | float | bool | None] = {}
 
     @model_validator(mode="after")
@@ -126,16 +130,22 @@ class Manifest(_Frozen):
 
     def summary(self) -> dict[str, str | int | list[str]]:
         """A short description for people."""
-        return {
+        told: dict[str, str | int | list[str]] = {
             "kinds": sorted({spec.kind for spec in self.interventions}),
             "interventions": len(self.interventions),
             "rank": max(spec.rank for spec in self.interventions),
             "positions": self.positions.spec,
         }
+        if self.head is not None:
+            told |= {"task": self.head.task, "labels": list(self.head.labels[:_TOLD_LABELS])}
+        return told
 
     def to_json(self) -> str:
         """The text of the file: the same for equal manifests."""
-        return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
+        told = self.model_dump(mode="json")
+        if self.head is None:  # as it was before there were heads, so that the digest is too
+            del told["head"]
+        return json.dumps(told, indent=2) + "\n"
 
 
 class Limits(_Frozen):
@@ -273,7 +283,9 @@ def _size_faults(data: Any) -> list[str]:
         ("the top level", data, MAX_KEYS),
         ("provenance", data.get("provenance"), MAX_PROVENANCE),
     ]
-    sizes += [(name, data.get(name), MAX_KEYS) for name in ("base_model", "positions")]
+    sizes += [(name, data.get(name), MAX_KEYS) for name in ("base_model", "positions", "head")]
+    if isinstance(data.get("head"), dict):
+        sizes.append(("head.labels", data["head"].get("labels"), MAX_LABELS))
     specs = data.get("interventions")
     if isinstance(specs, list):
         sizes.append(("interventions", specs, MAX_INTERVENTIONS))

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from reft_serve.adapters.head import HEAD_PREFIX, head_faults
 from reft_serve.adapters.header import Entry, read_header
 from reft_serve.adapters.manifest import InterventionSpec, Manifest, parse_manifest
 from reft_serve.errors import AdapterInvalid
@@ -101,7 +102,10 @@ def tensor_faults(manifest: Manifest, entries: Mapping[str, Entry]) -> Iterator[
             name = f"interventions.{k}.{letter}"
             if name not in entries:
                 yield name, f"tensor {name} is missing from {TENSORS}"
+    yield from head_faults(manifest.head, width, entries)
     for name, entry in sorted(entries.items()):
+        if name.startswith(HEAD_PREFIX):
+            continue
         if name not in expected:
             yield name, f"tensor {name[:80]!r} of {TENSORS} belongs to no intervention of {CONFIG}"
             continue

@@ -58,6 +58,20 @@ def import_(
         float | None,
         typer.Option(metavar="N", help="PEFT's lora_alpha, if the save holds a LoRA too."),
     ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES", help="Of a classifier head that was saved too: names, in order."
+        ),
+    ] = None,
+    problem_type: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            help="Of that head: single_label_classification, multi_label_classification or "
+            "regression.",
+        ),
+    ] = None,
 ) -> None:
     """Convert a save of another library into an adapter directory."""
     from reft_serve.adapters.base_model import read_base_model
@@ -66,7 +80,16 @@ def import_(
     from reft_serve.adapters.importers.detection import import_adapter
 
     flags = ImportFlags(
-        positions, untied, last_offset, activation, no_bias, phase, kind, lora_alpha
+        positions,
+        untied,
+        last_offset,
+        activation,
+        no_bias,
+        phase,
+        kind,
+        lora_alpha,
+        labels,
+        problem_type,
     )
     adapter = import_adapter(
         source,
@@ -185,8 +208,10 @@ def _warn(adapter: Adapter) -> None:
 def _summary(adapter: Adapter) -> str:
     count = len(adapter.weights)
     lora = "" if adapter.lora is None else f" and a LoRA of rank {adapter.lora.rank}"
+    spec = adapter.manifest.head
+    head = "" if spec is None else f" and a head for {spec.task} with {len(spec.labels)} outputs"
     return (
-        f"{count} intervention{'s' * (count != 1)}{lora}, {_parameters(adapter)} parameters, "
+        f"{count} intervention{'s' * (count != 1)}{lora}{head}, {_parameters(adapter)} parameters, "
         f"sha256 {adapter.digest}"
     )
 
@@ -194,6 +219,11 @@ def _summary(adapter: Adapter) -> str:
 def _parameters(adapter: Adapter) -> int:
     own = sum(
         tensor.numel() for weights in adapter.weights for tensor in weights.tensors().values()
+    )
+    own += (
+        0
+        if adapter.head is None
+        else sum(tensor.numel() for tensor in adapter.head.tensors().values())
     )
     return own + (0 if adapter.lora is None else adapter.lora.parameters)
 
@@ -216,6 +246,16 @@ def _show(adapter: Adapter, size: int) -> None:
     )
     if adapter.lora is not None:
         facts.add_row("LoRA", f"rank {adapter.lora.rank}, {adapter.lora.parameters} parameters")
+    if (head := manifest.head) is not None:
+        form = (
+            "one linear layer"
+            if head.activation is None
+            else f"a dense layer, {head.activation}, a linear layer"
+        )
+        facts.add_row(
+            "head",
+            f"{head.problem_type} on the {head.reads} token: {form}; {', '.join(head.labels[:20])}",
+        )
     facts.add_row("parameters", f"{_parameters(adapter)} in {size} bytes")
     facts.add_row("digest", adapter.digest)
     rows = Table("layer", "component", "kind", "rank", "activation", "part", "dtype")

@@ -59,6 +59,21 @@ def serve(
         float | None,
         typer.Option(metavar="N", help="pyreft save that holds a LoRA: PEFT's lora_alpha."),
     ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="pyreft save with a classifier head: its outputs: names, in order.",
+        ),
+    ] = None,
+    problem_type: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            help="Of that head: single_label_classification, multi_label_classification or "
+            "regression.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Print the command and its environment without running it."),
@@ -70,7 +85,18 @@ def serve(
     from reft_serve.adapters.importers.common import ImportFlags
     from reft_serve.engine.launch.plan import ServeRequest, become, plan
 
-    flags = ImportFlags(None, untied, last_offset, activation, no_bias, phase, kind, lora_alpha)
+    flags = ImportFlags(
+        None,
+        untied,
+        last_offset,
+        activation,
+        no_bias,
+        phase,
+        kind,
+        lora_alpha,
+        labels,
+        problem_type,
+    )
     chosen = plan(ServeRequest(model, adapter or (), positions or (), flags, context.args))
     for reason in chosen.reasons:
         typer.echo(reason, err=True)

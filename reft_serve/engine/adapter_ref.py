@@ -44,7 +44,7 @@ IDS = 1 << 28
 @dataclass(frozen=True, slots=True)
 class AdapterRef:
     """One immutable version: its digest (sha256 in hex), its positions, whether it holds a LoRA,
-    and the factor on its edits, which is not one on the LoRA.
+    the factor on its edits, which is not one on the LoRA, and whether it has a classifier head.
 
     prompt_tokens: where the prompt ends for the position rule, if the tokens after it are an answer
     to be scored. None:
@@ -56,6 +56,7 @@ class AdapterRef:
     lora: bool = False
     strength: float = 1.0
     prompt_tokens: int | None = None
+    head: bool = False
 
     def spans(self, prompt_len: int) -> list[Span]:
         """The edited tokens of a request with `prompt_len` prompt tokens, as `PositionRule.spans`;

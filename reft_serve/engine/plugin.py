@@ -61,6 +61,7 @@ def register() -> None:
         apply(resolve(SEAMS, vllm.__version__), ADDITIONS)
         permit_amx()
         _add_usage_route()
+        _add_models()
         _registered = True
 
 
@@ -129,6 +130,15 @@ def _add_usage_route() -> None:
     from reft_serve.engine.front_end import usage
 
     usage.add_route(health.router)
+
+
+def _add_models() -> None:
+    known = vllm.ModelRegistry.models
+    for name in ("DistilBertModel", "DistilBertForMaskedLM"):
+        if name not in known:  # a plugin may bring its own
+            vllm.ModelRegistry.register_model(
+                name, "reft_serve.engine.worker.distilbert:DistilBertEmbeddingModel"
+            )
 
 
 def source_of(seam: Seam) -> str:

@@ -63,6 +63,7 @@ _MIXIN = "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin"
 _MODELS = "vllm.entrypoints.openai.models.serving:OpenAIServingModels"
 _STRUCTURED = "vllm.v1.structured_output:StructuredOutputManager"
 _BEAMS = "vllm.entrypoints.generate.beam_search"
+_POOLING = "vllm.entrypoints.pooling"
 
 SEAMS = (
     # Configuration
@@ -216,6 +217,44 @@ SEAMS = (
         "reft_serve.engine.front_end.binding.wrap_show_available_models",
         "adds the engine's limits to its model card",
         {"0.32.0": "8ec3d280b3591c81"},
+    ),
+    # Pooling: first the classes whose modules hold `init_pooling_io_processors`
+    Seam(
+        f"{_POOLING}.offline:PoolingOfflineMixin",
+        "_verify_pooling_task",
+        "reft_serve.engine.front_end.classifying.wrap_verify_pooling_task",
+        "as init_pooling_state, for vLLM's LLM",
+        {"0.32.0": "b59342c40b166143"},
+    ),
+    Seam(
+        f"{_POOLING}.base.serving:PoolingBaseServing",
+        "_preprocessing",
+        "reft_serve.engine.front_end.pairs.wrap_preprocessing",
+        "tokenises pairs of texts to classify, off the event loop",
+        {"0.32.0": "ca7d6a510467a86b"},
+        overridden_by=(f"{_POOLING}.embed.serving:ServingEmbedding",),
+    ),
+    Seam(
+        f"{_POOLING}.classify.serving:ServingClassification",
+        "_build_response",
+        "reft_serve.engine.front_end.labels.wrap_build_response",
+        "names the labels of the adapter that answered",
+        {"0.32.0": "3652a955ae54c74c"},
+    ),
+    Seam(
+        f"{_POOLING}.factories",
+        "init_pooling_state",
+        "reft_serve.engine.front_end.classifying.wrap_init_pooling_state",
+        "a server classifies by adapters and embeds, where vLLM does one of its model's tasks",
+        {"0.32.0": "2a94f3f2cafe89c5"},
+    ),
+    Seam(
+        f"{_POOLING}.factories",
+        "init_pooling_io_processors",
+        "reft_serve.engine.front_end.classifying.wrap_init_pooling_io_processors",
+        "as init_pooling_state, for vLLM's LLM",
+        {"0.32.0": "bc82b3dcd4c4a972"},
+        holders=(f"{_POOLING}.offline", f"{_POOLING}.pooling.serving"),
     ),
     Seam(
         "vllm.renderers.hf",

@@ -11,9 +11,12 @@ __all__ = [
     "COMPONENTS",
     "KINDS",
     "LINEAR",
+    "MAX_LABELS",
     "ORTHONORMAL_TOLERANCE",
     "Component",
     "Kind",
+    "ProblemType",
+    "Read",
     "has_activation",
     "optional_tensors",
     "required_tensors",
@@ -25,6 +28,12 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 Component = Literal["block_output", "block_input", "mlp_output", "attention_output"]
 COMPONENTS: tuple[Component, ...] = get_args(Component)
+
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
+"""Of a classifier head, in transformers' words."""
+Read = Literal["first", "last", "mean"]
+"""The token whose last hidden state a head takes, or the mean of all."""
+MAX_LABELS = 4096
 
 # The names that pyreft takes as `act_fn` (transformers.activations.ACT2FN); names that mean one
 # function share a code. prelu and xielu are left out: they carry learned parameters that pyreft

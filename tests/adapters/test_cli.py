@@ -106,16 +106,19 @@ def test_warnings_go_to_stderr(tmp_path: Path) -> None:
         ),
         (
             [
-                "import",
-                named("loreft_cls").path,
-                "--base",
-                LLAMA,
-                "--out",
-                "{tmp}/a",
-                "--positions",
-                "f1",
+                *(
+                    "import",
+                    named("loreft_cls").path,
+                    "--base",
+                    LLAMA,
+                    "--out",
+                    "{tmp}/a",
+                    "--positions",
+                    "f1",
+                ),
+                *("--labels", "yes,no"),
             ],
-            "score.weight",
+            "--labels names 2, but the head has 3 outputs",
         ),
         (
             ["import", "{tmp}/good", "--base", LLAMA, "--out", "{tmp}/a", "--positions", "f1"],

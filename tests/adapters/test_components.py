@@ -42,6 +42,10 @@ def test_a_component_of_ours_keeps_its_layer(component: str) -> None:
         ("model.decoder.layers[4].self_attn.out_proj.output", (4, "attention_output")),
         ("model.language_model.layers[4].output", (4, "block_output")),
         ("model.embed_tokens.output", (0, "block_input")),
+        ("roberta.encoder.layer[5].output", (5, "block_output")),
+        ("base_model.model.roberta.encoder.layer[5].input", (5, "block_input")),
+        ("encoder.layer[5].attention.output", (5, "attention_output")),
+        ("distilbert.transformer.layer[2].output", (2, "block_output")),
     ],
 )
 def test_a_path_says_its_layer_itself_and_the_field_beside_it_is_ignored(
@@ -75,7 +79,7 @@ def test_a_path_says_its_layer_itself_and_the_field_beside_it_is_ignored(
             "model.layers[1].self_attn.input",
         ),
         *(
-            "roberta.encoder.layer[1].output",
+            "esm.encoder.layer[1].output",
             "a.model.layers[1].output",
             "model.layers[1].output.0",
             "../../output",

@@ -228,7 +228,6 @@ def test_a_save_without_a_bias_imports_without_the_flag_because_the_file_shows_i
         ("loreft_value_output", "'value_output'"),
         ("loreft_path_norm", r"'model\.norm\.output'"),
         ("subloreft_a", r"__main__\.SubloreftIntervention"),
-        ("loreft_cls", r"score\.weight"),
     ],
 )
 def test_what_is_not_served_is_refused_by_name(case: str, phrase: str) -> None:
@@ -264,7 +263,9 @@ def test_pefts_files_beside_a_save_come_in_with_it(tmp_path: Path) -> None:
 
 def test_every_golden_save_is_either_imported_or_refused_by_a_test_above() -> None:
     for save in SAVES:
-        if save not in IMPORTABLE:
+        if save not in IMPORTABLE and not save.name.endswith(
+            "loreft_cls"
+        ):  # which `test_heads` imports
             with pytest.raises(AdapterUnsupported):
                 bring_in(save)
 

@@ -263,12 +263,8 @@ def test_adapters_can_be_listed_while_threads_bind_others() -> None:
         number = 0
         while not done.is_set():
             number += 1
-            bound = SimpleNamespace(lora_int_id=number)
-            binder._bound[number % 5000] = binder._bound[number % 5000 + 10_000] = (
-                "name",
-                "path",
-                bound,
-            )
+            bound: Any = SimpleNamespace(request=SimpleNamespace(lora_int_id=number))
+            binder._bound[number % 5000] = binder._bound[number % 5000 + 10_000] = bound
             binder.forget(number % 4999)
 
     thread = threading.Thread(target=bind)

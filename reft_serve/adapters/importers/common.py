@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from reft_serve.adapters.directory import DTYPES, check_tensors
+from reft_serve.adapters.head import HEAD_PREFIX
 from reft_serve.adapters.lora import Lora
 from reft_serve.adapters.manifest import InterventionSpec, Manifest, Part, manifest_faults
 from reft_serve.errors import AdapterInvalid, ClientError, ImportFlagMissing
+from reft_serve.interventions.heads import Head
 from reft_serve.interventions.kinds import Weights
 from reft_serve.interventions.positions import Phase, PositionRule
 from reft_serve.interventions.vocabulary import (
@@ -28,6 +30,7 @@ from reft_serve.interventions.vocabulary import (
     ORTHONORMAL,
     Component,
     Kind,
+    ProblemType,
     has_activation,
     optional_tensors,
     required_tensors,
@@ -57,17 +60,25 @@ class ImportFlags:
     phase: str = "prompt"
     kind: str | None = None
     lora_alpha: float | None = None
+    labels: str | None = None
+    problem_type: str | None = None
 
     def __post_init__(self) -> None:
         for flag, value, known in (
             ("--kind", self.kind, KINDS),
             ("--activation", self.activation, tuple(ACTIVATION_CODES)),
             ("--phase", self.phase, get_args(Phase)),
+            ("--problem-type", self.problem_type, get_args(ProblemType)),
         ):
             if value is not None and value not in known:
                 raise ClientError(f"{flag} {value[:64]!r} is not one of {', '.join(known)}")
         if self.lora_alpha is not None and not math.isfinite(self.lora_alpha):
             raise ClientError(f"--lora-alpha {self.lora_alpha} is not a valid scale")
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The names of a classifier head's outputs, in their order."""
+        return tuple(name.strip() for name in self.labels.split(",")) if self.labels else ()
 
     def rule(self) -> PositionRule:
         """The position rule.
@@ -96,6 +107,7 @@ class Imported:
     weights: tuple[Weights, ...]
     warnings: tuple[str, ...] = ()
     lora: Lora | None = None
+    head: Head | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,9 +126,14 @@ class Row:
 
 
 def assemble(
-    rows: Sequence[Row], manifest: dict[str, object], where: str, warnings: Sequence[str]
+    rows: Sequence[Row],
+    manifest: dict[str, object],
+    where: str,
+    warnings: Sequence[str],
+    head: Head | None = None,
 ) -> Imported:
-    """Make an adapter of a save's rows. `manifest` holds the manifest's other fields.
+    """Make an adapter of a save's rows. `manifest` holds the manifest's other fields, of which
+    `head` is said of the head.
 
     Raises:
         AdapterInvalid: every fault found.
@@ -138,8 +155,10 @@ def assemble(
         for k, tensors in enumerate(kept)
         for name, t in tensors.items()
     }
+    if head is not None:
+        named |= {f"{HEAD_PREFIX}{name}": tensor for name, tensor in head.tensors().items()}
     weights, found = check_tensors(made, named, where)
-    return Imported(made, weights, (*warnings, *found))
+    return Imported(made, weights, (*warnings, *found), head=head)
 
 
 def _row_faults(row: Row) -> list[str]:

@@ -22,6 +22,14 @@ _LAYER = re.compile(
     r"(?:(?:model\.|transformer\.|gpt_neox\.)?(?:decoder\.|language_model\.)?(?:model\.)?"
     r"(?:layers|h))\[(\d{1,5})\]\.(.+)"
 )
+_ENCODER_LAYER = re.compile(
+    r"(?:(?:bert|roberta|distilbert|xlm_roberta|electra)\.)?(?:encoder|transformer)\.layer\[(\d{1,5})\]\.(.+)"
+)
+_ENCODER_PLACES: dict[str, Component] = {
+    "output": "block_output",
+    "input": "block_input",
+    "attention.output": "attention_output",
+}
 _SIDES: dict[str, Component] = {"output": "block_output", "input": "block_input"}
 # The last module of each sub-layer, and the sub-layer itself if it does nothing after that module.
 _MODULES: dict[Component, frozenset[str]] = {
@@ -80,6 +88,8 @@ def resolve_component(component: str, layer: object, architecture: str) -> tuple
 
 
 def _resolve_path(path: str, named: str, architecture: str) -> tuple[int, Component]:
+    if (match := _ENCODER_LAYER.fullmatch(path)) and match[2] in _ENCODER_PLACES:
+        return int(match[1]), _ENCODER_PLACES[match[2]]
     if match := _LAYER.fullmatch(path):
         layer = int(match[1])
         rest = match[2]

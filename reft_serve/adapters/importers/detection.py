@@ -41,7 +41,7 @@ def import_adapter(
         faults = imported.lora.misfits(modules())
         if faults:
             raise AdapterInvalid(str(source), faults)
-    made = publish(out, imported.manifest, imported.weights, imported.lora)
+    made = publish(out, imported.manifest, imported.weights, imported.lora, imported.head)
     return replace(made, warnings=imported.warnings)
 
 
@@ -87,4 +87,4 @@ def _read_ours(source: Path, base: BaseFacts, flags: ImportFlags, max_bytes: int
     faults = Limits().faults(adapter.manifest, base)
     if faults:
         raise AdapterInvalid(str(source), faults)
-    return Imported(adapter.manifest, adapter.weights, adapter.warnings, adapter.lora)
+    return Imported(adapter.manifest, adapter.weights, adapter.warnings, adapter.lora, adapter.head)

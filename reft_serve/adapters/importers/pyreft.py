@@ -24,6 +24,7 @@ from reft_serve.adapters.importers.common import (
     rotation,
 )
 from reft_serve.adapters.importers.components import PlaceUnknown, resolve_component
+from reft_serve.adapters.importers.pyreft_head import is_head_parameter, read_head
 from reft_serve.adapters.lora import Lora, holds_lora, lora_of_parameters, read_lora
 from reft_serve.adapters.manifest import BaseFacts, Part
 from reft_serve.errors import (
@@ -147,6 +148,8 @@ def read_pyreft(
         places = _recorded_places(read_json(source / CONFIG, where), base, flags, faults)
     else:
         places = _checkpoint_places(source, base, flags, faults)
+    parameters = _parameters(path, max_bytes, where)
+    head = read_head(parameters, flags.label_names, flags.problem_type, faults.broken)
     lora = _lora(path, base, flags, max_bytes, faults)
     faults.settle()
     parts, warnings = _halves(places, rule, faults)
@@ -158,7 +161,10 @@ def read_pyreft(
         for p, t, part in zip(places, tensors, parts, strict=True)
     ]
     others = {"base_model": base, "positions": rule, "provenance": {"format": "pyreft"}}
-    return replace(assemble(rows, others, where, warnings), lora=lora)
+    if head is None:
+        return replace(assemble(rows, others, where, warnings), lora=lora)
+    imported = assemble(rows, others | {"head": head[0]}, where, warnings, head[1])
+    return replace(imported, lora=lora)
 
 
 def _recorded_places(
@@ -297,6 +303,13 @@ def _checkpoint_places(
     ]
 
 
+def _parameters(path: Path, max_bytes: int, where: str) -> dict[str, Tensor]:
+    """What was trained of the base model itself."""
+    inner = path / CHECKPOINT
+    file = (inner if inner.is_dir() else path) / EXTRA
+    return read_torch(file, max_bytes, where) if file.exists() else {}
+
+
 def _lora(
     path: Path, base: BaseFacts, flags: ImportFlags, max_bytes: int, faults: _Faults
 ) -> Lora | None:
@@ -306,15 +319,15 @@ def _lora(
     layers = base.num_hidden_layers
     inner = path / CHECKPOINT
     source = inner if inner.is_dir() else path
-    parameters = (
-        read_torch(source / EXTRA, max_bytes, faults.where) if (source / EXTRA).exists() else {}
-    )
+    found = _parameters(path, max_bytes, faults.where)
+    parameters = {name: tensor for name, tensor in found.items() if not is_head_parameter(name)}
     others = sorted(name for name in parameters if "lora_" not in name)
     if others:
         faults.unsupported.append(
             f"{EXTRA} holds trained weights of the base model itself "
-            f"({', '.join(others[:3])[:200]}), such as a classifier head, and only interventions "
-            "and a LoRA are supported"
+            f"({', '.join(others[:3])[:200]}), and only interventions, a classifier head and a "
+            "LoRA "
+            "are supported"
         )
         return None
     beside = next((folder for folder in (source, path) if holds_lora(folder)), None)

@@ -36,6 +36,11 @@ def export_pyreft(adapter: Adapter, out: Path) -> None:
         AdapterUnsupported: its prefix and suffix have different interventions, which pyreft cannot
             distinguish.
     """
+    if adapter.head is not None:
+        raise AdapterUnsupported(
+            "being exported",
+            ["its classifier head would be lost: pyreft keeps it in the base model"],
+        )
     rows = list(_rows(adapter))
     keys = _keys([spec for spec, _ in rows])
     # PEFT's files, as its users load them

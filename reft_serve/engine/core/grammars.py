@@ -96,6 +96,8 @@ def wrap_manager_init(original: Any) -> Callable[..., None]:
     def init(self: Any, vllm_config: Any) -> None:
         original(self, vllm_config)
         tokenizer = self.__dict__.get("tokenizer")
+        if vllm_config.model_config.runner_type == "pooling":  # generates nothing
+            return
         if (
             vllm_config.structured_outputs_config.backend == BACKEND
             and GuidanceBackend.is_tokenizer_supported(tokenizer)

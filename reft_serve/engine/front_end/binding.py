@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -23,6 +24,7 @@ from vllm.renderers.chat_utils import ChatTemplateResolutionError
 from reft_serve.adapters.directory import CONFIG, is_adapter, read_adapter
 from reft_serve.adapters.engine_card import CARD_KEY
 from reft_serve.adapters.engine_fault import ALREADY_LOADED, CHAT_TEMPLATE, EngineFault
+from reft_serve.adapters.head import HeadSpec
 from reft_serve.adapters.manifest import Manifest
 from reft_serve.engine.adapter_ref import (
     AdapterRef,
@@ -31,6 +33,7 @@ from reft_serve.engine.adapter_ref import (
     with_prompt_tokens,
     with_strength,
 )
+from reft_serve.engine.front_end import classifying
 from reft_serve.engine.vllm_config import (
     base_facts,
     engine_card,
@@ -49,6 +52,16 @@ _MOST = 100.0
 _refusals: ContextVar[list[ClientError] | None] = ContextVar("reft_refusals", default=None)
 
 
+@dataclass(frozen=True, slots=True)
+class _Bound:
+    """What an id is bound to, with the name and path that it was given for."""
+
+    name: str
+    path: str
+    request: LoRARequest
+    head: HeadSpec | None = None
+
+
 class Binder:
     """Binds requests to adapter versions; one per front-end engine object.
 
@@ -58,8 +71,7 @@ class Binder:
 
     def __init__(self, config: VllmConfig) -> None:
         self._config = config
-        # By the front end's id, with the name and path that it was given for.
-        self._bound: dict[int, tuple[str, str, LoRARequest]] = {}
+        self._bound: dict[int, _Bound] = {}  # by the front end's id
 
     def bind(self, request: LoRARequest | None) -> LoRARequest | None:
         """The request that the engine gets: LoRA and base requests as they are, ReFT ones with
@@ -73,19 +85,19 @@ class Binder:
         """
         if request is None or self._config.lora_config is None:
             return request
-        name, path, bound = self._bound.get(request.lora_int_id, ("", "", None))
+        bound = self._bound.get(request.lora_int_id)
         if (
             bound is None
             or request.load_inplace
-            or (name, path) != (request.lora_name, request.lora_path)
+            or (bound.name, bound.path) != (request.lora_name, request.lora_path)
         ):
             bound = self._read(request)
-            self._bound[request.lora_int_id] = request.lora_name, request.lora_path, bound
-            if adapter_ref(bound) is not None:
+            self._bound[request.lora_int_id] = bound
+            if adapter_ref(bound.request) is not None:
                 # It is loaded again now. vLLM keeps the request object, and would ask for it with
                 # every use of the name.
                 request.load_inplace = False
-        return bound
+        return bound.request
 
     def check(self, path: str) -> None:
         """Raise what `bind` would raise for an adapter at this path."""
@@ -97,35 +109,48 @@ class Binder:
         self._bound.pop(lora_int_id, None)
         return engine_id
 
+    def head_of(self, lora_int_id: int, digest: str) -> HeadSpec | None:
+        """The classifier head of a version; None if the id is no longer bound to that version."""
+        bound = self._bound.get(lora_int_id)
+        identity = None if bound is None else adapter_ref(bound.request)
+        same = bound is not None and identity is not None and identity.digest == digest
+        return bound.head if bound is not None and same else None
+
     def engine_id(self, lora_int_id: int) -> int:
         """The id that the engine knows an id of the front end by."""
         bound = self._bound.get(lora_int_id)
-        return lora_int_id if bound is None else bound[2].lora_int_id
+        return lora_int_id if bound is None else bound.request.lora_int_id
 
     def front_end_ids(self, engine_ids: Iterable[int]) -> set[int]:
         """The front end's ids of adapters that the engine lists."""
         bound_now = self._bound.copy()  # threads bind meanwhile
-        engine_id_of = {number: bound.lora_int_id for number, (_, _, bound) in bound_now.items()}
+        engine_id_of = {number: bound.request.lora_int_id for number, bound in bound_now.items()}
         listed = set(engine_ids)  # a list, where it came over a socket
         ours = {number for number, engine_id in engine_id_of.items() if engine_id in listed}
         return ours | (listed - set(engine_id_of.values()))
 
-    def _read(self, request: LoRARequest) -> LoRARequest:
-        path = Path(get_adapter_absolute_path(request.lora_path))
+    def _read(self, request: LoRARequest) -> _Bound:
+        name, given = request.lora_name, request.lora_path
+        path = Path(get_adapter_absolute_path(given))
         if not is_adapter(path):
-            return self._as_lora(request, path)
+            return _Bound(name, given, self._as_lora(request, path))
         adapter = read_adapter(path, settings_of(self._config).max_adapter_bytes, self._faults)
         faults = self._lora_faults(path) if adapter.lora is not None else []
         if faults:
             raise AdapterUnsupported(str(path), faults)
-        lora = adapter.lora is not None
-        return bound_request(
-            request, str(path), AdapterRef(adapter.digest, adapter.manifest.positions, lora)
+        head = adapter.manifest.head
+        identity = AdapterRef(
+            adapter.digest,
+            adapter.manifest.positions,
+            adapter.lora is not None,
+            head=head is not None,
         )
+        return _Bound(name, given, bound_request(request, str(path), identity), head)
 
     def _faults(self, manifest: Manifest) -> list[str]:
         """Why this engine cannot serve the interventions."""
         faults = limits_of(self._config).faults(manifest, base_facts(self._config))
+        faults += classifying.head_engine_faults(manifest.head, self._config)
         return faults + rank_faults(self._config, manifest.interventions)
 
     def _lora_faults(self, path: Path) -> list[str]:
@@ -189,6 +214,7 @@ def wrap_process_inputs(original: Any) -> Callable[..., Any]:
         bound = binder_of(self).bind(call.arguments.get("lora_request"))
         call.arguments["lora_request"] = _at_strength(bound, strength_of(params))
         prompt_tokens = prompt_tokens_of(params, call.arguments["request_id"])
+        classifying.choose_head(adapter_ref(bound), params, self.vllm_config)
         request = original(*call.args, **call.kwargs)
         if prompt_tokens is not None:
             _end_prompt(request, prompt_tokens)
@@ -268,7 +294,7 @@ def _at_strength(bound: LoRARequest | None, strength: float | None) -> LoRAReque
             f"{STRENGTH} scales a ReFT adapter's edits, but this request names no ReFT adapter",
             parameter=f"vllm_xargs.{STRENGTH}",
         )
-    if strength == 0 and not identity.lora:  # nothing of it is left
+    if strength == 0 and not identity.lora and not identity.head:  # nothing of it is left
         return None
     return bound if strength == 1 else with_strength(bound, strength)
 

@@ -272,7 +272,8 @@ def wrap_input_processor_init(original: Any) -> Callable[..., None]:
     def init(self: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         original(self, vllm_config, *args, **kwargs)
         config = vllm_config.structured_outputs_config
-        if config.backend == BACKEND and self.tokenizer is not None:
+        generates = vllm_config.model_config.runner_type != "pooling"
+        if generates and config.backend == BACKEND and self.tokenizer is not None:
             options = schema_options(white_space=not config.disable_any_whitespace)
             _checks[self] = GrammarChecks(_told(self.tokenizer, vllm_config), options)
 

@@ -352,6 +352,8 @@ def _told(served: Iterable[_Served]) -> list[str]:
         specs = s.adapter.manifest.interventions
         kinds = ", ".join(sorted({spec.kind for spec in specs}))
         lora = "" if s.adapter.lora is None else f" and a LoRA of rank {s.adapter.lora.rank}"
+        if (head := s.adapter.manifest.head) is not None:
+            lora += f" and a head for {head.task} with {len(head.labels)} outputs"
         lines.append(
             f"{s.name}: {kinds} at {len(specs)} places{lora}, positions {rule.spec}, from {s.path}"
         )

@@ -46,7 +46,7 @@ _ADDED_ALREADY = frozenset(
 )
 # Hugging Face's attention and MLP of these add the residual inside, so their outputs are other
 # tensors than vLLM's.
-_OTHER_PARTS = frozenset({"BloomBlock"})
+_OTHER_PARTS = frozenset({"BloomBlock", "DistilBertLayer"})
 _WITHOUT_US = "start this model without --enable-lora, or for LoRA alone with VLLM_PLUGINS=''"
 
 

@@ -27,10 +27,12 @@ from reft_serve.adapters.manifest import MAX_PASSES
 from reft_serve.engine.adapter_ref import FIRST_ID, GENERATED, WITH_LORA, adapter_ref, lora_id_of
 from reft_serve.engine.vllm_config import base_facts, limits_of, settings_of, share_of
 from reft_serve.engine.worker.edits import Edits, attach_edits
+from reft_serve.engine.worker.heads import Heads, with_heads
 from reft_serve.engine.worker.hook_points import decoder_layers, install_hooks, places_of
 from reft_serve.engine.worker.loras import LoraManager, lora_half
 from reft_serve.engine.worker.registry import Folded, Registry
 from reft_serve.engine.worker.rows import Rows, StepRequest, rows_of
+from reft_serve.engine.worker.token_types import with_token_types
 from reft_serve.errors import AdapterUnsupported
 from reft_serve.interventions.batched import UnitPool
 from reft_serve.interventions.positions import Part
@@ -88,6 +90,9 @@ class AdapterManager:
         self.registry = Registry(
             self.edits, slots, places, layers.keys(), base, limits, settings.max_adapter_bytes
         )
+        self._heads = Heads(device)
+        with_heads(model, self._heads)
+        with_token_types(model)
         self._lora = lora
         self._layers = frozenset(layers)
         self._active_loras = 0
@@ -192,12 +197,18 @@ class AdapterManager:
             self._lora.hold(lora, self._layers)
             # Read after the LoRA, so that files which changed in between are found by their digest.
             read = self.registry.read(identity, request.lora_path)
+        if identity.head:
+            read = read or self.registry.read(identity, request.lora_path)
+            assert read.head_spec is not None
+            assert read.head is not None
+            self._heads.hold(identity.digest, request.lora_path, read.head_spec, read.head)
         self.registry.hold(identity, request.lora_path, read)
 
     def release(self, digests: list[str]) -> None:
         """Release held versions."""
         for digest in digests:
             self.registry.release(digest)
+            self._heads.release(digest)
             if self._lora is not None:
                 self._lora.release(digest)
 

@@ -20,12 +20,14 @@ from pathlib import Path
 import torch
 
 from reft_serve.adapters.directory import read_version
+from reft_serve.adapters.head import HeadSpec
 from reft_serve.adapters.manifest import MAX_PASSES, BaseFacts, InterventionSpec, Limits, place_of
 from reft_serve.engine.adapter_ref import AdapterRef
 from reft_serve.engine.vllm_config import owner_of
 from reft_serve.engine.worker.edits import Edits
 from reft_serve.engine.worker.hook_points import HookPoint
 from reft_serve.errors import AdapterUnsupported
+from reft_serve.interventions.heads import Head
 from reft_serve.interventions.kinds import Unit, fold
 from reft_serve.interventions.positions import Part
 
@@ -36,10 +38,14 @@ _PARTS = {"both": tuple(Part), "prefix": (Part.PREFIX,), "suffix": (Part.SUFFIX,
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Folded:
-    """A version as a pool takes it: `units[k]` is of `specs[k]`."""
+    """A version as a pool takes it: `units[k]` is of `specs[k]`. `head` is its classifier, in the
+    form of `head_spec`.
+    """
 
     specs: tuple[InterventionSpec, ...]
     units: tuple[Unit, ...]
+    head_spec: HeadSpec | None = None
+    head: Head | None = None
 
 
 def read_folded(
@@ -55,9 +61,8 @@ def read_folded(
     faults = limits.faults(adapter.manifest, base)
     if faults:
         raise AdapterUnsupported(path, faults)
-    return Folded(
-        tuple(adapter.manifest.interventions), tuple(fold(weights) for weights in adapter.weights)
-    )
+    units = tuple(fold(weights) for weights in adapter.weights)
+    return Folded(tuple(adapter.manifest.interventions), units, adapter.manifest.head, adapter.head)
 
 
 @dataclass(frozen=True, slots=True)

@@ -188,6 +188,8 @@ class TenantLimits(BaseModel):
 
     def merged(self, own: Mapping[str, Any]) -> TenantLimits:
         """These limits, overridden by the tenant's `own`."""
+        if not own:
+            return self
         return self.model_copy(
             update={name: own[name] for name in own if name in TenantLimits.model_fields}
         )

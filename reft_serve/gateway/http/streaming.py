@@ -13,6 +13,9 @@ from starlette.types import Receive, Scope, Send
 
 __all__ = ["ClientGone", "Streamed", "while_there"]
 
+# A block that ends sooner is not watched: the task that watches costs more than it could save.
+_WATCH_AFTER_SECONDS = 0.02
+
 
 class ClientGone(Exception):
     """The caller has closed the connection."""
@@ -36,7 +39,13 @@ async def while_there(receive: Receive) -> AsyncIterator[None]:
         gone = True
         working.cancel()
 
-    watching = asyncio.create_task(watch())
+    watching: asyncio.Task[None] | None = None
+
+    def begin() -> None:
+        nonlocal watching
+        watching = asyncio.create_task(watch())
+
+    beginning = asyncio.get_running_loop().call_later(_WATCH_AFTER_SECONDS, begin)
     try:
         yield
     except asyncio.CancelledError:
@@ -44,7 +53,8 @@ async def while_there(receive: Receive) -> AsyncIterator[None]:
             raise ClientGone from None
         raise
     finally:
-        if not watching.done():
+        beginning.cancel()
+        if watching is not None and not watching.done():
             watching.cancel()
             with suppress(asyncio.CancelledError):
                 await watching

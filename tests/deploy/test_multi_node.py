@@ -42,7 +42,7 @@ class Group:
             "OMP_NUM_THREADS": "1",
             "VLLM_HOST_IP": "127.0.0.1",
         }
-        more = ["--dtype=float32", f"--master-port={free_port()}"]
+        more = ["--dtype=float32", "--enforce-eager", f"--master-port={free_port()}"]
         given = {"engine-key": self.key, "engine-key-next": secrets.token_hex(16)}
         self.nodes: list[Container] = []
         try:

@@ -91,12 +91,13 @@ def deployment(tmp_path_factory: pytest.TempPathFactory, database: str) -> Itera
     }  # fmt: skip
     running: list[Container] = []
 
-    def start(name: str, port: int | None = None) -> Container:
-        running.append(Container(workload("cpu", name), folder, places, given, port))
+    def start(name: str, port: int | None = None, *more: str) -> Container:
+        running.append(Container(workload("cpu", name), folder, places, given, port, more=more))
         return running[-1]
 
     try:
-        engine = start("reft-engine", engine_port)  # it takes longest
+        # It takes longest; without a compiler, a minute less.
+        engine = start("reft-engine", engine_port, "--enforce-eager")
         early = start(
             "reft-gateway", gateway_port
         )  # its Deployment does not wait for the Job, and starts it again

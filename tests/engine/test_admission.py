@@ -26,7 +26,9 @@ def test_requests_survive_files_that_vanish_and_engines_survive_requests_that_do
         adapters.append(LoRARequest(f"reft{i}", i + 1, str(tmp_path / f"reft{i}")))
     params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
 
-    with running_engine("tiny-llama", {"LORA": "off"}, max_loras=1, max_cpu_loras=2) as engine:
+    with running_engine(
+        "tiny-llama", {"LORA": "off"}, core_process=True, max_loras=1, max_cpu_loras=2
+    ) as engine:
 
         def ask(*asked: Any) -> list[list[int]]:
             outputs = engine.generate(

@@ -33,7 +33,7 @@ def engine(
     for seed in range(4):
         write_good(folder / f"reft{seed}", seed)
     tensors = write_lora(folder / "lora")
-    with running_engine("tiny-llama", max_loras=3) as running:
+    with running_engine("tiny-llama", core_process=True, max_loras=3) as running:
         yield running, folder, tensors
 
 

@@ -100,9 +100,7 @@ def test_whatever_the_order_every_slot_holds_its_adapter_and_no_file_is_read_aga
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Any]:
-    with running_engine(
-        "tiny-llama", {"LORA": "off"}, max_loras=2, max_cpu_loras=2, enforce_eager=True
-    ) as running:
+    with running_engine("tiny-llama", {"LORA": "off"}, max_loras=2, max_cpu_loras=2) as running:
         yield running
 
 

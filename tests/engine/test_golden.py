@@ -24,7 +24,7 @@ ARMS = {
         {},
         {"max_num_batched_tokens": 17, "max_num_seqs": 17},
     ),
-    "llama, ReFT only, compiled": ("tiny-llama", {"LORA": "off"}, {}),
+    "llama, ReFT only, compiled": ("tiny-llama", {"LORA": "off"}, {"enforce_eager": False}),
     "gpt2, chunks of 17": ("tiny-gpt2", {}, {"max_num_batched_tokens": 17, "max_num_seqs": 17}),
 }
 

@@ -30,12 +30,12 @@ pytestmark = [
 
 # In chunks of 17 a prompt has steps that edit nothing, which replay graphs that hold our launches.
 ARMS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
-    "graphs": ({"LORA": "off"}, {}),
+    "graphs": ({"LORA": "off"}, {"enforce_eager": False}),
     "graphs, LoRA machinery on, chunks of 17": (
         {"LORA": "on"},
-        {"max_num_batched_tokens": 17, "max_num_seqs": 17},
+        {"enforce_eager": False, "max_num_batched_tokens": 17, "max_num_seqs": 17},
     ),
-    "eager": ({"LORA": "off"}, {"enforce_eager": True}),
+    "eager": ({"LORA": "off"}, {}),
 }
 
 
@@ -43,7 +43,7 @@ ARMS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
 def arm(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Cases]]:
     settings, options = ARMS[request.param]
     cases = golden_cases("tiny-llama", tmp_path_factory.mktemp("adapters"))
-    with running_engine("tiny-llama", settings, **options) as engine:
+    with running_engine("tiny-llama", settings, core_process=True, **options) as engine:
         yield engine, cases
 
 
@@ -64,7 +64,9 @@ def test_graphs_give_what_eager_steps_give(tmp_path: Path) -> None:
     cases = golden_cases("tiny-llama", tmp_path)
     answers = []
     for eager in (True, False):
-        with running_engine("tiny-llama", {"LORA": "off"}, enforce_eager=eager) as engine:
+        with running_engine(
+            "tiny-llama", {"LORA": "off"}, core_process=True, enforce_eager=eager
+        ) as engine:
             answers.append(first_logprobs(engine, cases))
     assert len(answers[0]) == len(cases)
     for graphs, eager in zip(*answers, strict=True):
@@ -72,7 +74,7 @@ def test_graphs_give_what_eager_steps_give(tmp_path: Path) -> None:
 
 
 def test_bfloat16_is_as_close_to_the_exact_answer_as_pyreft_is(tmp_path: Path) -> None:
-    check_bfloat16(tmp_path)
+    check_bfloat16(tmp_path, core_process=True, enforce_eager=False)
 
 
 def first_logprobs(engine: Any, cases: Cases) -> list[dict[int, float]]:

@@ -42,7 +42,12 @@ def two_ranks(settings: dict[str, str], **options: Any) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         one_memory_node(patch)
         with running_engine(
-            "tiny-llama", settings, max_num_batched_tokens=64, max_num_seqs=64, **options
+            "tiny-llama",
+            settings,
+            core_process=True,
+            max_num_batched_tokens=64,
+            max_num_seqs=64,
+            **options,
         ) as engine:
             yield engine
 
@@ -176,7 +181,7 @@ def test_two_engines_serve_an_adapter_that_is_loaded_while_they_run(
 ) -> None:
     one_memory_node(monkeypatch)
     adapter = write_loreft(tmp_path / "late", EDITS["everywhere"], PositionRule("f2+l2"), 0)
-    server = Server(tmp_path, "--data-parallel-size", "2", "--enforce-eager", ready_seconds=500)
+    server = Server(tmp_path, "--data-parallel-size", "2", ready_seconds=500)
     try:
         client = openai.OpenAI(
             base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60

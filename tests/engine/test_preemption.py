@@ -64,14 +64,6 @@ def preemptions(engine: Any) -> int:
     return int(count)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def in_this_process() -> Iterator[None]:
-    """Engines without processes of their own start sooner."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        yield
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("adapters")
@@ -85,9 +77,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def unpressed(folder: Path) -> Iterator[Answers]:
-    with running_engine(
-        "tiny-llama", {"LORA": "off"}, enable_prefix_caching=False, enforce_eager=True
-    ) as engine:
+    with running_engine("tiny-llama", {"LORA": "off"}, enable_prefix_caching=False) as engine:
         yield ask(engine, folder)
 
 
@@ -97,7 +87,6 @@ def test_preempted_requests_answer_as_if_they_had_not_been(
 ) -> None:
     options = PRESSED | {
         "enable_prefix_caching": cache,
-        "enforce_eager": True,
         "disable_log_stats": False,
     }
     with running_engine("tiny-llama", {"LORA": "off"}, **options) as engine:

@@ -20,7 +20,7 @@ from reft_serve.interventions.positions import PositionRule
 from tests.support.engine.prefix_cases import STEMS, Recipe
 from tests.support.engine.prefix_judge import BLOCK, TOLERANCE, Judge, judge_random, judging
 
-REQUESTS = 2000
+REQUESTS = 1200
 
 
 @pytest.fixture(scope="module")

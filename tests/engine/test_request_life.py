@@ -133,10 +133,8 @@ def served(adapters: tuple[Path, dict[str, Adapter]]) -> Iterator[Served]:
         "max_num_seqs": CHUNK,
         "max_loras": 3,
     }
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        with running_engine("tiny-llama", {"LORA": "off"}, enforce_eager=True, **options) as engine:
-            yield Served(engine, *adapters, HookedLlama())
+    with running_engine("tiny-llama", {"LORA": "off"}, **options) as engine:
+        yield Served(engine, *adapters, HookedLlama())
 
 
 def test_prompts_of_any_length_in_chunks_that_end_anywhere(served: Served) -> None:
@@ -301,9 +299,7 @@ def embedding(adapters: tuple[Path, dict[str, Adapter]]) -> Iterator[Served]:
         "max_num_seqs": CHUNK,
         "max_loras": 3,
     }
-    with running_engine(
-        "tiny-llama", {"LORA": "off"}, runner="pooling", enforce_eager=True, **options
-    ) as engine:
+    with running_engine("tiny-llama", {"LORA": "off"}, runner="pooling", **options) as engine:
         yield Served(engine, *adapters, HookedLlama())
 
 

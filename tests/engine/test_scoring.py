@@ -85,7 +85,6 @@ def scorer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scorer]:
         "max_loras": 4,
         "max_num_batched_tokens": 48,
         "max_num_seqs": 16,
-        "enforce_eager": True,
     }
     with running_engine("tiny-llama", {"LORA": "off"}, **options) as engine:
         yield Scorer(engine, folder)

@@ -24,8 +24,9 @@ RULES = {
 }
 # Answers in few words repeat themselves, so that about half of what is guessed is right.
 WORDS = [30, 40, 41, 42]
-VOCABULARY = 300
 PROMPTS = [[1, *([20 + i, 30, 40 + i] * 6)] for i in range(4)] + [[1, *range(60, 90)]]
+# Of the allowed words alone, so that the logprobs of four tokens are all there are.
+MODE = "processed_logprobs"
 NGRAM = {
     "method": "ngram",
     "num_speculative_tokens": 4,
@@ -72,7 +73,7 @@ def _answers(
         max_tokens=40,
         ignore_eos=True,
         allowed_token_ids=WORDS,
-        logprobs=VOCABULARY,
+        logprobs=len(WORDS),
         detokenize=False,
     )
     wanted = [{"prompt_token_ids": prompt, "cache_salt": salt} for prompt in prompts]
@@ -113,21 +114,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> Conversation:
-    with running_engine(
-        "tiny-llama", {"LORA": "off"}, enforce_eager=True, max_logprobs=VOCABULARY
-    ) as engine:
+    with running_engine("tiny-llama", {"LORA": "off"}, logprobs_mode=MODE) as engine:
         return Conversation(engine, folder)
 
 
 @pytest.fixture(scope="module")
 def drafting(plain: Conversation) -> Iterator[Any]:
     options: dict[str, Any] = {
-        "max_logprobs": VOCABULARY,
+        "logprobs_mode": MODE,
         "disable_log_stats": False,
         "max_num_seqs": 32,
     }
     with running_engine(
-        "tiny-llama", enforce_eager=True, speculative_config=NGRAM, **options
+        "tiny-llama", core_process=True, speculative_config=NGRAM, **options
     ) as engine:
         yield engine
 

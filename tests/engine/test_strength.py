@@ -52,7 +52,7 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     for phase in ("prompt", "all"):
         write(folder, phase)
     names = sorted(path.name for path in folder.iterdir())
-    with running_engine("tiny-llama", {"LORA": "off"}, max_loras=8, enforce_eager=True) as engine:
+    with running_engine("tiny-llama", {"LORA": "off"}, max_loras=8) as engine:
 
         def batch(
             requests: list[tuple[str | None, Any]], prompt: list[int] = PROMPT

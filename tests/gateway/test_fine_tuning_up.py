@@ -22,7 +22,7 @@ from tests.support.paths import ROOT
 
 def test_a_script_trains_and_asks_a_tuned_model_within_three_minutes(tmp_path: Path) -> None:
     # Not compiled, so that it is there sooner.
-    up = Up(tmp_path, "--enforce-eager")
+    up = Up(tmp_path)
     try:
         environment = {"OPENAI_BASE_URL": f"{up.url}/v1", "OPENAI_API_KEY": up.key, "NO_PROXY": "*"}
         script = [sys.executable, str(ROOT / "examples" / "fine_tune.py")]

@@ -21,8 +21,8 @@ from tests.support.paths import GOLDEN
 ALLOWANCE = 1.5
 
 
-def check_bfloat16(folder: Path) -> None:
-    """Every bfloat16 save of the Llama through an engine, against the exact answer."""
+def check_bfloat16(folder: Path, **options: Any) -> None:
+    """Every bfloat16 save of the Llama through a `running_engine`, against the exact answer."""
     from transformers import AutoModelForCausalLM
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
@@ -43,7 +43,9 @@ def check_bfloat16(folder: Path) -> None:
             requests.append((prompt["token_ids"], LoRARequest(save.name, number, str(path))))
             exact.append(exact_logits(model, adapter, prompt["token_ids"]).log_softmax(-1))
             golden.append(vectors[f"logits/{i}"].double().log_softmax(-1))
-    with running_engine("tiny-llama", {"LORA": "off"}, dtype="bfloat16", max_logprobs=-1) as engine:
+    with running_engine(
+        "tiny-llama", {"LORA": "off"}, dtype="bfloat16", max_logprobs=-1, **options
+    ) as engine:
         outputs = engine.generate(
             [{"prompt_token_ids": ids} for ids, _ in requests],
             SamplingParams(temperature=0.0, max_tokens=1, logprobs=-1),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
@@ -31,14 +30,8 @@ Answer = tuple[list[int], Tensor]
 @contextmanager
 def engine_process() -> Iterator[Executor]:
     """A process for `answer_in_rounds`."""
-    with ProcessPoolExecutor(
-        1, multiprocessing.get_context("spawn"), initializer=_prepare
-    ) as process:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         yield process
-
-
-def _prepare() -> None:
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
 def answer_in_rounds(
@@ -50,7 +43,7 @@ def answer_in_rounds(
     _spare_inspection(model)
     defaults = {
         "max_loras": 8, "max_logprobs": -1, "skip_tokenizer_init": True, "max_num_batched_tokens": 64, "max_num_seqs": 32,
-        "kv_cache_memory_bytes": 64 << 20, "enforce_eager": True,
+        "kv_cache_memory_bytes": 64 << 20,
     }  # fmt: skip
     try:
         with running_engine(str(model), settings, **(defaults | dict(options))) as engine:

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import pytest
 from hypothesis import HealthCheck, given, seed, settings
 
 from reft_serve.interventions.positions import Part, PositionRule
@@ -296,7 +295,6 @@ def judging(folder: Path) -> Iterator[Judge]:
     shared: dict[str, Any] = {
         "max_model_len": CONTEXT,
         "hf_overrides": {"max_position_embeddings": CONTEXT},
-        "enforce_eager": True,
         "block_size": BLOCK,
     }
     events = KVEventsConfig(
@@ -310,10 +308,8 @@ def judging(folder: Path) -> Iterator[Judge]:
     }
     others = {"max_loras": 64, "max_num_seqs": 64, "enable_prefix_caching": False}
     settings = {"LORA": "off", "MAX_RANK": str(MAX_RANK)}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        with (
-            running_engine("tiny-llama", settings, **shared, **mine) as cached,
-            running_engine("tiny-llama", settings, **shared, **others) as plain,
-        ):
-            yield Judge(cached, plain, folder)
+    with (
+        running_engine("tiny-llama", settings, **shared, **mine) as cached,
+        running_engine("tiny-llama", settings, **shared, **others) as plain,
+    ):
+        yield Judge(cached, plain, folder)

@@ -21,7 +21,7 @@ READY_SECONDS = 400
 
 
 class Server:
-    """vLLM's own server, started as its users start it, with nothing of ours on the command line."""
+    """vLLM's own server, with nothing of ours on the command line, and without a compiler."""
 
     def __init__(self, folder: Path, *arguments: str, ready_seconds: float = READY_SECONDS) -> None:
         with socket.socket() as free:
@@ -32,7 +32,7 @@ class Server:
         write_good(self.good)
         command = [
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(MODEL), "--served-model-name", "base",
-            "--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32", "--enable-lora", "--max-loras", "4",
+            "--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32", "--enable-lora", "--max-loras", "4", "--enforce-eager",
             "--lora-modules", f"good={self.good}", *arguments,
         ]  # fmt: skip
         settings = {

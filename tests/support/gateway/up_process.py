@@ -28,6 +28,8 @@ TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}{% if tools %}{{ 
 class Up:
     """One `reft-serve up` process and its first key. `flags` go to it, `settings` to its environment.
 
+    Its engine compiles nothing, which saves a minute; `scripts/demo` runs one that does.
+
     `program` is another installation's `reft-serve`, which runs in `folder`; None: this one.
     """
 
@@ -40,7 +42,7 @@ class Up:
         self.url, self.log = f"http://127.0.0.1:{self.port}", folder / "up.log"
         up = [str(program), "up"] if program else [sys.executable, "-m", "reft_serve.cli.up"]
         command = [*up, "--data", str(folder / "data"), "--port", str(self.port)]
-        command += ["--dtype", "float32", "--max-num-seqs", "64", *flags]
+        command += ["--dtype", "float32", "--max-num-seqs", "64", "--enforce-eager", *flags]
         given = {"REFT_LORA": "off", "REFT_CACHE_SECONDS": "0.5", **settings}
         begun = time.monotonic()
         with self.log.open("wb") as log:

@@ -86,6 +86,7 @@ class FakeEngine:
                 Route("/v1/chat/completions", self._generate, methods=["POST"]),
                 Route("/v1/responses", self._respond, methods=["POST"]),
                 Route("/v1/embeddings", self._embed, methods=["POST"]),
+                Route("/classify", self._classify, methods=["POST"]),
                 Route("/v1/reft/usage/{request_id}", self._usage),
             ]
         )
@@ -252,6 +253,41 @@ class FakeEngine:
         return JSONResponse(
             {
                 "id": "embd-fake",
+                "object": "list",
+                "created": 1,
+                "model": body["model"],
+                "data": data,
+                "usage": usage,
+            }
+        )
+
+    async def _classify(self, request: Request) -> Response:
+        body = await request.json()
+        refusal = self._admit(body) if self.embeds else _error(404, "Not Found")
+        if refusal is not None:
+            return refusal
+        given = body["input"]
+        texts = (
+            given
+            if isinstance(given, list) and given and not isinstance(given[0], int)
+            else [given]
+        )
+        data = []
+        for k, text in enumerate(texts):
+            told = json.dumps([text, body.get("text_pair"), body["model"]]).encode()
+            share = hashlib.md5(told, usedforsecurity=False).digest()[0] / 255
+            label = "yes" if share > 0.5 else "no"
+            data.append({"index": k, "label": label, "probs": [1 - share, share], "num_classes": 2})
+        count = sum(len(text.split()) if isinstance(text, str) else len(text) for text in texts)
+        usage = {
+            "prompt_tokens": count,
+            "total_tokens": count,
+            "completion_tokens": 0,
+            "prompt_tokens_details": None,
+        }
+        return JSONResponse(
+            {
+                "id": "classify-fake",
                 "object": "list",
                 "created": 1,
                 "model": body["model"],

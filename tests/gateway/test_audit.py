@@ -12,7 +12,7 @@ from tests.support.gateway.uploads import jsonl
 UNRECORDED = {
     ("post", f"/v1/{name}")
     for name in (
-        "completions", "chat/completions", "responses", "embeddings", "webhook_endpoints/{webhook}/test",
+        "completions", "chat/completions", "responses", "embeddings", "classify", "webhook_endpoints/{webhook}/test",
     )
 }  # fmt: skip
 

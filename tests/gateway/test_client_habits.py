@@ -23,6 +23,7 @@ from reft_serve.gateway.schemas import inference, messages
 from reft_serve.gateway.schemas.client_fields import IGNORED, REFUSED
 from reft_serve.gateway.schemas.inference import (
     ChatBody,
+    ClassifyBody,
     CompletionBody,
     EmbeddingBody,
     ResponseBody,
@@ -97,6 +98,7 @@ BODIES: dict[str, tuple[type[RequestModel], dict[str, Any]]] = {
         },
     ),
     "/v1/embeddings": (EmbeddingBody, {"model": "base", "input": "x"}),
+    "/v1/classify": (ClassifyBody, {"model": "base", "input": "x", "text_pair": "y"}),
 }
 # Objects whose members are the caller's own: JSON schemas, grammars, and names that nothing is fetched by.
 OWN = ("parameters", "format", "metadata")

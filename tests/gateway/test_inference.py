@@ -163,7 +163,8 @@ def test_each_tenant_has_a_cache_salt_of_its_own(
         each.openai.chat.completions.create(model="base", messages=HELLO)
         each.openai.responses.create(model="base", input="x")
         each.openai.embeddings.create(model="base", input="x")
-        (salt,) = {request["cache_salt"] for request in engine.requests[-4:]}
+        each.http.post("/v1/classify", json={"model": "base", "input": "x"})
+        (salt,) = {request["cache_salt"] for request in engine.requests[-5:]}
         salts.append(salt)
         assert len(salt) >= 43
         assert salt not in each.http.get("/v1/tenant").text

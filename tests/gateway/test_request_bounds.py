@@ -228,6 +228,7 @@ def test_requests_that_are_sent_before_the_first_is_answered_are_few(lab: _Lab) 
         ("chat/completions", b'{"model":"base","seed":' + b"9" * 4_000_000 + b"}"),
         ("embeddings", b'{"model":"base","input":[' + b"[1]," * 60_000 + b'""]}'),
         ("embeddings", b'{"model":"base","input":"' + b"\\" * 3_999_999 + b"}"),
+        ("classify", b'{"model":"base","input":"x","text_pair":[' + b"[1]," * 60_000 + b'""]}'),
     ],
 )  # fmt: skip
 def test_a_large_body_that_is_wrong_costs_little(lab: _Lab, path: str, body: bytes) -> None:

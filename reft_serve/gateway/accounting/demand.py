@@ -79,7 +79,8 @@ def demand_of(body: Mapping[str, Any], fields: Sequence[str], default_tokens: in
     texts = body.get("prompt") or body.get("messages") or body.get("input") or ""
     prompts = len(texts) if isinstance(body.get("prompt"), list) and not _is_tokens(texts) else 1
     sequences = prompts * (body.get("n") or 1)
-    size = sum(_size(part) for part in (texts, body.get("instructions"), body.get("tools")) if part)
+    others = (body.get(name) for name in ("instructions", "tools", "text_pair"))
+    size = sum(_size(part) for part in (texts, *others) if part)
     return Demand(size // _BYTES_PER_TOKEN, asked * sequences, sequences)
 
 

@@ -20,6 +20,7 @@ from reft_serve.gateway.routes.bounded_route import BoundedRoute
 from reft_serve.gateway.routes.deps import ServicesDep, caller_of, requires
 from reft_serve.gateway.schemas.inference import (
     ChatBody,
+    ClassifyBody,
     CompletionBody,
     EmbeddingBody,
     InferenceBody,
@@ -129,6 +130,7 @@ _COMPLETIONS = Endpoint("completions", "/v1/completions", ("max_tokens",), 16, e
 _CHAT = Endpoint("chat", "/v1/chat/completions", ("max_completion_tokens", "max_tokens"), 256)
 _RESPONSES = Endpoint("responses", "/v1/responses", ("max_output_tokens",), 256, typed_events=True)
 _EMBEDDINGS = Endpoint("embeddings", "/v1/embeddings")
+_CLASSIFY = Endpoint("classify", "/classify")
 
 
 @router.post("/completions", responses=_ANSWER, response_class=Response)
@@ -161,3 +163,11 @@ async def embeddings(
 ) -> Response:
     """Compute embeddings, if the engine's model supports them."""
     return await infer(services, request, caller, _EMBEDDINGS, body)
+
+
+@router.post("/classify", responses=_ANSWER, response_class=Response)
+async def classify(
+    body: ClassifyBody, request: Request, caller: _Caller, services: ServicesDep
+) -> Response:
+    """Classify or rate texts with an adapter that has a classifier head."""
+    return await infer(services, request, caller, _CLASSIFY, body)

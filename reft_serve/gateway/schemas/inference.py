@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from reft_serve.gateway.schemas.client_fields import ignored_in
 from reft_serve.gateway.schemas.fields import JsonInteger
@@ -29,6 +29,7 @@ __all__ = [
     "MAX_TEMPLATE_ARGUMENTS",
     "MAX_TEMPLATE_VALUE",
     "ChatBody",
+    "ClassifyBody",
     "CompletionBody",
     "EmbeddingBody",
     "InferenceBody",
@@ -207,3 +208,42 @@ class EmbeddingBody(InferenceBody):
     )
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: _Count | None = None
+
+
+class ClassifyBody(InferenceBody):
+    """POST /v1/classify. `text_pair`: the second text of each, where the adapter was trained on
+    pairs.
+    """
+
+    input: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=2048), _FIRST]
+        | Annotated[list[_Token], Field(min_length=1), _FIRST]
+        | Annotated[
+            list[Annotated[list[_Token], _FIRST]], Field(min_length=1, max_length=2048), _FIRST
+        ]
+    )
+    text_pair: str | Annotated[list[str], Field(min_length=1, max_length=2048), _FIRST] | None = (
+        None
+    )
+    use_activation: bool | None = Field(
+        default=None, description="false: logits in place of scores."
+    )
+
+    @model_validator(mode="after")
+    def _paired(self) -> ClassifyBody:
+        if self.text_pair is None:
+            return self
+        firsts = [self.input] if isinstance(self.input, str) else self.input
+        seconds = [self.text_pair] if isinstance(self.text_pair, str) else self.text_pair
+        if isinstance(self.input, str) != isinstance(self.text_pair, str) or len(firsts) != len(
+            seconds
+        ):
+            raise ValueError(
+                "text_pair must be a text where input is one, or a list of as many texts"
+            )
+        if not all(isinstance(text, str) for text in firsts):
+            raise ValueError(
+                "text_pair needs texts as input, not tokens: tokens are a pair already"
+            )
+        return self

@@ -30,17 +30,24 @@ class Up:
 
     Its engine compiles nothing, which saves a minute; `scripts/demo` runs one that does.
 
-    `program` is another installation's `reft-serve`, which runs in `folder`; None: this one.
+    `program` is another installation's `reft-serve`, which runs in `folder`; None: this one. `model`: the base; the shipped
+    one unless given.
     """
 
     def __init__(
-        self, folder: Path, *flags: str, program: Path | None = None, **settings: str
+        self,
+        folder: Path,
+        *flags: str,
+        program: Path | None = None,
+        model: Path | None = None,
+        **settings: str,
     ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.url, self.log = f"http://127.0.0.1:{self.port}", folder / "up.log"
         up = [str(program), "up"] if program else [sys.executable, "-m", "reft_serve.cli.up"]
+        up += [] if model is None else [str(model)]
         command = [*up, "--data", str(folder / "data"), "--port", str(self.port)]
         command += ["--dtype", "float32", "--max-num-seqs", "64", "--enforce-eager", *flags]
         given = {"REFT_LORA": "off", "REFT_CACHE_SECONDS": "0.5", **settings}

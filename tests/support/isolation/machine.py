@@ -30,6 +30,7 @@ ENDPOINTS: dict[str, dict[str, Any]] = {
     "chat/completions": {"messages": [{"role": "user", "content": "hello"}], "max_tokens": TOKENS},
     "responses": {"input": "hello", "max_output_tokens": TOKENS},
     "embeddings": {"input": "hello"},
+    "classify": {"input": "hello"},
 }
 # What a key of each scope can look at: nothing of it may be another tenant's.
 VIEWS = {
@@ -254,7 +255,7 @@ class Tenants(RuleBasedStateMachine):
             assert answer.headers["x-reft-version"] == f"{name}@{wanted}"
             assert sent["model"] == engine_name(adapter.versions[wanted][1])
         world.requests[world.key_id] += 1
-        world.tokens += 0 if endpoint == "embeddings" else TOKENS
+        world.tokens += 0 if endpoint in ("embeddings", "classify") else TOKENS
         world.salts.add(sent["cache_salt"])
 
     @rule(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from reft_serve.recipes.recipe import Recipe
     from reft_serve.training.loop.run import Outcome
+    from reft_serve.training.loop.tasks import HeadAsk
     from reft_serve.training.model.parent import Parent
     from reft_serve.training.plan import AdapterPlan, Plan
 
@@ -165,6 +166,33 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the newest checkpoint in --out.")
     ] = False,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASK",
+            help="classification or regression of labelled texts, or reward of preferences: a "
+            "classifier head learns too.",
+        ),
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES", help="Of the head's outputs, in order. [those of the data, sorted]"
+        ),
+    ] = None,
+    head_reads: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHAT", help="first, last or mean of the tokens. [as the base: first, last]"
+        ),
+    ] = None,
+    head_activation: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="After the head's dense layer; none: one linear layer. [as the base: tanh, none]",
+        ),
+    ] = None,
     report_to: Annotated[
         str | None,
         typer.Option(metavar="NAMES", help="Reports of transformers: tensorboard, wandb."),
@@ -214,6 +242,18 @@ def train(
     if version is not None:
         plan = version.plan(plan)
     longest = max_tokens or (_MAX_TOKENS if chosen is None else chosen.training.max_tokens)
+    if task is not None:
+        from reft_serve.errors import ClientError
+        from reft_serve.training.loop.tasks import HeadAsk
+
+        if version is not None:
+            raise ClientError("--task trains from the base model: it cannot be used with --from")
+
+        names = tuple(label.strip() for label in labels.split(",")) if labels else ()
+        ask = HeadAsk(task, names, head_reads, head_activation)
+        rule_given = positions is not None or untied is not None or chosen is not None
+        _run_head(data, validation, base, plan, ask, longest, out, resume, rule_given=rule_given)
+        return
     _run(
         data,
         validation,
@@ -372,6 +412,73 @@ def _lineage(data: Path, validation: Path | None) -> dict[str, str]:
         name: hashlib.sha256(path.read_bytes()).hexdigest()
         for name, path in named.items()
         if path is not None
+    }
+
+
+def _run_head(
+    data: Path,
+    validation: Path | None,
+    base: Path,
+    plan: Plan,
+    ask: HeadAsk,
+    max_tokens: int,
+    out: Path,
+    resume: bool,
+    *,
+    rule_given: bool,
+) -> None:
+    """Train a classifier head beside the interventions."""
+    from rich.console import Console
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    from reft_serve.datafiles.formats import read_rows
+    from reft_serve.training.loop.report import Bar
+    from reft_serve.training.loop.run import started_at, train
+    from reft_serve.training.loop.tasks import prepare
+    from reft_serve.training.model.processes import of_main_process, this_process
+
+    console = Console(quiet=not this_process().is_main_process)
+    logging.disable_progress_bar()
+    tokenizer: Any = AutoTokenizer.from_pretrained(base)
+    files = [read_rows(path) for path in (data, validation) if path]
+    started = of_main_process((started_at(out) if resume else None) or datetime.now())
+    ready = prepare(
+        ask, base, plan, files, tokenizer, max_tokens=max_tokens, rule_given=rule_given, now=started
+    )
+    for note in ready.notes:
+        console.print(f"note: {note}", markup=False, highlight=False)
+    items, held_out, *_ = [*ready.items, ()]
+    bar = Bar(console)
+    try:
+        outcome = train(
+            base,
+            ready.plan,
+            items,
+            out,
+            held_out=held_out,
+            resume=resume,
+            watchers=[bar],
+            fingerprints=ready.fingerprints,
+            started=started,
+        )
+    finally:
+        bar.stop()
+    _show(console, outcome, out)
+    for name, value in sorted(_measured(out, outcome.best_step).items()):
+        console.print(f"held-out {name}: {value:.4f}", markup=False, highlight=False)
+
+
+def _measured(out: Path, step: int | None) -> dict[str, float]:
+    """The held-out metrics of a step, except the loss; empty without held-out data."""
+    from reft_serve.training.loop.report import METRICS, read_metrics
+
+    rows = read_metrics(out / METRICS)
+    found = next((row for row in reversed(rows) if row["step"] == step and "eval_loss" in row), {})
+    return {
+        name.removeprefix("eval_"): value
+        for name, value in found.items()
+        if name.startswith("eval_") and name != "eval_loss"
     }
 
 

@@ -8,6 +8,7 @@ torch, no transformers.
 `preference`    OpenAI's DPO rows: `input.messages`, `preferred_output`, `non_preferred_output`
 `instruction`   Alpaca's and LLM-Adapters' rows: `instruction`, `input`, `output`, `answer`
 `glue`          GLUE's rows: one or two sentences and a `label`
+`labelled`      `text`, perhaps `text_pair`, and a `label`: a word, a number, or a list of them
 ==============  ==================================================================================
 
 The first rows decide which of them a file is in; a row of another is a fault. Keys next to those of
@@ -55,6 +56,7 @@ __all__ = [
     "Format",
     "Glue",
     "Instruction",
+    "Labelled",
     "Message",
     "PreferencePair",
     "Rows",
@@ -62,7 +64,7 @@ __all__ = [
     "read_rows",
 ]
 
-Format = Literal["chat", "completion", "preference", "instruction", "glue"]
+Format = Literal["chat", "completion", "preference", "instruction", "glue", "labelled"]
 _DECIDING = 8
 _GLUE_KEYS = (
     ("sentence",),
@@ -231,9 +233,32 @@ class Glue(DataModel):
         return tuple(getattr(self, key) for key in keys)
 
 
-DataRow = Chat | Completion | PreferencePair | Instruction | Glue
+_Word = Annotated[FilledText, Field(max_length=256)] | Annotated[int, BeforeValidator(not_a_bool)]
+
+
+class Labelled(DataModel):
+    """A text, or a pair of texts, and what is to be said of it: a class, a number, or a list of
+    labels or numbers.
+    """
+
+    format: ClassVar[Format] = "labelled"
+    text: FilledText
+    text_pair: FilledText | None = None
+    label: (
+        _Word
+        | Annotated[float, BeforeValidator(not_a_bool)]
+        | Annotated[tuple[_Word | float, ...], Field(strict=False, max_length=4096)]
+    )
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """One or two."""
+        return (self.text,) if self.text_pair is None else (self.text, self.text_pair)
+
+
+DataRow = Chat | Completion | PreferencePair | Instruction | Glue | Labelled
 _MODELS: dict[Format, type[DataRow]] = {
-    kind.format: kind for kind in (Chat, Completion, PreferencePair, Instruction, Glue)
+    kind.format: kind for kind in (Chat, Completion, PreferencePair, Instruction, Glue, Labelled)
 }
 # Which keys tell a format: the first of these that a row has any of.
 _KEYS: tuple[tuple[Format, frozenset[str]], ...] = (
@@ -242,6 +267,7 @@ _KEYS: tuple[tuple[Format, frozenset[str]], ...] = (
     ("completion", frozenset({"prompt", "completion"})),
     ("instruction", frozenset({"instruction"})),
     ("glue", frozenset(_SENTENCES) - {"question"}),
+    ("labelled", frozenset({"text"})),
 )
 _ALL_KEYS = frozenset().union(*(keys for _, keys in _KEYS))
 

@@ -21,17 +21,24 @@ from pydantic import (
 
 from reft_serve.errors import PositionsInvalid
 from reft_serve.interventions.positions import PositionRule
-from reft_serve.interventions.vocabulary import ACTIVATION_CODES, KINDS, Kind
+from reft_serve.interventions.vocabulary import ACTIVATION_CODES, KINDS, MAX_LABELS, Kind, Read
 
 __all__ = [
+    "HEAD_METHODS",
     "Auto",
     "DpoHyperparameters",
+    "EveryHyperparameter",
+    "HeadHyperparameters",
     "Hyperparameters",
+    "MethodName",
     "SupervisedHyperparameters",
     "read_hyperparameters",
 ]
 
 Auto = Literal["auto"]
+MethodName = Literal["supervised", "dpo", "classification", "regression", "reward"]
+HEAD_METHODS = ("classification", "regression", "reward")
+"""The methods that train a classifier head."""
 if TYPE_CHECKING:
     _Activation = str
 else:
@@ -42,6 +49,7 @@ _POSITIONS = (
 )
 _MANY = 2000  # examples, from which "auto" takes twice the rank
 _Layer = Annotated[int, Field(ge=0, lt=10_000)]
+_Name = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[^\x00]*$")]
 _Module = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]{1,64}$")]
 
 
@@ -193,9 +201,33 @@ class DpoHyperparameters(Hyperparameters):
     ] = "auto"
 
 
-def read_hyperparameters(asked: Mapping[str, Any]) -> DpoHyperparameters:
-    """Read the hyper-parameters of a job's row, for either method."""
-    return DpoHyperparameters.model_validate(dict(asked))
+class HeadHyperparameters(Hyperparameters):
+    """Those of classification, regression and reward, which train a classifier head too.
+
+    Args:
+        labels: the names of the head's outputs, in their order; those of the data otherwise.
+        head_reads: the token whose last state the head takes, or the mean of all.
+        head_activation: after its dense layer; "none" for one linear layer.
+    """
+
+    labels: Annotated[
+        Auto | Annotated[list[_Name], Field(min_length=1, max_length=MAX_LABELS)],
+        _or_auto("a list of names"),
+    ] = "auto"
+    head_reads: Annotated[Auto | Read, _or_auto("one of first, last, mean")] = "auto"
+    head_activation: Annotated[
+        Auto | Literal["none"] | _Activation,
+        _or_auto(f"none, or one of {', '.join(ACTIVATION_CODES)}"),
+    ] = "auto"
+
+
+class EveryHyperparameter(HeadHyperparameters, DpoHyperparameters):
+    """Those of all methods."""
+
+
+def read_hyperparameters(asked: Mapping[str, Any]) -> EveryHyperparameter:
+    """Read the hyper-parameters of a job's row, for any method."""
+    return EveryHyperparameter.model_validate(dict(asked))
 
 
 def _epochs(examples: int) -> int:

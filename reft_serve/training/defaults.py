@@ -6,18 +6,26 @@ a job is the same run on any worker.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from reft_serve.adapters.manifest import BaseFacts
 from reft_serve.interventions.positions import PositionRule
-from reft_serve.recipes.hyperparameters import DpoHyperparameters
-from reft_serve.training.plan import AdapterPlan, DType, LoraPlan, Method, Plan
+from reft_serve.recipes.hyperparameters import DpoHyperparameters, EveryHyperparameter, MethodName
+from reft_serve.training.plan import AdapterPlan, DType, HeadPlan, LoraPlan, Method, Plan
 
-__all__ = ["MICRO_TOKENS", "DataFacts", "most_tokens", "plan_from_job", "resolve"]
+__all__ = ["METHODS", "MICRO_TOKENS", "DataFacts", "most_tokens", "plan_from_job", "resolve"]
 
 MICRO_TOKENS = 8192
 """Tokens of a micro-batch, unless one example is longer."""
+METHODS: dict[MethodName, Method] = {
+    "supervised": "supervised",
+    "dpo": "dpo",
+    "classification": "labels",
+    "regression": "labels",
+    "reward": "reward",
+}
+"""A job's method as a plan has it."""
 _LONGEST = 2048
 _WIDE = 1024
 
@@ -39,15 +47,17 @@ def most_tokens(asked: DpoHyperparameters, context: int | None) -> int:
 
 
 def resolve(
-    asked: DpoHyperparameters,
+    asked: EveryHyperparameter,
     method: Method,
     base: BaseFacts,
     data: DataFacts,
     max_tokens: int,
     dtype: DType,
     seed: int,
+    head: HeadPlan | None = None,
 ) -> dict[str, Any]:
-    """Every hyper-parameter with its value, as JSON; next to them `method`, `dtype` and `seed`.
+    """Every hyper-parameter with its value, as JSON; next to them `method`, `dtype` and `seed`, and
+    `head` if there is one.
 
     =================  ==========================================================================
     n_epochs           3; more for few examples, up to 12, for some hundred steps; fewer for
@@ -69,6 +79,12 @@ def resolve(
     rate = 9e-4 if base.hidden_size >= _WIDE else 4e-3
     lora_rank = _or(asked.lora_rank, 0)
     steps = -(-data.examples // batch)
+    # What pyreft's runs on GLUE edit: the first tokens, of which the head reads one.
+    rule = (
+        {"positions": "f3", "tied": True}
+        if head and head.reads != "last" and asked.positions == "auto"
+        else {}
+    )
     return {
         "method": method,
         "n_epochs": asked.epochs(data.examples),
@@ -77,6 +93,7 @@ def resolve(
         "learning_rate": _or(asked.learning_rate, rate * _or(asked.learning_rate_multiplier, 1.0)),
         "learning_rate_multiplier": _or(asked.learning_rate_multiplier, 1.0),
         **asked.shape(data.examples, base.hidden_size),
+        **rule,
         "dropout": _or(asked.dropout, 0.0),
         "lora_rank": lora_rank,
         "lora_alpha": _or(asked.lora_alpha, 2.0 * lora_rank) if lora_rank else None,
@@ -88,7 +105,16 @@ def resolve(
         "beta": _or(asked.beta, 0.1),
         "dtype": dtype,
         "seed": seed % 2**32,
-    }
+    } | (
+        {}
+        if head is None
+        else {
+            "head": asdict(head),
+            "labels": list(head.labels),
+            "head_reads": head.reads,
+            "head_activation": head.activation or "none",
+        }
+    )
 
 
 def plan_from_job(resolved: dict[str, Any], reports: tuple[str, ...] = ()) -> Plan:
@@ -101,7 +127,9 @@ def plan_from_job(resolved: dict[str, Any], reports: tuple[str, ...] = ()) -> Pl
             resolved["lora_alpha"],
             targets=None if targets is None else tuple(targets),
         )
+    head = resolved.get("head")
     return Plan(
+        head=None if head is None else HeadPlan(**{**head, "labels": tuple(head["labels"])}),
         adapter=AdapterPlan(
             kind=resolved["kind"],
             rank=resolved["rank"],

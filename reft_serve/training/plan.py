@@ -10,12 +10,13 @@ from typing import Literal, get_args
 
 from reft_serve.errors import ClientError
 from reft_serve.interventions.positions import PositionRule
-from reft_serve.interventions.vocabulary import ACTIVATION_CODES, KINDS, Kind
+from reft_serve.interventions.vocabulary import ACTIVATION_CODES, KINDS, Kind, ProblemType, Read
 from reft_serve.recipes.recipe import Recipe
 
 __all__ = [
     "AdapterPlan",
     "DType",
+    "HeadPlan",
     "LoraPlan",
     "Method",
     "Plan",
@@ -26,7 +27,7 @@ __all__ = [
 ]
 
 DType = Literal["float32", "bfloat16", "float16"]
-Method = Literal["supervised", "dpo"]
+Method = Literal["supervised", "dpo", "labels", "reward"]
 Schedule = Literal["linear", "cosine", "constant"]
 
 
@@ -60,6 +61,16 @@ class LoraPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class HeadPlan:
+    """A classifier head trained beside the interventions; the values of an adapter's `head`."""
+
+    problem_type: ProblemType
+    labels: tuple[str, ...]
+    reads: Read = "first"
+    activation: str | None = "tanh"
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """One training run. The default of a field that a later version adds keeps the earlier
     behaviour, except rounding, so that runs of earlier versions can be resumed.
@@ -82,6 +93,7 @@ class Plan:
 
     adapter: AdapterPlan = field(default_factory=AdapterPlan)
     lora: LoraPlan | None = None
+    head: HeadPlan | None = None
     method: Method = "supervised"
     dpo_beta: float = 0.1
     epochs: float = 3.0
@@ -110,7 +122,10 @@ class Plan:
 
     def facts(self) -> dict[str, str | int | float | bool | None]:
         """The plan as flat scalars, for a manifest's provenance and a run's summary."""
-        return dict(_flat(asdict(self)))
+        told = asdict(self)
+        if self.head is None:
+            del told["head"]  # as plans were told before there were heads
+        return dict(_flat(told))
 
     def _faults(self) -> Iterator[str]:
         if self.adapter.kind not in KINDS:
@@ -123,6 +138,17 @@ class Plan:
         for name, value, known in choices:
             if value not in get_args(known):
                 yield f"{name} {value!r} is not one of {', '.join(get_args(known))}"
+        if (self.head is None) != (self.method not in ("labels", "reward")):
+            yield (
+                f"method {self.method} {'needs' if self.head is None else 'has no use for'} a "
+                "classifier head"
+            )
+        if self.head is not None and (
+            self.lora is not None or self.gradient_checkpointing or self.compile
+        ):
+            yield (
+                "a classifier head is trained without a LoRA, gradient checkpointing and compiling"
+            )
         if self.adapter.activation not in ACTIVATION_CODES:
             yield (
                 f"activation {self.adapter.activation!r} is not one of "

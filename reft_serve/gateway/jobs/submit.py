@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import ValidationError
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -29,16 +29,23 @@ from reft_serve.errors import (
 from reft_serve.gateway.jobs.feasibility import why_infeasible
 from reft_serve.gateway.schemas.fine_tuning import JobIn
 from reft_serve.gateway.services import Services
-from reft_serve.recipes.hyperparameters import Hyperparameters, read_hyperparameters
+from reft_serve.recipes.hyperparameters import (
+    HEAD_METHODS,
+    Hyperparameters,
+    MethodName,
+    read_hyperparameters,
+)
 
 __all__ = ["BYTES_PER_TOKEN", "submit"]
 
 BYTES_PER_TOKEN = 16
 """Bytes per row of a data file: more than in practice, so that a job's token estimate is low."""
-_Method = Literal["supervised", "dpo"]
-_FORMATS: dict[_Method, tuple[str, ...]] = {
+_FORMATS: dict[MethodName, tuple[str, ...]] = {
     "supervised": ("chat", "completion", "instruction"),
     "dpo": ("preference",),
+    "classification": ("labelled", "glue"),
+    "regression": ("labelled", "glue"),
+    "reward": ("preference",),
 }
 
 
@@ -69,6 +76,11 @@ async def submit(services: Services, caller: Principal, actor: audit.Actor, want
             held_out = await _file(session, caller, wanted.validation_file, "validation_file")
         method, chosen = _method(wanted, training)
         if parent is not None:
+            if method in HEAD_METHODS:
+                raise RequestInvalid(
+                    f"a job with method {method} starts from the base model, not from a version",
+                    "model",
+                )
             chosen = _continued(parent, chosen, where)
         _check_formats(method, training, held_out)
         _check_engines(services, wanted, chosen, training)
@@ -175,12 +187,13 @@ async def _file(session: AsyncSession, caller: Principal, file_id: str, param: s
     return found
 
 
-def _method(wanted: JobIn, training: File) -> tuple[_Method, dict[str, Any]]:
+def _method(wanted: JobIn, training: File) -> tuple[MethodName, dict[str, Any]]:
     """How to train, and the hyper-parameters that were set; if no method is given, the data's
     own.
     """
     if wanted.method is None:
-        method: _Method = "dpo" if training.format == "preference" else "supervised"
+        own: dict[str | None, MethodName] = {"preference": "dpo", "labelled": "classification"}
+        method = own.get(training.format, "supervised")
         settings: Hyperparameters | None = wanted.hyperparameters
         return method, settings.asked() if settings else {}
     if wanted.hyperparameters is not None and wanted.hyperparameters.asked():
@@ -192,7 +205,7 @@ def _method(wanted: JobIn, training: File) -> tuple[_Method, dict[str, Any]]:
     return method, part.hyperparameters.asked() if part else {}
 
 
-def _check_formats(method: _Method, training: File, held_out: File | None) -> None:
+def _check_formats(method: MethodName, training: File, held_out: File | None) -> None:
     for param, file in (("training_file", training), ("validation_file", held_out)):
         if file is not None and file.format not in _FORMATS[method]:
             fitting = " or ".join(_FORMATS[method])

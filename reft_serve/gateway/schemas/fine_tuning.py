@@ -5,7 +5,7 @@ have them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
@@ -14,7 +14,13 @@ from reft_serve.database.jobs.outcomes import FINAL
 from reft_serve.database.names import ADAPTER_NAME
 from reft_serve.gateway.schemas.fields import NO_NUL, TENANT_ID
 from reft_serve.gateway.schemas.request_model import NULLS_ARE_ABSENT, RequestModel
-from reft_serve.recipes.hyperparameters import DpoHyperparameters, SupervisedHyperparameters
+from reft_serve.recipes.hyperparameters import (
+    DpoHyperparameters,
+    HeadHyperparameters,
+    Hyperparameters,
+    MethodName,
+    SupervisedHyperparameters,
+)
 
 __all__ = [
     "FILE_ID",
@@ -34,6 +40,11 @@ __all__ = [
 FILE_ID = r"^file-[A-Za-z0-9]{1,58}$"
 _SupervisedHyperparameters = Annotated[SupervisedHyperparameters, *NULLS_ARE_ABSENT]
 _DpoHyperparameters = Annotated[DpoHyperparameters, *NULLS_ARE_ABSENT]
+_HeadHyperparameters = Annotated[HeadHyperparameters, *NULLS_ARE_ABSENT]
+_KNOWN: dict[str, type[Hyperparameters]] = {
+    "supervised": SupervisedHyperparameters,
+    "dpo": DpoHyperparameters,
+}
 _FileId = Annotated[str, Field(pattern=FILE_ID)]
 _OLD = ("n_epochs", "batch_size", "learning_rate_multiplier")
 
@@ -115,24 +126,36 @@ class _Dpo(RequestModel):
     hyperparameters: _DpoHyperparameters = DpoHyperparameters()
 
 
+class _Head(RequestModel):
+    hyperparameters: _HeadHyperparameters = HeadHyperparameters()
+
+
 def _known_method(kind: object) -> object:
-    if kind not in ("supervised", "dpo"):
-        raise ValueError(f"it must be supervised or dpo; {str(kind)[:40]!r} is not supported")
+    if kind not in get_args(MethodName):
+        raise ValueError(
+            f"it must be one of {', '.join(get_args(MethodName))}; {str(kind)[:40]!r} is not "
+            "supported"
+        )
     return kind
 
 
 class MethodIn(RequestModel):
-    """How to train."""
+    """How to train. `classification`, `regression` and `reward` train a classifier head too, and
+    are ours.
+    """
 
-    type: Annotated[Literal["supervised", "dpo"], BeforeValidator(_known_method)]
+    type: Annotated[MethodName, BeforeValidator(_known_method)]
     supervised: _Supervised | None = None
     dpo: _Dpo | None = None
+    classification: _Head | None = None
+    regression: _Head | None = None
+    reward: _Head | None = None
 
     @model_validator(mode="after")
     def _agree(self) -> MethodIn:
-        other = "dpo" if self.type == "supervised" else "supervised"
-        if getattr(self, other) is not None:
-            raise ValueError(f"its type is {self.type}, but it has settings of {other}")
+        for other in get_args(MethodName):
+            if other != self.type and getattr(self, other) is not None:
+                raise ValueError(f"its type is {self.type}, but it has settings of {other}")
         return self
 
 
@@ -168,9 +191,12 @@ class JobError(BaseModel):
 
 
 class _Method(BaseModel):
-    type: Literal["supervised", "dpo"]
+    type: MethodName
     supervised: dict[str, Any] | None = None
     dpo: dict[str, Any] | None = None
+    classification: dict[str, Any] | None = None
+    regression: dict[str, Any] | None = None
+    reward: dict[str, Any] | None = None
 
 
 class _Progress(BaseModel):
@@ -334,7 +360,7 @@ class PermissionOut(Identified):
 
 def _used(row: models.Job) -> Mapping[str, Any]:
     """The hyper-parameters: the requested values, with "auto" resolved once known."""
-    known = DpoHyperparameters if row.method["type"] == "dpo" else SupervisedHyperparameters
+    known: type[Hyperparameters] = _KNOWN.get(row.method["type"], HeadHyperparameters)
     held = row.hyperparameters | row.resolved
     return {name: held.get(name, "auto") for name in known.model_fields}
 

@@ -13,6 +13,7 @@ import shutil
 import socket
 import threading
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,15 @@ from reft_serve.errors import (
     JobLimitExceeded,
     ServiceError,
 )
-from reft_serve.recipes.hyperparameters import read_hyperparameters
+from reft_serve.recipes.hyperparameters import (
+    HEAD_METHODS,
+    EveryHyperparameter,
+    read_hyperparameters,
+)
 from reft_serve.training import defaults
 from reft_serve.training.data.encoding import TrainingData, encode
 from reft_serve.training.data.examples import Example, Preference
+from reft_serve.training.data.labelled import LabelledExample
 from reft_serve.training.jobs import memory
 from reft_serve.training.jobs.bounds import Clock, check_size, hours_sentence
 from reft_serve.training.jobs.messages import (
@@ -55,8 +61,9 @@ from reft_serve.training.jobs.messages import (
 from reft_serve.training.loop import archive
 from reft_serve.training.loop.report import METRICS
 from reft_serve.training.loop.run import train
+from reft_serve.training.loop.tasks import HeadAsk, Prepared, prepare
 from reft_serve.training.model.parent import Parent, read_parent
-from reft_serve.training.plan import DType
+from reft_serve.training.plan import DType, HeadPlan, Plan
 
 __all__ = ["train_job"]
 
@@ -134,13 +141,20 @@ def _run(spec: JobSpec, talk: _WorkerSocket) -> Ended:
     folder = Path(spec.folder)
     asked = read_hyperparameters(spec.hyperparameters)
     longest = defaults.most_tokens(asked, memory.context_of(base))
-    training, held_out, fingerprints = _data(spec, _tokenizer(base), longest, talk)
+    training, held_out, fingerprints, head = _read(spec, asked, longest, talk)
     resolved = spec.resolved
     if not resolved:
         lengths = (_tokens(item) for item in training)
         data = defaults.DataFacts(len(training), max(lengths))
         resolved = defaults.resolve(
-            asked, spec.method, read_base_model(base), data, longest, _dtype(spec.device), spec.seed
+            asked,
+            defaults.METHODS[spec.method],
+            read_base_model(base),
+            data,
+            longest,
+            _dtype(spec.device),
+            spec.seed,
+            head,
         )
     talk.tell(Resolved(resolved=resolved))
     check_size(spec.bounds, [_trained_tokens(item) for item in training], resolved["n_epochs"])
@@ -175,6 +189,20 @@ def _run(spec: JobSpec, talk: _WorkerSocket) -> Ended:
     )
 
 
+def _read(
+    spec: JobSpec, asked: EveryHyperparameter, longest: int, talk: _WorkerSocket
+) -> tuple[_Items, _Items, list[str], HeadPlan | None]:
+    """The training and the held-out items, their fingerprints, and the head of a method that trains
+    one.
+    """
+    tokenizer = _tokenizer(Path(spec.base))
+    if spec.method not in HEAD_METHODS:
+        return *_data(spec, tokenizer, longest, talk), None
+    ready = _labelled(spec, asked, tokenizer, longest, talk)
+    training, held_out, *_ = [*ready.items, ()]
+    return training, held_out, list(ready.fingerprints), ready.plan.head
+
+
 def _data(
     spec: JobSpec, tokenizer: Any, longest: int, talk: _WorkerSocket
 ) -> tuple[_Items, _Items, list[str]]:
@@ -194,6 +222,46 @@ def _data(
         talk.tell(Noted(message=_public(note, spec)))
     training, held_out, *_ = [(each.preferences or each.examples) for each in found] + [()]
     return training, held_out, [each.fingerprint for each in found]
+
+
+def _labelled(
+    spec: JobSpec, asked: EveryHyperparameter, tokenizer: Any, longest: int, talk: _WorkerSocket
+) -> Prepared:
+    """The head, and the items of both files."""
+    ask = HeadAsk(
+        spec.method,
+        () if asked.labels == "auto" else tuple(asked.labels),
+        None if asked.head_reads == "auto" else asked.head_reads,
+        None if asked.head_activation == "auto" else asked.head_activation,
+    )
+    files = []
+    for param, path in (("training_file", spec.training), ("validation_file", spec.validation)):
+        if path is not None:
+            try:
+                files.append(read_rows(Path(path)))
+            except DataInvalid as exc:
+                raise _Unusable(param, exc) from exc
+    try:
+        ready = prepare(
+            ask,
+            Path(spec.base),
+            Plan(),
+            files,
+            tokenizer,
+            max_tokens=longest,
+            rule_given=True,
+            now=spec.started,
+        )
+    except DataInvalid as exc:
+        raise _Unusable(
+            "validation_file"
+            if spec.validation and spec.validation in str(exc)
+            else "training_file",
+            exc,
+        ) from exc
+    for note in ready.notes:
+        talk.tell(Noted(message=_public(note, spec)))
+    return ready
 
 
 def _parent(spec: JobSpec) -> Parent | None:
@@ -231,17 +299,17 @@ class _Unusable(ClientError):
         super().__init__(str(fault))
 
 
-_Items = tuple[Example, ...] | tuple[Preference, ...]
+_Items = Sequence[Example] | Sequence[Preference] | Sequence[LabelledExample]
 
 
-def _tokens(item: Example | Preference) -> int:
-    if isinstance(item, Example):
+def _tokens(item: Example | Preference | LabelledExample) -> int:
+    if isinstance(item, Example | LabelledExample):
         return len(item.input_ids)
     return len(item.prompt_ids) + max(len(item.chosen_ids), len(item.rejected_ids))
 
 
-def _trained_tokens(item: Example | Preference) -> int:
-    if isinstance(item, Example):
+def _trained_tokens(item: Example | Preference | LabelledExample) -> int:
+    if isinstance(item, Example | LabelledExample):
         return len(item.input_ids)
     return 2 * len(item.prompt_ids) + len(item.chosen_ids) + len(item.rejected_ids)
 

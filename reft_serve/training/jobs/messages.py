@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from reft_serve.recipes.hyperparameters import MethodName
+
 __all__ = [
     "RUN",
     "STOP",
@@ -68,7 +70,7 @@ class JobSpec(_Plain):
     base: str
     training: str
     validation: str | None = None
-    method: Literal["supervised", "dpo"] = "supervised"
+    method: MethodName = "supervised"
     hyperparameters: dict[str, Any] = {}
     resolved: dict[str, Any] = {}
     seed: int = 42

@@ -34,21 +34,24 @@ from reft_serve.adapters.manifest import BaseFacts
 from reft_serve.errors import AdapterExists, ClientError
 from reft_serve.training.data.batching import collate
 from reft_serve.training.data.examples import Example, Preference
+from reft_serve.training.data.labelled import LabelledExample
 from reft_serve.training.loop import checkpoints, report
+from reft_serve.training.loop.classification import Labels, Reward
 from reft_serve.training.loop.dpo import Dpo
 from reft_serve.training.loop.objectives import Objective, Supervised
 from reft_serve.training.loop.trainer import ReftTrainer, Watcher, arguments
 from reft_serve.training.model.adapter import build, publish_version
+from reft_serve.training.model.classifier import ClassifierModel
 from reft_serve.training.model.edited_model import EditedModel
 from reft_serve.training.model.parent import Parent
 from reft_serve.training.model.processes import this_process
-from reft_serve.training.plan import LoraPlan, Plan
+from reft_serve.training.plan import LoraPlan, Method, Plan
 
 __all__ = ["Outcome", "fresh_because", "started_at", "train"]
 
 _RUN = "run.json"
 _SUMMARY = "summary.json"
-Items = Sequence[Example] | Sequence[Preference]
+Items = Sequence[Example] | Sequence[Preference] | Sequence[LabelledExample]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +149,7 @@ def fresh_because(
 
 
 def _trainer(
-    model: EditedModel,
+    model: EditedModel | ClassifierModel,
     plan: Plan,
     facts: BaseFacts,
     objective: Objective[Any],
@@ -157,7 +160,7 @@ def _trainer(
     lineage: Mapping[str, str | int],
 ) -> ReftTrainer[Any]:
     packed = model.can_pack(max(objective.tokens(item) for item in (*items, *held_out)))
-    if isinstance(objective, Dpo):
+    if isinstance(objective, Dpo) and isinstance(model, EditedModel):
         lay_out = partial(collate, rule=plan.adapter.rule, packed=packed)
         objective.consult(
             model, cast(Sequence[Preference], [*items, *held_out]), lay_out, plan.batch
@@ -185,13 +188,24 @@ def _trainer(
     return trainer
 
 
-def _objective(plan: Plan, items: Sequence[Example | Preference]) -> Objective[Any]:
-    wanted = Preference if plan.method == "dpo" else Example
+_ITEMS: dict[Method, tuple[type, str]] = {
+    "supervised": (Example, "examples"),
+    "dpo": (Preference, "preferences"),
+    "reward": (Preference, "preferences"),
+    "labels": (LabelledExample, "labelled texts"),
+}
+
+
+def _objective(
+    plan: Plan, items: Sequence[Example | Preference | LabelledExample]
+) -> Objective[Any]:
+    wanted, sort = _ITEMS[plan.method]
     if not items or not all(isinstance(item, wanted) for item in items):
-        sort = "preferences" if plan.method == "dpo" else "examples"
         raise ClientError(
             f"method {plan.method} learns from {sort}, but the data holds none or other rows too"
         )
+    if plan.head is not None:
+        return cast(Objective[Any], Labels(plan.head) if plan.method == "labels" else Reward())
     return Dpo(plan.dpo_beta) if plan.method == "dpo" else Supervised()
 
 
@@ -298,7 +312,9 @@ def _finish(out: Path, trainer: ReftTrainer[Any]) -> None:
     os.rename(aside, out / "adapter")
 
 
-def _outcome(out: Path, model: EditedModel, trainer: ReftTrainer[Any], seconds: float) -> Outcome:
+def _outcome(
+    out: Path, model: EditedModel | ClassifierModel, trainer: ReftTrainer[Any], seconds: float
+) -> Outcome:
     path = out / "adapter"
     adapter = read_adapter(path) if path.exists() else None
     learnt = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -24,6 +24,7 @@ from reft_serve.training.data.batching import Batch, StepSampler, collate, micro
 from reft_serve.training.data.examples import Example
 from reft_serve.training.loop import checkpoints
 from reft_serve.training.loop.objectives import Objective
+from reft_serve.training.model.classifier import ClassifierModel
 from reft_serve.training.model.edited_model import EditedModel
 from reft_serve.training.model.parameters import load_parameters, save_parameters
 from reft_serve.training.model.state_cache import StateCache, worth_keeping
@@ -115,7 +116,7 @@ class ReftTrainer(Trainer, Generic[Item]):  # type: ignore[misc]
 
     def __init__(
         self,
-        model: EditedModel,
+        model: EditedModel | ClassifierModel,
         plan: Plan,
         settings: TrainingArguments,
         objective: Objective[Item],
@@ -146,7 +147,7 @@ class ReftTrainer(Trainer, Generic[Item]):  # type: ignore[misc]
         )
         tokens = sum(self._lengths) + sum(map(objective.tokens, held_out))
         kept = worth_keeping(model, plan, len(items), tokens, self.accelerator.num_processes)
-        self._states = StateCache(model) if kept else None
+        self._states = StateCache(model) if kept and isinstance(model, EditedModel) else None
         self.loss_is_scaled_for_ga = True
         self.remove_callback(PrinterCallback)
         self.add_callback(_Epochs(self))
@@ -198,7 +199,7 @@ class ReftTrainer(Trainer, Generic[Item]):  # type: ignore[misc]
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Measure the held-out items: `eval_loss` and the objective's other metrics."""
-        model: EditedModel = self.model
+        model: Any = self.model
         model.eval()
         metrics = self._objective.metrics(self._held_out_sums(model))
         named = {f"eval_{name}": value for name, value in metrics.items()}
@@ -206,7 +207,7 @@ class ReftTrainer(Trainer, Generic[Item]):  # type: ignore[misc]
         self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
         return named
 
-    def _held_out_sums(self, model: EditedModel) -> Tensor:
+    def _held_out_sums(self, model: Any) -> Tensor:
         items: Sequence[Item] = self.eval_dataset
         lengths = [self._objective.tokens(item) for item in items]
         world = self.accelerator.num_processes

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, set_seed
 
 from reft_serve.adapters.base_model import read_base_model
 from reft_serve.adapters.directory import Adapter, publish, read_adapter
+from reft_serve.adapters.head import HeadSpec
 from reft_serve.adapters.manifest import BaseFacts, InterventionSpec, Manifest
 from reft_serve.adapters.manifest import Part as PartName
 from reft_serve.config import compiler
@@ -22,6 +24,7 @@ from reft_serve.interventions.kinds import Weights
 from reft_serve.interventions.modules import Intervention
 from reft_serve.interventions.positions import Part, PositionRule
 from reft_serve.training.model import cpu_fusion, lora
+from reft_serve.training.model.classifier import ClassifierHead, ClassifierModel, trunk_of
 from reft_serve.training.model.edited_model import Edit, EditedModel
 from reft_serve.training.model.parent import Parent
 from reft_serve.training.model.processes import keep_freed_memory, this_process
@@ -35,7 +38,7 @@ _OTHER_HEADS = ("Classification", "ForMaskedLM", "ForQuestionAnswering", "ForMul
 _PARTS: dict[Part, PartName] = {Part.PREFIX: "prefix", Part.SUFFIX: "suffix"}
 
 
-def build(base: Path, plan: Plan, parent: Parent | None = None) -> EditedModel:
+def build(base: Path, plan: Plan, parent: Parent | None = None) -> EditedModel | ClassifierModel:
     """The base model in the plan's dtype, with interventions (and a LoRA) as the plan's seed draws
     them, or as the parent has them, whose structure the plan then is.
 
@@ -59,6 +62,13 @@ def build(base: Path, plan: Plan, parent: Parent | None = None) -> EditedModel:
             "out --compile"
         )
     facts = read_base_model(base)
+    if plan.head is not None:
+        trunk = trunk_of(base, facts, _DTYPES[plan.dtype])
+        set_seed(plan.seed)
+        edits = _edits(plan.adapter, facts)
+        return ClassifierModel(trunk, edits, ClassifierHead(plan.head, facts.hidden_size)).to(
+            device
+        )
     lm = _language_model(base, facts, plan.dtype)
     set_seed(plan.seed)
     edits = _edits(plan.adapter, facts) if parent is None else parent.edits(plan.adapter.dropout)
@@ -103,7 +113,7 @@ def restore(base: Path, path: Path, dtype: DType = "float32") -> tuple[EditedMod
 
 def publish_version(
     path: Path,
-    model: EditedModel,
+    model: EditedModel | ClassifierModel,
     plan: Plan,
     base: BaseFacts,
     provenance: Mapping[str, str | int | float | bool | None],
@@ -126,12 +136,18 @@ def publish_version(
         )
         for edit in model.edits
     )
+    head = None if plan.head is None else HeadSpec(**asdict(plan.head))
     manifest = Manifest(
-        base_model=base, interventions=specs, positions=shape.rule, provenance=dict(provenance)
+        base_model=base,
+        interventions=specs,
+        positions=shape.rule,
+        head=head,
+        provenance=dict(provenance),
     )
     weights = [_on_cpu(edit.module.weights()) for edit in model.edits]
     half = None if plan.lora is None else lora.lora_weights(model.lm, str(path))
-    return publish(path, manifest, weights, half)
+    learnt = model.head.weights() if isinstance(model, ClassifierModel) else None
+    return publish(path, manifest, weights, half, learnt)
 
 
 def _language_model(base: Path, facts: BaseFacts, dtype: DType) -> Any:

@@ -30,7 +30,7 @@ from reft_serve.training.model import attention
 from reft_serve.training.model.row_edit import edit_rows
 from reft_serve.training.model.tail import leave_out
 
-__all__ = ["Edit", "EditedModel"]
+__all__ = ["Edit", "EditedModel", "decoder_layers"]
 
 # Settings of a transformers config that keep attention from looking back over the whole example.
 _WINDOWS = ("sliding_window", "attention_chunk_size")
@@ -76,7 +76,7 @@ class EditedModel(nn.Module):
         self.interventions = nn.ModuleList(edit.module for edit in edits)
         for name, parameter in lm.named_parameters():
             parameter.requires_grad_("lora_" in name)
-        self._layers = _decoder_layers(lm)
+        self._layers = decoder_layers(lm)
         self._batch: Batch | None = None
         self.hits = torch.zeros((), dtype=torch.long)
         self._live = True
@@ -285,7 +285,12 @@ def _chosen(logits_YV: Tensor, ids_Y: Tensor) -> tuple[Tensor, Tensor]:
     return logprobs_Y, logits_YV.detach().gather(1, ids_Y.unsqueeze(1)).squeeze(1) == best_Y
 
 
-def _decoder_layers(lm: nn.Module) -> nn.ModuleList:
+def decoder_layers(lm: nn.Module) -> nn.ModuleList:
+    """The layers of a model of transformers.
+
+    Raises:
+        BaseModelInvalid: it has no list of them with attention inside.
+    """
     config: Any = lm.config
     count = config.get_text_config().num_hidden_layers
     for module in lists_of(lm, count):

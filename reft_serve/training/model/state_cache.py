@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from reft_serve.interventions.positions import PositionRule
 from reft_serve.training.data.batching import Batch, collate
 from reft_serve.training.data.examples import Example
+from reft_serve.training.model.classifier import ClassifierModel
 from reft_serve.training.model.edited_model import EditedModel
 from reft_serve.training.plan import Plan, much_is_below
 
@@ -23,7 +24,7 @@ __all__ = ["StateCache", "worth_keeping"]
 
 
 def worth_keeping(
-    model: EditedModel, plan: Plan, examples: int, tokens: int, processes: int
+    model: EditedModel | ClassifierModel, plan: Plan, examples: int, tokens: int, processes: int
 ) -> bool:
     """True if an epoch's `examples` repeat, enough work is saved, and the `tokens` read fit into
     `plan.keep_states` GiB.

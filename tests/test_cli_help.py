@@ -13,7 +13,7 @@ import reft_serve
 from reft_serve.cli.app import app
 
 SOURCES = {
-    "train": "cli/train.py", "worker": "cli/worker.py", "serve": "cli/serve.py", "up": "cli/up.py",
+    "train": "cli/train.py", "worker": "cli/worker.py", "serve": "cli/serve.py", "up": "cli/up.py", "logs": "cli/logs.py",
     "gateway": "cli/gateway.py", "evaluate": "cli/evaluate.py",
 }  # fmt: skip
 

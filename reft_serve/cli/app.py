@@ -9,7 +9,7 @@ from typing import NoReturn
 import typer
 from typer.core import TyperGroup
 
-from reft_serve.cli import adapter, admin, evaluate, gateway, serve, train, up, worker
+from reft_serve.cli import adapter, admin, evaluate, gateway, logs, serve, train, up, worker
 from reft_serve.errors import ReftError
 
 __all__ = ["app", "main"]
@@ -36,6 +36,7 @@ app = typer.Typer(cls=_Sentences, no_args_is_help=True, add_completion=False, ri
 app.add_typer(adapter.app, name="adapter")
 app.command("serve", context_settings=serve.SETTINGS)(serve.serve)
 app.command("up", context_settings=up.SETTINGS)(up.up)
+app.command("logs")(logs.logs)
 app.command("gateway")(gateway.gateway)
 app.add_typer(admin.app, name="admin")
 app.command("train")(train.train)

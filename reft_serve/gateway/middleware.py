@@ -128,5 +128,6 @@ def _account(scope: Scope, status: int, seconds: float) -> None:
             "seconds": round(seconds, 4),
             "tenant": caller.tenant if caller else None,
             "key": caller.key_id if caller else None,
+            **scope.get("state", {}).get("facts", {}),
         }
         _log.info("request", extra={"data": data})

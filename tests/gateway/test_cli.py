@@ -6,6 +6,7 @@ import asyncio
 import os
 import re
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 from reft_serve.cli.admin import app
 from reft_serve.cli.supervisor import SupervisedProcess
-from reft_serve.cli.up import _make_private, _places
+from reft_serve.cli.up import _end, _make_private, _places
 from reft_serve.errors import Conflict, NotFound, RequestInvalid
 from tests.support.gateway.harness import running
 from tests.support.waiting import wait_for
@@ -199,3 +200,48 @@ def test_a_killed_child_that_left_its_socket_behind_can_bind_again(tmp_path: Pat
         await asyncio.wait_for(keeping, 5)
 
     asyncio.run(asyncio.wait_for(watch(), 30))
+
+
+def test_a_second_ctrl_c_ends_processes_that_do_not_stop(tmp_path: Path) -> None:
+    marks = tmp_path / "marks"
+    stubborn = ["/bin/sh", "-c", f"trap '' TERM; echo x >> {marks}; while :; do sleep 0.1; done"]
+    children = [SupervisedProcess(name, stubborn, {}) for name in ("engine", "gateway")]
+
+    async def watch() -> None:
+        keeping = [asyncio.create_task(child.keep()) for child in children]
+        while not marks.exists() or len(marks.read_text().split()) < 2:
+            await asyncio.sleep(0.05)
+        again = asyncio.Event()
+        ending = asyncio.create_task(_end(children[0], children[1:], again))
+        await asyncio.sleep(0.3)
+        assert not ending.done()
+        again.set()
+        await asyncio.wait_for(asyncio.gather(ending, *keeping), 5)
+
+    asyncio.run(asyncio.wait_for(watch(), 20))
+
+
+def test_a_start_that_fails_shows_the_end_of_the_engines_log(tmp_path: Path) -> None:
+    up = [sys.executable, "-m", "reft_serve.cli.up", "--plain", "--data", str(tmp_path)]
+    process = subprocess.Popen(
+        [*up, "--port", "65535", "--adapter", f"birds={tmp_path / 'nowhere'}"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    shown = []
+    try:
+        for line in process.stderr:
+            shown.append(line)
+            if line.startswith("The whole log:"):
+                process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 0
+    finally:
+        process.kill()
+    words, log = "".join(shown), tmp_path / "logs" / "engine.log"
+    end = log.read_text().splitlines()[-1]
+    assert "--adapter birds: there is no directory at" in end
+    assert "The engine ended with code 1. The end of its log:\n    " in words
+    assert f"    {end}\nThe whole log: {log}. Starting the engine again in " in words
+    assert re.search(r"^Stopped after \d s\.$", shown[-1])

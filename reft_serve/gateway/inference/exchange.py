@@ -90,6 +90,8 @@ class _InferenceRequest:
     # When it was given to the engine, by the monotonic clock.
     delivered: float = 0.0
     settled: bool = False
+    # What the line of this request in the log says beside its path.
+    facts: dict[str, Any] = field(default_factory=dict)
 
     async def run(self, size: int, function: Callable[..., _T], *args: Any) -> _T:
         """Call a function whose work grows with `size` bytes of this request."""
@@ -145,6 +147,7 @@ class _InferenceRequest:
 
     async def _count(self, tokens: Tokens) -> None:
         services = self.services
+        self.facts |= {"prompt_tokens": tokens.prompt, "completion_tokens": tokens.completion}
         tenant = services.names.label(self.caller.tenant)
         adapter = services.names.label(
             f"{self.caller.tenant}:{self.target.label}" if self.target else None
@@ -206,6 +209,7 @@ async def infer(
         state["leases"],
     )
     exchange.added = added
+    exchange.facts = state["facts"] = {"model": given.model}
     try:
         async with asyncio.timeout(services.settings.request_seconds), while_there(request.receive):
             return await _answer(exchange)

@@ -28,8 +28,8 @@ WORDS = [
 ]
 
 
-def tiny_bert(folder: Path) -> Path:
-    """A tiny random BERT with a word-piece tokenizer."""
+def tiny_bert(folder: Path, heads: int = 2) -> Path:
+    """A tiny random BERT with a word-piece tokenizer. vLLM's attention on CPUs needs 32 dimensions per head: one head."""
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
@@ -38,7 +38,7 @@ def tiny_bert(folder: Path) -> Path:
     BertTokenizerFast(vocab={word: k for k, word in enumerate(vocabulary)}).save_pretrained(folder)
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
+        vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=heads, intermediate_size=48,
         max_position_embeddings=64,
     )  # fmt: skip
     model = BertModel(config)

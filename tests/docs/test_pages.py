@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from docs import pictures, tables
+from scripts import pictures, tables
 from tests.support.blocks import Block, blocks
 from tests.support.paths import ROOT
 
@@ -44,7 +44,7 @@ def test_the_site_builds_and_no_link_or_anchor_is_broken(tmp_path: Path) -> None
 def test_tables_are_those_of_the_code(name: str) -> None:
     page = (ROOT / "docs" / name).read_text()
     assert page == tables.filled(page), (
-        "bring the tables up to date: .venv/bin/python -m docs.tables"
+        "bring the tables up to date: scripts/docs --write"
     )
     assert page.count("\n| ") >= 6
 
@@ -52,7 +52,7 @@ def test_tables_are_those_of_the_code(name: str) -> None:
 @pytest.mark.parametrize("name", pictures.PICTURES)
 def test_pictures_are_those_of_the_script(name: str) -> None:
     assert (pictures.IMAGES / f"{name}.svg").read_text() == pictures.PICTURES[name](), (
-        "run: python -m docs.pictures"
+        "bring the pictures up to date: scripts/docs --write"
     )
 
 

@@ -1,4 +1,4 @@
-"""Writes tables into their pages, from the code and from results: `python -m docs.tables`.
+"""Write tables into their pages, from the code and from results: `scripts/docs --write`.
 
 A table lies between `<!-- table: NAME -->` and the next empty line.
 """
@@ -21,7 +21,7 @@ from reft_serve.engine.front_end import metrics
 from reft_serve.gateway.app import create_app
 from reft_serve.gateway.schemas import client_fields
 
-DOCS = Path(__file__).parent
+DOCS = Path(__file__).parents[1] / "docs"
 DEMO = DOCS.parent / "reft_serve" / "demo"
 RESULTS = DOCS.parent / "benchmarks" / "results"
 BEHAVIOURS = {

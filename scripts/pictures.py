@@ -1,4 +1,4 @@
-"""Draws the pictures of these pages as SVG: `python -m docs.pictures` writes them to `docs/images`."""
+"""Draw the pictures of the pages as SVG: `scripts/docs --write` writes them to `docs/images`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
-IMAGES = Path(__file__).parent / "images"
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
 INK, PAPER, LINE = "#1d2b2a", "#ffffff", "#b9c6c4"
 BASE, PREFIX, SUFFIX, TOKEN = "#e9efee", "#00897b", "#ef6c00", "#f6f8f8"
 ADAPTERS = ("#00897b", "#ef6c00", "#5e35b1")

@@ -31,7 +31,8 @@ from rich.table import Table
 import reft_serve.demo
 from benchmarks._report import save
 from reft_serve.database import keys, tenants
-from reft_serve.database.connection import Database, migrate
+from reft_serve.database.connection import Database
+from reft_serve.database.migrations.schema import migrate
 from tests.support.gateway.process import free_port, listening
 from tests.support.shapes import Shape
 

@@ -29,7 +29,8 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from benchmarks._report import save
-from reft_serve.database.connection import Database, migrate
+from reft_serve.database.connection import Database
+from reft_serve.database.migrations.schema import migrate
 from tests.support.postgres import postgres_server
 from tests.support.training.chaos import Chaos, Tally
 from tests.support.training.jobs import QUICK, Place

@@ -45,7 +45,7 @@ def migrate() -> None:
     """Migrate the database to this version's schema."""
 
     async def migrated() -> None:
-        from reft_serve.database.connection import migrate
+        from reft_serve.database.migrations.schema import migrate
 
         async with _opened() as database:
             await migrate(database)
@@ -302,7 +302,7 @@ def _do(work: Callable[[AsyncSession], Awaitable[_T]]) -> _T:
 
     async def done() -> _T:
         from reft_serve.config import GatewaySettings, read_settings
-        from reft_serve.database.connection import check_schema, migrate
+        from reft_serve.database.migrations.schema import check_schema, migrate
 
         async with _opened() as database:
             await (migrate if read_settings(GatewaySettings).migrate else check_schema)(database)

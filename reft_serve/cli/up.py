@@ -325,7 +325,8 @@ async def _stop(engine: SupervisedProcess, others: Sequence[SupervisedProcess]) 
 async def _first_key(folder: Path) -> str | None:
     """At the first start, create a tenant and an admin key, and return the key to print."""
     from reft_serve.database import audit, keys, tenants
-    from reft_serve.database.connection import Database, migrate
+    from reft_serve.database.connection import Database
+    from reft_serve.database.migrations.schema import migrate
 
     database = Database(f"sqlite:///{folder / 'reft.db'}")
     try:

@@ -1,4 +1,4 @@
-"""Adapters, their versions and aliases, and who may use them."""
+"""Adapters and their versions, and the tenants that may use them."""
 
 from __future__ import annotations
 
@@ -12,35 +12,29 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from reft_serve.database.connection import insert_new
 from reft_serve.database.models import Adapter, Alias, Share, Tenant, Version, new_id, now_ms
-from reft_serve.database.names import PRODUCTION, check_adapter_name, check_alias_name
+from reft_serve.database.names import check_adapter_name
 from reft_serve.errors import Conflict, ModelNotFound, NotFound, RequestInvalid
 
 __all__ = [
-    "ALIASES_PER_ADAPTER",
     "SHARES_PER_ADAPTER",
     "Description",
     "add_version",
     "all_digests",
     "delete_adapter",
-    "delete_alias",
     "delete_version",
     "describe",
     "find_adapter",
     "find_version",
     "is_used",
     "list_adapters",
-    "list_aliases",
     "list_versions",
     "may_use",
-    "roll_back",
-    "set_alias",
     "share",
     "unshare",
     "version_by_id",
 ]
 
 
-ALIASES_PER_ADAPTER = 100
 SHARES_PER_ADAPTER = 1000
 
 
@@ -176,27 +170,6 @@ async def find_version(session: AsyncSession, adapter: Adapter, selector: str) -
     return found
 
 
-async def list_aliases(session: AsyncSession, adapter_id: str) -> Sequence[Alias]:
-    """The aliases of an adapter, by name."""
-    return (
-        await session.scalars(
-            select(Alias).where(Alias.adapter_id == adapter_id).order_by(Alias.name)
-        )
-    ).all()
-
-
-async def delete_alias(session: AsyncSession, adapter: Adapter, name: str) -> None:
-    """Delete an alias of an adapter; the version stays.
-
-    Raises:
-        NotFound: the adapter has no such alias.
-    """
-    alias = await session.get(Alias, (adapter.id, name))
-    if alias is None:
-        raise NotFound(f"adapter {adapter.name} has no alias {name!r}")
-    await session.delete(alias)
-
-
 async def add_version(
     session: AsyncSession,
     tenant: Tenant,
@@ -259,82 +232,6 @@ async def add_version(
     await session.flush()
     await session.refresh(version, ["adapter"])
     return version
-
-
-async def set_alias(
-    session: AsyncSession,
-    adapter: Adapter,
-    name: str,
-    version: Version,
-    traffic: float | None = None,
-    *,
-    base_name: str = "base",
-) -> Alias:
-    """Point an alias at a version and remember its previous version.
-
-    Args:
-        session: a writing one.
-        adapter: the alias's adapter.
-        name: the alias's.
-        version: what it names from now on.
-        traffic: the share of the bare name's requests that it takes; None leaves it as it is.
-        base_name: how the base model is called in public.
-
-    Raises:
-        RequestInvalid: the name cannot be an alias's, or shares that would add up to more than 1.
-    """
-    check_alias_name(name, base_name, adapter.name)
-    if traffic and name == PRODUCTION:
-        raise RequestInvalid(
-            "production takes the remaining share; set the shares of the other aliases", "share"
-        )
-    alias = await session.get(Alias, (adapter.id, name), with_for_update={"of": Alias})
-    if alias is None:
-        count = await session.scalar(
-            select(func.count()).select_from(Alias).where(Alias.adapter_id == adapter.id)
-        )
-        if (count or 0) >= ALIASES_PER_ADAPTER:
-            raise Conflict(
-                f"adapter {adapter.name} has {count} aliases, the maximum; delete one first"
-            )
-        alias = Alias(
-            adapter_id=adapter.id, name=name, version_id=version.id, previous_id=None, share=0.0
-        )
-        session.add(alias)
-    elif alias.version_id != version.id:
-        alias.previous_id = alias.version_id
-        alias.version_id = version.id
-    if traffic is not None:
-        alias.share = traffic
-    await session.flush()
-    total = await session.scalar(
-        select(func.sum(Alias.share)).where(Alias.adapter_id == adapter.id)
-    )
-    if (total or 0) > 1 + 1e-9:
-        raise RequestInvalid(
-            "the shares of this adapter's aliases would add up to more than 1", "share"
-        )
-    await session.refresh(alias, ["version"])
-    return alias
-
-
-async def roll_back(session: AsyncSession, adapter: Adapter, name: str) -> Alias:
-    """Point an alias at its previous version.
-
-    Raises:
-        NotFound: there is no such alias.
-        Conflict: there is nothing to go back to.
-    """
-    alias = await session.get(Alias, (adapter.id, name), with_for_update={"of": Alias})
-    if alias is None:
-        raise NotFound(f"adapter {adapter.name} has no alias {name[:40]!r}")
-    if alias.previous_id is None:
-        raise Conflict(f"alias {name} of {adapter.name} has no previous version")
-    alias.version_id = alias.previous_id
-    alias.previous_id = None
-    await session.flush()
-    await session.refresh(alias, ["version"])
-    return alias
 
 
 async def delete_version(session: AsyncSession, version: Version) -> str:

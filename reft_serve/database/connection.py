@@ -1,6 +1,4 @@
-"""One database, SQLite or PostgreSQL by its URL: opened, migrated, read and written in
-transactions.
-"""
+"""One database, SQLite or PostgreSQL by its URL: opened, read and written in transactions."""
 
 from __future__ import annotations
 
@@ -15,10 +13,6 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar
 
-from alembic import command
-from alembic.config import Config
-from alembic.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from asyncpg.exceptions import InterfaceError, PostgresError
 from sqlalchemy import URL, Connection, Dialect, Engine, create_engine, event, text
 from sqlalchemy.dialects import postgresql, sqlite
@@ -40,11 +34,9 @@ __all__ = [
     "FAILURES",
     "SESSIONS_PER_TENANT",
     "Database",
-    "check_schema",
     "database_user",
     "insert_new",
-    "migrate",
-    "revision_of",
+    "reason_of",
 ]
 
 # What a session raises while the database is away, or breaks off: to try again makes sense.
@@ -66,10 +58,6 @@ _DRIVERS = {
     "postgres": "postgresql+asyncpg",
 }
 _BUSY_SECONDS = 15
-_MIGRATIONS = Path(__file__).with_name("migrations")
-# Any number does, as long as nothing else of ours locks it.
-_MIGRATION_LOCK = 0x5EF7
-_TABLE_LOCK_SECONDS = 5
 CLOSE_SECONDS = 5.0
 """Seconds that a process waits at shutdown for an unresponsive database."""
 SESSIONS_PER_TENANT = 4
@@ -195,7 +183,7 @@ class Database:
             async with self.reading() as session:
                 await session.execute(text("SELECT 1"))
         except (DBAPIError, OSError) as exc:
-            raise DatabaseUnusable(f"the database does not respond: {_reason(exc)}") from exc
+            raise DatabaseUnusable(f"the database does not respond: {reason_of(exc)}") from exc
 
     async def close(self) -> None:
         """Close every connection, within about `CLOSE_SECONDS`: those of a database that cannot be
@@ -250,95 +238,6 @@ class _WriterThread:
     async def close(self) -> None:
         await asyncio.get_running_loop().run_in_executor(self._executor, self._engine.dispose)
         self._executor.shutdown()
-
-
-async def migrate(database: Database, revision: str = "head") -> None:
-    """Migrate the schema to this version of the package. Safe to run by several processes at once,
-    and next to processes that work on the database.
-
-    Args:
-        revision: where to stop, for data that was written at an earlier schema.
-
-    Raises:
-        DatabaseUnusable: it cannot be reached, or is of a later version than this package.
-    """
-    try:
-        async with database.engine.execution_options(reft_writes=True).begin() as connection:
-            await connection.run_sync(_upgrade, revision)
-    except (DBAPIError, OSError) as exc:
-        raise DatabaseUnusable(f"database error: {_reason(exc)}") from exc
-
-
-async def check_schema(database: Database) -> str:
-    """The schema's revision, where this version of the package can work with it: its own or a later
-    one.
-
-    A step only adds (see docs/runbook.md), so that a database may be migrated before the processes
-    are upgraded.
-
-    Raises:
-        DatabaseUnusable: the database cannot be reached, or must be migrated first.
-    """
-    found = await revision_of(database)
-    steps = ScriptDirectory.from_config(_alembic())
-    needed = steps.get_current_head()
-    known = {script.revision for script in steps.walk_revisions()}
-    if found is None or (found in known and found != needed):
-        raise DatabaseUnusable(
-            f"the database has schema {found or 'none'} and this version needs {needed}: run "
-            "`reft-serve admin migrate`"
-        )
-    if found not in known:
-        _log.warning(
-            "the database has a later schema", extra={"data": {"found": found, "known": needed}}
-        )
-    return found
-
-
-async def revision_of(database: Database) -> str | None:
-    """The schema's revision; None if there are no tables.
-
-    Raises:
-        DatabaseUnusable: the database cannot be reached.
-    """
-    try:
-        async with database.engine.connect() as connection:
-            return await connection.run_sync(_revision)
-    except (DBAPIError, OSError) as exc:
-        raise DatabaseUnusable(f"database error: {_reason(exc)}") from exc
-
-
-def _alembic() -> Config:
-    config = Config()
-    config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
-    return config
-
-
-def _revision(connection: Connection) -> str | None:
-    return MigrationContext.configure(connection).get_current_revision()
-
-
-def _upgrade(connection: Connection, revision: str) -> None:
-    if connection.dialect.name == "postgresql":
-        connection.execute(
-            text("SELECT pg_advisory_xact_lock(:number)"), {"number": _MIGRATION_LOCK}
-        )
-        # A step that waits for a table makes everybody behind it wait too: better to fail, and be
-        # tried again.
-        connection.execute(text(f"SET LOCAL lock_timeout = '{_TABLE_LOCK_SECONDS}s'"))
-    config = _alembic()
-    config.attributes["connection"] = connection
-    known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
-    found = _revision(connection)
-    for each, whose in (
-        (found, "the database has"),
-        (None if revision == "head" else revision, "the data has"),
-    ):
-        if each is not None and each not in known:
-            raise DatabaseUnusable(
-                f"{whose} schema {each}, which this version does not know: upgrade reft-serve"
-            )
-    command.upgrade(config, revision)
 
 
 def _engine(url: str) -> AsyncEngine:
@@ -400,7 +299,7 @@ def _prepare(engine: Engine) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
-def _reason(exc: BaseException) -> str:
+def reason_of(exc: BaseException) -> str:
     """One line without the statement and its parameters, which may hold secrets."""
     cause = getattr(exc, "orig", None) or exc
     return " ".join(str(cause).split())[:200]

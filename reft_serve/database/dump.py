@@ -19,7 +19,8 @@ from typing import Any
 from sqlalchemy import JSON, Connection, MetaData, Table, Text, bindparam, cast, func, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from reft_serve.database.connection import Database, check_schema, migrate, revision_of
+from reft_serve.database.connection import Database
+from reft_serve.database.migrations.schema import check_schema, migrate, revision_of
 from reft_serve.errors import Conflict, DatabaseUnusable
 
 __all__ = ["DumpedTable", "dump", "restore", "rows"]

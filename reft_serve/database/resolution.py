@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from sqlalchemy import or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from reft_serve.database.adapters import find_version, list_aliases, list_versions, may_use
+from reft_serve.database.adapters import find_version, list_versions, may_use
+from reft_serve.database.aliases import list_aliases
 from reft_serve.database.models import Adapter, Tenant, Version
 from reft_serve.database.names import PRODUCTION
 from reft_serve.database.permissions import is_permitted

@@ -19,7 +19,8 @@ from reft_serve import __version__
 from reft_serve.adapters.store import AdapterStore
 from reft_serve.config import GatewaySettings
 from reft_serve.database import usage
-from reft_serve.database.connection import Database, check_schema, migrate
+from reft_serve.database.connection import Database
+from reft_serve.database.migrations.schema import check_schema, migrate
 from reft_serve.database.models import now_ms
 from reft_serve.errors import DatabaseUnusable, ReftError, StoreUnusable
 from reft_serve.gateway import maintenance

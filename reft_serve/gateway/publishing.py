@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fastapi import UploadFile
 from starlette.types import Receive
 
-from reft_serve.database import adapters, audit
+from reft_serve.database import adapters, aliases, audit
 from reft_serve.database.keys import Principal
 from reft_serve.database.models import Version
 from reft_serve.database.names import check_adapter_name, check_alias_name
@@ -123,7 +123,7 @@ async def _record(
             base_name=services.settings.base_model,
         )
         if upload.alias is not None:
-            await adapters.set_alias(
+            await aliases.set_alias(
                 session,
                 version.adapter,
                 upload.alias,

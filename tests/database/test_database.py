@@ -17,8 +17,9 @@ from sqlalchemy import Connection, insert, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from reft_serve.database import adapters, audit, keys, resolution, tenants, usage
-from reft_serve.database.connection import Database, check_schema, migrate
+from reft_serve.database import adapters, aliases, audit, keys, resolution, tenants, usage
+from reft_serve.database.connection import Database
+from reft_serve.database.migrations.schema import check_schema, migrate
 from reft_serve.database.models import Base, Job, Key, Tenant, Usage, Version, now_ms
 from reft_serve.errors import Conflict, DatabaseUnusable, NotAllowed, NotFound, RequestInvalid
 
@@ -222,8 +223,8 @@ async def test_names_stand_for_versions(database: Database) -> None:
     assert await labels(database, tenant, "birds") == ["birds@3"]
     async with database.writing() as session:
         adapter = await adapters.find_adapter(session, tenant.id, "birds")
-        await adapters.set_alias(session, adapter, "production", second)
-        await adapters.set_alias(session, adapter, "canary", third, 0.25)
+        await aliases.set_alias(session, adapter, "production", second)
+        await aliases.set_alias(session, adapter, "canary", third, 0.25)
     assert await labels(database, tenant, "birds") == ["birds@3", "birds@2"]
     assert await labels(database, tenant, "birds@canary") == ["birds@3"]
     assert await labels(database, tenant, "birds@1") == ["birds@1"]
@@ -258,12 +259,12 @@ async def test_an_alias_goes_back_to_what_it_named_before(database: Database) ->
     async with database.writing() as session:
         adapter = await adapters.find_adapter(session, tenant.id, "birds")
         for version in (first, second):
-            await adapters.set_alias(session, adapter, "production", version)
-        assert (await adapters.roll_back(session, adapter, "production")).version.number == 1
+            await aliases.set_alias(session, adapter, "production", version)
+        assert (await aliases.roll_back(session, adapter, "production")).version.number == 1
         with pytest.raises(Conflict):
-            await adapters.roll_back(session, adapter, "production")
+            await aliases.roll_back(session, adapter, "production")
         with pytest.raises(NotFound):
-            await adapters.roll_back(session, adapter, "canary")
+            await aliases.roll_back(session, adapter, "canary")
         with pytest.raises(Conflict, match="production"):
             await adapters.delete_version(
                 session, await adapters.find_version(session, adapter, "1")
@@ -275,10 +276,10 @@ async def test_shares_of_aliases_add_up_to_one_at_most(database: Database) -> No
     version = await make_version(database, tenant)
     async with database.writing() as session:
         adapter = await adapters.find_adapter(session, tenant.id, "birds")
-        await adapters.set_alias(session, adapter, "canary", version, 0.6)
+        await aliases.set_alias(session, adapter, "canary", version, 0.6)
     async with database.reading() as session:
         with pytest.raises(RequestInvalid, match="add up"):
-            await adapters.set_alias(session, adapter, "beta", version, 0.6)
+            await aliases.set_alias(session, adapter, "beta", version, 0.6)
 
 
 async def test_another_tenants_adapter_is_not_there_unless_it_is_shared(database: Database) -> None:

@@ -17,8 +17,9 @@ from sqlalchemy import MetaData, select
 from reft_serve.adapters.store import AdapterStore
 from reft_serve.backup import Places, back_up, bring_back
 from reft_serve.database import keys, tenants
-from reft_serve.database.connection import Database, migrate
+from reft_serve.database.connection import Database
 from reft_serve.database.files import key_of_blob
+from reft_serve.database.migrations.schema import migrate
 from reft_serve.database.models import Event, File, Job
 from reft_serve.errors import Conflict, DatabaseUnusable, StoreUnusable
 from reft_serve.storage.blobs import BlobStore

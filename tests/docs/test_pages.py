@@ -43,9 +43,7 @@ def test_the_site_builds_and_no_link_or_anchor_is_broken(tmp_path: Path) -> None
 @pytest.mark.parametrize("name", tables.PAGES)
 def test_tables_are_those_of_the_code(name: str) -> None:
     page = (ROOT / "docs" / name).read_text()
-    assert page == tables.filled(page), (
-        "bring the tables up to date: scripts/docs --write"
-    )
+    assert page == tables.filled(page), "bring the tables up to date: scripts/docs --write"
     assert page.count("\n| ") >= 6
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from reft_serve.database.connection import Database, migrate
+from reft_serve.database.connection import Database
+from reft_serve.database.migrations.schema import migrate
 
 _SQLITE: list[bytes] = []
 _POSTGRES: dict[str, str] = {}

@@ -20,9 +20,10 @@ import pytest
 
 from reft_serve.adapters.directory import read_adapter
 from reft_serve.database import tenants
-from reft_serve.database.connection import Database, migrate
+from reft_serve.database.connection import Database
 from reft_serve.database.files import key_of_blob
 from reft_serve.database.jobs import fine_tuning
+from reft_serve.database.migrations.schema import migrate
 from reft_serve.database.models import Job, Version
 from reft_serve.training.jobs.health import server
 from reft_serve.training.jobs.sweeping import sweep

@@ -12,7 +12,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from reft_serve.database.connection import CLOSE_SECONDS, Database, migrate
+from reft_serve.database.connection import CLOSE_SECONDS, Database
+from reft_serve.database.migrations.schema import migrate
 from reft_serve.training.jobs.worker import running
 from tests.support.postgres import postgres_server
 from tests.support.training.jobs import Place

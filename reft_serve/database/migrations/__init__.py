@@ -1,3 +1,1 @@
-"""Alembic's migrations, shipped with the package: `reft_serve.database.connection.migrate` runs
-them.
-"""
+"""Alembic's migrations, shipped with the package: `schema.migrate` runs them."""

@@ -1,4 +1,4 @@
-"""Run by Alembic: apply the steps on the connection that `connection.migrate` gives."""
+"""Run by Alembic: apply the steps on the connection that `schema.migrate` gives."""
 
 from __future__ import annotations
 

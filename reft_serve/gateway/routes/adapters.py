@@ -13,7 +13,7 @@ from fastapi import APIRouter, Depends, File, Form, Path, Query, Request, Upload
 from fastapi.responses import StreamingResponse
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from reft_serve.database import adapters, audit
+from reft_serve.database import adapters, aliases, audit
 from reft_serve.database.keys import Principal
 from reft_serve.database.models import Adapter
 from reft_serve.database.names import ADAPTER_NAME, ALIAS_NAME
@@ -195,7 +195,7 @@ async def put_alias(
     async with services.database.writing() as session:
         adapter = await adapters.find_adapter(session, caller.tenant_id, name)
         version = await adapters.find_version(session, adapter, body.version)
-        changed = await adapters.set_alias(
+        changed = await aliases.set_alias(
             session, adapter, alias, version, body.share, base_name=services.settings.base_model
         )
         audit.record(
@@ -218,7 +218,7 @@ async def roll_back(
     """Undo the last change of an alias: point it at its previous version."""
     async with services.database.writing() as session:
         adapter = await adapters.find_adapter(session, caller.tenant_id, name)
-        changed = await adapters.roll_back(session, adapter, alias)
+        changed = await aliases.roll_back(session, adapter, alias)
         label = f"{name}@{alias}"
         number = changed.version.number
         audit.record(
@@ -235,7 +235,7 @@ async def delete_alias(
     """Delete an alias; its version is kept."""
     async with services.database.writing() as session:
         adapter = await adapters.find_adapter(session, caller.tenant_id, name)
-        await adapters.delete_alias(session, adapter, alias)
+        await aliases.delete_alias(session, adapter, alias)
         audit.record(
             session, actor_of(request), "alias.delete", f"{name}@{alias}", caller.tenant_id
         )

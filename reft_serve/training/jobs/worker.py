@@ -18,9 +18,10 @@ from reft_serve import __version__
 from reft_serve.adapters.base_model import read_base_model
 from reft_serve.adapters.store import AdapterStore
 from reft_serve.config import TrainerSettings
-from reft_serve.database.connection import Database, check_schema, migrate
+from reft_serve.database.connection import Database
 from reft_serve.database.jobs import queue
 from reft_serve.database.jobs.fine_tuning import count_jobs
+from reft_serve.database.migrations.schema import check_schema, migrate
 from reft_serve.errors import BaseModelInvalid, ServiceError
 from reft_serve.observability import JOB_MEMORY, JOBS_ENDED, JOBS_RUNNING, WORKER_READY
 from reft_serve.storage.blobs import BlobStore

@@ -18,7 +18,8 @@ import uvicorn
 
 from reft_serve.config import GatewaySettings
 from reft_serve.database import keys, tenants
-from reft_serve.database.connection import Database, migrate
+from reft_serve.database.connection import Database
+from reft_serve.database.migrations.schema import migrate
 from reft_serve.gateway.app import create_app
 from reft_serve.gateway.http.connections import Connections, protocol_of
 from reft_serve.interventions.vocabulary import required_tensors

@@ -16,7 +16,7 @@ from reft_serve.config import TenantLimits
 from reft_serve.database import audit, files, resolution, tenants, webhooks
 from reft_serve.database.adapters import list_versions
 from reft_serve.database.connection import Database
-from reft_serve.database.jobs import fine_tuning, queue
+from reft_serve.database.jobs import claimed, fine_tuning, queue
 from reft_serve.database.jobs.outcomes import (
     FINAL,
     Cancelled,
@@ -82,20 +82,20 @@ async def claim(
 
 
 async def held(database: Database, **options: Any) -> queue.Claim:
-    claimed = await claim(database, **options)
-    assert claimed is not None
-    return claimed
+    taken = await claim(database, **options)
+    assert taken is not None
+    return taken
 
 
 async def finish(database: Database, held_: queue.Claim, outcome: Outcome) -> str:
     async with database.writing() as session:
-        return await queue.finish(session, held_.id, held_.worker, outcome)
+        return await claimed.finish(session, held_.id, held_.worker, outcome)
 
 
 async def beat(database: Database, held_: queue.Claim, step: int = 0) -> str:
     async with database.writing() as session:
-        return await queue.heartbeat(
-            session, held_.id, held_.worker, LEASE, queue.Progress(step, 10, step * 5)
+        return await claimed.heartbeat(
+            session, held_.id, held_.worker, LEASE, claimed.Progress(step, 10, step * 5)
         )
 
 
@@ -142,13 +142,13 @@ async def test_a_job_is_claimed_kept_and_published_in_one_go(database: Database)
     )
     assert await claim(database) is None
     async with database.writing() as session:
-        await queue.resolve(
+        await claimed.resolve(
             session, mine.id, mine.worker, {"n_epochs": 3}, steps=10, memory_bytes=1000
         )
-        await queue.add_event(
+        await claimed.add_event(
             session, mine.id, mine.worker, "Step 1/10", metrics={"step": 1, "train_loss": 2.0}
         )
-        await queue.add_checkpoint(session, mine.id, mine.worker, 1, {"train_loss": 9.0})
+        await claimed.add_checkpoint(session, mine.id, mine.worker, 1, {"train_loss": 9.0})
         result = await files.start_file(
             session,
             tenant.id,
@@ -205,11 +205,11 @@ async def test_nobody_but_the_holder_changes_a_job(database: Database) -> None:
             await finish(database, first, outcome)
     async with database.writing() as session:
         for act in (
-            queue.heartbeat(session, job_id, first.worker, LEASE),
-            queue.release(session, job_id, first.worker),
-            queue.resolve(session, job_id, first.worker, {}),
-            queue.add_event(session, job_id, first.worker, "late"),
-            queue.add_checkpoint(session, job_id, first.worker, 1, {}),
+            claimed.heartbeat(session, job_id, first.worker, LEASE),
+            claimed.release(session, job_id, first.worker),
+            claimed.resolve(session, job_id, first.worker, {}),
+            claimed.add_event(session, job_id, first.worker, "late"),
+            claimed.add_checkpoint(session, job_id, first.worker, 1, {}),
         ):
             with pytest.raises(LeaseLost):
                 await act
@@ -253,7 +253,7 @@ async def test_limits_of_tenants_and_of_memory_hold_a_job_back(database: Databas
     big = taken[1]
     assert big is not None
     async with database.writing() as session:
-        assert await queue.release(session, big.id, big.worker, memory_bytes=500) == "queued"
+        assert await claimed.release(session, big.id, big.worker, memory_bytes=500) == "queued"
     assert await claim(database, memory_bytes=499) is None
     again = await held(database, memory_bytes=500)
     assert (again.id, again.attempts) == (big.id, 1), "to hand a job back is no failed attempt"
@@ -267,7 +267,7 @@ async def test_a_job_that_fails_each_time_is_given_up_and_its_reason_kept_for_th
         mine = await held(database)
         assert mine.attempts == attempt
         async with database.writing() as session:
-            status = await queue.release(
+            status = await claimed.release(
                 session, job_id, mine.worker, traceback=f"Traceback {attempt}"
             )
         assert status == ("queued" if attempt < 3 else "failed")
@@ -427,7 +427,7 @@ async def test_events_are_listed_newest_first_and_followed_oldest_first(database
     mine = await held(database)
     async with database.writing() as session:
         for k in range(5):
-            await queue.add_event(session, job_id, mine.worker, f"event {k}")
+            await claimed.add_event(session, job_id, mine.worker, f"event {k}")
     async with database.reading() as session:
         page, more = await fine_tuning.list_events(session, job_id, limit=2)
         assert ([event.message for event in page], more) == (["event 4", "event 3"], True)
@@ -527,7 +527,7 @@ async def test_a_checkpoint_warns_that_the_result_will_not_fit(database: Databas
     mine = await held(database)
     for limits in (TenantLimits(storage_bytes=100), TenantLimits(storage_bytes=5)):
         async with database.writing() as session:
-            await queue.add_checkpoint(session, mine.id, mine.worker, 1, {}, limits)
+            await claimed.add_checkpoint(session, mine.id, mine.worker, 1, {}, limits)
     warned = [
         message for message in await told(database, job_id) if "could not be published" in message
     ]
@@ -612,7 +612,7 @@ async def test_many_workers_at_once_run_each_job_by_one_holder_to_one_end(
                     ends.append(mine.id)
             elif fate < 0.5:
                 async with pool.writing() as session:
-                    await queue.release(session, mine.id, mine.worker)
+                    await claimed.release(session, mine.id, mine.worker)
             else:
                 outcomes: list[Outcome] = [DONE, DONE, Failed("x", "y"), Cancelled()]
                 await finish(pool, mine, dice.choice(outcomes))
@@ -657,9 +657,9 @@ async def test_a_job_gives_way_to_that_of_a_tenant_with_fewer_and_goes_on_after_
     assert await make_way(database, long) == long.id
     assert await make_way(database, long) is None, "one is enough"
     async with database.reading() as session:
-        assert await queue.poll(session, long.id, long.worker) == "yield"
+        assert await claimed.poll(session, long.id, long.worker) == "yield"
     async with database.writing() as session:
-        assert await queue.release(session, long.id, long.worker) == "queued"
+        assert await claimed.release(session, long.id, long.worker) == "queued"
     taken = await held(database)
     assert taken.id == short
     await finish(database, taken, Cancelled())
@@ -706,7 +706,7 @@ async def test_what_an_owner_asks_of_a_job_that_gives_way_holds(database: Databa
         async with database.writing() as session:
             await fine_tuning.ask(session, first.id, long.id, what)  # type: ignore[arg-type]
         async with database.writing() as session:
-            assert await queue.release(session, long.id, long.worker) == status
+            assert await claimed.release(session, long.id, long.worker) == status
             await fine_tuning.ask(session, second.id, waiting, "cancel")
 
 

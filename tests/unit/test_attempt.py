@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from reft_serve.database.jobs import queue
+from reft_serve.database.jobs import claimed, queue
 from reft_serve.database.models import Job
 from reft_serve.errors import StoreUnusable
 from reft_serve.training.jobs.attempt import Attempt, _why
@@ -249,7 +249,7 @@ async def test_a_job_that_another_worker_has_is_let_go_of(place: Place) -> None:
     running = asyncio.create_task(attempt.run())
     await until(process)
     async with place.database.writing() as session:
-        await queue.release(session, attempt.claim.id, attempt.claim.worker)
+        await claimed.release(session, attempt.claim.id, attempt.claim.worker)
     async with asyncio.timeout(10):
         assert await running == "lost"
     assert process.calls[0] == "kill"

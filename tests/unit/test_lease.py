@@ -14,8 +14,9 @@ import pytest
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from reft_serve.database.jobs import queue
-from reft_serve.database.jobs.queue import Claim, Progress
+from reft_serve.database.jobs import claimed, queue
+from reft_serve.database.jobs.claimed import Progress
+from reft_serve.database.jobs.queue import Claim
 from reft_serve.errors import LeaseLost
 from reft_serve.training.jobs.lease import Lease
 from tests.support.training.jobs import Place
@@ -54,7 +55,7 @@ class Flaky:
             raise OperationalError("BEGIN", {}, OSError("away"))
 
 
-async def claimed(place: Place, seconds: float = SECONDS) -> tuple[Lease, Flaky, Claim]:
+async def leased(place: Place, seconds: float = SECONDS) -> tuple[Lease, Flaky, Claim]:
     await place.job()
     begun, database = time.monotonic(), Flaky(place)
     async with place.database.writing() as session:
@@ -65,7 +66,7 @@ async def claimed(place: Place, seconds: float = SECONDS) -> tuple[Lease, Flaky,
 
 
 async def test_what_is_told_is_written_once_though_a_heartbeat_breaks_off(place: Place) -> None:
-    lease, database, claim = await claimed(place)
+    lease, database, claim = await leased(place)
     lease.queue_event("first")
     database.breaks = True
     with pytest.raises(OperationalError):
@@ -81,7 +82,7 @@ async def test_what_is_told_is_written_once_though_a_heartbeat_breaks_off(place:
 
 
 async def test_a_heartbeat_moves_the_end_and_carries_the_progress(place: Place) -> None:
-    lease, database, claim = await claimed(place, 10.0)
+    lease, database, claim = await leased(place, 10.0)
     before = lease.until()
     assert before == pytest.approx(time.monotonic() + 8.5, abs=2.0)  # earlier than the database's
     lease.progress = Progress(3, 9, 30)
@@ -97,7 +98,7 @@ async def test_a_heartbeat_moves_the_end_and_carries_the_progress(place: Place) 
 
 
 async def test_a_kept_job_is_heard_of_before_its_lease_ends(place: Place) -> None:
-    lease, _, claim = await claimed(place, 1.5)
+    lease, _, claim = await leased(place, 1.5)
     keeping = asyncio.create_task(lease.keep(lambda wanted: None))
     await asyncio.sleep(1.7)
     assert not keeping.done()
@@ -110,7 +111,7 @@ async def test_a_kept_job_is_heard_of_before_its_lease_ends(place: Place) -> Non
 
 
 async def test_what_the_owner_wants_is_said_when_it_changes(place: Place) -> None:
-    lease, _, claim = await claimed(place, 10.0)
+    lease, _, claim = await leased(place, 10.0)
     heard: list[str] = []
     keeping = asyncio.create_task(lease.keep(heard.append))
     await place.ask(claim.id, "pause")
@@ -133,7 +134,7 @@ async def test_what_the_owner_wants_is_said_when_it_changes(place: Place) -> Non
 async def test_a_job_is_let_go_of_before_its_lease_ends_if_the_database_is_away(
     place: Place,
 ) -> None:
-    lease, database, _ = await claimed(place, 1.5)
+    lease, database, _ = await leased(place, 1.5)
     database.away = True
     with pytest.raises(LeaseLost, match="for too long"):
         await lease.keep(lambda wanted: None)
@@ -143,7 +144,7 @@ async def test_a_job_is_let_go_of_before_its_lease_ends_if_the_database_is_away(
 
 
 async def test_a_database_that_comes_back_in_time_costs_nothing(place: Place) -> None:
-    lease, database, _ = await claimed(place, 20.0)
+    lease, database, _ = await leased(place, 20.0)
     lease.queue_event("news are not kept back for long")
     database.away = True
     keeping = asyncio.create_task(lease.keep(lambda wanted: None))
@@ -159,9 +160,9 @@ async def test_a_database_that_comes_back_in_time_costs_nothing(place: Place) ->
 
 
 async def test_a_job_of_another_worker_is_lost_at_once(place: Place) -> None:
-    lease, _, claim = await claimed(place)
+    lease, _, claim = await leased(place)
     async with place.database.writing() as session:
-        await queue.release(session, claim.id, claim.worker)
+        await claimed.release(session, claim.id, claim.worker)
     with pytest.raises(LeaseLost):
         await lease.heartbeat()
     with pytest.raises(LeaseLost):
@@ -171,19 +172,21 @@ async def test_a_job_of_another_worker_is_lost_at_once(place: Place) -> None:
 async def test_a_write_is_tried_until_the_database_is_there_but_not_past_the_lease(
     place: Place,
 ) -> None:
-    lease, database, claim = await claimed(place)
+    lease, database, claim = await leased(place)
     database.away = True
     asyncio.get_running_loop().call_later(0.1, setattr, database, "away", False)
-    await lease.write(lambda session: queue.add_event(session, claim.id, claim.worker, "written"))
+    await lease.write(lambda session: claimed.add_event(session, claim.id, claim.worker, "written"))
     assert "written" in await place.told(claim.id)
     database.away = True
     with pytest.raises(OperationalError):
-        await lease.write(lambda session: queue.add_event(session, claim.id, claim.worker, "late"))
+        await lease.write(
+            lambda session: claimed.add_event(session, claim.id, claim.worker, "late")
+        )
     assert time.monotonic() < lease.until() + 2
 
 
 async def test_a_write_that_can_never_work_is_tried_once(place: Place) -> None:
-    lease, database, _ = await claimed(place)
+    lease, database, _ = await leased(place)
 
     async def wrong(session: AsyncSession) -> None:
         raise IntegrityError("INSERT", {}, ValueError("twice"))
@@ -195,7 +198,7 @@ async def test_a_write_that_can_never_work_is_tried_once(place: Place) -> None:
 
 
 async def test_to_look_is_asked_for_at_most_every_few_hundredths_of_a_second(place: Place) -> None:
-    lease, _, _ = await claimed(place)
+    lease, _, _ = await leased(place)
     lease.wake()
     assert lease._stirred.is_set()
     lease._stirred.clear()

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from reft_serve.config import TenantLimits
+from reft_serve.config import TenantLimits, TrainerSettings
 from reft_serve.database import audit, webhooks
 from reft_serve.database.adapters import add_version
 from reft_serve.database.files import WrittenFile, complete_file
@@ -21,6 +21,7 @@ from reft_serve.errors import RateLimited
 
 __all__ = [
     "FINAL",
+    "MOST_ATTEMPTS",
     "Cancelled",
     "Failed",
     "Level",
@@ -32,6 +33,7 @@ __all__ = [
     "Succeeded",
     "Wanted",
     "end",
+    "fail_after_attempts",
     "fit",
     "pause",
     "publish",
@@ -44,6 +46,7 @@ Status = Literal["queued", "running", "paused", "succeeded", "failed", "cancelle
 Wanted = Literal["none", "pause", "cancel", "yield"]
 Level = Literal["info", "warn", "error"]
 FINAL: frozenset[Status] = frozenset({"succeeded", "failed", "cancelled"})
+MOST_ATTEMPTS: int = TrainerSettings.model_fields["train_attempts"].default
 _LABEL = 8
 
 
@@ -152,6 +155,16 @@ async def end(
     told = {name: value for name, value in facts.items() if value is not None}
     audit.record(session, audit.Actor(job.key_id), f"job.{status}", job.id, job.tenant_id, **told)
     await webhooks.enqueue(session, job.tenant_id, f"fine_tuning.job.{status}", {"id": job.id})
+
+
+async def fail_after_attempts(session: AsyncSession, job: Job, why: str) -> None:
+    """Fail a job that has used up its attempts; `why` is how the last one ended."""
+    sentence = (
+        f"The job failed after {job.attempts} attempts ({why}). It will not be retried; the "
+        "operator has the details."
+    )
+    job.error = {"code": "too_many_attempts", "message": sentence, "param": None}
+    await end(session, job, "failed")
 
 
 def requeue(job: Job) -> None:

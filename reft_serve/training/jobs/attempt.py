@@ -18,9 +18,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from reft_serve.database.jobs import queue
+from reft_serve.database.jobs import claimed
+from reft_serve.database.jobs.claimed import Progress
 from reft_serve.database.jobs.outcomes import Cancelled, Failed, Outcome, Wanted
-from reft_serve.database.jobs.queue import Claim, Progress
+from reft_serve.database.jobs.queue import Claim
 from reft_serve.errors import BaseModelInvalid, LeaseLost, StoreUnusable
 from reft_serve.observability import TRAINED_TOKENS
 from reft_serve.recipes.hyperparameters import read_hyperparameters
@@ -262,7 +263,7 @@ class Attempt:
             resolved = message.resolved
             needed = None if claim.resolved else self.memory
             await self._lease.write(
-                lambda session: queue.resolve(
+                lambda session: claimed.resolve(
                     session, claim.id, worker, resolved, memory_bytes=needed
                 )
             )
@@ -372,7 +373,7 @@ class Attempt:
         claim = self.claim
         await self._tell_rest()
         status = await self._lease.write(
-            lambda session: queue.finish(session, claim.id, claim.worker, outcome)
+            lambda session: claimed.finish(session, claim.id, claim.worker, outcome)
         )
         await self._forget_checkpoints()
         return status if status != "running" else "lost"
@@ -390,7 +391,7 @@ class Attempt:
         claim = self.claim
         await self._tell_rest()
         status = await self._lease.write(
-            lambda session: queue.release(
+            lambda session: claimed.release(
                 session,
                 claim.id,
                 claim.worker,

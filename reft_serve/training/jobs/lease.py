@@ -13,9 +13,10 @@ from typing import TypeVar
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from reft_serve.database.connection import FAILURES, Database
-from reft_serve.database.jobs import queue
+from reft_serve.database.jobs import claimed
+from reft_serve.database.jobs.claimed import Progress
 from reft_serve.database.jobs.outcomes import Level, Wanted
-from reft_serve.database.jobs.queue import Claim, Progress
+from reft_serve.database.jobs.queue import Claim
 from reft_serve.errors import LeaseLost
 from reft_serve.training.jobs.context import retry_until
 
@@ -101,9 +102,9 @@ class Lease:
             begun = time.monotonic()
             news = list(self._news)
             async with self._database.writing() as session:
-                wanted = await queue.heartbeat(session, job, worker, self._seconds, self.progress)
+                wanted = await claimed.heartbeat(session, job, worker, self._seconds, self.progress)
                 for message, level, metrics in news:
-                    await queue.add_event(session, job, worker, message, level, metrics)
+                    await claimed.add_event(session, job, worker, message, level, metrics)
             self._kept = begun
             del self._news[: len(news)]
         return wanted
@@ -119,4 +120,4 @@ class Lease:
 
     async def _poll(self) -> Wanted:
         async with self._database.reading() as session:
-            return await queue.poll(session, self._claim.id, self._claim.worker)
+            return await claimed.poll(session, self._claim.id, self._claim.worker)

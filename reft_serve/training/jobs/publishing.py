@@ -19,8 +19,9 @@ from pathlib import Path
 from reft_serve.adapters.structure import FILES, check_structure
 from reft_serve.database import adapters, files
 from reft_serve.database.files import WrittenFile
+from reft_serve.database.jobs.claimed import finish
 from reft_serve.database.jobs.outcomes import NewCheckpoint, NewVersion, Status, Succeeded
-from reft_serve.database.jobs.queue import Claim, finish
+from reft_serve.database.jobs.queue import Claim
 from reft_serve.database.room import lock_room
 from reft_serve.training.jobs.context import WorkerContext
 from reft_serve.training.loop import checkpoints

@@ -9,7 +9,7 @@ import contextlib
 import time
 from pathlib import Path
 
-from reft_serve.database.jobs import queue
+from reft_serve.database.jobs import claimed
 from reft_serve.database.jobs.queue import Claim
 from reft_serve.errors import LeaseLost
 from reft_serve.training.jobs.context import TRANSIENT, WorkerContext, retry_until
@@ -73,7 +73,7 @@ class Uploads:
             )
             limits = self._ctx.settings.limits
             await self._lease.write(
-                lambda session: queue.add_checkpoint(
+                lambda session: claimed.add_checkpoint(
                     session, claim.id, claim.worker, step, metrics, limits
                 )
             )

@@ -12,7 +12,7 @@ from reft_serve.adapters.store import AdapterStore
 from reft_serve.config import GatewaySettings
 from reft_serve.database import files
 from reft_serve.database.connection import Database
-from reft_serve.database.jobs import queue
+from reft_serve.database.jobs import claimed, queue
 from reft_serve.database.jobs.outcomes import NewCheckpoint, NewVersion, Outcome, Succeeded
 from reft_serve.storage.blobs import BlobStore
 from tests.support.gateway.harness import adapter_files
@@ -44,21 +44,21 @@ class FakeWorker:
         return found
 
     def beat(self, job: queue.Claim, step: int = 0, steps: int = 4) -> str:
-        progress = queue.Progress(step, steps, step * 100, job.created_ms + 60_000)
+        progress = claimed.Progress(step, steps, step * 100, job.created_ms + 60_000)
         return self.act(
-            lambda session: queue.heartbeat(session, job.id, job.worker, 60.0, progress)
+            lambda session: claimed.heartbeat(session, job.id, job.worker, 60.0, progress)
         )
 
     def tell(self, job: queue.Claim, message: str, metrics: dict[str, float] | None = None) -> None:
         self.act(
-            lambda session: queue.add_event(session, job.id, job.worker, message, metrics=metrics)
+            lambda session: claimed.add_event(session, job.id, job.worker, message, metrics=metrics)
         )
 
     def finish(self, job: queue.Claim, outcome: Outcome) -> str:
-        return self.act(lambda session: queue.finish(session, job.id, job.worker, outcome))
+        return self.act(lambda session: claimed.finish(session, job.id, job.worker, outcome))
 
     def release(self, job: queue.Claim, traceback: str) -> str:
-        return self.act(lambda session: queue.release(session, job.id, job.worker, traceback))
+        return self.act(lambda session: claimed.release(session, job.id, job.worker, traceback))
 
     def succeed(self, job: queue.Claim, seed: int = 0) -> str:
         """Publish an adapter with two checkpoints and a file of metrics."""

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from reft_serve.errors import ServiceError
 from reft_serve.gateway.engines.engine import Engine
+from reft_serve.gateway.engines.urls import without_password
 
 __all__ = ["Discovery"]
 
@@ -126,7 +127,7 @@ def _checked(url: str) -> str:
     except ValueError:
         sound = False
     if not sound:
-        shown = url.rpartition("@")[2][:200]  # what is before it may be a password
+        shown = without_password(url)[:200]
         raise ServiceError(f"REFT_ENGINES: {shown!r} is not dns+http://NAME:PORT")
     return plain
 

@@ -5,9 +5,9 @@ metric.
 from __future__ import annotations
 
 import logging
-from urllib.parse import urlsplit
 
 from reft_serve.errors import EngineTrouble
+from reft_serve.gateway.engines.urls import without_password
 from reft_serve.observability import ENGINE_UNUSABLE, ENGINE_UP
 
 __all__ = ["EngineState"]
@@ -36,7 +36,7 @@ class EngineState:
 
     def __init__(self, name: str, url: str) -> None:
         self.trouble: EngineTrouble | None = "new"
-        self.url = _without_password(url)
+        self.url = without_password(url)
         self._name = name
 
     @property
@@ -76,10 +76,3 @@ class EngineState:
     def _remove(self, trouble: EngineTrouble | None) -> None:
         if trouble is not None and trouble != "new":
             ENGINE_UNUSABLE.remove(self._name, trouble)
-
-
-def _without_password(url: str) -> str:
-    if url.startswith("unix:"):
-        return url
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()

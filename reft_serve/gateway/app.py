@@ -38,7 +38,6 @@ from reft_serve.gateway.middleware import RequestMiddleware
 from reft_serve.gateway.routes import (
     adapters,
     admin,
-    admin_jobs,
     files,
     fine_tuning,
     health,
@@ -78,7 +77,6 @@ _ROUTES = (
     keys,
     usage_routes,
     admin,
-    admin_jobs,
 )
 
 

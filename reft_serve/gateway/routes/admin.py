@@ -1,20 +1,24 @@
-"""Admin routes for tenants, their keys and the engines."""
+"""Admin routes for tenants and their keys, the jobs of all tenants, and the engines."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Path, Query, Request
 
 from reft_serve.database import audit, tenants
+from reft_serve.database.jobs import fine_tuning
+from reft_serve.database.jobs.outcomes import Status
 from reft_serve.errors import Conflict
 from reft_serve.gateway.engines.engine import Engine
 from reft_serve.gateway.publishing import retire
 from reft_serve.gateway.routes.bounded_route import BoundedRoute
 from reft_serve.gateway.routes.deps import ServicesDep, actor_of, caller_of, requires
+from reft_serve.gateway.routes.fine_tuning import JOB_ID
 from reft_serve.gateway.routes.keys import make_key
 from reft_serve.gateway.routes.metrics import EngineName
 from reft_serve.gateway.schemas.fields import TENANT_ID, TENANT_ID_OR_NAME
+from reft_serve.gateway.schemas.fine_tuning import JobAdminOut, Page
 from reft_serve.gateway.schemas.tenancy import (
     Deleted,
     EngineOut,
@@ -36,6 +40,7 @@ router = APIRouter(
     route_class=BoundedRoute,
 )
 _Tenant = Annotated[str, Path(pattern=TENANT_ID_OR_NAME, description="Id or name of a tenant.")]
+_Job = Annotated[str, Path(pattern=JOB_ID)]
 
 
 @router.post("/tenants", status_code=201)
@@ -111,6 +116,46 @@ async def create_key(
 ) -> NewKeyOut:
     """Create an API key for a tenant. Only this response contains the secret."""
     return await make_key(services, request, caller_of(request), tenant, body)
+
+
+@router.get("/jobs", name="list_all")
+async def list_jobs(
+    services: ServicesDep,
+    after: Annotated[str | None, Query(pattern=JOB_ID)] = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 20,
+    tenant: Annotated[
+        str | None,
+        Query(
+            pattern=TENANT_ID_OR_NAME, description="Id or name of a tenant; default: all tenants."
+        ),
+    ] = None,
+    status: Annotated[list[Status] | None, Query(max_length=6)] = None,
+) -> Page[JobAdminOut]:
+    """List the jobs of all tenants or of one, newest first."""
+    async with services.database.reading() as session:
+        tenant_id = None if tenant is None else (await tenants.find_tenant(session, tenant)).id
+        jobs, more = await fine_tuning.list_jobs(
+            session, tenant_id, after=after, limit=limit, statuses=status
+        )
+    return Page.of([JobAdminOut.of(job) for job in jobs], more)
+
+
+@router.get("/jobs/{job}", name="get")
+async def get_job(job: _Job, services: ServicesDep) -> JobAdminOut:
+    """Get a job with its worker and the traceback of its failure."""
+    async with services.database.reading() as session:
+        return JobAdminOut.of(await fine_tuning.find_job(session, None, job))
+
+
+@router.post("/jobs/{job}/{what}", name="ask")
+async def change_job(
+    job: _Job, what: Literal["cancel", "pause", "resume"], request: Request, services: ServicesDep
+) -> JobAdminOut:
+    """Cancel, pause or resume the job of any tenant."""
+    async with services.database.writing() as session:
+        changed = await fine_tuning.ask(session, None, job, what)
+        audit.record(session, actor_of(request), f"job.{what}", job, changed.tenant_id)
+        return JobAdminOut.of(changed)
 
 
 @router.get("/engines")

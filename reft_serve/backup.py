@@ -92,15 +92,15 @@ async def back_up(places: Places, folder: Path) -> Backup:
                 "files recorded in the database are missing from the stores: "
                 f"{', '.join(sorted(missing)[:5])}"
             )
-    found = Backup(
+    backup = Backup(
         revision,
         sorted(versions),
         blobs,
         {name: asdict(table) for name, table in tables.items()},
         created_ms=time.time_ns() // 1_000_000,
     )
-    await asyncio.to_thread(_seal, folder, found)
-    return found
+    await asyncio.to_thread(_seal, folder, backup)
+    return backup
 
 
 async def bring_back(places: Places, folder: Path) -> Backup:
@@ -112,20 +112,20 @@ async def bring_back(places: Places, folder: Path) -> Backup:
         Conflict: the database is not empty.
         DatabaseUnusable: it cannot be reached, or the backup's rows are damaged; no row was put in.
     """
-    found = await asyncio.to_thread(_opened, folder)
+    backup = await asyncio.to_thread(_opened, folder)
     source = Places(
         places.database, AdapterStore(folder / "adapters"), BlobStore(str(folder / "blobs"))
     )
     try:  # files before rows: a row never names what is not there
-        await _fill(source, places, found)
+        await _fill(source, places, backup)
     except ValueError as exc:  # a store's word for a name that is none
         raise StoreUnusable(
             f"{folder / 'backup.json'} lists an entry that is not a version or file: the backup "
             "is damaged"
         ) from exc
-    tables = {name: DumpedTable(**table) for name, table in found.tables.items()}
-    await restore(places.database, folder / "database", found.revision, tables)
-    return found
+    tables = {name: DumpedTable(**table) for name, table in backup.tables.items()}
+    await restore(places.database, folder / "database", backup.revision, tables)
+    return backup
 
 
 async def _copy(
@@ -156,10 +156,10 @@ async def _copy(
     return versions, blobs
 
 
-async def _fill(source: Places, target: Places, found: Backup) -> None:
-    for digest in found.versions:
+async def _fill(source: Places, target: Places, backup: Backup) -> None:
+    for digest in backup.versions:
         await asyncio.to_thread(_copy_version, source.store, target.store, digest)
-    for key, (size, sha256) in found.blobs.items():
+    for key, (size, sha256) in backup.blobs.items():
         written = await target.blobs.write(key, source.blobs.read(key), _NO_LIMIT)
         if (written.size, written.sha256) != (size, sha256):
             await target.blobs.delete(key)
@@ -180,20 +180,20 @@ def _copy_version(source: AdapterStore, target: AdapterStore, digest: str) -> No
     with target.staging() as place:
         for file in source.files(digest):
             shutil.copyfile(file, place / file.name)
-        found = target.publish(place)
-    if found != digest:
-        target.remove(found)
+        copied = target.publish(place)
+    if copied != digest:
+        target.remove(copied)
         raise StoreUnusable(
             f"version {digest[:12]} is damaged in {source.root}: its files do not match its digest"
         )
 
 
-def _seal(folder: Path, found: Backup) -> None:
+def _seal(folder: Path, backup: Backup) -> None:
     for file in (folder / "database").iterdir():
         fsync_path(file)
     fsync_path(folder / "database")
     aside = folder / "backup.json.writing"
-    aside.write_text(json.dumps(asdict(found), indent=1))
+    aside.write_text(json.dumps(asdict(backup), indent=1))
     fsync_path(aside)
     aside.rename(folder / "backup.json")
     fsync_path(folder)
@@ -201,13 +201,13 @@ def _seal(folder: Path, found: Backup) -> None:
 
 def _opened(folder: Path) -> Backup:
     try:
-        found = json.loads((folder / "backup.json").read_text())
-        if found.get("format") != _FORMAT:
+        contents = json.loads((folder / "backup.json").read_text())
+        if contents.get("format") != _FORMAT:
             raise StoreUnusable(
-                f"{folder} is a backup of another format ({found.get('format')}): use a matching "
-                "release"
+                f"{folder} is a backup of another format ({contents.get('format')}): use a "
+                "matching release"
             )
-        backup = Backup(**found)
+        backup = Backup(**contents)
         _check(backup)
         return backup
     except FileNotFoundError as exc:

@@ -509,10 +509,10 @@ class GatewaySettings(_Installation):
     @field_validator("chat_template_kwargs")
     @classmethod
     def _harmless(cls, names: str) -> str:
-        found = {name.strip() for name in names.split(",")} & _RENDERING
-        if found:
+        refused = {name.strip() for name in names.split(",")} & _RENDERING
+        if refused:
             raise ValueError(
-                f"{sorted(found)[0]} changes how a prompt is rendered, so requests may not set it"
+                f"{sorted(refused)[0]} changes how a prompt is rendered, so requests may not set it"
             )
         return names
 

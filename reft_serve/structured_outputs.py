@@ -84,11 +84,11 @@ def _constraints(body: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
         yield "response_format", "json", form
     if (form := _member(body.get("text"), "format")) is not None:
         yield "text.format", "json", form
-    given = body.get("structured_outputs")
-    if isinstance(given, Mapping):
-        for name in given:
-            if given[name] is not None:
-                yield f"structured_outputs.{str(name)[:64]}", str(name), given[name]
+    outputs = body.get("structured_outputs")
+    if isinstance(outputs, Mapping):
+        for name in outputs:
+            if outputs[name] is not None:
+                yield f"structured_outputs.{str(name)[:64]}", str(name), outputs[name]
     tools = body.get("tools")
     for index, tool in enumerate(tools if isinstance(tools, list) else ()):
         yield f"tools[{index}]", "json", tool

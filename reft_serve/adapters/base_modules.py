@@ -46,17 +46,17 @@ def linear_modules(base: Path) -> Mapping[str, Shape]:
         raise BaseModelInvalid(
             f"the modules of the base model at {base} cannot be listed: {str(exc)[:200]}"
         ) from exc
-    found = dict(_linear(model))
+    shapes = dict(_linear(model))
     # PEFT's names of such models differ between releases of transformers
     if config.get_text_config() is not config:
-        found |= {name: shape for path, shape in found.items() for name in _other_names(path)}
-    return found
+        shapes |= {name: shape for path, shape in shapes.items() for name in _other_names(path)}
+    return shapes
 
 
 def _other_names(path: str) -> Iterator[str]:
     """The names that the language model's modules have had in models of several parts."""
-    _, found, tail = path.partition("language_model.")
-    if found:
+    _, separator, tail = path.partition("language_model.")
+    if separator:
         tail = tail.removeprefix("model.")
         yield from (f"{prefix}{tail}" for prefix in _PREFIXES)
 

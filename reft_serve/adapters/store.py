@@ -127,13 +127,13 @@ class AdapterStore:
         1970.
         """
         try:
-            found = [
+            folders = [
                 path
                 for folder in self.root.iterdir()
                 if len(folder.name) == 2
                 for path in folder.iterdir()
             ]
-            named = [path for path in found if _DIGEST.fullmatch(path.name)]
+            named = [path for path in folders if _DIGEST.fullmatch(path.name)]
             return [(path.name, path.stat().st_mtime_ns // 1_000_000) for path in named]
         except FileNotFoundError:  # one was removed in this moment, or there is no store yet
             return self.digests() if self.root.exists() else []

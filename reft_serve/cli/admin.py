@@ -61,10 +61,10 @@ def backup(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new 
     """
     from reft_serve.backup import back_up
 
-    made = asyncio.run(_with_places(lambda places: back_up(places, folder)))
+    saved = asyncio.run(_with_places(lambda places: back_up(places, folder)))
     typer.echo(
-        f"{made.rows} rows, {len(made.versions)} versions and {len(made.blobs)} files written to "
-        f"{folder}"
+        f"{saved.rows} rows, {len(saved.versions)} versions and {len(saved.blobs)} files written "
+        f"to {folder}"
     )
 
 
@@ -77,9 +77,10 @@ def restore(
     """
     from reft_serve.backup import bring_back
 
-    made = asyncio.run(_with_places(lambda places: bring_back(places, folder)))
+    restored = asyncio.run(_with_places(lambda places: bring_back(places, folder)))
     typer.echo(
-        f"{made.rows} rows, {len(made.versions)} versions and {len(made.blobs)} files restored"
+        f"{restored.rows} rows, {len(restored.versions)} versions and {len(restored.blobs)} files "
+        "restored"
     )
 
 
@@ -90,9 +91,9 @@ def create_tenant(name: _Name, limits: _Limits = "{}") -> None:
     async def create(session: AsyncSession) -> str:
         from reft_serve.database import audit, tenants
 
-        made = await tenants.create_tenant(session, name, _limits(limits))
-        audit.record(session, audit.Actor(), "tenant.create", name, made.id)
-        return made.id
+        tenant = await tenants.create_tenant(session, name, _limits(limits))
+        audit.record(session, audit.Actor(), "tenant.create", name, tenant.id)
+        return tenant.id
 
     typer.echo(_do(create))
 
@@ -104,7 +105,7 @@ def list_tenants() -> None:
     async def listed(session: AsyncSession) -> list[str]:
         from reft_serve.database import tenants
 
-        found = await tenants.list_tenants(session)
+        rows = await tenants.list_tenants(session)
         return [
             "\t".join(
                 (
@@ -114,7 +115,7 @@ def list_tenants() -> None:
                     json.dumps(each.limits),
                 )
             )
-            for each in found
+            for each in rows
         ]
 
     for line in _do(listed):
@@ -161,19 +162,19 @@ def create_key(
 
         if role not in keys.ROLES:
             raise RequestInvalid(f"--role {role[:40]!r} is not one of {', '.join(keys.ROLES)}")
-        found = await tenants.find_tenant(session, name)
+        tenant = await tenants.find_tenant(session, name)
         expires = None if days is None else now_ms() + days * DAY_MS
         chosen = None if scopes is None else [scope.strip() for scope in scopes.split(",")]
-        made, secret = await keys.create_key(
+        key, secret = await keys.create_key(
             session,
-            found,
+            tenant,
             role,  # type: ignore[arg-type]
             label,
             chosen,
             expires,
             _limits(limits),
         )
-        audit.record(session, audit.Actor(), "key.create", made.id, found.id, role=role, name=label)
+        audit.record(session, audit.Actor(), "key.create", key.id, tenant.id, role=role, name=label)
         return secret
 
     typer.echo(_do(create))
@@ -186,11 +187,11 @@ def list_keys(name: _Name) -> None:
     async def listed(session: AsyncSession) -> list[str]:
         from reft_serve.database import keys, tenants
 
-        found = await keys.list_keys(session, (await tenants.find_tenant(session, name)).id)
-        state = {each.id: "revoked" if each.revoked_ms else "valid" for each in found}
+        rows = await keys.list_keys(session, (await tenants.find_tenant(session, name)).id)
+        state = {each.id: "revoked" if each.revoked_ms else "valid" for each in rows}
         return [
             f"{each.id}\t{each.prefix}...\t{each.role}\t{state[each.id]}\t{each.name}"
-            for each in found
+            for each in rows
         ]
 
     for line in _do(listed):
@@ -208,11 +209,11 @@ def rotate_key(
     async def rotate(session: AsyncSession) -> str:
         from reft_serve.database import audit, keys, tenants
 
-        found = await tenants.find_tenant(session, name)
+        tenant = await tenants.find_tenant(session, name)
         new, secret = await keys.rotate_key(
-            session, await keys.find_key(session, found.id, key_id), overlap
+            session, await keys.find_key(session, tenant.id, key_id), overlap
         )
-        audit.record(session, audit.Actor(), "key.rotate", key_id, found.id, new=new.id)
+        audit.record(session, audit.Actor(), "key.rotate", key_id, tenant.id, new=new.id)
         return secret
 
     typer.echo(_do(rotate))
@@ -227,9 +228,9 @@ def revoke_key(
     async def revoke(session: AsyncSession) -> None:
         from reft_serve.database import audit, keys, tenants
 
-        found = await tenants.find_tenant(session, name)
-        keys.revoke_key(await keys.find_key(session, found.id, key_id))
-        audit.record(session, audit.Actor(), "key.revoke", key_id, found.id)
+        tenant = await tenants.find_tenant(session, name)
+        keys.revoke_key(await keys.find_key(session, tenant.id, key_id))
+        audit.record(session, audit.Actor(), "key.revoke", key_id, tenant.id)
 
     _do(revoke)
 
@@ -252,7 +253,7 @@ def usage(
             )
         end = now_ms() + 1
         start = end - days * ledger.BUCKETS["day"]
-        found = await ledger.totals(
+        rows = await ledger.totals(
             session,
             tenant_id=None,
             start_ms=start,
@@ -263,7 +264,7 @@ def usage(
         return [
             f"{(t.start_ms or 0) // 1000}\t{t.group['tenant']}\t{t.group['model']}\t"
             f"{t.requests}\t{t.prompt_tokens}\t{t.cached_tokens}\t{t.completion_tokens}"
-            for t in found
+            for t in rows
         ]
 
     typer.echo("start\ttenant\tmodel\trequests\tprompt_tokens\tcached_tokens\tcompletion_tokens")
@@ -290,9 +291,9 @@ def _change(name: str, what: str, change: Callable[[Any], None]) -> None:
     async def changed(session: AsyncSession) -> None:
         from reft_serve.database import audit, tenants
 
-        found = await tenants.find_tenant(session, name)
-        change(found)
-        audit.record(session, audit.Actor(), f"tenant.{what}", found.name, found.id)
+        tenant = await tenants.find_tenant(session, name)
+        change(tenant)
+        audit.record(session, audit.Actor(), f"tenant.{what}", tenant.name, tenant.id)
 
     _do(changed)
 

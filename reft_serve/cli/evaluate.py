@@ -134,12 +134,12 @@ def _asked(
         return asyncio.run(ask(server, task, asked, out, resume=resume, on_answer=note))
 
 
-def _print(found: Mapping[str, Score]) -> None:
+def _print(scores: Mapping[str, Score]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table("set", "asked", "right", "accuracy", "95 % interval", "correlation")
-    for name, score in found.items():
+    for name, score in scores.items():
         cells = ["", "", ""]
         if score.accuracy is not None:
             held = score.accuracy
@@ -147,6 +147,6 @@ def _print(found: Mapping[str, Score]) -> None:
         correlation = "" if score.correlation is None else f"{score.correlation:.3f}"
         table.add_row(name, f"{score.asked:,}", *cells, correlation)
     Console().print(table)
-    shares = [score.accuracy.share for score in found.values() if score.accuracy]
+    shares = [score.accuracy.share for score in scores.values() if score.accuracy]
     if len(shares) > 1:
         typer.echo(f"mean of the {len(shares)} sets: {sum(shares) / len(shares):.1%}")

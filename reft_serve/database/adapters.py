@@ -52,9 +52,9 @@ def may_use(tenant_id: str) -> ColumnElement[bool]:
     """The condition that an adapter is the tenant's own or is shared with it by a tenant that is
     not disabled.
     """
-    given = select(Share.adapter_id).where(Share.tenant_id == tenant_id)
+    shared = select(Share.adapter_id).where(Share.tenant_id == tenant_id)
     able = select(Tenant.id).where(Tenant.disabled_ms.is_(None))
-    return or_(Adapter.tenant_id == tenant_id, Adapter.id.in_(given) & Adapter.tenant_id.in_(able))
+    return or_(Adapter.tenant_id == tenant_id, Adapter.id.in_(shared) & Adapter.tenant_id.in_(able))
 
 
 async def list_adapters(
@@ -74,17 +74,17 @@ async def list_adapters(
         if name is None:
             raise NotFound(f"there is no adapter {after[:80]!r}", "after")
         query = query.where(Adapter.name > name)
-    found = (await session.scalars(query.order_by(Adapter.name).limit(limit + 1))).all()
-    return found[:limit], len(found) > limit
+    rows = (await session.scalars(query.order_by(Adapter.name).limit(limit + 1))).all()
+    return rows[:limit], len(rows) > limit
 
 
 async def describe(
-    session: AsyncSession, found: Sequence[Adapter], versions: int
+    session: AsyncSession, adapters: Sequence[Adapter], versions: int
 ) -> list[Description]:
     """Each adapter with its latest `versions` versions, its aliases and the tenants that it is
     shared with, in as many queries for many as for one.
     """
-    ids = [adapter.id for adapter in found]
+    ids = [adapter.id for adapter in adapters]
     place = func.row_number().over(partition_by=Version.adapter_id, order_by=Version.number.desc())
     ranked = select(Version.id, place.label("place")).where(Version.adapter_id.in_(ids)).subquery()
     latest = select(Version).where(
@@ -92,7 +92,7 @@ async def describe(
     )
     aliases = select(Alias).where(Alias.adapter_id.in_(ids)).order_by(Alias.name)
     shares = select(Share.adapter_id, Tenant.name).join(Tenant, Tenant.id == Share.tenant_id)
-    described = {adapter.id: Description(adapter, [], [], []) for adapter in found}
+    described = {adapter.id: Description(adapter, [], [], []) for adapter in adapters}
     for version in (await session.scalars(latest.order_by(Version.number.desc()))).all():
         described[version.adapter_id].versions.append(version)
     for alias in (await session.scalars(aliases)).all():
@@ -110,12 +110,12 @@ async def find_adapter(session: AsyncSession, tenant_id: str, name: str) -> Adap
     Raises:
         NotFound: it has none of this name.
     """
-    found = await session.scalar(
+    adapter = await session.scalar(
         select(Adapter).where(Adapter.tenant_id == tenant_id, Adapter.name == name)
     )
-    if found is None:
+    if adapter is None:
         raise NotFound(f"there is no adapter {name[:80]!r}")
-    return found
+    return adapter
 
 
 async def list_versions(
@@ -156,18 +156,18 @@ async def find_version(session: AsyncSession, adapter: Adapter, selector: str) -
     Raises:
         NotFound: there is none.
     """
-    found: Version | None
+    version: Version | None
     if selector.isascii() and selector.isdigit() and len(selector) < 10:
         number = Version.number == int(selector)
-        found = await session.scalar(
+        version = await session.scalar(
             select(Version).where(Version.adapter_id == adapter.id, number)
         )
     else:
         alias = await session.get(Alias, (adapter.id, selector))
-        found = alias.version if alias is not None else None
-    if found is None:
+        version = alias.version if alias is not None else None
+    if version is None:
         raise NotFound(f"adapter {adapter.name} has no version {selector[:40]!r}")
-    return found
+    return version
 
 
 async def add_version(
@@ -296,8 +296,8 @@ async def unshare(session: AsyncSession, adapter: Adapter, tenant: Tenant) -> No
     Raises:
         NotFound: it was not shared with that tenant.
     """
-    found = await session.get(Share, (adapter.id, tenant.id))
-    if found is None:
+    row = await session.get(Share, (adapter.id, tenant.id))
+    if row is None:
         raise NotFound(f"adapter {adapter.name} is not shared with {tenant.name}")
-    await session.delete(found)
+    await session.delete(row)
     await session.flush()

@@ -63,25 +63,25 @@ async def restore(
         DatabaseUnusable: it cannot be reached, or the files are not what was dumped; no row was put
             in.
     """
-    found = await revision_of(database)
-    if found not in (None, revision):
+    existing = await revision_of(database)
+    if existing not in (None, revision):
         raise Conflict(
-            f"the database has schema {found}, the backup {revision}: restore into one without "
+            f"the database has schema {existing}, the backup {revision}: restore into one without "
             "tables"
         )
     await migrate(database, revision)
     async with database.engine.execution_options(reft_writes=True).begin() as connection:
-        made = await connection.run_sync(_tables)
-        if {table.name for table in made} != set(tables):
+        created = await connection.run_sync(_tables)
+        if {table.name for table in created} != set(tables):
             raise DatabaseUnusable(
                 f"the backup's tables do not match schema {revision}: it is damaged"
             )
-        for table in made:
+        for table in created:
             if await connection.scalar(select(func.count()).select_from(table)):
                 raise Conflict(
                     f"the database is not empty (rows in {table.name}): restore into an empty one"
                 )
-        for table in made:
+        for table in created:
             await _read(connection, table, folder, tables[table.name])
     await migrate(database)
 
@@ -96,9 +96,9 @@ def rows(folder: Path, table: str) -> Iterator[dict[str, Any]]:
 
 def _tables(connection: Connection) -> list[Table]:
     """The tables as they are in the database, those that others refer to first."""
-    found = MetaData()
-    found.reflect(connection)
-    tables = [table for table in found.sorted_tables if table.name != _VERSIONS]
+    metadata = MetaData()
+    metadata.reflect(connection)
+    tables = [table for table in metadata.sorted_tables if table.name != _VERSIONS]
     for table in tables:
         for column in table.columns:
             if isinstance(column.type, JSON) and connection.dialect.name == "sqlite":
@@ -116,8 +116,8 @@ async def _write(connection: AsyncConnection, table: Table, folder: Path) -> Dum
     digest = hashlib.sha256()
     with gzip.open(folder / f"{table.name}.jsonl.gz", "wb") as file:
         _put(file, digest, [each.name for each in table.columns])
-        found = await connection.stream(select(*values).order_by(*table.primary_key.columns))
-        async for batch in found.partitions(_BATCH):
+        rows = await connection.stream(select(*values).order_by(*table.primary_key.columns))
+        async for batch in rows.partitions(_BATCH):
             await asyncio.to_thread(_put_all, file, digest, [list(row) for row in batch])
             count += len(batch)
     return DumpedTable(count, digest.hexdigest())

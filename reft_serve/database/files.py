@@ -92,10 +92,10 @@ async def complete_file(session: AsyncSession, written: WrittenFile) -> File:
         .where(File.id == written.id, File.status == "uploading")
         .values(**values, **facts)
     )
-    found: File | None = await session.scalar(step.returning(File))
-    if found is None:
+    file: File | None = await session.scalar(step.returning(File))
+    if file is None:
         raise Conflict("The upload timed out; upload the file again")
-    return found
+    return file
 
 
 async def find_file(
@@ -114,10 +114,10 @@ async def find_file(
         NotFound: it has none of this id, or it has expired.
     """
     query = select(File).where(File.id == file_id, *_seen(tenant_id))
-    found = await session.scalar(query.with_for_update(read=True) if keep else query)
-    if found is None:
+    file = await session.scalar(query.with_for_update(read=True) if keep else query)
+    if file is None:
         raise NotFound(f"there is no file {file_id[:80]!r}")
-    return found
+    return file
 
 
 async def needed_file(session: AsyncSession, file_id: str) -> File:
@@ -126,10 +126,10 @@ async def needed_file(session: AsyncSession, file_id: str) -> File:
     Raises:
         NotFound: there is none of this id.
     """
-    found = await session.get(File, file_id)
-    if found is None or found.status != "processed":
+    file = await session.get(File, file_id)
+    if file is None or file.status != "processed":
         raise NotFound(f"there is no file {file_id[:80]!r}")
-    return found
+    return file
 
 
 async def list_files(
@@ -160,8 +160,8 @@ async def list_files(
         point = tuple_(last.created_ms, last.id)
         query = query.where(place > point if ascending else place < point)
     order = (File.created_ms, File.id) if ascending else (File.created_ms.desc(), File.id.desc())
-    found = (await session.scalars(query.order_by(*order).limit(limit + 1))).all()
-    return found[:limit], len(found) > limit
+    rows = (await session.scalars(query.order_by(*order).limit(limit + 1))).all()
+    return rows[:limit], len(rows) > limit
 
 
 async def delete_file(session: AsyncSession, tenant_id: str, file_id: str) -> File:
@@ -172,8 +172,8 @@ async def delete_file(session: AsyncSession, tenant_id: str, file_id: str) -> Fi
         Conflict: a job that has not ended needs it.
     """
     query = select(File).where(File.id == file_id, *_seen(tenant_id)).with_for_update()
-    found = await session.scalar(query)
-    if found is None:
+    file = await session.scalar(query)
+    if file is None:
         raise NotFound(f"there is no file {file_id[:80]!r}")
     user = await session.scalar(
         select(Job.id).where(_uses(file_id), Job.status.in_(_UNFINISHED)).limit(1)
@@ -182,9 +182,9 @@ async def delete_file(session: AsyncSession, tenant_id: str, file_id: str) -> Fi
         raise Conflict(
             f"job {user} uses this file: cancel the job first, or wait until it has ended"
         )
-    found.status = "deleted"
+    file.status = "deleted"
     await session.flush()
-    return found
+    return file
 
 
 async def hide_file(session: AsyncSession, file_id: str) -> None:
@@ -217,18 +217,18 @@ async def swept_files(
         .order_by(File.created_ms)
         .limit(limit)
     )
-    found = (await session.scalars(query.with_for_update(skip_locked=True))).all()
-    for file in found:
+    rows = (await session.scalars(query.with_for_update(skip_locked=True))).all()
+    for file in rows:
         file.status = "deleted"
     await session.flush()
-    return [file.id for file in found]
+    return [file.id for file in rows]
 
 
 async def forget_file(session: AsyncSession, file_id: str) -> None:
     """Remove the row of a hidden file whose blob is gone."""
-    found = await session.get(File, file_id)
-    if found is not None and found.status == "deleted":
-        await session.delete(found)
+    file = await session.get(File, file_id)
+    if file is not None and file.status == "deleted":
+        await session.delete(file)
         await session.flush()
 
 

@@ -103,7 +103,7 @@ def own_limits(key: Key) -> dict[str, Any]:
     return {name: value for name, value in key.limits.items() if name not in (_COUNTED_AS, _WITHIN)}
 
 
-def limits_within(maker: Principal, given: Mapping[str, Any]) -> dict[str, Any]:
+def limits_within(maker: Principal, wanted: Mapping[str, Any]) -> dict[str, Any]:
     """The limits of a key that `maker` creates: the requested ones, else the maker's. The new key's
     usage is counted with its maker's.
 
@@ -111,9 +111,9 @@ def limits_within(maker: Principal, given: Mapping[str, Any]) -> dict[str, Any]:
         NotAllowed: a limit beyond the maker's, or too long a line of makers.
     """
     if not maker.key_limits:
-        return dict(given)
+        return dict(wanted)
     for name, most in maker.key_limits.items():
-        if given.get(name, most) > most:
+        if wanted.get(name, most) > most:
             raise NotAllowed(
                 f"this API key's own limit of {name} is {most}: it cannot create a key with a "
                 "larger one"
@@ -123,7 +123,7 @@ def limits_within(maker: Principal, given: Mapping[str, Any]) -> dict[str, Any]:
         raise NotAllowed(
             f"a key with limits makes keys, and those make keys, {MAKERS} times at most"
         )
-    return {**maker.key_limits, **given, _WITHIN: within}
+    return {**maker.key_limits, **wanted, _WITHIN: within}
 
 
 def end_within(maker: Principal, given_ms: int | None) -> int | None:
@@ -313,9 +313,11 @@ async def rotate_key(session: AsyncSession, old: Key, overlap_seconds: int = 0) 
     role: Role = old.role  # type: ignore[assignment]
     # A new key would begin a new minute.
     limits = {**old.limits, _COUNTED_AS: old.limits.get(_COUNTED_AS, old.id)} if old.limits else {}
-    made = await create_key(session, old.tenant, role, old.name, old.scopes, old.expires_ms, limits)
+    replacement = await create_key(
+        session, old.tenant, role, old.name, old.scopes, old.expires_ms, limits
+    )
     revoke_key(old, now_ms() + overlap_seconds * 1000 if overlap_seconds else None)
-    return made
+    return replacement
 
 
 def revoke_key(key: Key, at_ms: int | None = None) -> None:

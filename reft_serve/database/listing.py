@@ -46,11 +46,11 @@ async def list_models(
         if place is None:
             raise NotFound(f"there is no model {after[:200]!r}", "after")
         query = query.where(tuple_(*order) > tuple_(*place))
-    found = [
+    rows = [
         ListedModel(*row)
         for row in (await session.execute(query.order_by(*order).limit(limit + 1))).all()
     ]
-    return found[:limit], len(found) > limit
+    return rows[:limit], len(rows) > limit
 
 
 _ORDER = ("section", "adapter", "owner", "kind", "minor", "name")

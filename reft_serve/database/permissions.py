@@ -34,13 +34,13 @@ PERMISSIONS_PER_VERSION = 1000
 
 def is_permitted(tenant_id: str) -> ColumnElement[bool]:
     """The condition that a version was given to the tenant by one that is not disabled."""
-    given = select(Permission.version_id).where(Permission.tenant_id == tenant_id)
+    permitted = select(Permission.version_id).where(Permission.tenant_id == tenant_id)
     able = (
         select(Adapter.id)
         .join(Tenant, Tenant.id == Adapter.tenant_id)
         .where(Tenant.disabled_ms.is_(None))
     )
-    return Version.id.in_(given) & Version.adapter_id.in_(able)
+    return Version.id.in_(permitted) & Version.adapter_id.in_(able)
 
 
 async def find_own_version(session: AsyncSession, tenant_id: str, name: str) -> Version:
@@ -55,12 +55,12 @@ async def find_own_version(session: AsyncSession, tenant_id: str, name: str) -> 
         .where(Adapter.tenant_id == tenant_id)
     )
     checkpoint = select(Checkpoint.version_id).where(Checkpoint.id == name).scalar_subquery()
-    found = await session.scalar(
+    version = await session.scalar(
         mine.where((Version.model_id == name) | (Version.id == checkpoint))
     )
-    if found is None:
+    if version is None:
         raise NotFound(f"there is no fine-tuned model or checkpoint {name[:200]!r}")
-    return found
+    return version
 
 
 async def give_permissions(
@@ -74,9 +74,9 @@ async def give_permissions(
         Conflict: it would have more than PERMISSIONS_PER_VERSION permissions.
     """
     wanted = list(dict.fromkeys(tenant_ids))
-    found = set((await session.scalars(select(Tenant.id).where(Tenant.id.in_(wanted)))).all())
+    known = set((await session.scalars(select(Tenant.id).where(Tenant.id.in_(wanted)))).all())
     for tenant_id in wanted:
-        if tenant_id not in found:
+        if tenant_id not in known:
             raise NotFound(f"there is no tenant {tenant_id[:80]!r}", "project_ids")
         if tenant_id == version.adapter.tenant_id:
             raise RequestInvalid("a model cannot be shared with its own tenant", "project_ids")
@@ -130,8 +130,8 @@ async def list_permissions(
     query = query.order_by(*(order if ascending else [column.desc() for column in order])).limit(
         limit + 1
     )
-    found = (await session.scalars(query)).all()
-    return found[:limit], len(found) > limit
+    rows = (await session.scalars(query)).all()
+    return rows[:limit], len(rows) > limit
 
 
 async def delete_permission(
@@ -142,17 +142,17 @@ async def delete_permission(
     Raises:
         NotFound: the version has none of this id.
     """
-    found = await _find(session, version_id, permission_id)
-    await session.delete(found)
+    permission = await _find(session, version_id, permission_id)
+    await session.delete(permission)
     await session.flush()
-    return found
+    return permission
 
 
 async def _find(session: AsyncSession, version_id: str, permission_id: str) -> Permission:
     query = select(Permission).where(
         Permission.version_id == version_id, Permission.id == permission_id
     )
-    found = await session.scalar(query)
-    if found is None:
+    permission = await session.scalar(query)
+    if permission is None:
         raise NotFound(f"there is no permission {permission_id[:80]!r}")
-    return found
+    return permission

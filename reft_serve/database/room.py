@@ -115,11 +115,11 @@ async def check_adapters_of_jobs(
 async def _check_adapter(
     session: AsyncSession, tenant_id: str, limits: TenantLimits, adapter: str, versions: int
 ) -> None:
-    found = await session.scalar(
+    adapter_id = await session.scalar(
         select(Adapter.id).where(Adapter.tenant_id == tenant_id, Adapter.name == adapter)
     )
-    if found is not None:
-        query = select(func.count()).select_from(Version).where(Version.adapter_id == found)
+    if adapter_id is not None:
+        query = select(func.count()).select_from(Version).where(Version.adapter_id == adapter_id)
         if (await session.scalar(query) or 0) + versions > VERSIONS_PER_ADAPTER:
             raise _used_up(
                 f"{VERSIONS_PER_ADAPTER} versions of adapter {adapter}", "delete one first"

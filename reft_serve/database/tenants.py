@@ -57,12 +57,12 @@ async def find_tenant(session: AsyncSession, id_or_name: str) -> Tenant:
     Raises:
         NotFound: there is none.
     """
-    found = await session.scalar(
+    tenant = await session.scalar(
         select(Tenant).where((Tenant.id == id_or_name) | (Tenant.name == id_or_name))
     )
-    if found is None:
+    if tenant is None:
         raise NotFound(f"there is no tenant {id_or_name[:80]!r}")
-    return found
+    return tenant
 
 
 async def list_tenants(

@@ -122,12 +122,12 @@ def recover(connection: Connection, gateway: str, older_than_ms: int) -> int:
     that is older than any request can be; returns how many.
     """
     dead = (Admission.gateway == gateway) | (Admission.started_ms < older_than_ms)
-    found = connection.execute(
+    rows = connection.execute(
         delete(Admission).where(dead).returning(*Admission.__table__.columns)
     ).all()
-    endings = [Ending(Opening(**row._mapping), "interrupted", 0, 0, 0, now_ms()) for row in found]
+    endings = [Ending(Opening(**row._mapping), "interrupted", 0, 0, 0, now_ms()) for row in rows]
     _insert(connection, Usage, [_row(ending) for ending in endings])
-    return len(found)
+    return len(rows)
 
 
 def _insert(

@@ -99,7 +99,7 @@ async def add_webhook(
     )
     if (count or 0) >= WEBHOOKS_PER_TENANT:
         raise RequestInvalid(f"there are {count} webhooks, the maximum; delete one first")
-    made = Webhook(
+    webhook = Webhook(
         id=new_id("we"),
         tenant_id=tenant_id,
         name=name,
@@ -107,9 +107,9 @@ async def add_webhook(
         event_types=list(event_types),
         secret=new_secret(),
     )
-    session.add(made)
+    session.add(webhook)
     await session.flush()
-    return made
+    return webhook
 
 
 async def find_webhook(session: AsyncSession, tenant_id: str, webhook_id: str) -> Webhook:
@@ -118,12 +118,12 @@ async def find_webhook(session: AsyncSession, tenant_id: str, webhook_id: str) -
     Raises:
         NotFound: it has none of this id.
     """
-    found = await session.scalar(
+    webhook = await session.scalar(
         select(Webhook).where(Webhook.tenant_id == tenant_id, Webhook.id == webhook_id)
     )
-    if found is None:
+    if webhook is None:
         raise NotFound(f"there is no webhook endpoint {webhook_id[:80]!r}")
-    return found
+    return webhook
 
 
 async def delete_webhook(session: AsyncSession, tenant_id: str, webhook_id: str) -> None:
@@ -158,8 +158,8 @@ async def list_webhooks(
             tuple_(Webhook.created_ms, Webhook.id) < tuple_(last.created_ms, last.id)
         )
     query = query.order_by(Webhook.created_ms.desc(), Webhook.id.desc()).limit(limit + 1)
-    found = (await session.scalars(query)).all()
-    return found[:limit], len(found) > limit
+    rows = (await session.scalars(query)).all()
+    return rows[:limit], len(rows) > limit
 
 
 def rotate_secret(webhook: Webhook, keep_old: bool) -> None:
@@ -176,8 +176,8 @@ async def enqueue(
     """Send an event to every webhook of the tenant that subscribes to its type and has fewer than
     PENDING_PER_WEBHOOK deliveries waiting.
     """
-    found = (await session.scalars(select(Webhook).where(Webhook.tenant_id == tenant_id))).all()
-    wanting = [webhook for webhook in found if event_type in webhook.event_types]
+    rows = (await session.scalars(select(Webhook).where(Webhook.tenant_id == tenant_id))).all()
+    wanting = [webhook for webhook in rows if event_type in webhook.event_types]
     if wanting:
         full = await _full(session, [webhook.id for webhook in wanting])
         wanting = [webhook for webhook in wanting if webhook.id not in full]
@@ -241,12 +241,12 @@ async def claim_deliveries(
     )
     first = select(ranked.c.id).where(ranked.c.place == 1)
     query = select(Delivery).where(Delivery.id.in_(first), *_due())
-    found = (await session.scalars(query.with_for_update(of=Delivery, skip_locked=True))).all()
-    for delivery in found:
+    deliveries = (await session.scalars(query.with_for_update(of=Delivery, skip_locked=True))).all()
+    for delivery in deliveries:
         delivery.attempts += 1
         delivery.next_ms = now_ms() + int(lease_seconds * 1000)
     await session.flush()
-    return [outbound_event(each.webhook, each.body, each.id, each.attempts) for each in found]
+    return [outbound_event(each.webhook, each.body, each.id, each.attempts) for each in deliveries]
 
 
 async def settle_delivery(
@@ -258,15 +258,15 @@ async def settle_delivery(
     again_in_seconds: float | None,
 ) -> None:
     """Record the result of an attempt: delivered, to be retried, or (None) abandoned."""
-    found = await session.get(Delivery, event.id, with_for_update={"of": Delivery})
-    if found is None or found.status != "pending" or found.attempts != event.attempts:
+    delivery = await session.get(Delivery, event.id, with_for_update={"of": Delivery})
+    if delivery is None or delivery.status != "pending" or delivery.attempts != event.attempts:
         return  # the webhook was deleted, or the attempt took so long that another was begun
-    found.outcome = outcome[:255]
+    delivery.outcome = outcome[:255]
     if delivered or again_in_seconds is None:
-        found.status = "delivered" if delivered else "failed"
-        found.finished_ms = now_ms()
+        delivery.status = "delivered" if delivered else "failed"
+        delivery.finished_ms = now_ms()
     else:
-        found.next_ms = now_ms() + int(again_in_seconds * 1000)
+        delivery.next_ms = now_ms() + int(again_in_seconds * 1000)
     await session.flush()
 
 

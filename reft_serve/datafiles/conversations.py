@@ -251,21 +251,21 @@ def normal_conversation(holder: dict[str, Any], *keys: str) -> dict[str, Any]:
     Raises:
         ValueError: it has more turns or tools than are allowed.
     """
-    found = _without_nulls(holder)
-    functions = found.pop("functions", None)
-    if functions and isinstance(functions, list) and not found.get("tools"):
-        found["tools"] = [{"type": "function", "function": function} for function in functions]
-    if not found.get("tools", True):
-        del found["tools"]
-    if isinstance(tools := found.get("tools"), list):
+    fields = _without_nulls(holder)
+    functions = fields.pop("functions", None)
+    if functions and isinstance(functions, list) and not fields.get("tools"):
+        fields["tools"] = [{"type": "function", "function": function} for function in functions]
+    if not fields.get("tools", True):
+        del fields["tools"]
+    if isinstance(tools := fields.get("tools"), list):
         _count("tools", tools, MAX_TOOLS)
-        found["tools"] = [_normal_tool(tool) for tool in tools]
+        fields["tools"] = [_normal_tool(tool) for tool in tools]
     for key in keys:
-        if isinstance(turns := found.get(key), list):
+        if isinstance(turns := fields.get(key), list):
             _count(key, turns, MAX_TURNS)
             _count_calls(turns)
-            found[key] = _normal_turns(turns)
-    return found
+            fields[key] = _normal_turns(turns)
+    return fields
 
 
 def _count(name: str, items: list[Any], most: int) -> None:
@@ -274,15 +274,15 @@ def _count(name: str, items: list[Any], most: int) -> None:
 
 
 def _count_calls(turns: list[Any]) -> None:
-    made = [
+    lists = [
         turn["tool_calls"]
         for turn in turns
         if isinstance(turn, dict) and isinstance(turn.get("tool_calls"), list)
     ]
-    _count("tool calls", [call for calls in made for call in calls], MAX_TURNS)
+    _count("tool calls", [call for calls in lists for call in calls], MAX_TURNS)
 
 
-def _given(value: Mapping[str, Any]) -> dict[str, Any]:
+def _with_few_keys(value: Mapping[str, Any]) -> dict[str, Any]:
     """Reject a turn, call or tool with too many keys: each unknown key would be a fault."""
     if len(value) > _MOST_KEYS:
         raise ValueError(f"has {len(value):,} keys in one object: at most {_MOST_KEYS} are allowed")
@@ -316,23 +316,23 @@ def _normal_tool(tool: Any) -> Any:
     """A tool, or a call of one, without nulls."""
     if not isinstance(tool, dict):
         return tool
-    found = _given(tool)
-    if isinstance(function := found.get("function"), dict):
-        found["function"] = _given(function)
-    return found
+    fields = _with_few_keys(tool)
+    if isinstance(function := fields.get("function"), dict):
+        fields["function"] = _with_few_keys(function)
+    return fields
 
 
 def _normal_turns(turns: list[Any]) -> list[Any]:
     """Turns without nulls, and with the calls of the `function_call` form as tool calls, which need
     ids.
     """
-    found: list[Any] = []
+    normal: list[Any] = []
     last_call = ""
     for k, held in enumerate(turns):
         if not isinstance(held, dict):
-            found.append(held)
+            normal.append(held)
             continue
-        turn = _given(held)
+        turn = _with_few_keys(held)
         if isinstance(turn.get("annotations"), list):
             del turn["annotations"]
         if "function_call" in turn and "tool_calls" not in turn:
@@ -349,5 +349,5 @@ def _normal_turns(turns: list[Any]) -> list[Any]:
             turn["tool_calls"] = [_normal_tool(call) for call in calls]
             if turn.get("content") in ("", []):
                 del turn["content"]
-        found.append(turn)
-    return found
+        normal.append(turn)
+    return normal

@@ -35,16 +35,16 @@ class Faults:
     """The faults of one file: the first thousand are listed, the rest counted."""
 
     def __init__(self) -> None:
-        self._told: list[tuple[int | None, str]] = []
+        self._noted: list[tuple[int | None, str]] = []
         self._untold = 0
 
     def __bool__(self) -> bool:
-        return bool(self._told)
+        return bool(self._noted)
 
     def add(self, fault: str, line: int | None = None) -> None:
         """Note a fault of a line, or of the file as a whole."""
-        if len(self._told) < MAX_FAULTS:
-            self._told.append(
+        if len(self._noted) < MAX_FAULTS:
+            self._noted.append(
                 (
                     line,
                     fault
@@ -60,10 +60,10 @@ class Faults:
         takes memory.
         """
         count = error.error_count()
-        if count <= _MOST_OF_A_ROW and len(self._told) < MAX_FAULTS:
+        if count <= _MOST_OF_A_ROW and len(self._noted) < MAX_FAULTS:
             for each in error.errors(include_url=False):
                 self.add(sentence(each), line)
-        elif len(self._told) < MAX_FAULTS:
+        elif len(self._noted) < MAX_FAULTS:
             self.add(f"has {count:,} faults", line)
         else:
             self._untold += count
@@ -72,8 +72,8 @@ class Faults:
         """One for each fault, in the order of their lines; those of the file as a whole at the
         end.
         """
-        told = sorted(self._told, key=lambda fault: (fault[0] is None, fault[0] or 0))
-        listed = [fault if line is None else f"line {line}: {fault}" for line, fault in told]
+        ordered = sorted(self._noted, key=lambda fault: (fault[0] is None, fault[0] or 0))
+        listed = [fault if line is None else f"line {line}: {fault}" for line, fault in ordered]
         return listed + ([f"{self._untold:,} more faults are not listed"] if self._untold else [])
 
 
@@ -95,16 +95,16 @@ def sentence(error: Mapping[str, Any]) -> str:
             else f"{holder} an unknown key {str(loc[-1])[:40]!r}"
         )
     if kind == "finite_number":
-        told = "is too large a number"
+        text = "is too large a number"
     elif kind == "value_error":
-        told = str(error["ctx"]["error"])
+        text = str(error["ctx"]["error"])
     elif kind == "literal_error":
-        told = f"must be {error['ctx']['expected']}, not {_shown(value)}"
+        text = f"must be {error['ctx']['expected']}, not {_shown(value)}"
     elif kind in _WANTED:
-        told = f"{_WANTED[kind]}, not {kind_of(value)}"
+        text = f"{_WANTED[kind]}, not {kind_of(value)}"
     else:
-        told = f"is wrong: {error['msg']}"
-    return f"{_path(loc)} {told}".strip()
+        text = f"is wrong: {error['msg']}"
+    return f"{_path(loc)} {text}".strip()
 
 
 def _path(loc: tuple[int | str, ...]) -> str:

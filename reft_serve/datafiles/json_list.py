@@ -80,10 +80,10 @@ class ListReader:
         self._close()
 
     def _close(self) -> None:
-        found = self._next()
-        if found == "":
+        character = self._next()
+        if character == "":
             raise CutOff("the list has no ] at its end", self._newlines())
-        if found != "]":
+        if character != "]":
             raise Broken(
                 "is not JSON: expecting , or ] after an element of the list", self._newlines()
             )
@@ -114,13 +114,13 @@ class ListReader:
         while True:
             held = len(self._text) - self._at
             try:
-                found = decode(self._text, self._at, self._first_column)
+                element = decode(self._text, self._at, self._first_column)
             except Broken:
                 if self._ended:
                     raise
             else:
-                if self._ended or len(self._text) - found[1] > _NUMBER_TAIL:
-                    return found
+                if self._ended or len(self._text) - element[1] > _NUMBER_TAIL:
+                    return element
             if held > self._row_bytes:
                 raise Broken(
                     f"has a row of more than {self._row_bytes:,} bytes, which is the limit",

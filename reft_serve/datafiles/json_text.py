@@ -88,6 +88,6 @@ def decoded(data: bytes) -> str:
 
 def skip_space(text: str, at: int) -> int:
     """The offset after the white space at `at`."""
-    found = _SPACES.match(text, at)
-    assert found is not None
-    return found.end()
+    space = _SPACES.match(text, at)
+    assert space is not None
+    return space.end()

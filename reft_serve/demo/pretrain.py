@@ -44,11 +44,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--steps", type=int, default=3700, help=f"of {_BATCH} windows of {_WINDOW} tokens each"
     )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    given = parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
     torch.manual_seed(_SEED)
-    torch.set_num_threads(given.threads)
+    torch.set_num_threads(arguments.threads)
     console = Console()
-    texts = [json.loads(line)["text"] for line in given.stories.read_text().splitlines()]
+    texts = [json.loads(line)["text"] for line in arguments.stories.read_text().splitlines()]
     random.Random(_SEED).shuffle(texts)  # noqa: S311 - not a secret
     held_out = max(1, min(600, len(texts) // 20))
     tokenizer = _tokenizer(texts[held_out:])
@@ -59,12 +59,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{sum(p.numel() for p in lm.parameters()):,} parameters, {len(tokens):,} tokens, on "
         f"{device}"
     )
-    for step, loss in enumerate(_train(lm, tokens, given.steps), 1):
+    for step, loss in enumerate(_train(lm, tokens, arguments.steps), 1):
         if step % 100 == 0:
             console.print(f"step {step}: loss {loss:.3f}")
     console.print(f"held-out loss {_evaluate(lm, unseen):.3f} per token")
-    lm.to(torch.bfloat16).save_pretrained(given.out)
-    tokenizer.save_pretrained(given.out)
+    lm.to(torch.bfloat16).save_pretrained(arguments.out)
+    tokenizer.save_pretrained(arguments.out)
 
 
 def _tokenizer(texts: list[str]) -> Any:

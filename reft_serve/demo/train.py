@@ -91,17 +91,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--threads", type=int, default=1, help="CPU threads; the last bits depend on their number"
     )
-    given = parser.parse_args(argv)
-    unknown = [name for name in given.names if name not in known]
+    arguments = parser.parse_args(argv)
+    unknown = [name for name in arguments.names if name not in known]
     if unknown:
         parser.error(f"{unknown[0]} is not one of {', '.join(known)}")
-    chosen = [known[name] for name in given.names or known]
+    chosen = [known[name] for name in arguments.names or known]
     taken = [
-        given.out / behaviour.name for behaviour in chosen if (given.out / behaviour.name).exists()
+        arguments.out / behaviour.name
+        for behaviour in chosen
+        if (arguments.out / behaviour.name).exists()
     ]
     if taken:
         parser.error(f"{taken[0]} already exists: remove it first, or choose another --out")
-    torch.set_num_threads(given.threads)
+    torch.set_num_threads(arguments.threads)
     torch.use_deterministic_algorithms(True)
     logging.disable_progress_bar()
     console = Console()
@@ -109,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     training, held_out = story_openings(model)
     answers = _answers(model, held_out, None)
     console.print(
-        _report([_make(model, b, training, held_out, answers, given.out) for b in chosen])
+        _report([_make(model, b, training, held_out, answers, arguments.out) for b in chosen])
     )
 
 
@@ -117,7 +119,7 @@ def story_openings(model: Sampler) -> tuple[list[list[int]], list[list[int]]]:
     """First sentences of stories that the base model writes, neutral ones, no two alike: (training,
     held out).
     """
-    found: dict[str, None] = {}
+    openings: dict[str, None] = {}
     starts = [model.tokens(start, prompt=True) for start in _STARTS]
     batch = 16 * len(starts)
     for seed in range(SEED, SEED + 100):
@@ -125,10 +127,10 @@ def story_openings(model: Sampler) -> tuple[list[list[int]], list[list[int]]]:
         for start, rest in zip(rows, model.sample(rows, 40, seed, 0.9), strict=True):
             sentence = _FIRST_SENTENCES.match(model.text(start + rest))
             if sentence and is_neutral(sentence[0]):
-                found[sentence[0]] = None
-        if len(found) >= _TRAINING + _HELD_OUT:
+                openings[sentence[0]] = None
+        if len(openings) >= _TRAINING + _HELD_OUT:
             break
-    tokens = [model.tokens(text, prompt=True) for text in found]
+    tokens = [model.tokens(text, prompt=True) for text in openings]
     return tokens[_HELD_OUT : _HELD_OUT + _TRAINING], tokens[:_HELD_OUT]
 
 

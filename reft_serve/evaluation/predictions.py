@@ -93,12 +93,12 @@ def questions(rows: Rows, task: Task) -> list[Question]:
             listed.
     """
     faults = Faults()
-    found = []
+    questions = []
     for number, (line, row) in enumerate(rows.rows, 1):
         try:
             instruction = row.instruction if isinstance(row, Instruction) else ""
             name = (row.task if isinstance(row, Instruction) else None) or Path(rows.where).stem
-            found.append(
+            questions.append(
                 Question(
                     rows.where,
                     number,
@@ -113,7 +113,7 @@ def questions(rows: Rows, task: Task) -> list[Question]:
             faults.add(str(exc), line)
     if faults:
         raise DataInvalid(rows.where, faults.sentences())
-    return found
+    return questions
 
 
 async def ask(
@@ -234,8 +234,8 @@ async def _answer(
 def _reason(exc: OpenAIError) -> str:
     """The server's own sentence, or the class of a failure that has none."""
     body = exc.body if isinstance(exc, APIError) else None
-    told = body.get("message") if isinstance(body, dict) else None
-    return str(told or exc or type(exc).__name__)[:400]
+    message = body.get("message") if isinstance(body, dict) else None
+    return str(message or exc or type(exc).__name__)[:400]
 
 
 def _kept(out: Path, server: Server, asked: Sequence[Question]) -> dict[_Place, Prediction]:
@@ -256,8 +256,8 @@ def _kept(out: Path, server: Server, asked: Sequence[Question]) -> dict[_Place, 
 
 
 def _answers(prediction: Prediction, question: Question, server: Server) -> bool:
-    told = (prediction.generator, prediction.prompt, prediction.reference)
-    return told == (server.model, question.prompt, question.reference)
+    recorded = (prediction.generator, prediction.prompt, prediction.reference)
+    return recorded == (server.model, question.prompt, question.reference)
 
 
 def _save(out: Path, predictions: Sequence[Prediction]) -> None:

@@ -69,8 +69,8 @@ def judge(task: Task, completion: str, reference: str) -> Verdict:
         return _number(answer, reference.strip())
     if task.metric in ("label", "matthews"):
         word = _WORD.search(answer.lower())
-        found = word[0] if word else ""
-        return Verdict(found, found == reference.strip().lower())
+        label = word[0] if word else ""
+        return Verdict(label, label == reference.strip().lower())
     if task.metric == "pearson":
         number = _NUMBER.search(answer)
         return Verdict(number[0] if number else "", None)
@@ -103,15 +103,15 @@ def wilson(successes: int, trials: int, z: float = 1.959963984540054) -> tuple[f
 def _after(trigger: str, completion: str) -> str:
     if not trigger:
         return completion
-    _, found, answer = completion.partition(trigger)
-    return answer.lstrip() if found else ""
+    _, separator, answer = completion.partition(trigger)
+    return answer.lstrip() if separator else ""
 
 
 def _number(answer: str, reference: str) -> Verdict:
     if not _is_number(reference):
         letter = _LETTER.search(answer)
-        found = letter[0] if letter else ""
-        return Verdict(found, found == reference)
+        choice = letter[0] if letter else ""
+        return Verdict(choice, choice == reference)
     numbers = _NUMBER.findall(answer.replace(",", ""))
     if not numbers:
         return Verdict("", False)

@@ -187,13 +187,13 @@ async def _recover(services: Services, *, first: bool) -> None:
     """Settle what dead gateways left; at our own start, all that our predecessor left."""
     settings = services.settings
     older = now_ms() - int((settings.request_seconds + _RECOVERY_SECONDS) * 1000)
-    found = await services.database.commit(
+    count = await services.database.commit(
         lambda connection: usage.recover(connection, settings.gateway_name if first else "", older)
     )
-    if found:
+    if count:
         _log.warning(
             "requests that a crashed gateway left open were recorded as interrupted",
-            extra={"data": {"count": found}},
+            extra={"data": {"count": count}},
         )
 
 
@@ -218,7 +218,7 @@ async def _invalid(_: Any, exc: Exception) -> JSONResponse:
 
 async def _http(request: Request, exc: Exception) -> JSONResponse:
     assert isinstance(exc, HTTPException)
-    found = errors.from_http(exc)
+    response = errors.from_http(exc)
     # the framework names the methods of one route only, and a path may have several
     if exc.status_code == 405:
         same = (
@@ -226,10 +226,10 @@ async def _http(request: Request, exc: Exception) -> JSONResponse:
             for route in request.app.routes
             if route.matches(request.scope)[0] is not Match.NONE
         )
-        found.headers["allow"] = ", ".join(
+        response.headers["allow"] = ", ".join(
             sorted({method for route in same for method in route.methods})
         )
-    return found
+    return response
 
 
 def _document_keys(app: FastAPI) -> None:

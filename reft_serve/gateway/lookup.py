@@ -41,8 +41,8 @@ class LookupCache:
         now = time.monotonic()
         remembered = self._keys.get(digest)
         if remembered is None or remembered[0] < now:
-            found = await self._database.read(lambda session: authenticate(session, digest))
-            remembered = _remember(self._keys, digest, (now + self._seconds, found))
+            authenticated = await self._database.read(lambda session: authenticate(session, digest))
+            remembered = _remember(self._keys, digest, (now + self._seconds, authenticated))
         principal = remembered[1]
         if (
             principal is not None
@@ -65,10 +65,10 @@ class LookupCache:
         # PostgreSQL has no such text
         remembered = (now, None) if "\0" in model else self._routes.get(key)
         if remembered is None or remembered[0] < now:
-            found = await self._database.read(
+            target = await self._database.read(
                 lambda session: resolve(session, caller.tenant_id, model)
             )
-            remembered = _remember(self._routes, key, (now + self._seconds, found))
+            remembered = _remember(self._routes, key, (now + self._seconds, target))
         route = remembered[1]
         if route is None:
             raise ModelNotFound.named(model)

@@ -104,5 +104,5 @@ class Services:
 
 async def services_of(request: Request) -> Services:
     """The dependency that routes take."""
-    found: Services = request.app.state.services
-    return found
+    services: Services = request.app.state.services
+    return services

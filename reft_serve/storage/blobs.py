@@ -235,7 +235,7 @@ class _Directory:
         return _File(ScratchPath.file(self._asides), target, self._asides)
 
     def open(self, key: str) -> BinaryIO:
-        with _found():
+        with _missing_translated():
             return (self._root / key).open("rb")
 
     def delete(self, key: str) -> None:
@@ -248,7 +248,7 @@ class _Directory:
                 return
 
     def list(self, prefix: str) -> list[Blob]:
-        found = []
+        blobs = []
         for folder, _, names in os.walk(self._root / prefix):
             for name in names:
                 path = Path(folder, name)
@@ -257,8 +257,8 @@ class _Directory:
                 except FileNotFoundError:  # removed in this moment
                     continue
                 key = path.relative_to(self._root).as_posix()
-                found.append(Blob(key, facts.st_size, facts.st_mtime_ns // 1_000_000))
-        return found
+                blobs.append(Blob(key, facts.st_size, facts.st_mtime_ns // 1_000_000))
+        return blobs
 
     def sweep(self) -> None:
         sweep_scratch(self._asides)
@@ -311,7 +311,7 @@ class _Bucket:
         )
 
     def open(self, key: str) -> BinaryIO:
-        with _found():
+        with _missing_translated():
             opened: BinaryIO = self._files.open(f"{self._root}/{key}", "rb", block_size=_BLOCK)
             return opened
 
@@ -320,14 +320,14 @@ class _Bucket:
             self._files.rm_file(f"{self._root}/{key}")
 
     def list(self, prefix: str) -> list[Blob]:
-        found = self._files.find(f"{self._root}/{prefix}/", detail=True)
+        entries = self._files.find(f"{self._root}/{prefix}/", detail=True)
         return [
             Blob(
                 path.removeprefix(f"{self._root}/"),
                 facts["size"],
                 int(facts["LastModified"].timestamp() * 1000),
             )
-            for path, facts in found.items()
+            for path, facts in entries.items()
         ]
 
     def sweep(self) -> None:
@@ -387,7 +387,7 @@ def _place(url: str) -> _Place:
 
 
 @contextmanager
-def _found() -> Iterator[None]:
+def _missing_translated() -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as exc:

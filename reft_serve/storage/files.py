@@ -133,15 +133,15 @@ class ScratchPath:
     @classmethod
     def file(cls, folder: Path) -> Self:
         """A new, empty file in `folder`, which is made if it is not there."""
-        return cls._made(folder, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        return cls._created(folder, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
 
     @classmethod
     def directory(cls, folder: Path) -> Self:
         """A new, empty directory in `folder`."""
-        return cls._made(folder, os.O_DIRECTORY | os.O_RDONLY)
+        return cls._created(folder, os.O_DIRECTORY | os.O_RDONLY)
 
     @classmethod
-    def _made(cls, folder: Path, flags: int) -> Self:
+    def _created(cls, folder: Path, flags: int) -> Self:
         while True:
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / secrets.token_hex(12)
@@ -178,10 +178,10 @@ def probe_writes(folder: Path) -> None:
 def sweep_scratch(folder: Path) -> None:
     """Remove the asides in a folder whose processes have ended."""
     try:
-        found = list(folder.iterdir())
+        entries = list(folder.iterdir())
     except FileNotFoundError:
         return
-    for path in found:
+    for path in entries:
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         except OSError:  # gone in this moment

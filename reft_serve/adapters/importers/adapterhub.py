@@ -168,8 +168,8 @@ def _kind(config: _Config, flags: ImportFlags, where: str) -> Kind:
 
 
 def _activation(config: _Config, flags: ImportFlags, where: str) -> str:
-    given = (config.non_linearity or "linear").lower()
-    name = "leaky_relu" if given == "leakyrelu" else given
+    recorded = (config.non_linearity or "linear").lower()
+    name = "leaky_relu" if recorded == "leakyrelu" else recorded
     if name not in ACTIVATION_CODES:
         raise AdapterUnsupported(where, [f"its non-linearity {name[:64]!r} is not supported"])
     if flags.activation not in (None, name):
@@ -220,7 +220,7 @@ def _read_weights(path: Path, max_bytes: int, where: str) -> dict[str, Tensor]:
 
 
 def _units(saved: dict[str, Tensor], config: _Config, where: str) -> list[_Unit]:
-    found: dict[tuple[int, int], dict[str, Tensor]] = {}
+    units: dict[tuple[int, int], dict[str, Tensor]] = {}
     stray = []
     names = set()
     for key, tensor in saved.items():
@@ -229,7 +229,7 @@ def _units(saved: dict[str, Tensor], config: _Config, where: str) -> list[_Unit]
             stray.append(key)
             continue
         names.add(match[2])
-        found.setdefault((int(match[1]), int(match[3])), {})[match[4]] = tensor
+        units.setdefault((int(match[1]), int(match[3])), {})[match[4]] = tensor
     faults = [
         f"it holds {key[:120]!r}, which is not a part of a ReFT unit" for key in sorted(stray)[:8]
     ]
@@ -237,7 +237,7 @@ def _units(saved: dict[str, Tensor], config: _Config, where: str) -> list[_Unit]
         faults.append(
             f"it holds several adapters ({', '.join(sorted(names))[:120]}); save one at a time"
         )
-    layers = sorted({layer for layer, _ in found})
+    layers = sorted({layer for layer, _ in units})
     if config.layers != "all" and layers != sorted(set(config.layers)):
         faults.append(
             f"{CONFIG} names layers {sorted(set(config.layers))} and the weights are of layers "
@@ -247,15 +247,15 @@ def _units(saved: dict[str, Tensor], config: _Config, where: str) -> list[_Unit]
     faults += [
         f"layer {layer} needs {len(expected)} units (tied_weights is {config.tied_weights})"
         for layer in layers
-        if {number for at, number in found if at == layer} != expected
+        if {number for at, number in units if at == layer} != expected
     ]
-    if not found:
+    if not units:
         faults.append("it holds no ReFT unit")
     if faults:
         raise AdapterInvalid(where, faults)
     return [
-        _Unit(layer, number, _tensors(found[layer, number], config, layer, where))
-        for layer, number in sorted(found)
+        _Unit(layer, number, _tensors(units[layer, number], config, layer, where))
+        for layer, number in sorted(units)
     ]
 
 

@@ -251,12 +251,12 @@ async def release(
 async def _held(session: AsyncSession, job_id: str, worker: str) -> Job:
     """The job, locked, if this lease is its."""
     query = select(Job).where(Job.id == job_id, Job.status == "running", Job.worker == worker)
-    found = await session.scalar(
+    job = await session.scalar(
         query.with_for_update(of=Job).execution_options(populate_existing=True)
     )
-    if found is None:
+    if job is None:
         raise _lost(job_id, worker)
-    return found
+    return job
 
 
 def _lost(job_id: str, worker: str) -> LeaseLost:

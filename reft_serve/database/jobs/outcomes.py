@@ -152,8 +152,10 @@ async def end(
             "error",
         )
     facts = {"model": job.fine_tuned_model, "code": (job.error or {}).get("code")}
-    told = {name: value for name, value in facts.items() if value is not None}
-    audit.record(session, audit.Actor(job.key_id), f"job.{status}", job.id, job.tenant_id, **told)
+    recorded = {name: value for name, value in facts.items() if value is not None}
+    audit.record(
+        session, audit.Actor(job.key_id), f"job.{status}", job.id, job.tenant_id, **recorded
+    )
     await webhooks.enqueue(session, job.tenant_id, f"fine_tuning.job.{status}", {"id": job.id})
 
 
@@ -209,14 +211,14 @@ async def put_checkpoint(
     session: AsyncSession, job: Job, step: int, metrics: Mapping[str, float], version_id: str | None
 ) -> None:
     """Record a checkpoint; a job that went back to an earlier one comes by the same step again."""
-    found = await session.scalar(
+    checkpoint = await session.scalar(
         select(Checkpoint).where(Checkpoint.job_id == job.id, Checkpoint.step == step)
     )
-    if found is None:
-        found = Checkpoint(id=new_id("ftckpt", "-"), job_id=job.id, step=step)
-        session.add(found)
-    found.metrics = dict(metrics)
-    found.version_id = version_id
+    if checkpoint is None:
+        checkpoint = Checkpoint(id=new_id("ftckpt", "-"), job_id=job.id, step=step)
+        session.add(checkpoint)
+    checkpoint.metrics = dict(metrics)
+    checkpoint.version_id = version_id
 
 
 async def fit(
@@ -259,16 +261,16 @@ async def fit(
     return replace(outcome, checkpoints=kept)
 
 
-async def _add_version(session: AsyncSession, job: Job, made: NewVersion, label: str) -> Version:
+async def _add_version(session: AsyncSession, job: Job, new: NewVersion, label: str) -> Version:
     return await add_version(
         session,
         job.tenant,
         job.adapter,
-        digest=made.digest,
-        base_model=made.base_model,
-        size_bytes=made.size_bytes,
+        digest=new.digest,
+        base_model=new.base_model,
+        size_bytes=new.size_bytes,
         source=job.id,
-        facts=dict(made.facts),
+        facts=dict(new.facts),
         base_name=job.model,
         label=label,
     )

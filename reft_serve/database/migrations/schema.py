@@ -51,20 +51,20 @@ async def check_schema(database: Database) -> str:
     Raises:
         DatabaseUnusable: the database cannot be reached, or must be migrated first.
     """
-    found = await revision_of(database)
+    revision = await revision_of(database)
     steps = ScriptDirectory.from_config(_alembic())
     needed = steps.get_current_head()
     known = {script.revision for script in steps.walk_revisions()}
-    if found is None or (found in known and found != needed):
+    if revision is None or (revision in known and revision != needed):
         raise DatabaseUnusable(
-            f"the database has schema {found or 'none'} and this version needs {needed}: run "
+            f"the database has schema {revision or 'none'} and this version needs {needed}: run "
             "`reft-serve admin migrate`"
         )
-    if found not in known:
+    if revision not in known:
         _log.warning(
-            "the database has a later schema", extra={"data": {"found": found, "known": needed}}
+            "the database has a later schema", extra={"data": {"found": revision, "known": needed}}
         )
-    return found
+    return revision
 
 
 async def revision_of(database: Database) -> str | None:
@@ -101,9 +101,9 @@ def _upgrade(connection: Connection, revision: str) -> None:
     config = _alembic()
     config.attributes["connection"] = connection
     known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
-    found = _revision(connection)
+    current = _revision(connection)
     for each, whose in (
-        (found, "the database has"),
+        (current, "the database has"),
         (None if revision == "head" else revision, "the data has"),
     ):
         if each is not None and each not in known:

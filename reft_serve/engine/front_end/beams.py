@@ -27,8 +27,12 @@ def wrap_beam_search(original: Any) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
     def beam_search(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(self, *args, **kwargs).arguments.get("lora_request")
-        requests = [given] if given is None or isinstance(given, LoRARequest) else given
+        lora_request = signature.bind(self, *args, **kwargs).arguments.get("lora_request")
+        requests = (
+            [lora_request]
+            if lora_request is None or isinstance(lora_request, LoRARequest)
+            else lora_request
+        )
         binder = binder_of(self.llm_engine if hasattr(self, "llm_engine") else self.engine_client)
         if any(adapter_ref(binder.bind(request)) is not None for request in requests):
             raise VLLMValidationError(

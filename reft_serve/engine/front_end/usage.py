@@ -70,27 +70,27 @@ def wrap_serving_init(original: Any) -> Callable[..., None]:
 
 
 def _note(state: Any) -> None:
-    found = _ID.search(state.external_req_id or state.request_id)
-    if found is None or state in _noted:
+    match = _ID.search(state.external_req_id or state.request_id)
+    if match is None or state in _noted:
         return
     _noted.add(state)
     first = not state.parent_req or not state.request_index  # the choices of a prompt share it
     generated = state.detokenizer.num_output_tokens() if state.detokenizer is not None else 0
-    used = _used.pop(found[1], None) or dict.fromkeys(
+    used = _used.pop(match[1], None) or dict.fromkeys(
         ("prompt_tokens", "cached_tokens", "completion_tokens"), 0
     )
     used["prompt_tokens"] += state.prompt_len * first
     used["cached_tokens"] += max(0, state.num_cached_tokens) * first
     used["completion_tokens"] += generated
-    _used[found[1]] = used
+    _used[match[1]] = used
     if len(_used) > ENTRIES:
         _used.popitem(last=False)
 
 
 def usage_of(request_id: str) -> dict[str, int] | None:
     """Usage of a request, over all of its prompts and choices that have ended."""
-    found = _ID.fullmatch(request_id)
-    return _used.get(found[1]) if found else None
+    match = _ID.fullmatch(request_id)
+    return _used.get(match[1]) if match else None
 
 
 def add_route(router: APIRouter) -> None:

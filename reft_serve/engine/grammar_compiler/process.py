@@ -121,12 +121,12 @@ def serialise(kind: Any, text: str, options: Any) -> str:
         raise RequestInvalid(f"{kind} is not valid: {str(exc)[:500]}") from exc
 
 
-def _tags(given: dict[str, Any], options: Any) -> str:
-    if "structures" not in given:
+def _tags(tag: dict[str, Any], options: Any) -> str:
+    if "structures" not in tag:
         raise RequestInvalid("structural_tag is supported with `triggers` and `structures` only")
-    triggers = given["triggers"]
+    triggers = tag["triggers"]
     tags = []
-    for structure in given["structures"]:
+    for structure in tag["structures"]:
         begin = structure["begin"]
         trigger = next((trigger for trigger in triggers if begin.startswith(trigger)), None)
         if trigger is None:
@@ -236,8 +236,10 @@ def _end_with(caller: socket.socket) -> None:
     fcntl.fcntl(caller, fcntl.F_SETFL, fcntl.fcntl(caller, fcntl.F_GETFL) | os.O_ASYNC)
 
 
-def _tokenizer(told: dict[str, Any]) -> llguidance.LLTokenizer:
-    return llguidance.LLTokenizer(told["tokenizer"], n_vocab=told["n_vocab"], eos_token=told["eos"])
+def _tokenizer(facts: dict[str, Any]) -> llguidance.LLTokenizer:
+    return llguidance.LLTokenizer(
+        facts["tokenizer"], n_vocab=facts["n_vocab"], eos_token=facts["eos"]
+    )
 
 
 def _resident() -> int:

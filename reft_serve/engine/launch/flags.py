@@ -20,12 +20,12 @@ def flag_values(passed: Sequence[str]) -> dict[str, str]:
     """Each flag, spelt with dashes, and the value after its `=`, or else the argument that follows
     it.
     """
-    found = {}
+    values = {}
     for argument, following in zip_longest(passed, passed[1:], fillvalue=""):
         if argument.startswith("--"):
             flag, equals, value = argument.partition("=")
-            found[flag.replace("_", "-")] = value if equals else following
-    return found
+            values[flag.replace("_", "-")] = value if equals else following
+    return values
 
 
 def check_no_secret(passed: Sequence[str]) -> None:

@@ -46,7 +46,7 @@ class Discovery:
         """
         self._key = key
         self._names = [_checked(url) for url in urls if url.startswith(_DNS)]
-        self._found: dict[str, tuple[str, ...]] = {}
+        self._resolved: dict[str, tuple[str, ...]] = {}
         self._engines: dict[str, Engine] = {}
         self._leaving: dict[Engine, float] = {}
         self._fixed = tuple(url for url in urls if not url.startswith(_DNS))
@@ -85,7 +85,7 @@ class Discovery:
     @property
     def _wanted(self) -> dict[str, None]:
         return dict.fromkeys(
-            [*self._fixed, *(url for urls in self._found.values() for url in urls)]
+            [*self._fixed, *(url for urls in self._resolved.values() for url in urls)]
         )
 
     async def close(self) -> None:
@@ -106,7 +106,7 @@ class Discovery:
             )
         except socket.gaierror as exc:
             if exc.errno in _NOBODY:
-                self._found[name] = ()
+                self._resolved[name] = ()
             else:  # who is known stays: engines do not end because a resolver does
                 _log.warning(
                     "the engines' host name cannot be resolved",
@@ -114,7 +114,7 @@ class Discovery:
                 )
             return
         hosts = sorted({str(address[0]) for *_, address in answers})
-        self._found[name] = tuple(
+        self._resolved[name] = tuple(
             f"{parts.scheme}://{_bracketed(host)}:{parts.port}" for host in hosts
         )
 

@@ -234,11 +234,11 @@ class Engine:
             raise EngineUnavailable(str(exc), delivered=True, trouble=exc.trouble) from exc
 
     async def _begin(self, path: str, body: bytes, headers: Mapping[str, str]) -> EngineResponse:
-        found = await self._http.open(path, body, headers)
-        if found.status in _KEY_REFUSED:  # about the gateway's key, not about the caller's
-            found.close()
+        response = await self._http.open(path, body, headers)
+        if response.status in _KEY_REFUSED:  # about the gateway's key, not about the caller's
+            response.close()
             raise _refuses_key()
-        return found
+        return response
 
     async def _answers(self) -> bool:
         status, _ = await self._http.fetch("GET", "/health", None, _PROBE_SECONDS)

@@ -107,10 +107,10 @@ class Fleet:
         Raises:
             NotFound: there is none now.
         """
-        found = next((engine for engine in self.engines if engine.name == name), None)
-        if found is None:
+        named = next((engine for engine in self.engines if engine.name == name), None)
+        if named is None:
             raise NotFound(f"there is no engine {name!r}")
-        return found
+        return named
 
     async def probe(self) -> None:
         """Look now which engines there are, and how each is."""

@@ -147,11 +147,11 @@ class Followers:
             if state is None or (state.status in FINAL and state.latest <= number):
                 await send(b"data: [DONE]\n\n")
                 return
-            found = await self._events(follower.job_id, number) if state.latest > number else ()
-            for event in found:
+            events = await self._events(follower.job_id, number) if state.latest > number else ()
+            for event in events:
                 await send(_sent(event))
                 number = event.number
-            if found:
+            if events:
                 continue
             try:
                 async with asyncio.timeout(_QUIET_SECONDS):

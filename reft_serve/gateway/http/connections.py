@@ -97,13 +97,13 @@ class Connections:
         self.waiting[connection] = time.monotonic()
 
     def _evict(self, address: str | None) -> bool:
-        found = next(
+        oldest = next(
             (each for each in self.waiting if address is None or each.address == address), None
         )
-        if found is None:
+        if oldest is None:
             return False
-        self.forget(found, found.address)
-        found.transport.abort()
+        self.forget(oldest, oldest.address)
+        oldest.transport.abort()
         return True
 
     def _sweep(self) -> None:
@@ -286,11 +286,11 @@ def protocol_of(connections: Connections) -> type[_Protocol]:
 
 def peer_left(scope: Any) -> bool:
     """True if the client has closed its side, even if its request is not read to the end."""
-    found = (scope.get("extensions") or {}).get("reft.socket", {}).get("socket")
-    if found is None or found.family not in (socket.AF_INET, socket.AF_INET6):
+    sock = (scope.get("extensions") or {}).get("reft.socket", {}).get("socket")
+    if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
         return False
     try:
-        state: int = found.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+        state: int = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
     except (OSError, ValueError):
         return True
     return state != _ESTABLISHED

@@ -76,9 +76,7 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         if not self.started:
             return
-        self._ports = {
-            found.getsockname()[1] for server in self.servers for found in server.sockets
-        }
+        self._ports = {sock.getsockname()[1] for server in self.servers for sock in server.sockets}
         _log.info("listening", extra={"data": {"addresses": _addresses(self)}})
         # What is there now stays. To look at it again and again would hold requests up, each time
         # for some 20 ms.

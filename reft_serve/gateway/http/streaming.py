@@ -82,10 +82,10 @@ class Streamed(Response):
 
     def init_headers(self, headers: Mapping[str, str] | None = None) -> None:
         """As Response's, except content-length, which is unknown."""
-        given = {"content-type": "text/event-stream; charset=utf-8", **(headers or {})}
+        all_headers = {"content-type": "text/event-stream; charset=utf-8", **(headers or {})}
         self.raw_headers = [
             (name.lower().encode("latin-1"), value.encode("latin-1"))
-            for name, value in given.items()
+            for name, value in all_headers.items()
         ]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -108,8 +108,8 @@ async def sweep(services: Services) -> None:
     that died.
     """
     async with services.database.writing() as session:
-        found = await files.swept_files(session, now_ms() - _UPLOAD_MS)
-    for file_id in found:
+        expired = await files.swept_files(session, now_ms() - _UPLOAD_MS)
+    for file_id in expired:
         await drop(services, file_id)
 
 
@@ -130,8 +130,8 @@ async def _checked(
         descriptor = upload.file.fileno()
         await upload.seek(0)
         arguments = {"where": name, "limits": asdict(limits)}
-        found = await check_in_subprocess("data file", arguments, descriptor, upload.size or 0)
-    return _Facts(name, found["format"], found["rows"])
+        report = await check_in_subprocess("data file", arguments, descriptor, upload.size or 0)
+    return _Facts(name, report["format"], report["rows"])
 
 
 async def _written(
@@ -152,18 +152,18 @@ async def _written(
         await check_room(
             session, caller.tenant_id, services.quotas.limits(caller), size=written.size
         )
-        made = await files.complete_file(session, whole)
+        file = await files.complete_file(session, whole)
         audit.record(
             session,
             actor,
             "file.create",
-            made.id,
+            file.id,
             caller.tenant_id,
-            bytes=made.bytes,
-            sha256=made.sha256,
+            bytes=file.bytes,
+            sha256=file.sha256,
             rows=facts.rows,
         )
-    return made
+    return file
 
 
 async def _give_up(services: Services, file_id: str) -> None:

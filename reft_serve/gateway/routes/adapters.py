@@ -126,9 +126,9 @@ async def list_versions(
     """List the versions of an adapter, newest first."""
     async with services.database.reading() as session:
         adapter = await adapters.find_adapter(session, caller.tenant_id, name)
-        found = await adapters.list_versions(session, adapter.id, before=after, limit=limit + 1)
+        rows = await adapters.list_versions(session, adapter.id, before=after, limit=limit + 1)
     return ListOf(
-        data=[VersionOut.of(version) for version in found[:limit]], has_more=len(found) > limit
+        data=[VersionOut.of(version) for version in rows[:limit]], has_more=len(rows) > limit
     )
 
 
@@ -149,9 +149,9 @@ async def delete_version(
     """Delete a version. A version that an alias points to cannot be deleted."""
     async with services.database.writing() as session:
         adapter = await adapters.find_adapter(session, caller.tenant_id, name)
-        found = await adapters.find_version(session, adapter, version)
-        label = f"{name}@{found.number}"
-        digest = await adapters.delete_version(session, found)
+        row = await adapters.find_version(session, adapter, version)
+        label = f"{name}@{row.number}"
+        digest = await adapters.delete_version(session, row)
         audit.record(
             session, actor_of(request), "version.delete", label, caller.tenant_id, digest=digest
         )
@@ -173,10 +173,10 @@ async def download(
     """Download the files of a version as a tar archive, which can be uploaded again."""
     async with services.database.reading() as session:
         adapter = await adapters.find_adapter(session, caller.tenant_id, name)
-        found = await adapters.find_version(session, adapter, version)
-    files = await asyncio.to_thread(services.store.files, found.digest)
+        row = await adapters.find_version(session, adapter, version)
+    files = await asyncio.to_thread(services.store.files, row.digest)
     packed = await asyncio.to_thread(_packed, files)
-    headers = {"content-disposition": f'attachment; filename="{name}-{found.number}.tar"'}
+    headers = {"content-disposition": f'attachment; filename="{name}-{row.number}.tar"'}
     return StreamingResponse(_chunks(packed), media_type="application/x-tar", headers=headers)
 
 
@@ -255,9 +255,9 @@ async def put_share(
         audit.record(
             session, actor_of(request), "adapter.share", name, caller.tenant_id, tenant=other.id
         )
-        found = await _described(session, adapter)
+        described = await _described(session, adapter)
     services.lookup.forget()
-    return found
+    return described
 
 
 @router.delete("/{name}/shares/{tenant}")

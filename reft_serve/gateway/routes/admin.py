@@ -47,11 +47,11 @@ _Job = Annotated[str, Path(pattern=JOB_ID)]
 async def create_tenant(body: TenantIn, request: Request, services: ServicesDep) -> TenantOut:
     """Create a tenant."""
     async with services.database.writing() as session:
-        made = await tenants.create_tenant(
+        tenant = await tenants.create_tenant(
             session, body.name, body.limits.model_dump(exclude_none=True)
         )
-        audit.record(session, actor_of(request), "tenant.create", made.name, made.id)
-    return TenantOut.of(made)
+        audit.record(session, actor_of(request), "tenant.create", tenant.name, tenant.id)
+    return TenantOut.of(tenant)
 
 
 @router.get("/tenants")
@@ -64,9 +64,9 @@ async def list_tenants(
 ) -> ListOf[TenantOut]:
     """List all tenants by name."""
     async with services.database.reading() as session:
-        found = await tenants.list_tenants(session, after=after, limit=limit + 1)
+        rows = await tenants.list_tenants(session, after=after, limit=limit + 1)
     return ListOf(
-        data=[TenantOut.of(tenant) for tenant in found[:limit]], has_more=len(found) > limit
+        data=[TenantOut.of(tenant) for tenant in rows[:limit]], has_more=len(rows) > limit
     )
 
 
@@ -83,15 +83,15 @@ async def change_tenant(
 ) -> TenantOut:
     """Change a tenant's limits, disable it or enable it."""
     async with services.database.writing() as session:
-        found = await tenants.find_tenant(session, tenant)
-        if body.disabled and found.id == caller_of(request).tenant_id:
+        row = await tenants.find_tenant(session, tenant)
+        if body.disabled and row.id == caller_of(request).tenant_id:
             raise Conflict("this would shut yourself out: use another tenant's admin key")
         limits = None if body.limits is None else body.limits.model_dump(exclude_none=True)
-        tenants.change_tenant(found, limits=limits, disabled=body.disabled)
+        tenants.change_tenant(row, limits=limits, disabled=body.disabled)
         changes = body.model_dump(exclude_none=True)
-        audit.record(session, actor_of(request), "tenant.change", found.name, found.id, **changes)
+        audit.record(session, actor_of(request), "tenant.change", row.name, row.id, **changes)
     services.lookup.forget()
-    return TenantOut.of(found)
+    return TenantOut.of(row)
 
 
 @router.delete("/tenants/{tenant}")
@@ -100,14 +100,14 @@ async def delete_tenant(tenant: _Tenant, request: Request, services: ServicesDep
     kept.
     """
     async with services.database.writing() as session:
-        found = await tenants.find_tenant(session, tenant)
-        if found.id == caller_of(request).tenant_id:
+        row = await tenants.find_tenant(session, tenant)
+        if row.id == caller_of(request).tenant_id:
             raise Conflict("this would shut yourself out: use another tenant's admin key")
-        digests = await tenants.delete_tenant(session, found)
-        audit.record(session, actor_of(request), "tenant.delete", found.name, found.id)
+        digests = await tenants.delete_tenant(session, row)
+        audit.record(session, actor_of(request), "tenant.delete", row.name, row.id)
     services.lookup.forget()
-    services.spawn(retire(services, digests), found.id)
-    return Deleted(id=found.id, object="tenant")
+    services.spawn(retire(services, digests), row.id)
+    return Deleted(id=row.id, object="tenant")
 
 
 @router.post("/tenants/{tenant}/keys", status_code=201)
@@ -179,13 +179,13 @@ async def resume(engine: EngineName, request: Request, services: ServicesDep) ->
 async def _set_draining(
     services: Services, request: Request, name: str, draining: bool
 ) -> EngineOut:
-    found = services.fleet.named(name)
+    engine = services.fleet.named(name)
     async with services.database.writing() as session:
         audit.record(
             session, actor_of(request), f"engine.{'drain' if draining else 'resume'}", name, None
         )
-    found.draining = draining
-    return _out(found)
+    engine.draining = draining
+    return _out(engine)
 
 
 def _out(engine: Engine) -> EngineOut:

@@ -20,8 +20,8 @@ ServicesDep = Annotated[Services, Depends(services_of)]
 
 
 def caller_of(request: Request) -> Principal:
-    found: Principal = request.state.caller
-    return found
+    caller: Principal = request.state.caller
+    return caller
 
 
 class Requires:

@@ -76,7 +76,7 @@ async def list_all(
 ) -> Page[FileOut]:
     """List the tenant's files by creation time."""
     async with services.database.reading() as session:
-        found, more = await files.list_files(
+        rows, more = await files.list_files(
             session,
             caller.tenant_id,
             after=after,
@@ -84,7 +84,7 @@ async def list_all(
             ascending=order == "asc",
             purpose=purpose,
         )
-    return Page.of([FileOut.of(file) for file in found], more)
+    return Page.of([FileOut.of(file) for file in rows], more)
 
 
 @router.get("/{file}")
@@ -108,14 +108,14 @@ async def get(file: _File, caller: _Caller, services: ServicesDep) -> FileOut:
 async def content(file: _File, caller: _Caller, services: ServicesDep) -> StreamingResponse:
     """Download a file: a data file as uploaded, or the metrics of a job as CSV."""
     async with services.database.reading() as session:
-        found = await files.find_file(session, caller.tenant_id, file)
-    ending = "csv" if found.purpose == "fine-tune-results" else "jsonl"
+        row = await files.find_file(session, caller.tenant_id, file)
+    ending = "csv" if row.purpose == "fine-tune-results" else "jsonl"
     headers = {
-        "content-disposition": f'attachment; filename="{found.id}.{ending}"',
-        "content-length": str(found.bytes),
+        "content-disposition": f'attachment; filename="{row.id}.{ending}"',
+        "content-length": str(row.bytes),
         "x-content-type-options": "nosniff",
     }
-    chunks = await data_files.opened(services, found)
+    chunks = await data_files.opened(services, row)
     return StreamingResponse(chunks, media_type="application/octet-stream", headers=headers)
 
 

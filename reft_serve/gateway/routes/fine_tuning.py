@@ -59,10 +59,10 @@ async def list_all(
     if wanted and any("\0" in text for pair in wanted.items() for text in pair):
         return Page.of([], False)  # no metadata holds one, and PostgreSQL has no such text
     async with services.database.reading() as session:
-        found, more = await fine_tuning.list_jobs(
+        rows, more = await fine_tuning.list_jobs(
             session, caller.tenant_id, after=after, limit=limit, metadata=wanted
         )
-    return Page.of([JobOut.of(job) for job in found], more)
+    return Page.of([JobOut.of(job) for job in rows], more)
 
 
 @router.get("/{job}")
@@ -110,11 +110,11 @@ async def events(
     first.
     """
     async with services.database.reading() as session:
-        found = await fine_tuning.find_job(session, caller.tenant_id, job)
+        row = await fine_tuning.find_job(session, caller.tenant_id, job)
         if not stream:
-            page, more = await fine_tuning.list_events(session, found.id, after=after, limit=limit)
+            page, more = await fine_tuning.list_events(session, row.id, after=after, limit=limit)
             return Page.of([EventOut.of(event) for event in page], more)
-    answer: Response = await services.followers.follow(caller, found.id, after)
+    answer: Response = await services.followers.follow(caller, row.id, after)
     return answer  # type: ignore[return-value]
 
 
@@ -130,8 +130,8 @@ async def checkpoints(
     succeeded.
     """
     async with services.database.reading() as session:
-        found = await fine_tuning.find_job(session, caller.tenant_id, job)
-        page, more = await fine_tuning.list_checkpoints(session, found.id, after=after, limit=limit)
+        row = await fine_tuning.find_job(session, caller.tenant_id, job)
+        page, more = await fine_tuning.list_checkpoints(session, row.id, after=after, limit=limit)
     return Page.of([CheckpointOut.of(checkpoint) for checkpoint in page], more)
 
 
@@ -143,18 +143,18 @@ async def _ask(
     services: Services,
 ) -> JobOut:
     async with services.database.writing() as session:
-        found = await fine_tuning.ask(session, caller.tenant_id, job, what)
+        changed = await fine_tuning.ask(session, caller.tenant_id, job, what)
         audit.record(session, actor_of(request), f"job.{what}", job, caller.tenant_id)
-        return JobOut.of(found)
+        return JobOut.of(changed)
 
 
 def _metadata(request: Request) -> dict[str, str] | None:
     """The metadata filter in either of OpenAI's two spellings; None without one."""
-    found = [(_METADATA.fullmatch(name), value) for name, value in request.query_params.items()]
-    given = {match[1]: value for match, value in found if match}
+    matches = [(_METADATA.fullmatch(name), value) for name, value in request.query_params.items()]
+    bracketed = {match[1]: value for match, value in matches if match}
     plain = request.query_params.get("metadata")
     if plain not in (None, "null"):
         raise RequestInvalid(
             "write metadata[KEY]=VALUE, or metadata=null for jobs without metadata", "metadata"
         )
-    return given or (None if plain is None else {})
+    return bracketed or (None if plain is None else {})

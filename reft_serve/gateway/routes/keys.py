@@ -55,9 +55,9 @@ async def list_all(
 ) -> ListOf[KeyOut]:
     """List the tenant's keys, oldest first, without their secrets."""
     async with services.database.reading() as session:
-        found = await keys.list_keys(session, caller.tenant_id, after=after, limit=limit + 1)
+        rows = await keys.list_keys(session, caller.tenant_id, after=after, limit=limit + 1)
     return ListOf(
-        data=[KeyOut(**KeyOut.fields_of(key)) for key in found[:limit]], has_more=len(found) > limit
+        data=[KeyOut(**KeyOut.fields_of(key)) for key in rows[:limit]], has_more=len(rows) > limit
     )
 
 
@@ -65,14 +65,14 @@ async def list_all(
 async def revoke(key: _Key, request: Request, caller: _Caller, services: ServicesDep) -> KeyOut:
     """Revoke a key immediately."""
     async with services.database.writing() as session:
-        found = await keys.find_key(session, caller.tenant_id, key)
-        if found.id == caller.key_id:
+        row = await keys.find_key(session, caller.tenant_id, key)
+        if row.id == caller.key_id:
             raise Conflict("a key cannot revoke itself: use another key, or rotate it")
-        _check_rank(caller, found.role)
-        keys.revoke_key(found)
+        _check_rank(caller, row.role)
+        keys.revoke_key(row)
         audit.record(session, actor_of(request), "key.revoke", key, caller.tenant_id)
     services.lookup.forget()
-    return KeyOut(**KeyOut.fields_of(found))
+    return KeyOut(**KeyOut.fields_of(row))
 
 
 @router.post("/keys/{key}/rotate", status_code=201)

@@ -38,19 +38,19 @@ async def list_models(
     it.
     """
     base = _base(services)
-    found = [base] if after is None else []
+    listed = [base] if after is None else []
     async with services.database.reading() as session:
         names, more = await listing.list_models(
             session,
             caller.tenant_id,
             after=None if after == base.id else after,
-            limit=limit - len(found),
+            limit=limit - len(listed),
         )
-    found += [
+    listed += [
         ModelOut(id=each.name, created=each.created_ms // 1000, owned_by=each.owner)
         for each in names
     ]
-    return ListOf(data=found, has_more=more)
+    return ListOf(data=listed, has_more=more)
 
 
 @router.get("/{model:path}")

@@ -46,7 +46,7 @@ async def create(
     """Share a model with other tenants. A project id is a tenant's id."""
     async with services.database.writing() as session:
         version = await permissions.find_own_version(session, caller.tenant_id, checkpoint)
-        made = await permissions.give_permissions(session, version, body.project_ids)
+        created = await permissions.give_permissions(session, version, body.project_ids)
         audit.record(
             session,
             actor_of(request),
@@ -56,7 +56,7 @@ async def create(
             tenants=body.project_ids,
         )
     services.lookup.forget()
-    return Page.of([PermissionOut.of(permission) for permission in made], False)
+    return Page.of([PermissionOut.of(permission) for permission in created], False)
 
 
 @router.get("")
@@ -72,7 +72,7 @@ async def list_all(
     """List the tenants that a model is shared with."""
     async with services.database.reading() as session:
         version = await permissions.find_own_version(session, caller.tenant_id, checkpoint)
-        found, more = await permissions.list_permissions(
+        rows, more = await permissions.list_permissions(
             session,
             version.id,
             after=after,
@@ -80,7 +80,7 @@ async def list_all(
             ascending=order == "ascending",
             tenant_id=project_id,
         )
-    return Page.of([PermissionOut.of(permission) for permission in found], more)
+    return Page.of([PermissionOut.of(permission) for permission in rows], more)
 
 
 @router.delete("/{permission}")

@@ -45,7 +45,7 @@ async def totals(
     start = start_time * 1000 if start_time is not None else end - 30 * DAY_MS
     groups = list(dict.fromkeys(group_by or []))
     async with services.database.reading() as session:
-        found = await usage.totals(
+        rows = await usage.totals(
             session,
             tenant_id=None if all_tenants else caller.tenant_id,
             start_ms=start,
@@ -54,8 +54,8 @@ async def totals(
             group_by=groups,
         )
     if format == "csv":
-        return Response(_csv(found, groups), media_type="text/csv")  # type: ignore[return-value]
-    return ListOf(data=[_out(total) for total in found])
+        return Response(_csv(rows, groups), media_type="text/csv")  # type: ignore[return-value]
+    return ListOf(data=[_out(total) for total in rows])
 
 
 @router.get("/audit")
@@ -72,10 +72,10 @@ async def changes(
     if all_tenants and "admin" not in caller.scopes:
         raise NotAllowed("only an admin can read the audit log of other tenants")
     async with services.database.reading() as session:
-        found = await audit.list_audit(
+        rows = await audit.list_audit(
             session, None if all_tenants else caller.tenant_id, after, limit + 1
         )
-    return ListOf(data=[AuditOut.of(entry) for entry in found[:limit]], has_more=len(found) > limit)
+    return ListOf(data=[AuditOut.of(entry) for entry in rows[:limit]], has_more=len(rows) > limit)
 
 
 def _out(total: usage.Total) -> UsageOut:
@@ -90,13 +90,13 @@ def _out(total: usage.Total) -> UsageOut:
     )
 
 
-def _csv(found: Sequence[usage.Total], groups: Sequence[str]) -> str:
+def _csv(rows: Sequence[usage.Total], groups: Sequence[str]) -> str:
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(
         ["start_time", *groups, "requests", "prompt_tokens", "cached_tokens", "completion_tokens"]
     )
-    for total in map(_out, found):
+    for total in map(_out, rows):
         counted = (
             total.requests,
             total.prompt_tokens,

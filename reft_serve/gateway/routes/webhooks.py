@@ -47,13 +47,18 @@ async def create(
     """Create a webhook endpoint. Only this response contains the signing secret."""
     webhook_sender.check_url(body.url, services.settings)
     async with services.database.writing() as session:
-        made = await webhooks.add_webhook(
+        created = await webhooks.add_webhook(
             session, caller.tenant_id, body.name, body.url, body.event_types
         )
         audit.record(
-            session, actor_of(request), "webhook.create", made.id, caller.tenant_id, name=made.name
+            session,
+            actor_of(request),
+            "webhook.create",
+            created.id,
+            caller.tenant_id,
+            name=created.name,
         )
-    return WebhookSecretOut(signing_secret=made.secret, **WebhookOut.fields_of(made))
+    return WebhookSecretOut(signing_secret=created.secret, **WebhookOut.fields_of(created))
 
 
 @router.get("/webhook_endpoints")
@@ -65,10 +70,10 @@ async def list_all(
 ) -> Page[WebhookOut]:
     """List the tenant's webhook endpoints, newest first, without their secrets."""
     async with services.database.reading() as session:
-        found, more = await webhooks.list_webhooks(
+        rows, more = await webhooks.list_webhooks(
             session, caller.tenant_id, after=after, limit=limit
         )
-    return Page.of([WebhookOut(**WebhookOut.fields_of(webhook)) for webhook in found], more)
+    return Page.of([WebhookOut(**WebhookOut.fields_of(webhook)) for webhook in rows], more)
 
 
 @router.get("/webhook_endpoints/{webhook}")
@@ -88,9 +93,9 @@ async def change(
     if body.url is not None:
         webhook_sender.check_url(body.url, services.settings)
     async with services.database.writing() as session:
-        found = await webhooks.find_webhook(session, caller.tenant_id, webhook)
+        row = await webhooks.find_webhook(session, caller.tenant_id, webhook)
         changes = body.model_dump(exclude_none=True)
-        webhooks.change_webhook(found, changes)
+        webhooks.change_webhook(row, changes)
         audit.record(
             session,
             actor_of(request),
@@ -99,7 +104,7 @@ async def change(
             caller.tenant_id,
             changed=sorted(changes),
         )
-        return WebhookOut(**WebhookOut.fields_of(found))
+        return WebhookOut(**WebhookOut.fields_of(row))
 
 
 @router.delete("/webhook_endpoints/{webhook}")
@@ -126,12 +131,12 @@ async def rotate(
     """
     keep = body is not None and body.keep_old_secret_active_for_24_hours
     async with services.database.writing() as session:
-        found = await webhooks.find_webhook(session, caller.tenant_id, webhook)
-        webhooks.rotate_secret(found, keep)
+        row = await webhooks.find_webhook(session, caller.tenant_id, webhook)
+        webhooks.rotate_secret(row, keep)
         audit.record(
             session, actor_of(request), "webhook.rotate", webhook, caller.tenant_id, keep_old=keep
         )
-        return WebhookSecretOut(signing_secret=found.secret, **WebhookOut.fields_of(found))
+        return WebhookSecretOut(signing_secret=row.secret, **WebhookOut.fields_of(row))
 
 
 @router.post("/webhook_endpoints/{webhook}/test")
@@ -141,9 +146,9 @@ async def test(
     """Send a sample event now and report the response. `success` is true for a 2xx status."""
     await services.quotas.take(caller, "webhook tests", TESTS_PER_MINUTE)
     async with services.database.reading() as session:
-        found = await webhooks.find_webhook(session, caller.tenant_id, webhook)
+        row = await webhooks.find_webhook(session, caller.tenant_id, webhook)
     sample = webhooks.body_of(body.event_type, {"id": "ftjob-0123456789abcdef01234567"})
-    status, outcome = await services.webhook_sender.test(webhooks.outbound_event(found, sample))
+    status, outcome = await services.webhook_sender.test(webhooks.outbound_event(row, sample))
     if status is None:
         raise RequestInvalid(f"the endpoint could not be reached: {outcome}")
     return WebhookTestOut(

@@ -113,15 +113,15 @@ def answer(exc: errors.ReftError) -> JSONResponse:
     message = str(exc)
     if status >= 500 and (current := request_id.get()):
         message += f" (request {current})"
-    found = _json(
+    response = _json(
         status, error_body(status, message, param, exc.code), getattr(exc, "retry_after", None)
     )
     # OpenAI's clients repeat what fails with a 5xx, unless this says no
     if isinstance(exc, errors.EngineEnded):
-        found.headers["x-should-retry"] = "false"
+        response.headers["x-should-retry"] = "false"
     if isinstance(exc, errors.RateLimited):
-        found.headers.update(exc.headers)
-    return found
+        response.headers.update(exc.headers)
+    return response
 
 
 def from_validation(exc: RequestValidationError) -> JSONResponse:
@@ -148,9 +148,9 @@ def from_http(exc: HTTPException) -> JSONResponse:
     code = _CODES.get(
         exc.status_code, "invalid_request" if exc.status_code < 500 else "server_error"
     )
-    found = _json(exc.status_code, error_body(exc.status_code, str(exc.detail), None, code))
-    found.headers.update(exc.headers or {})
-    return found
+    response = _json(exc.status_code, error_body(exc.status_code, str(exc.detail), None, code))
+    response.headers.update(exc.headers or {})
+    return response
 
 
 def _sentence(fault: Mapping[str, Any]) -> str:

@@ -36,8 +36,8 @@ MAX_CALLS = 256
 _FIRST = Field(fail_fast=True)
 
 
-def _shape(given: object) -> str:
-    return "text" if isinstance(given, str) else "parts"
+def _shape(content: object) -> str:
+    return "text" if isinstance(content, str) else "parts"
 
 
 _Id = Annotated[str, Field(max_length=512)]
@@ -47,14 +47,14 @@ _ToolName = Annotated[str, Field(min_length=1, max_length=256)]
 def _only(*kinds: str, why: str) -> BeforeValidator:
     """A sentence for a type that is not served."""
 
-    def check(given: object) -> object:
-        if given not in kinds:
+    def check(kind: object) -> object:
+        if kind not in kinds:
             raise PydanticCustomError(
                 "not_served",
                 "type {given} is not supported: {why}",
-                {"given": repr(given)[:60], "why": why},
+                {"given": repr(kind)[:60], "why": why},
             )
-        return given
+        return kind
 
     return BeforeValidator(check)
 
@@ -238,12 +238,12 @@ class _ReasoningItem(RequestModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _whole(cls, given: Any) -> Any:
+    def _whole(cls, item: Any) -> Any:
         # Clients that store nothing strip the id; vLLM's types require it.
         return (
-            {"id": "rs_0", "summary": []} | {k: v for k, v in given.items() if v is not None}
-            if isinstance(given, dict)
-            else given
+            {"id": "rs_0", "summary": []} | {k: v for k, v in item.items() if v is not None}
+            if isinstance(item, dict)
+            else item
         )
 
 
@@ -257,24 +257,22 @@ _ITEMS = {
 }
 
 
-def _item_kind(given: Any) -> str | None:
+def _item_kind(item: Any) -> str | None:
     kind = (
-        (given.get("type") or "message")
-        if isinstance(given, dict)
-        else getattr(given, "type", None)
+        (item.get("type") or "message") if isinstance(item, dict) else getattr(item, "type", None)
     )
     return _ITEMS.get(kind) if isinstance(kind, str) else None
 
 
-def _served_item(given: object) -> object:
-    if isinstance(given, dict) and _item_kind(given) is None:
+def _served_item(item: object) -> object:
+    if isinstance(item, dict) and _item_kind(item) is None:
         raise PydanticCustomError(
             "not_served",
             "items of type {given} are not supported: only text messages, reasoning, and function "
             "calls with their results",
-            {"given": repr(given.get("type"))[:60]},
+            {"given": repr(item.get("type"))[:60]},
         )
-    return given
+    return item
 
 
 InputItem = Annotated[

@@ -39,23 +39,21 @@ class RequestModel(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _as_given(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
+    def _as_given(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
         ignored = cls.ignored
         return {
-            name: value
-            for name, value in given.items()
-            if value is not None and name not in ignored
+            name: value for name, value in body.items() if value is not None and name not in ignored
         }
 
     @classmethod
     def __get_pydantic_json_schema__(
         cls, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        found = handler(schema)
-        _allow_nulls(handler.resolve_ref_schema(found), cls.ignored)
-        return found
+        document = handler(schema)
+        _allow_nulls(handler.resolve_ref_schema(document), cls.ignored)
+        return document
 
 
 class NullsAreAbsent:
@@ -68,27 +66,27 @@ class NullsAreAbsent:
         schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
         """The object's own schema, with null for every value that may be left out."""
-        found = handler(schema)
-        _allow_nulls(handler.resolve_ref_schema(found), {})
-        return found
+        document = handler(schema)
+        _allow_nulls(handler.resolve_ref_schema(document), {})
+        return document
 
 
-def _present(given: object) -> object:
-    if not isinstance(given, dict):
-        return given
-    return {name: value for name, value in given.items() if value is not None}
+def _present(body: object) -> object:
+    if not isinstance(body, dict):
+        return body
+    return {name: value for name, value in body.items() if value is not None}
 
 
 NULLS_ARE_ABSENT = (BeforeValidator(_present), NullsAreAbsent())
 """Both annotations of the rule, for `Annotated[T, *NULLS_ARE_ABSENT]`."""
 
 
-def _finite(given: dict[str, Any]) -> dict[str, Any]:
+def _finite(body: dict[str, Any]) -> dict[str, Any]:
     try:
-        json.dumps(given, allow_nan=False)
+        json.dumps(body, allow_nan=False)
     except ValueError as exc:
         raise ValueError("its numbers must be finite") from exc
-    return given
+    return body
 
 
 FreeObject = Annotated[dict[str, Any], AfterValidator(_finite)]

@@ -102,11 +102,11 @@ def _result(answer: bytes, code: int | None, seconds: int) -> dict[str, Any]:
         raise errors.ServiceError(
             "the check of the upload was killed before it finished; upload it again"
         )
-    found: dict[str, Any] = json.loads(answer)
-    if "error" in found:
-        kind: type[errors.ReftError] = getattr(errors, found["error"])
-        raise kind(*found["arguments"])
-    return found
+    report: dict[str, Any] = json.loads(answer)
+    if "error" in report:
+        kind: type[errors.ReftError] = getattr(errors, report["error"])
+        raise kind(*report["arguments"])
+    return report
 
 
 def _check_data_file(where: str, limits: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def _end_with(parent: int) -> None:
         os._exit(1)
 
 
-def _found(job: Mapping[str, Any]) -> dict[str, Any]:
+def _report(job: Mapping[str, Any]) -> dict[str, Any]:
     try:
         return _CHECKS[job["check"]](**job["arguments"])
     except (errors.DataInvalid, errors.AdapterInvalid) as exc:
@@ -183,7 +183,7 @@ def _main(job: Mapping[str, Any]) -> None:
     os.nice(_NICE)
     resource.setrlimit(resource.RLIMIT_CPU, (job["seconds"], job["seconds"] + 5))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    sys.stdout.write(json.dumps(_found(job)))
+    sys.stdout.write(json.dumps(_report(job)))
 
 
 if __name__ == "__main__":

@@ -78,10 +78,10 @@ async def stage(
         manifest = await asyncio.to_thread(check_structure, into, uploaded.name)
         return CheckedAdapter(size, manifest.base_model.name, manifest.summary())
     async with checking_for(places, uploaded.tenant_id, uploaded.receive):
-        found = await check_in_subprocess(
+        report = await check_in_subprocess(
             "adapter", {"path": str(into), "where": uploaded.name}, None, size
         )
-    return CheckedAdapter(size, found["base_model"], found["facts"])
+    return CheckedAdapter(size, report["base_model"], report["facts"])
 
 
 async def _unpacked(
@@ -99,8 +99,8 @@ async def _unpacked(
             descriptor = await asyncio.to_thread(archive.file.fileno)
         except OSError as exc:
             raise StoreUnusable(f"the upload cannot be written to disk ({exc.strerror})") from exc
-        found = await check_in_subprocess("archive", arguments, descriptor, archive.size or 0)
-    return CheckedAdapter(found["size"], found["base_model"], found["facts"])
+        report = await check_in_subprocess("archive", arguments, descriptor, archive.size or 0)
+    return CheckedAdapter(report["size"], report["base_model"], report["facts"])
 
 
 def _copied(files: list[UploadFile], into: Path, max_bytes: int) -> int:

@@ -243,15 +243,15 @@ class _Template:
     def _render(
         self, turns: list[_Turn], tools: list[_Turn] | None, *, add_generation_prompt: bool = False
     ) -> str:
-        given: list[Any] = turns
+        conversation: list[Any] = turns
         # a template that goes through a list of parts, and finds none in a text
         if self._takes_parts:
-            given = [
+            conversation = [
                 turn if turn["role"] == "tool" else turn | {"content": _parts(turn["content"])}
                 for turn in turns
             ]
         rendered: str = self._tokenizer.apply_chat_template(
-            given,
+            conversation,
             tools=tools,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,

@@ -51,8 +51,8 @@ def estimate(base: Path, asked: DpoHyperparameters, *, gpu: bool) -> int:
 
 def context_of(base: Path) -> int | None:
     """Tokens of the model's context, if its configuration has them."""
-    found = _config(base).get("max_position_embeddings") or _config(base).get("n_positions")
-    return found if isinstance(found, int) and found > 0 else None
+    length = _config(base).get("max_position_embeddings") or _config(base).get("n_positions")
+    return length if isinstance(length, int) and length > 0 else None
 
 
 def _config(base: Path) -> dict[str, Any]:

@@ -51,13 +51,13 @@ class JobProcesses:
             process = await self._start(_look, theirs)
             with ours:
                 ours.settimeout(0.0)
-                told = await asyncio.get_running_loop().sock_recv(ours, 1 << 16)
+                answer = await asyncio.get_running_loop().sock_recv(ours, 1 << 16)
             await asyncio.to_thread(process.join)
-            if not told:
+            if not answer:
                 raise ServiceError(
                     "training is not available here, see the log; pip install 'reft-serve[train]'"
                 )
-            self._devices = [(str(name), int(size)) for name, size in json.loads(told)]
+            self._devices = [(str(name), int(size)) for name, size in json.loads(answer)]
         return self._devices
 
     async def start(self, spec: JobSpec) -> JobProcess:
@@ -132,5 +132,5 @@ def _look(sock: socket.socket) -> None:
     import reft_serve.training.jobs.job_main  # noqa: F401 - that it can be
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    found = [(str(k), torch.cuda.get_device_properties(k).total_memory) for k in range(count)]
-    sock.sendall(json.dumps(found).encode())
+    devices = [(str(k), torch.cuda.get_device_properties(k).total_memory) for k in range(count)]
+    sock.sendall(json.dumps(devices).encode())

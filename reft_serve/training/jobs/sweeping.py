@@ -41,11 +41,11 @@ async def sweep(ctx: WorkerContext) -> None:
 
 
 async def _sweep_checkpoints(ctx: WorkerContext) -> None:
-    found = await ctx.blobs.list("checkpoints")
-    jobs = {match[1] for blob in found if (match := _JOB.match(blob.key))}
+    blobs = await ctx.blobs.list("checkpoints")
+    jobs = {match[1] for blob in blobs if (match := _JOB.match(blob.key))}
     async with ctx.database.reading() as session:
         alive = await fine_tuning.unfinished_of(session, jobs)
-    for blob in found:
+    for blob in blobs:
         match = _JOB.match(blob.key)
         if match and match[1] not in alive:
             await ctx.blobs.delete(blob.key)

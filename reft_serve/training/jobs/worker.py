@@ -250,9 +250,9 @@ class Worker:
         return Place(device.name, free, device.memory, threads) if free > 0 else None
 
     async def _find_devices(self) -> list[_Device]:
-        given = self._ctx.settings.train_memory_bytes
-        found = await self._ctx.processes.devices() or [("cpu", machine.memory())]
-        return [_Device(name, given or size * 4 // 5) for name, size in found]
+        memory = self._ctx.settings.train_memory_bytes
+        devices = await self._ctx.processes.devices() or [("cpu", machine.memory())]
+        return [_Device(name, memory or size * 4 // 5) for name, size in devices]
 
     async def _drain(self, seconds: float) -> None:
         for attempt in self._attempts.values():

@@ -291,7 +291,7 @@ async def share(session: AsyncSession, adapter: Adapter, tenant: Tenant) -> None
 
 
 async def unshare(session: AsyncSession, adapter: Adapter, tenant: Tenant) -> None:
-    """Take it back.
+    """Stop sharing an adapter with a tenant.
 
     Raises:
         NotFound: it was not shared with that tenant.

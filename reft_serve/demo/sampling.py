@@ -22,20 +22,20 @@ from reft_serve.interventions.modules import Intervention
 from reft_serve.interventions.positions import Part, PositionRule
 from reft_serve.training.model.edited_model import Edit
 
-__all__ = ["Edits", "Sampler"]
+__all__ = ["Sampler", "SamplerEdits"]
 
 _PARTS = {"both": Part.PREFIX, "prefix": Part.PREFIX, "suffix": Part.SUFFIX}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Edits:
+class SamplerEdits:
     """An adapter: its interventions and its position rule."""
 
     edits: tuple[Edit, ...]
     rule: PositionRule
 
     @classmethod
-    def of(cls, adapter: Adapter) -> Edits:
+    def of(cls, adapter: Adapter) -> SamplerEdits:
         """The edits of an adapter that was read from its directory."""
         pairs = zip(adapter.manifest.interventions, adapter.weights, strict=True)
         edits = tuple(
@@ -77,7 +77,7 @@ class Sampler:
         new_tokens: int,
         seed: int,
         temperature: float,
-        adapter: Edits | None = None,
+        adapter: SamplerEdits | None = None,
     ) -> list[list[int]]:
         """One sampled answer per prompt: its tokens up to the end of the story."""
         lens = [len(prompt) for prompt in prompts]
@@ -105,7 +105,7 @@ class Sampler:
         return list(self.tokenizer(text, add_special_tokens=prompt).input_ids)
 
     @contextmanager
-    def _active(self, adapter: Edits | None, mask_PBT: Tensor | None) -> Iterator[None]:
+    def _active(self, adapter: SamplerEdits | None, mask_PBT: Tensor | None) -> Iterator[None]:
         if adapter is not None:
             self._mask_PBT = mask_PBT
             self._edits_generated = adapter.rule.edits_generated

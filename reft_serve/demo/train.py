@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 from reft_serve.adapters.directory import TENSORS, Adapter, publish, read_adapter
 from reft_serve.demo.behaviours import ADAPTERS, BEHAVIOURS, MODEL, Behaviour, is_neutral
-from reft_serve.demo.sampling import Edits, Sampler
+from reft_serve.demo.sampling import Sampler, SamplerEdits
 from reft_serve.training.data.examples import IGNORED, Example
 from reft_serve.training.loop import run
 from reft_serve.training.plan import AdapterPlan, Plan
@@ -134,7 +134,7 @@ def story_openings(model: Sampler) -> tuple[list[list[int]], list[list[int]]]:
     return tokens[_HELD_OUT : _HELD_OUT + _TRAINING], tokens[:_HELD_OUT]
 
 
-def _answers(model: Sampler, prompts: list[list[int]], adapter: Edits | None) -> list[str]:
+def _answers(model: Sampler, prompts: list[list[int]], adapter: SamplerEdits | None) -> list[str]:
     return [model.text(answer) for answer in model.sample(prompts, _ANSWER, SEED, 0.7, adapter)]
 
 
@@ -155,7 +155,7 @@ def _make(
     with TemporaryDirectory() as folder:
         trained = _train(behaviour, rows, Path(folder) / "run")
     base_rate = _rate(behaviour, base_answers)
-    rate = _rate(behaviour, _answers(model, held_out, Edits.of(trained)))
+    rate = _rate(behaviour, _answers(model, held_out, SamplerEdits.of(trained)))
     facts: dict[str, str | int | float | bool | None] = {
         "script": "reft_serve.demo.train",
         "data": "sampled from the base model, filtered by the behaviour's rule",

@@ -139,12 +139,12 @@ async def ask(
     if out.exists() and not resume:
         raise ClientError(f"{out} already exists: continue with --resume, or choose another --out")
     done = _kept(out, server, asked) if resume else {}
-    waiting = iter([question for question in asked if _place(question) not in done])
+    waiting = iter([question for question in asked if _key_of(question) not in done])
 
     async def work(client: AsyncOpenAI, file: IO[str]) -> None:
         for question in waiting:
             prediction = await _answer(client, server, task, question)
-            done[_place(question)] = prediction
+            done[_key_of(question)] = prediction
             file.write(_json(prediction))
             file.flush()
             on_answer(prediction)
@@ -160,7 +160,7 @@ async def ask(
                         group.create_task(work(client, file))
             except* ReftError as broken:
                 raise broken.exceptions[0] from None
-    ordered = [done[_place(question)] for question in asked]
+    ordered = [done[_key_of(question)] for question in asked]
     _save(out, ordered)
     return ordered
 
@@ -238,9 +238,9 @@ def _reason(exc: OpenAIError) -> str:
     return str(message or exc or type(exc).__name__)[:400]
 
 
-def _kept(out: Path, server: Server, asked: Sequence[Question]) -> dict[_Place, Prediction]:
+def _kept(out: Path, server: Server, asked: Sequence[Question]) -> dict[_QuestionKey, Prediction]:
     """Predictions in `out` for these questions and this model. A truncated line is ignored."""
-    wanted = {_place(question): question for question in asked}
+    wanted = {_key_of(question): question for question in asked}
     kept = {}
     for line in (
         out.read_text(encoding="utf-8", errors="replace").splitlines() if out.exists() else []
@@ -251,7 +251,7 @@ def _kept(out: Path, server: Server, asked: Sequence[Question]) -> dict[_Place, 
             continue
         question = wanted.get((prediction.file, prediction.row))
         if question and not prediction.error and _answers(prediction, question, server):
-            kept[_place(question)] = prediction
+            kept[_key_of(question)] = prediction
     return kept
 
 
@@ -271,8 +271,8 @@ def _json(prediction: Prediction) -> str:
     return json.dumps(asdict(prediction), ensure_ascii=False) + "\n"
 
 
-_Place = tuple[str, int]
+_QuestionKey = tuple[str, int]
 
 
-def _place(question: Question) -> _Place:
+def _key_of(question: Question) -> _QuestionKey:
     return question.file, question.row

@@ -58,12 +58,12 @@ class BlobStore:
     """
 
     def __init__(self, url: str) -> None:
-        """Open lazily: nothing is asked of the place.
+        """Open lazily: nothing is asked of the store.
 
         Raises:
             StoreUnusable: a URL of another sort, or S3 without the package for it.
         """
-        self._place: _Place = _place(url)
+        self._backend: _Backend = _backend(url)
 
     async def check(self) -> None:
         """Raise StoreUnusable if it cannot be written to."""
@@ -82,7 +82,7 @@ class BlobStore:
         Raises:
             StoreUnusable: it cannot be written to.
         """
-        await self._do(self._place.probe)
+        await self._do(self._backend.probe)
 
     async def write(self, key: str, chunks: AsyncIterator[bytes], max_bytes: int) -> Written:
         """Store a stream under a key, replacing its previous value. After an exception nothing has
@@ -90,12 +90,12 @@ class BlobStore:
 
         Raises:
             RequestTooLarge: more than `max_bytes` came.
-            StoreUnusable: the place is full or cannot be reached.
+            StoreUnusable: the store is full or cannot be reached.
         """
         _check(_KEY, key)
         size = 0
         digest = hashlib.sha256()
-        writing = await self._do(self._place.begin, key)
+        writing = await self._do(self._backend.begin, key)
         try:
             async for chunk in chunks:
                 size += len(chunk)
@@ -114,10 +114,10 @@ class BlobStore:
         """The bytes of a key, in pieces.
 
         Raises:
-            BlobMissing: there is no such key. StoreUnusable: the place cannot be read.
+            BlobMissing: there is no such key. StoreUnusable: the store cannot be read.
         """
         _check(_KEY, key)
-        opened = await self._do(self._place.open, key)
+        opened = await self._do(self._backend.open, key)
         try:
             while chunk := await self._do(opened.read, _CHUNK):
                 yield chunk
@@ -128,7 +128,7 @@ class BlobStore:
         """Copy a key's bytes into a file, which is there only if they all came.
 
         Raises:
-            BlobMissing: there is no such key. StoreUnusable: the place cannot be read, or `path`
+            BlobMissing: there is no such key. StoreUnusable: the store cannot be read, or `path`
                 not be written.
         """
         here = _Directory(path.parent)
@@ -149,7 +149,7 @@ class BlobStore:
         """Copy a file's bytes under a key.
 
         Raises:
-            StoreUnusable: the file cannot be read, or the place is full or cannot be reached.
+            StoreUnusable: the file cannot be read, or the store is full or cannot be reached.
         """
         opened: BinaryIO = await self._do(path.open, "rb")
 
@@ -163,24 +163,24 @@ class BlobStore:
     async def delete(self, key: str) -> None:
         """Remove a key; one that is not there is no fault."""
         _check(_KEY, key)
-        await self._do(self._place.delete, key)
+        await self._do(self._backend.delete, key)
 
     async def list(self, prefix: str) -> list[Blob]:
         """The blobs below `prefix/`, by key. (`prefix` is one to three whole parts of keys.)"""
         _check(_PREFIX, prefix)
-        return sorted(await self._do(self._place.list, prefix), key=lambda blob: blob.key)
+        return sorted(await self._do(self._backend.list, prefix), key=lambda blob: blob.key)
 
     async def sweep(self) -> None:
         """Remove what processes that died left half written. (In S3 a lifecycle rule of the bucket
         does that.)
         """
-        await self._do(self._place.sweep)
+        await self._do(self._backend.sweep)
 
     async def _do(self, work: Callable[..., T], *given: Any) -> T:
         """Run blocking work in a thread and translate its errors."""
         try:
             return await asyncio.to_thread(work, *given)
-        except self._place.failures as exc:
+        except self._backend.failures as exc:
             reason = (
                 getattr(exc, "strerror", None)
                 or " ".join(str(exc).split())[:200]
@@ -201,7 +201,7 @@ class _Writing(Protocol):
     def discard(self) -> None: ...
 
 
-class _Place(Protocol):
+class _Backend(Protocol):
     """Where blobs lie. Every method blocks."""
 
     failures: tuple[type[Exception], ...]
@@ -357,7 +357,7 @@ class _Multipart:
             self._opened.discard()
 
 
-def _place(url: str) -> _Place:
+def _backend(url: str) -> _Backend:
     scheme, separator, rest = url.partition("://")
     if not separator or scheme == "file":
         return _Directory(Path(rest if separator else url).expanduser().resolve())

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from reft_serve.adapters.directory import read_adapter
 from reft_serve.demo import train
 from reft_serve.demo.behaviours import ADAPTERS, BEHAVIOURS, MODEL
-from reft_serve.demo.sampling import Edits, Sampler
+from reft_serve.demo.sampling import Sampler, SamplerEdits
 from reft_serve.interventions.positions import PositionRule
 
 PROMPTS = (
@@ -27,17 +27,17 @@ def model() -> Sampler:
     return Sampler(MODEL)
 
 
-def shipped(name: str) -> Edits:
-    return Edits.of(read_adapter(ADAPTERS / name))
+def shipped(name: str) -> SamplerEdits:
+    return SamplerEdits.of(read_adapter(ADAPTERS / name))
 
 
-def greedy(model: Sampler, prompts: Sequence[str], adapter: Edits | None) -> list[str]:
+def greedy(model: Sampler, prompts: Sequence[str], adapter: SamplerEdits | None) -> list[str]:
     answers = model.sample([model.tokens(p, prompt=True) for p in prompts], 24, 0, 1e-4, adapter)
     return [model.text(answer) for answer in answers]
 
 
 def test_a_mask_holds_the_rules_tokens_after_the_padding() -> None:
-    mask = Edits((), PositionRule("f2+l1", tied=False)).mask([4, 6]).int().tolist()
+    mask = SamplerEdits((), PositionRule("f2+l1", tied=False)).mask([4, 6]).int().tolist()
     assert mask == [
         [[0, 0, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0]],
         [[0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 1]],

@@ -134,7 +134,7 @@ class Followers:
                 raise ClientGone from None
 
     async def _send_events(self, follower: _Follower, number: int, send: _Emit) -> None:
-        await self._look([follower])
+        await self._poll([follower])
         while not self._closing:
             follower.changed.clear()
             state = follower.state
@@ -173,11 +173,11 @@ class Followers:
             try:
                 followers = list(self._open)
                 for start in range(0, len(followers), _BATCH):
-                    await self._look(followers[start : start + _BATCH])
+                    await self._poll(followers[start : start + _BATCH])
             except Exception:
                 _log.exception("job events cannot be read; retrying")
 
-    async def _look(self, followers: Sequence[_Follower]) -> None:
+    async def _poll(self, followers: Sequence[_Follower]) -> None:
         """Find how jobs and keys stand, in two queries for all of these followers."""
         async with self._database.reading() as session:
             states = await fine_tuning.states_of(session, {each.job_id for each in followers})

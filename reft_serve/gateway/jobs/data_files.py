@@ -75,7 +75,7 @@ async def take(
     try:
         return await _written(services, caller, actor, upload, file_id, facts)
     except BaseException:
-        services.spawn(_give_up(services, file_id), caller.tenant_id)
+        services.spawn(_discard(services, file_id), caller.tenant_id)
         raise
 
 
@@ -166,7 +166,7 @@ async def _written(
     return file
 
 
-async def _give_up(services: Services, file_id: str) -> None:
+async def _discard(services: Services, file_id: str) -> None:
     async with services.database.writing() as session:
         await files.hide_file(session, file_id)
     await drop(services, file_id)

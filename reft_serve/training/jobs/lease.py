@@ -23,9 +23,9 @@ from reft_serve.training.jobs.context import retry_until
 __all__ = ["Lease"]
 
 T = TypeVar("T")
-_LOOK_SECONDS = 0.2
-_SHORTEST_LOOK = 0.03
-_NEWS_SECONDS = 0.5
+_POLL_SECONDS = 0.2
+_SHORTEST_POLL = 0.03
+_EVENT_SECONDS = 0.5
 _MARGIN = 0.85
 
 
@@ -43,11 +43,11 @@ class Lease:
         self._database = database
         self._claim = claim
         self._seconds = seconds
-        self._kept = claimed
-        self._beating = asyncio.Lock()
-        self._stirred = asyncio.Event()
-        self._looked = 0.0
-        self._news: list[tuple[str, Level, dict[str, float] | None]] = []
+        self._renewed = claimed
+        self._heartbeat_lock = asyncio.Lock()
+        self._woken = asyncio.Event()
+        self._woken_at = 0.0
+        self._events: list[tuple[str, Level, dict[str, float] | None]] = []
         self.progress: Progress | None = None
         self.wanted: Wanted = "none"
 
@@ -55,19 +55,19 @@ class Lease:
         """Time (`time.monotonic`) at which the job must be released, unless the lease is renewed
         before.
         """
-        return self._kept + self._seconds * _MARGIN
+        return self._renewed + self._seconds * _MARGIN
 
     def queue_event(
         self, message: str, level: Level = "info", metrics: dict[str, float] | None = None
     ) -> None:
         """Queue an event for the job's owner; it is sent with the next heartbeat."""
-        self._news.append((message, level, metrics))
+        self._events.append((message, level, metrics))
 
     def wake(self) -> None:
         """Look now what the job's owner wants, unless that was done a moment ago."""
-        if time.monotonic() - self._looked > _SHORTEST_LOOK:
-            self._looked = time.monotonic()
-            self._stirred.set()
+        if time.monotonic() - self._woken_at > _SHORTEST_POLL:
+            self._woken_at = time.monotonic()
+            self._woken.set()
 
     async def keep(self, heard: Callable[[Wanted], None]) -> None:
         """Renew the lease until it is lost, and pass each change of the owner's wish to `heard`.
@@ -77,10 +77,10 @@ class Lease:
         """
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stirred.wait(), _LOOK_SECONDS)
-            self._stirred.clear()
-            age = time.monotonic() - self._kept
-            due = age > self._seconds / 4 or (bool(self._news) and age > _NEWS_SECONDS)
+                await asyncio.wait_for(self._woken.wait(), _POLL_SECONDS)
+            self._woken.clear()
+            age = time.monotonic() - self._renewed
+            due = age > self._seconds / 4 or (bool(self._events) and age > _EVENT_SECONDS)
             try:
                 async with asyncio.timeout(max(0.1, self.until() - time.monotonic())):
                     wanted = await (self.heartbeat() if due else self._poll())
@@ -98,15 +98,15 @@ class Lease:
         """Renew the lease, and send the queued events."""
         job = self._claim.id
         worker = self._claim.worker
-        async with self._beating:  # else news would be told twice
+        async with self._heartbeat_lock:  # else events would be sent twice
             begun = time.monotonic()
-            news = list(self._news)
+            events = list(self._events)
             async with self._database.writing() as session:
                 wanted = await claimed.heartbeat(session, job, worker, self._seconds, self.progress)
-                for message, level, metrics in news:
+                for message, level, metrics in events:
                     await claimed.add_event(session, job, worker, message, level, metrics)
-            self._kept = begun
-            del self._news[: len(news)]
+            self._renewed = begun
+            del self._events[: len(events)]
         return wanted
 
     async def write(self, action: Callable[[AsyncSession], Awaitable[T]]) -> T:

@@ -48,7 +48,7 @@ class JobProcesses:
         """
         if self._devices is None:
             ours, theirs = socket.socketpair()
-            process = await self._start(_look, theirs)
+            process = await self._start(_send_devices, theirs)
             with ours:
                 ours.settimeout(0.0)
                 answer = await asyncio.get_running_loop().sock_recv(ours, 1 << 16)
@@ -126,7 +126,7 @@ def _enter(spec: str, sock: socket.socket) -> None:
     train_job(read, sock)
 
 
-def _look(sock: socket.socket) -> None:
+def _send_devices(sock: socket.socket) -> None:
     import torch
 
     import reft_serve.training.jobs.job_main  # noqa: F401 - that it can be

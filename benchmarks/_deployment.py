@@ -75,9 +75,9 @@ class Deployment:
         return time.monotonic() - self._begun
 
     def _has_key(self) -> bool:
-        found = re.search(r"rk-[\w-]{43}", self.log.read_text())
-        self.key = found[0] if found else ""
-        return found is not None
+        match = re.search(r"rk-[\w-]{43}", self.log.read_text())
+        self.key = match[0] if match else ""
+        return match is not None
 
     def _answers(self, path: str) -> bool:
         try:
@@ -87,9 +87,9 @@ class Deployment:
 
     def tenant(self, name: str, adapters: int, number: int) -> Tenant:
         """Make a tenant with so many adapters, copies of the shipped ones that are versions of their own."""
-        made = self._http.post("/v1/admin/tenants", json={"name": name}).raise_for_status().json()
+        tenant = self._http.post("/v1/admin/tenants", json={"name": name}).raise_for_status().json()
         key = (
-            self._http.post(f"/v1/admin/tenants/{made['id']}/keys", json={"role": "owner"})
+            self._http.post(f"/v1/admin/tenants/{tenant['id']}/keys", json={"role": "owner"})
             .raise_for_status()
             .json()
         )
@@ -107,7 +107,7 @@ class Deployment:
 
     def memory(self) -> dict[str, int]:
         """Resident bytes by process: the gateway, the engine's front end, its core and workers, and `up` itself."""
-        found: dict[str, int] = {}
+        peaks: dict[str, int] = {}
         for pid in _tree(self.process.pid):
             with contextlib.suppress(OSError, IndexError):
                 resident = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf(
@@ -119,12 +119,12 @@ class Deployment:
                     .replace(b"\0", b" ")
                     .decode(errors="replace")
                 )
-                found[name] = found.get(name, 0) + resident
-        return found
+                peaks[name] = peaks.get(name, 0) + resident
+        return peaks
 
     def processes(self) -> dict[int, str]:
         """What each of its processes is, by pid; one without a name of its own is a helper of the process that started it."""
-        found: dict[int, str] = {}
+        roles: dict[int, str] = {}
         waiting = [(self.process.pid, "up")]
         while waiting:
             pid, parent = waiting.pop()
@@ -135,15 +135,15 @@ class Deployment:
                     .replace(b"\0", b" ")
                     .decode(errors="replace")
                 )
-                found[pid] = (
+                roles[pid] = (
                     role if role != "helpers" else f"{parent.removesuffix(' helper')} helper"
                 )
                 for task in Path(f"/proc/{pid}/task").iterdir():
                     waiting += [
-                        (int(child), found[pid])
+                        (int(child), roles[pid])
                         for child in (task / "children").read_text().split()
                     ]
-        return found
+        return roles
 
     def stop(self) -> None:
         """End it as Ctrl-C does."""
@@ -167,12 +167,12 @@ def _variant(source: Path, mark: str) -> dict[str, bytes]:
 
 def _tree(pid: int) -> list[int]:
     """A process and all that it started, directly or not."""
-    found = [pid]
-    for each in found:
+    pids = [pid]
+    for each in pids:
         with contextlib.suppress(OSError):
             for task in Path(f"/proc/{each}/task").iterdir():
-                found += [int(child) for child in (task / "children").read_text().split()]
-    return found
+                pids += [int(child) for child in (task / "children").read_text().split()]
+    return pids
 
 
 def _role(command: str) -> str:
@@ -220,8 +220,8 @@ class Prometheus:
         """What an expression was from `begin` to `end` (seconds since 1970): `metric` and `values` of each series."""
         asked = {"query": expression, "start": begin, "end": end, "step": step}
         answer = self._http.get("/api/v1/query_range", params=asked).raise_for_status().json()
-        found: list[dict[str, Any]] = answer["data"]["result"]
-        return found
+        series: list[dict[str, Any]] = answer["data"]["result"]
+        return series
 
     def stop(self) -> None:
         """End it."""

@@ -28,7 +28,7 @@ def measure(
     """Every panel that shows something, with its series as [[minutes, value], ...]."""
     step = max((end - begin) / _POINTS, scrape_seconds)
     interval = f"{int(max(4 * scrape_seconds, step))}s"
-    found = []
+    measured = []
     for panel in json.loads(DASHBOARD.read_text())["panels"]:
         series = [
             {
@@ -40,14 +40,14 @@ def measure(
         ]
         if panel["type"] != "row":
             kept = [each for each in series if each["values"]]
-            found.append(
+            measured.append(
                 {
                     "title": panel["title"],
                     "unit": panel["fieldConfig"]["defaults"]["unit"],
                     "series": kept,
                 }
             )
-    return found
+    return measured
 
 
 def _filled(expression: str, interval: str) -> str:

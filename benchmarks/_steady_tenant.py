@@ -122,9 +122,11 @@ class SteadyTenant:
         form = aiohttp.FormData({"purpose": "fine-tune"})
         form.add_field("file", _ROWS, filename="rows.jsonl")
         file = await self._sent(client, "POST", "/v1/files", data=form)
-        given = {"n_epochs": 1}
+        hyperparameters = {"n_epochs": 1}
         body = {"model": "base", "training_file": file["id"]}
-        body |= {"method": {"type": "supervised", "supervised": {"hyperparameters": given}}}
+        body |= {
+            "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
+        }
         job = await self._sent(client, "POST", "/v1/fine_tuning/jobs", json=body)
         path = f"/v1/fine_tuning/jobs/{job['id']}"
         for _ in range(600):
@@ -141,8 +143,8 @@ class SteadyTenant:
         async with client.request(method, path, **options) as answer:
             text = await answer.text()
             assert answer.status < 300, f"{method} {path}: {answer.status} {text[:300]}"
-            found: dict[str, Any] = json.loads(text)
-            return found
+            document: dict[str, Any] = json.loads(text)
+            return document
 
 
 async def _main() -> None:

@@ -34,19 +34,19 @@ class Watch:
 
     def look(self) -> dict[int, str]:
         """The processes at the moment."""
-        found = self._deployment.processes()
-        for pid, role in found.items():
+        roles = self._deployment.processes()
+        for pid, role in roles.items():
             self.roles.setdefault(pid, role)
             with suppress(OSError, IndexError):
                 status = Path(f"/proc/{pid}/status").read_text()
                 kib = int(status.partition("VmHWM:")[2].split()[0])
                 self.peaks[pid] = max(kib << 10, self.peaks.get(pid, 0))
-        return found
+        return roles
 
     def lasting(self) -> dict[str, list[int]]:
         """The pids of those that must not end, at the first look."""
         return {
-            role: sorted(pid for pid, found in self.first.items() if found == role)
+            role: sorted(pid for pid, role_of_pid in self.first.items() if role_of_pid == role)
             for role in LASTING
         }
 

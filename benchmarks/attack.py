@@ -211,15 +211,15 @@ def _attacked(args: argparse.Namespace, deployment: Deployment) -> tuple[dict[st
 
 
 def _tenant(client: httpx.Client, name: str, limits: dict[str, int]) -> str:
-    made = client.post(
+    answer = client.post(
         "/v1/admin/tenants", json={"name": name, "limits": limits}
     ).raise_for_status()
-    return str(made.json()["id"])
+    return str(answer.json()["id"])
 
 
 def _key(client: httpx.Client, tenant: str, role: str) -> str:
-    made = client.post(f"/v1/admin/tenants/{tenant}/keys", json={"role": role}).raise_for_status()
-    return str(made.json()["secret"])
+    answer = client.post(f"/v1/admin/tenants/{tenant}/keys", json={"role": role}).raise_for_status()
+    return str(answer.json()["secret"])
 
 
 def _windows(seconds: float, crowd: Sequence[Child]) -> list[dict[str, Any]]:
@@ -249,11 +249,11 @@ def _judged(done: list[dict[str, Any]], windows: list[dict[str, Any]]) -> dict[s
                 firsts[window["attacked"]].append(each["first"])
     spread = {
         "attacked" if attacked else "quiet": {
-            "streams": len(found),
-            "p50_ms": round(1e3 * statistics.median(found), 1) if found else None,
-            "p99_ms": round(1e3 * _quantile(found, 0.99), 1) if found else None,
+            "streams": len(first),
+            "p50_ms": round(1e3 * statistics.median(first), 1) if first else None,
+            "p99_ms": round(1e3 * _quantile(first, 0.99), 1) if first else None,
         }
-        for attacked, found in firsts.items()
+        for attacked, first in firsts.items()
     }
     counts = Counter(each["kind"] for each in done)
     faults = [each for each in done if each["fault"]]
@@ -269,14 +269,14 @@ def _quantile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, math.ceil(share * len(values)) - 1)]
 
 
-def _merged(found: list[dict[str, Any]]) -> dict[str, Any]:
+def _merged(reports: list[dict[str, Any]]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for name in ATTACKS:
         outcomes: Counter[str] = Counter()
-        for each in found:
+        for each in reports:
             outcomes.update(each["outcomes"].get(name, {}))
         if outcomes:
-            slowest = max(each["slowest"].get(name, 0.0) for each in found)
+            slowest = max(each["slowest"].get(name, 0.0) for each in reports)
             merged[name] = {"outcomes": dict(outcomes), "slowest_seconds": slowest}
     return merged
 
@@ -297,10 +297,10 @@ def _left(deployment: Deployment, folder: Path, tenants: list[str], before: set[
 
 def _files(folder: Path) -> list[str]:
     places = [folder / "data" / name for name in ("adapters", "blobs", "work")]
-    found = [path for place in places for path in place.rglob("*") if path.is_file()]
+    paths = [path for place in places for path in place.rglob("*") if path.is_file()]
     temporary = folder / "tmp"
-    found += [path for path in temporary.rglob("*") if path.is_file()]
-    return [str(path.relative_to(folder)) for path in found]
+    paths += [path for path in temporary.rglob("*") if path.is_file()]
+    return [str(path.relative_to(folder)) for path in paths]
 
 
 def _failures(result: dict[str, Any]) -> list[str]:
@@ -344,10 +344,10 @@ def report(result: dict[str, Any]) -> None:
     """Print the tables."""
     table = Table("attack", "outcomes", "slowest")
     for name, each in result["attacks"].items():
-        told = ", ".join(
+        outcomes = ", ".join(
             f"{outcome} x{count}" for outcome, count in sorted(each["outcomes"].items())
         )
-        table.add_row(name, told, f"{each['slowest_seconds']:.1f} s")
+        table.add_row(name, outcomes, f"{each['slowest_seconds']:.1f} s")
     console = Console()
     console.print(table)
     console.print(result["tenant"]["first_token"], result["tenant"]["requests"], result["memory"])

@@ -40,8 +40,8 @@ def main() -> None:
     save("churn" if args.tag is None else f"churn-{args.tag}", result, _plot)
 
 
-def arguments(given: list[str] | None = None) -> argparse.Namespace:
-    """What the command line says, or `given`."""
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """What the command line says, or `argv`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -59,7 +59,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tag", help="suffix of the result's file name")
-    return parser.parse_args(given)
+    return parser.parse_args(argv)
 
 
 def _print(console: Console, result: dict[str, Any]) -> None:

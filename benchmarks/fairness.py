@@ -65,10 +65,10 @@ def main() -> None:
         turn(place, flooding, args.rate, 1.0, 4.0)
         for _ in range(args.rounds):
             for name, times in ARMS.items():
-                found, answered = turn(
+                waits, answered = turn(
                     place, flooding, args.rate, times * args.limit / 60, args.seconds
                 )
-                firsts[name] += found
+                firsts[name] += waits
                 others[name] += answered
     result = {
         "arguments": vars(args),

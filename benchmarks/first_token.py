@@ -102,10 +102,10 @@ async def train(http: httpx.AsyncClient, file_id: str, seed: int) -> tuple[dict[
         "method": method,
         "suffix": f"trial-{seed}",
     }
-    made = await http.post("/v1/fine_tuning/jobs", json=body)
-    assert made.status_code == 200, made.text
+    created = await http.post("/v1/fine_tuning/jobs", json=body)
+    assert created.status_code == 200, created.text
     while True:
-        job = (await http.get(f"/v1/fine_tuning/jobs/{made.json()['id']}")).json()
+        job = (await http.get(f"/v1/fine_tuning/jobs/{created.json()['id']}")).json()
         if job["status"] in ("succeeded", "failed", "cancelled"):
             assert job["status"] == "succeeded", job
             return job, time.perf_counter()
@@ -115,7 +115,7 @@ async def train(http: httpx.AsyncClient, file_id: str, seed: int) -> tuple[dict[
 async def measure(url: str, key: str, rounds: int, lanes: int) -> dict[str, Any]:
     """Every round: a job, its version's first token, and the control's."""
     headers = {"authorization": f"Bearer {key}"}
-    found: dict[str, list[float]] = {
+    seconds: dict[str, list[float]] = {
         name: [] for name in ("first_token_s", "new_gap_ms", "known_gap_ms", "calm_gap_ms")
     }
     async with httpx.AsyncClient(
@@ -135,7 +135,7 @@ async def measure(url: str, key: str, rounds: int, lanes: int) -> dict[str, Any]
         await first_token(http, known)
         for number in range(1, rounds + 1):
             job, seen = await train(http, uploaded.json()["id"], number)
-            found["first_token_s"].append(
+            seconds["first_token_s"].append(
                 (await first_token(http, job["fine_tuned_model"]))[1] - seen
             )
             listed = (await http.get(f"/v1/fine_tuning/jobs/{job['id']}/checkpoints")).json()[
@@ -151,12 +151,12 @@ async def measure(url: str, key: str, rounds: int, lanes: int) -> dict[str, Any]
                 await asyncio.sleep(1.5)
             end = windows[1][1] + 0.5
             await streams.stop()
-            found["new_gap_ms"].append(streams.longest_gap(*windows[0]))
-            found["known_gap_ms"].append(streams.longest_gap(*windows[1]))
-            found["calm_gap_ms"].append(
+            seconds["new_gap_ms"].append(streams.longest_gap(*windows[0]))
+            seconds["known_gap_ms"].append(streams.longest_gap(*windows[1]))
+            seconds["calm_gap_ms"].append(
                 streams.longest_gap(end, end + windows[0][1] - windows[0][0])
             )
-    return found
+    return seconds
 
 
 def main() -> None:
@@ -173,20 +173,22 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         running = Deployment(Path(folder), [], args.start_seconds, REFT_POLL_SECONDS="0.2")
         try:
-            found = asyncio.run(measure(running.url, running.key, args.rounds, args.streams))
+            measured = asyncio.run(measure(running.url, running.key, args.rounds, args.streams))
         finally:
             running.stop()
     table = Table("", "median", "largest")
-    for name, values in found.items():
+    for name, values in measured.items():
         table.add_row(name, f"{statistics.median(values):.3g}", f"{max(values):.3g}")
-    added = [new - was for new, was in zip(found["new_gap_ms"], found["known_gap_ms"], strict=True)]
+    added = [
+        new - was for new, was in zip(measured["new_gap_ms"], measured["known_gap_ms"], strict=True)
+    ]
     table.add_row(
         "new_gap_ms - known_gap_ms", f"{statistics.median(added):.3g}", f"{max(added):.3g}"
     )
     Console().print(table)
     save(
         "first-token" if args.tag is None else f"first-token-{args.tag}",
-        {"arguments": vars(args), **found},
+        {"arguments": vars(args), **measured},
     )
 
 

@@ -152,7 +152,7 @@ async def measure(
     costs: list[tuple[float, float]] = []
     for turn in range(-1, args.rounds):
         for arm in (direct, through) if turn % 2 else (through, direct):
-            found = await first_bytes(arm, args.requests)
+            firsts = await first_bytes(arm, args.requests)
             marks = [cpu_seconds(gateway)]
             streamed = await streaming(arm, args.streams, args.tokens)
             marks.append(cpu_seconds(gateway))
@@ -162,7 +162,7 @@ async def measure(
                 if arm is through:
                     token = (marks[1] - marks[0]) / (args.streams * args.tokens)
                     costs.append((token, (marks[2] - marks[1]) / rated / args.seconds))
-                first[arm.name] += found
+                first[arm.name] += firsts
                 speed[arm.name].append(streamed)
                 rate[arm.name].append(rated)
     quantiles = {name: statistics.quantiles(values, n=100) for name, values in first.items()}

@@ -48,7 +48,7 @@ async def ask(arm: Arm, requests: int, *, stream: bool) -> None:
 
 async def measure(arm: Arm, reader: str, gateway: int, rounds: int, requests: int) -> list[float]:
     """MB of the gateway's process before the first round and after each."""
-    found = [resident(gateway) / 1e6]
+    resident_mb = [resident(gateway) / 1e6]
     async with httpx.AsyncClient(
         base_url=f"http://{arm.host}:{arm.port}", trust_env=False
     ) as scraper:
@@ -61,9 +61,11 @@ async def measure(arm: Arm, reader: str, gateway: int, rounds: int, requests: in
                     "/metrics", headers={"authorization": f"Bearer {reader}"}
                 )
                 answer.raise_for_status()
-            found.append(resident(gateway) / 1e6)
-            Console().print(f"{requests * (len(found) - 1):,} requests: {found[-1]:.1f} MB")
-    return found
+            resident_mb.append(resident(gateway) / 1e6)
+            Console().print(
+                f"{requests * (len(resident_mb) - 1):,} requests: {resident_mb[-1]:.1f} MB"
+            )
+    return resident_mb
 
 
 def main() -> None:
@@ -86,18 +88,20 @@ def main() -> None:
         command = [sys.executable, "-m", "reft_serve.cli.gateway", "--port", str(port)]
         pid = stack.enter_context(listening(command, port, **settings))
         arm = Arm("gateway", "127.0.0.1", port, "base", key)
-        found = asyncio.run(measure(arm, reader, pid, args.rounds, args.requests))
+        resident_mb = asyncio.run(measure(arm, reader, pid, args.rounds, args.requests))
     save(
         "gateway-memory",
-        {"arguments": vars(args), "resident_mb": [round(each, 2) for each in found]},
+        {"arguments": vars(args), "resident_mb": [round(each, 2) for each in resident_mb]},
         _plot,
     )
 
 
 def _plot(result: dict[str, Any], axes: Any) -> None:
-    found, requests = result["resident_mb"], result["arguments"]["requests"]
-    axes.plot([requests * k / 1000 for k in range(len(found))], found, "o-", color="#00897b")
-    axes.set_ylim(0, 1.2 * max(found))
+    resident_mb, requests = result["resident_mb"], result["arguments"]["requests"]
+    axes.plot(
+        [requests * k / 1000 for k in range(len(resident_mb))], resident_mb, "o-", color="#00897b"
+    )
+    axes.set_ylim(0, 1.2 * max(resident_mb))
     axes.set_xlabel("thousand requests")
     axes.set_ylabel("resident MB of the gateway")
 

@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--tag", help="suffix of the result's file name")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started ends, too
-    found = {}
+    results = {}
     for kind in ("sqlite", "postgresql") if args.database == "both" else (args.database,):
         with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
             folder = Path(name).resolve()
@@ -106,11 +106,11 @@ def main() -> None:
                 url = f"sqlite:///{folder / 'reft.db'}"
             else:
                 url = asyncio.run(new_database(stack.enter_context(postgres_server())))
-            found[kind] = asyncio.run(trial(args, folder, url))
-        Console().print(kind, found[kind])
+            results[kind] = asyncio.run(trial(args, folder, url))
+        Console().print(kind, results[kind])
     save(
         "jobs" if args.tag is None else f"jobs-{args.tag}",
-        {"arguments": vars(args), "databases": found},
+        {"arguments": vars(args), "databases": results},
     )
 
 

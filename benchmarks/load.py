@@ -109,7 +109,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _print(run: Run, args: argparse.Namespace) -> None:
-    found = result_of(run, args)
+    result = result_of(run, args)
     table = Table(
         f"{run.rate:g} requests/s",
         "requests",
@@ -118,7 +118,11 @@ def _print(run: Run, args: argparse.Namespace) -> None:
         "first token p50, p95, p99 ms",
         "each p50, p95, p99",
     )
-    for name, each in [("all", found["all"]), *found["tenants"].items(), *found["prompts"].items()]:
+    for name, each in [
+        ("all", result["all"]),
+        *result["tenants"].items(),
+        *result["prompts"].items(),
+    ]:
         times = (
             ", ".join(f"{value:.0f}" for value in each.get(f"{what}_token_ms", {}).values())
             for what in ("first", "each")
@@ -127,12 +131,12 @@ def _print(run: Run, args: argparse.Namespace) -> None:
             name, str(each["requests"]), str(each["errors"]), f"{each['within'] or 0:.3f}", *times
         )
     Console().print(table)
-    for name, each in found["memory"].items():
+    for name, each in result["memory"].items():
         Console().print(
             f"{name}: {each['first_mb']} MB after the warm-up, {each['last_mb']} MB at the end, "
             f"{each['growth_per_hour']:+.2%} per hour"
         )
-    for error, count in found["errors"]:
+    for error, count in result["errors"]:
         Console().print(f"{count} x {error}", markup=False)
 
 

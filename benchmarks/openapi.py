@@ -63,7 +63,7 @@ def main() -> None:
             operations = sum(
                 len(path) for path in admin.get("/openapi.json").json()["paths"].values()
             )
-            while sum(found["cases"] for found in rounds) < args.cases:
+            while sum(judged["cases"] for judged in rounds) < args.cases:
                 known, seed = furnish(admin), args.seed + len(rounds)
                 cases = judge(
                     url,
@@ -90,7 +90,7 @@ def main() -> None:
                     seed=seed,
                 )
                 rounds.append({"seed": seed, "cases": cases})
-                total = sum(found["cases"] for found in rounds)
+                total = sum(judged["cases"] for judged in rounds)
                 console.print(
                     f"{total} cases of {operations} operations: no 5xx, no answer that the "
                     "document does not tell"
@@ -108,7 +108,7 @@ def main() -> None:
             "schemathesis": importlib.metadata.version("schemathesis"),
             "seconds": round(time.perf_counter() - begun),
             "operations": operations,
-            "cases": sum(found["cases"] for found in rounds),
+            "cases": sum(judged["cases"] for judged in rounds),
             "server_errors": 0,
             "contract_breaks": 0,
             "rounds": rounds,

@@ -65,10 +65,10 @@ class Arm:
         params = SamplingParams(
             temperature=0.0, max_tokens=out, min_tokens=out, ignore_eos=True, detokenize=False
         )
-        given = [{"prompt_token_ids": prompt} for prompt in prompts]
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
         started = time.perf_counter()
         answers = self.engine.generate(
-            given, params, lora_request=self.adapters or None, use_tqdm=False
+            inputs, params, lora_request=self.adapters or None, use_tqdm=False
         )
         seconds = time.perf_counter() - started
         cached = sum(answer.num_cached_tokens for answer in answers)

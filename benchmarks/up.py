@@ -45,7 +45,7 @@ def start(folder: Path, caches: Path, flags: list[str], limit: float) -> dict[st
     }
     running = Deployment(folder, flags, limit, **settings)
     try:
-        found = dict(running.seconds)
+        seconds = dict(running.seconds)
         headers = {"authorization": f"Bearer {running.key}"}
         with httpx.Client(
             base_url=running.url, headers=headers, timeout=limit, trust_env=False
@@ -54,14 +54,14 @@ def start(folder: Path, caches: Path, flags: list[str], limit: float) -> dict[st
                 ("files", (file.name, file.read_bytes())) for file in sorted(ADAPTER.iterdir())
             ]
             client.post("/v1/adapters", data={"name": "birds"}, files=files).raise_for_status()
-            found["adapter uploaded"] = running.passed()
+            seconds["adapter uploaded"] = running.passed()
             body = {"model": "birds", "prompt": PROMPT, "max_tokens": 16, "temperature": 0}
             answer = client.post("/v1/completions", json=body).raise_for_status().json()
-            found["first answer"] = running.passed()
+            seconds["first answer"] = running.passed()
             assert answer["model"] == "birds"
             assert answer["choices"][0]["text"].strip()
-            found["16 streams of 64 tokens"] = decoding(client)
-        return found
+            seconds["16 streams of 64 tokens"] = decoding(client)
+        return seconds
     finally:
         running.stop()
 

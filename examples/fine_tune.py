@@ -54,12 +54,12 @@ def train(client: openai.OpenAI, base: str) -> FineTuningJob:
         model=base, training_file=file.id, suffix="pip", seed=1, method=method
     )
     print(f"{file.id} is uploaded, {job.id} is created", flush=True)
-    told: set[str] = set()
+    reported: set[str] = set()
     while True:
         job = client.fine_tuning.jobs.retrieve(job.id)
         for event in reversed(client.fine_tuning.jobs.list_events(job.id, limit=100).data):
-            if event.id not in told:
-                told.add(event.id)
+            if event.id not in reported:
+                reported.add(event.id)
                 print(f"  {event.message}", flush=True)
         if job.status in ("succeeded", "failed", "cancelled"):
             return job

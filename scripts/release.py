@@ -39,20 +39,20 @@ def main() -> int:
         help="one part only; without it, all of them",
     )
     parser.add_argument("directory", nargs="?", type=Path, help="where `build` writes")
-    given = parser.parse_args()
-    if (given.command == "build") != (given.directory is not None):
+    arguments = parser.parse_args()
+    if (arguments.command == "build") != (arguments.directory is not None):
         parser.error("`build` takes a directory, and nothing else does")
 
     version = _version()
-    if given.command == "build":
-        build(given.directory)
+    if arguments.command == "build":
+        build(arguments.directory)
         return 0
     faults = check(version)
-    if given.command is None:
+    if arguments.command is None:
         faults += check_repository(version)
     for fault in faults:
         print(f"release: {fault}", file=sys.stderr)
-    if faults or given.command == "check":
+    if faults or arguments.command == "check":
         return 1 if faults else 0
 
     wheel = build(_DIST)
@@ -133,12 +133,12 @@ def build(directory: Path) -> Path:
 
 
 def _version() -> str:
-    found = re.search(
+    match = re.search(
         r'^__version__ = "(.+)"$', (ROOT / "reft_serve" / "__init__.py").read_text(), re.MULTILINE
     )
-    if found is None:
+    if match is None:
         sys.exit("release: reft_serve/__init__.py has no __version__")
-    return found[1]
+    return match[1]
 
 
 def _git(*arguments: str) -> str:

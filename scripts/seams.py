@@ -40,11 +40,11 @@ def source(root: Path, seam: Seam) -> str | None:
             [],
         )
     named = [node for node in body if isinstance(node, _Function) and node.name == seam.name]
-    found = named[-1] if named else None  # after its overloads
-    if found is None:
+    function = named[-1] if named else None  # after its overloads
+    if function is None:
         return None
-    first = min([found.lineno, *(decorator.lineno for decorator in found.decorator_list)])
-    return "".join(text.splitlines(keepends=True)[first - 1 : found.end_lineno])
+    first = min([function.lineno, *(decorator.lineno for decorator in function.decorator_list)])
+    return "".join(text.splitlines(keepends=True)[first - 1 : function.end_lineno])
 
 
 def differences(old: Path, new: Path) -> Iterator[tuple[Seam, str, str]]:
@@ -80,14 +80,14 @@ def main() -> int:
     parser.add_argument(
         "--brief", action="store_true", help="with --diff: list what changed, without the lines"
     )
-    given = parser.parse_args()
-    if given.diff is None:
+    arguments = parser.parse_args()
+    if arguments.diff is None:
         for seam in SEAMS:
             print(f"{seam}\n    {seam.wrapper}: {seam.why}")
             if seam.upstream:
                 print(f"    works around: {seam.upstream}")
         return 0
-    old, new = given.diff
+    old, new = arguments.diff
     for root in (old, new):
         if not (root / "vllm" / "__init__.py").is_file():
             parser.error(f"{root} holds no package vllm")
@@ -99,7 +99,7 @@ def main() -> int:
                 f"{state}: {seam} ({seam.wrapper})"
                 + (f", now {fingerprint(after)}" if after else "")
             )
-            if diff and not given.brief:
+            if diff and not arguments.brief:
                 print(diff, end="\n\n")
     changed = [state for _, state, _ in results if state != "same"]
     print(

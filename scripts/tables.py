@@ -45,8 +45,8 @@ def settings(name: str) -> str:
     model: type[BaseModel] = getattr(config, name)
     prefix = str(model.model_config.get("env_prefix", ""))
     rows = [
-        f"| `{variable}` | {default} | {told} |"
-        for variable, default, told in _variables(model, prefix)
+        f"| `{variable}` | {default} | {description} |"
+        for variable, default, description in _variables(model, prefix)
     ]
     return "\n".join(["| variable | default | |", "|---|---|---|", *rows])
 
@@ -56,8 +56,12 @@ def _variables(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, 
         default = field.get_default()
         if isinstance(default, BaseModel):
             for inner, limit in type(default).model_fields.items():
-                told = limit.description or field.description or ""
-                yield f"{prefix}{name}__{inner}".upper(), _shown(getattr(default, inner)), told
+                description = limit.description or field.description or ""
+                yield (
+                    f"{prefix}{name}__{inner}".upper(),
+                    _shown(getattr(default, inner)),
+                    description,
+                )
         else:
             yield f"{prefix}{name}".upper(), _default(field), field.description or ""
 
@@ -90,7 +94,7 @@ def measured(where: str) -> str:
     """A table of the metrics that a module declares."""
     module: ModuleType = metrics if where == "engine" else observability
     # By name: a loop in the module leaves its last metric under a second variable.
-    found = {
+    metrics_by_name = {
         each._name: each
         for each in vars(module).values()
         if isinstance(each, MetricWrapperBase)
@@ -99,7 +103,7 @@ def measured(where: str) -> str:
     rows = [
         f"| `{metric._name}{_SUFFIXES.get(str(metric._type), '')}` | {metric._type} | "
         f"{', '.join(f'`{label}`' for label in metric._labelnames)} | {metric._documentation} |"
-        for _, metric in sorted(found.items())
+        for _, metric in sorted(metrics_by_name.items())
     ]
     return "\n".join(["| metric | type | labels | |", "|---|---|---|---|", *rows])
 
@@ -109,7 +113,7 @@ def demo() -> str:
     rows = []
     for name, behaviour in BEHAVIOURS.items():
         manifest = json.loads((DEMO / "adapters" / name / "reft_config.json").read_text())
-        positions, made = manifest["positions"], manifest["provenance"]
+        positions, provenance = manifest["positions"], manifest["provenance"]
         kinds = ", ".join(sorted({f"`{each['kind']}`" for each in manifest["interventions"]}))
         where = f"`{positions['spec']}`" + ("" if positions.get("tied", True) else ", untied")
         where += (
@@ -117,7 +121,7 @@ def demo() -> str:
             if positions.get("phase", "prompt") == "prompt"
             else f", phase `{positions['phase']}`"
         )
-        rates = " | ".join(f"{100 * made[key]:.1f} %" for key in ("base_rate", "rate"))
+        rates = " | ".join(f"{100 * provenance[key]:.1f} %" for key in ("base_rate", "rate"))
         rows.append(f"| `{name}` | {kinds} | {where} | {behaviour} | {rates} |")
     return "\n".join(
         [
@@ -195,17 +199,17 @@ def refused() -> str:
 def images() -> str:
     """A table of the images that are not ours: the variable of Compose or the build argument that each is pinned by."""
     folder = DOCS.parent / "docker"
-    found: dict[tuple[str, str], list[str]] = {}
+    pins: dict[tuple[str, str], list[str]] = {}
     for variable, image in re.findall(
         r"image: \$\{(\w+):-(\S+)\}", (folder / "compose.yaml").read_text()
     ):
-        found[f"`{variable}`", image] = ["`compose.yaml`"]
+        pins[f"`{variable}`", image] = ["`compose.yaml`"]
     for path in sorted(folder.glob("*.Dockerfile")):
         for argument, image in re.findall(
             r"^ARG (\w+_IMAGE)=(\S+)$", path.read_text(), re.MULTILINE
         ):
-            found.setdefault((f"`--build-arg {argument}`", image), []).append(f"`{path.name}`")
-    rows = [f"| `{image}` | {pin} | {', '.join(where)} |" for (pin, image), where in found.items()]
+            pins.setdefault((f"`--build-arg {argument}`", image), []).append(f"`{path.name}`")
+    rows = [f"| `{image}` | {pin} | {', '.join(where)} |" for (pin, image), where in pins.items()]
     return "\n".join(["| image | pinned by | in |", "|---|---|---|", *rows])
 
 
@@ -269,13 +273,13 @@ def filled(page: str) -> str:
 
 
 def _table(name: str) -> str:
-    made = {
+    maker = {
         "demo": demo, "load": load, "soak": soak, "endpoints": endpoints, "images": images,
         "ignored": ignored, "refused": refused,
         "training": training, "methods": methods, "rotation": rotation,
     }.get(name)  # fmt: skip
-    if made is not None:
-        return made()
+    if maker is not None:
+        return maker()
     return measured(name) if name in ("gateway", "engine", "worker") else settings(name)
 
 

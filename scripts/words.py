@@ -36,11 +36,11 @@ class Text:
     def avoided(self) -> list[str]:
         """The phrases in it that the voice guide asks to avoid."""
         plain = re.sub(r"`[^`]*`", "", " ".join(self.text.split()))
-        found = [
+        words = [
             match[0] for pattern in AVOID for match in re.finditer(pattern, plain, re.IGNORECASE)
         ]
         first = _FIRST.match(plain)
-        return found + ([first[0]] if first else [])
+        return words + ([first[0]] if first else [])
 
 
 def texts(package: Path = ROOT / "reft_serve") -> Iterator[Text]:

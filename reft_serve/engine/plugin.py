@@ -17,7 +17,7 @@ from typing import Any
 import vllm
 
 from reft_serve.engine.seams import ADDITIONS, SEAMS, Addition, Seam, fingerprint
-from reft_serve.engine.worker.amx import permit_amx
+from reft_serve.engine.worker.workarounds import permit_amx
 from reft_serve.errors import EngineUnsupported
 
 __all__ = ["KNOWN_VERSIONS", "Target", "apply", "check_version", "register", "resolve", "source_of"]

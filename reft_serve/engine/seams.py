@@ -421,7 +421,7 @@ SEAMS = (
     Seam(
         "vllm.lora.ops.torch_ops.lora_ops",
         "bgmv_expand",
-        "reft_serve.engine.worker.loras.wrap_bgmv_expand",
+        "reft_serve.engine.worker.workarounds.wrap_bgmv_expand",
         "a row without a LoRA (index -1) gets the last slot's LoRA on a CPU",
         {"0.32.0": "634dfed323317a2a"},
         holders=("vllm.lora.ops.torch_ops", "vllm.lora.punica_wrapper.punica_cpu"),
@@ -430,7 +430,7 @@ SEAMS = (
     Seam(
         "vllm.lora.ops.torch_ops.lora_ops",
         "bgmv_expand_slice",
-        "reft_serve.engine.worker.loras.wrap_bgmv_expand",
+        "reft_serve.engine.worker.workarounds.wrap_bgmv_expand",
         "as bgmv_expand",
         {"0.32.0": "3534905281a25201"},
         holders=("vllm.lora.ops.torch_ops", "vllm.lora.punica_wrapper.punica_cpu"),
@@ -439,7 +439,7 @@ SEAMS = (
     Seam(
         _RUNNER,
         "sync_and_gather_intermediate_tensors",
-        "reft_serve.engine.worker.pipelines.wrap_sync_and_gather_intermediate_tensors",
+        "reft_serve.engine.worker.workarounds.wrap_sync_and_gather_intermediate_tensors",
         "On a CPU, the first step of a pipeline without compilation (--enforce-eager, or LoRA on) "
         "fails: every rank but the first asserts `self.intermediate_tensors is not None`. The "
         "buffers are made in the warm-up only, and CPUModelRunner.warming_up_model returns "
@@ -452,14 +452,13 @@ SEAMS = (
     Seam(
         _RUNNER,
         "_sample",
-        "reft_serve.engine.worker.seeds.wrap_sample",
+        "reft_serve.engine.worker.workarounds.wrap_sample",
         "On a CPU, a request with a seed whose prompt is longer than --max-num-batched-tokens "
         "ends the engine. vLLM samples after each chunk of a prompt, discards the token, and "
         "rewinds the request's generator with gen.set_offset(gen.get_offset() - 4), which raises "
         "for a CPU generator: it has no offset. To reproduce: vllm serve MODEL "
         "--max-num-batched-tokens 16 --max-num-seqs 4 on a CPU, and a completion of 40 tokens of "
-        "prompt "
-        'with "seed": 1. The generator\'s state could be kept before sampling and restored',
+        'prompt with "seed": 1. The generator\'s state could be kept before sampling and restored',
         {"0.32.0": "5cb5c1da02cfdc68"},
         upstream="not reported; the offset came with "
         "https://github.com/vllm-project/vllm/pull/10097",
@@ -467,7 +466,7 @@ SEAMS = (
     Seam(
         _RUNNER,
         "_bookkeeping_sync",
-        "reft_serve.engine.worker.seeds.wrap_bookkeeping_sync",
+        "reft_serve.engine.worker.workarounds.wrap_bookkeeping_sync",
         "as _sample",
         {"0.32.0": "13c3e81003a7e168"},
         upstream="not reported; the offset came with "
@@ -476,7 +475,7 @@ SEAMS = (
     Seam(
         "vllm.v1.sample.ops.logprobs",
         "batched_count_greater_than",
-        "reft_serve.engine.worker.sampling.wrap_batched_count_greater_than",
+        "reft_serve.engine.worker.workarounds.wrap_batched_count_greater_than",
         "on a CPU the first request for logprobs would build C++ inside a step; all requests wait",
         {"0.32.0": "85869de0f00bb508"},
         holders=("vllm.v1.sample.sampler",),

@@ -10,7 +10,7 @@ import pytest
 
 _ASKED = """
 import ctypes
-from reft_serve.engine.worker.amx import permit_amx
+from reft_serve.engine.worker.workarounds import permit_amx
 def permitted():
     allowed = ctypes.c_uint64()
     assert ctypes.CDLL(None).syscall(158, 0x1022, ctypes.byref(allowed)) == 0  # ARCH_GET_XCOMP_PERM

@@ -258,7 +258,7 @@ def test_vllm_still_gives_a_row_without_a_lora_the_last_slot_s_on_a_cpu() -> Non
     output = torch.zeros(1, 2)
     expand(torch.ones(1, 3), torch.ones(2, 1, 2, 3), output, torch.tensor([-1]), True)
     assert output.tolist() == [[3.0, 3.0]], (
-        "upstream leaves such rows alone now: remove loras.wrap_bgmv_expand"
+        "upstream leaves such rows alone now: remove workarounds.wrap_bgmv_expand"
     )
 
 
@@ -303,5 +303,5 @@ def test_vllm_still_compiles_the_rank_of_a_token_at_its_first_use() -> None:
     from vllm.v1.sample.ops.logprobs import batched_count_greater_than
 
     assert hasattr(batched_count_greater_than, "_torchdynamo_orig_callable"), (
-        "upstream does not: remove sampling.py"
+        "upstream does not: remove workarounds.wrap_batched_count_greater_than"
     )

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from reft_serve.adapters.structure import unknown_modules
 from reft_serve.engine.adapter_ref import adapter_ref, lora_id_of
 from reft_serve.errors import AdapterUnsupported
 
-__all__ = ["LoraManager", "lora_half", "wrap_bgmv_expand"]
+__all__ = ["LoraManager", "lora_half"]
 
 _LAYER = re.compile(r"\.(\d+)\.")
 
@@ -108,19 +107,3 @@ class LoraManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]  # vllm is n
 
     def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
         return self._held.get(lora_request.lora_int_id) or super()._load_adapter(lora_request)
-
-
-def wrap_bgmv_expand(original: Any) -> Callable[..., None]:
-    """Around the CPU's `bgmv_expand` and `bgmv_expand_slice`: rows without a LoRA get none.
-
-    Their index is -1, by which vLLM's plain torch ops take the last slot's LoRA once it is in use.
-    """
-    signature = inspect.signature(original)
-
-    def expand(*args: Any, **kwargs: Any) -> None:
-        call = signature.bind(*args, **kwargs)
-        rows = call.arguments["lora_indices_tensor"] < 0
-        call.arguments["inputs"] = call.arguments["inputs"].masked_fill(rows[:, None], 0)
-        original(*call.args, **call.kwargs)
-
-    return expand

@@ -195,12 +195,12 @@ def _children(
         "DO_NOT_TRACK": "1",
     }
     quiet = {"REFT_LORA": "off", "VLLM_LOGGING_LEVEL": level}
-    given = child_environment({})
-    engine = {**quiet, **traced, **given, **ours}
+    inherited = child_environment({})
+    engine = {**quiet, **traced, **inherited, **ours}
     gateway = [sys.executable, "-m", "reft_serve.cli.gateway", "--host", host, "--port", str(port)]
     children = [
         SupervisedProcess("engine", serve, engine, socket),
-        SupervisedProcess("gateway", gateway, {**_places(passed), **given, **settings}),
+        SupervisedProcess("gateway", gateway, {**_places(passed), **inherited, **settings}),
     ]
     missing = [package for package in _TRAINING if importlib.util.find_spec(package) is None]
     if missing:
@@ -209,7 +209,7 @@ def _children(
     # At a lower priority than the engine, which would wait for it on a machine with few cores.
     worker = ["nice", "-n", "10", sys.executable, "-m", "reft_serve.cli.worker"]
     training = {"REFT_MODEL": model, "REFT_WORK": str(folder / "work"), "REFT_DRAIN_SECONDS": "30"}
-    return [*children, SupervisedProcess("worker", worker, {**given, **settings, **training})]
+    return [*children, SupervisedProcess("worker", worker, {**inherited, **settings, **training})]
 
 
 def _places(passed: Sequence[str]) -> dict[str, str]:
@@ -218,9 +218,9 @@ def _places(passed: Sequence[str]) -> dict[str, str]:
     """
     from reft_serve.engine.launch.flags import flag_values
 
-    given = flag_values(passed).get("--max-num-seqs", "")
+    most = flag_values(passed).get("--max-num-seqs", "")
     # vLLM rejects other values.
-    return {"REFT_IN_FLIGHT_PER_ENGINE": given} if given.isdecimal() and int(given) else {}
+    return {"REFT_IN_FLIGHT_PER_ENGINE": most} if most.isdecimal() and int(most) else {}
 
 
 def _starts_sooner_eager(model: str, passed: Sequence[str]) -> bool:

@@ -17,8 +17,7 @@ from sqlalchemy.exc import OperationalError
 from reft_serve.database.jobs import claimed, queue
 from reft_serve.database.models import Job
 from reft_serve.errors import StoreUnusable
-from reft_serve.training.jobs.attempt import Attempt, _why
-from reft_serve.training.jobs.attempt import Place as Device
+from reft_serve.training.jobs.attempt import Allocation, Attempt, _why
 from reft_serve.training.jobs.context import WorkerContext
 from reft_serve.training.jobs.messages import (
     Broken,
@@ -34,7 +33,7 @@ from tests.support.training.jobs import MODEL, Place
 
 pytestmark = pytest.mark.anyio
 GIB = 1 << 30
-HUGE = Device("cpu", 1000 * GIB, 1000 * GIB, 1)
+HUGE = Allocation("cpu", 1000 * GIB, 1000 * GIB, 1)
 BEGIN = (Resolved(resolved={"batch_size": 4}), Started(step=0, steps=4))
 
 
@@ -74,7 +73,7 @@ class Process:
 
 
 async def attempt_of(
-    place: Place, process: Process, device: Device = HUGE, **changed: Any
+    place: Place, process: Process, device: Allocation = HUGE, **changed: Any
 ) -> Attempt:
     job_id = await place.job()
     begun = time.monotonic()
@@ -157,7 +156,7 @@ async def test_a_lack_of_memory_raises_the_estimate(
 async def test_no_estimate_is_more_than_the_machine_has(place: Place) -> None:
     probe = await attempt_of(place, Process(BEGIN))
     await probe._fits()
-    probe.place = Device("cpu", probe.memory, probe.memory + 1, 1)
+    probe.place = Allocation("cpu", probe.memory, probe.memory + 1, 1)
     assert probe._more_memory() == probe.memory + 1
 
 
@@ -185,7 +184,7 @@ async def test_what_the_process_says_reaches_the_job(place: Place) -> None:
 
 async def test_a_job_without_room_waits_for_another_worker(place: Place) -> None:
     process = Process(BEGIN)
-    attempt = await attempt_of(place, process, Device("cpu", 1, 2, 1))
+    attempt = await attempt_of(place, process, Allocation("cpu", 1, 2, 1))
     assert await attempt.run() == "queued"
     job = await place.find(attempt.claim.id)
     assert (job.attempts, job.memory_bytes) == (0, attempt.memory)

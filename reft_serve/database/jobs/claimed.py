@@ -30,8 +30,8 @@ from reft_serve.database.jobs.outcomes import (
     pause,
     publish,
     put_checkpoint,
+    record_event,
     requeue,
-    tell,
 )
 from reft_serve.database.models import Job, now_ms
 from reft_serve.database.room import check_room
@@ -136,7 +136,7 @@ async def add_event(
     Raises:
         LeaseLost: it is no longer this worker's.
     """
-    tell(session, await _held(session, job_id, worker), message, level, metrics)
+    record_event(session, await _held(session, job_id, worker), message, level, metrics)
     await session.flush()
 
 
@@ -156,12 +156,14 @@ async def add_checkpoint(
     """
     job = await _held(session, job_id, worker)
     await put_checkpoint(session, job, step, metrics, None)
-    tell(session, job, f"Checkpoint saved at step {step}")
+    record_event(session, job, f"Checkpoint saved at step {step}")
     try:
         own = limits.merged(job.tenant.limits)
         await check_room(session, job.tenant_id, own, size=1, adapter=job.adapter, versions=1)
     except RateLimited as exc:
-        tell(session, job, f"The result could not be published if the job ended now: {exc}", "warn")
+        record_event(
+            session, job, f"The result could not be published if the job ended now: {exc}", "warn"
+        )
     await session.flush()
 
 
@@ -236,7 +238,7 @@ async def release(
         if traceback is None:
             job.attempts -= 1
         else:
-            tell(
+            record_event(
                 session,
                 job,
                 f"Attempt {job.attempts} of {most_attempts} failed; the job will be retried",

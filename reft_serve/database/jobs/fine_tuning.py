@@ -12,7 +12,7 @@ from sqlalchemy import Select, exists, func, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from reft_serve.database.files import find_file
-from reft_serve.database.jobs.outcomes import FINAL, end, tell
+from reft_serve.database.jobs.outcomes import FINAL, end, record_event
 from reft_serve.database.models import Checkpoint, Event, Job, Tenant, new_id
 from reft_serve.database.names import check_adapter_name
 from reft_serve.errors import Conflict, NotFound, RequestInvalid
@@ -91,10 +91,10 @@ async def create_job(
     job = Job(id=job_id, tenant=tenant, key_id=key_id, adapter=adapter, **asdict(wanted))
     session.add(job)
     await session.flush()
-    tell(session, job, f"Created fine-tuning job: {job.id}")
-    tell(session, job, "The files were validated on upload; the job is queued")
+    record_event(session, job, f"Created fine-tuning job: {job.id}")
+    record_event(session, job, "The files were validated on upload; the job is queued")
     if job.parent_model is not None:
-        tell(
+        record_event(
             session,
             job,
             f"The job continues from {job.parent_model}: its structure and its weights",
@@ -112,10 +112,10 @@ async def find_job(
         NotFound: there is none of this id.
     """
     query = _jobs(tenant_id).where(Job.id == job_id)
-    found = await session.scalar(query.with_for_update(of=Job) if locked else query)
-    if found is None:
+    job = await session.scalar(query.with_for_update(of=Job) if locked else query)
+    if job is None:
         raise NotFound(f"there is no fine-tuning job {job_id[:80]!r}")
-    return found
+    return job
 
 
 async def list_jobs(
@@ -150,8 +150,8 @@ async def list_jobs(
         last = await find_job(session, tenant_id, after)
         query = query.where(tuple_(Job.created_ms, Job.id) < tuple_(last.created_ms, last.id))
     query = query.order_by(Job.created_ms.desc(), Job.id.desc()).limit(limit + 1)
-    found = (await session.scalars(query)).all()
-    return found[:limit], len(found) > limit
+    rows = (await session.scalars(query)).all()
+    return rows[:limit], len(rows) > limit
 
 
 async def ask(
@@ -177,12 +177,14 @@ async def ask(
             if job.wanted == "cancel":
                 raise Conflict(f"job {job.id} is being cancelled, so it cannot be paused")
             job.wanted = what
-            tell(session, job, f"The job will be {_PAST[what]} after the current step")
+            record_event(session, job, f"The job will be {_PAST[what]} after the current step")
     elif what == "cancel":
         await end(session, job, "cancelled")
     elif job.status == "queued":
         job.status = "paused"
-        tell(session, job, "The job was paused before it started; resume it to queue it again")
+        record_event(
+            session, job, "The job was paused before it started; resume it to queue it again"
+        )
     await session.flush()
     return job
 
@@ -193,10 +195,10 @@ _PAST = {"cancel": "cancelled", "pause": "paused", "resume": "resumed"}
 def _resume(session: AsyncSession, job: Job) -> None:
     if job.status == "running" and job.wanted == "pause":
         job.wanted = "none"
-        tell(session, job, "Pause withdrawn; the job keeps running")
+        record_event(session, job, "Pause withdrawn; the job keeps running")
     elif job.status == "paused":
         job.status = "queued"
-        tell(session, job, "The job was resumed and is queued")
+        record_event(session, job, "The job was resumed and is queued")
     else:
         raise Conflict(f"job {job.id} is {job.status}, not paused, so it cannot be resumed")
 
@@ -212,8 +214,8 @@ async def list_events(
     query = select(Event).where(Event.job_id == job_id)
     if after is not None:
         query = query.where(Event.number < await number_of_event(session, job_id, after))
-    found = (await session.scalars(query.order_by(Event.number.desc()).limit(limit + 1))).all()
-    return found[:limit], len(found) > limit
+    rows = (await session.scalars(query.order_by(Event.number.desc()).limit(limit + 1))).all()
+    return rows[:limit], len(rows) > limit
 
 
 async def events_since(
@@ -235,12 +237,12 @@ async def number_of_event(session: AsyncSession, job_id: str, event_id: str) -> 
     Raises:
         NotFound: the job has no such event.
     """
-    found = await session.scalar(
+    number = await session.scalar(
         select(Event.number).where(Event.job_id == job_id, Event.id == event_id)
     )
-    if found is None:
+    if number is None:
         raise NotFound(f"job {job_id} has no event {event_id[:80]!r}")
-    return found
+    return number
 
 
 async def states_of(session: AsyncSession, job_ids: Collection[str]) -> dict[str, JobState]:
@@ -269,8 +271,8 @@ async def list_checkpoints(
         if step is None:
             raise NotFound(f"job {job_id} has no checkpoint {after[:80]!r}")
         query = query.where(Checkpoint.step < step)
-    found = (await session.scalars(query.order_by(Checkpoint.step.desc()).limit(limit + 1))).all()
-    return found[:limit], len(found) > limit
+    rows = (await session.scalars(query.order_by(Checkpoint.step.desc()).limit(limit + 1))).all()
+    return rows[:limit], len(rows) > limit
 
 
 async def unfinished_of(session: AsyncSession, job_ids: Collection[str]) -> set[str]:

@@ -38,8 +38,8 @@ __all__ = [
     "pause",
     "publish",
     "put_checkpoint",
+    "record_event",
     "requeue",
-    "tell",
 ]
 
 Status = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
@@ -106,7 +106,7 @@ class Paused:
 Outcome = Succeeded | Failed | Cancelled | Paused
 
 
-def tell(
+def record_event(
     session: AsyncSession,
     job: Job,
     message: str,
@@ -141,11 +141,11 @@ async def end(
     job.finished_ms = now_ms()
     job.estimated_finish_ms = None
     if status == "succeeded":
-        tell(session, job, "The job has successfully completed")
+        record_event(session, job, "The job has successfully completed")
     elif status == "cancelled":
-        tell(session, job, "The job was cancelled")
+        record_event(session, job, "The job was cancelled")
     else:
-        tell(
+        record_event(
             session,
             job,
             f"The job failed: {(job.error or {}).get('message', 'no reason is known')}",
@@ -187,7 +187,7 @@ def pause(session: AsyncSession, job: Job) -> None:
     job.status = "paused"
     job.wanted = "none"
     job.attempts = 0
-    tell(session, job, "The job is paused; resume it to continue from its last checkpoint")
+    record_event(session, job, "The job is paused; resume it to continue from its last checkpoint")
 
 
 async def publish(session: AsyncSession, job: Job, outcome: Succeeded) -> None:
@@ -204,7 +204,7 @@ async def publish(session: AsyncSession, job: Job, outcome: Succeeded) -> None:
     job.step = max(job.step, job.steps or 0)
     if outcome.result is not None:
         job.result_file_id = (await complete_file(session, outcome.result)).id
-    tell(session, job, f"New fine-tuned model created: {version.model_id}")
+    record_event(session, job, f"New fine-tuned model created: {version.model_id}")
 
 
 async def put_checkpoint(
@@ -250,7 +250,7 @@ async def fit(
             )
         except RateLimited as exc:
             left = len(outcome.checkpoints) - len(kept)
-            tell(
+            record_event(
                 session,
                 job,
                 f"{left} of {len(outcome.checkpoints)} checkpoints were not published: {exc}",

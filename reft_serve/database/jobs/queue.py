@@ -18,8 +18,8 @@ from reft_serve.database.jobs.outcomes import (
     end,
     fail_after_attempts,
     pause,
+    record_event,
     requeue,
-    tell,
 )
 from reft_serve.database.models import Job, Tenant, new_id, now_ms
 
@@ -116,7 +116,9 @@ async def claim(
     job.lease_until_ms = now_ms() + int(lease_seconds * 1000)
     again = job.started_ms is not None
     job.started_ms = job.started_ms or now_ms()
-    tell(session, job, "The fine-tuning job continues" if again else "Fine-tuning job started")
+    record_event(
+        session, job, "The fine-tuning job continues" if again else "Fine-tuning job started"
+    )
     await session.flush()
     return _claimed(job)
 
@@ -168,7 +170,7 @@ async def make_way(
             for tenant, priority in waiting.items()
         ):
             job.wanted = "yield"
-            tell(
+            record_event(
                 session,
                 job,
                 "Another tenant's job is waiting: this job stores a checkpoint and returns to the "
@@ -184,8 +186,8 @@ async def sweep(session: AsyncSession, most_attempts: int = MOST_ATTEMPTS) -> in
     lost = (
         select(Job).where(Job.status == "running", Job.lease_until_ms < now_ms()).order_by(Job.id)
     )
-    found = (await session.scalars(lost.with_for_update(of=Job, skip_locked=True))).all()
-    for job in found:
+    jobs = (await session.scalars(lost.with_for_update(of=Job, skip_locked=True))).all()
+    for job in jobs:
         if job.wanted == "cancel":
             await end(session, job, "cancelled")
         elif job.wanted == "pause":
@@ -194,14 +196,14 @@ async def sweep(session: AsyncSession, most_attempts: int = MOST_ATTEMPTS) -> in
             await fail_after_attempts(session, job, "worker lost")
         else:
             requeue(job)
-            tell(
+            record_event(
                 session,
                 job,
                 "The worker was lost; the job will continue from its last checkpoint",
                 "warn",
             )
     await session.flush()
-    return len(found)
+    return len(jobs)
 
 
 async def _busy(session: AsyncSession) -> dict[str, int]:
@@ -217,16 +219,16 @@ async def _gave_way(session: AsyncSession) -> dict[str, int]:
     before theirs.
     """
     query = select(Job.tenant_id, func.max(Job.lease_until_ms)).where(Job.status == "queued")
-    found = await session.execute(
+    rows = await session.execute(
         query.where(Job.lease_until_ms.is_not(None)).group_by(Job.tenant_id)
     )
-    return {tenant: since or 0 for tenant, since in found.all()}
+    return {tenant: since or 0 for tenant, since in rows.all()}
 
 
 async def _full(session: AsyncSession, busy: Mapping[str, int], default: int | None) -> list[str]:
     """The tenants that may not run one more."""
-    found = await session.execute(select(Tenant.id, Tenant.limits).where(Tenant.id.in_(busy)))
-    most = {tenant: limits.get("running_jobs", default) for tenant, limits in found.all()}
+    rows = await session.execute(select(Tenant.id, Tenant.limits).where(Tenant.id.in_(busy)))
+    most = {tenant: limits.get("running_jobs", default) for tenant, limits in rows.all()}
     return [tenant for tenant, limit in most.items() if limit is not None and busy[tenant] >= limit]
 
 

@@ -16,14 +16,12 @@ import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from reft_serve.database.jobs import claimed
-from reft_serve.database.jobs.claimed import Progress
 from reft_serve.database.jobs.outcomes import Cancelled, Failed, Outcome, Wanted
 from reft_serve.database.jobs.queue import Claim
 from reft_serve.errors import BaseModelInvalid, LeaseLost, StoreUnusable
-from reft_serve.observability import TRAINED_TOKENS
 from reft_serve.recipes.hyperparameters import read_hyperparameters
 from reft_serve.storage.files import ScratchPath
 from reft_serve.training.jobs import inputs, memory
@@ -43,21 +41,21 @@ from reft_serve.training.jobs.messages import (
     Started,
 )
 from reft_serve.training.jobs.process import JobProcess
-from reft_serve.training.jobs.publishing import openai_metrics, publish
+from reft_serve.training.jobs.progress import RunProgress
+from reft_serve.training.jobs.publishing import publish
 from reft_serve.training.jobs.uploads import Uploads
 
-__all__ = ["Attempt", "Place"]
+__all__ = ["Allocation", "Attempt"]
 
 _log = logging.getLogger(__name__)
-_MOST_METRICS = 200
 _GRACE_SECONDS = 300.0
 AttemptResult = Literal["succeeded", "failed", "cancelled", "paused", "queued", "lost"]
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a job runs: "cpu" or a GPU's number, the memory that is free there and that there is,
-    threads on the CPU.
+class Allocation:
+    """The device of a job ("cpu" or a GPU's number), its free and whole memory in bytes, and the
+    job's threads on the CPU.
     """
 
     device: str
@@ -77,7 +75,7 @@ _RELEASES: tuple[type[Exception], ...] = (LeaseLost, *TRANSIENT)
 class Attempt:
     """One claimed job on its way."""
 
-    def __init__(self, ctx: WorkerContext, claim: Claim, place: Place, claimed: float) -> None:
+    def __init__(self, ctx: WorkerContext, claim: Claim, place: Allocation, claimed: float) -> None:
         self._ctx = ctx
         self.claim = claim
         self.place = place
@@ -85,8 +83,7 @@ class Attempt:
         self._lease = Lease(ctx.database, claim, ctx.settings.lease_seconds, claimed)
         self._child: JobProcess | None = None
         self._last: Ended | Broken | None = None
-        self._begun: tuple[float, int] = (0.0, 0)
-        self._tokens = 0
+        self._progress = RunProgress(self._lease)
         self._lost = self._draining = self._giving_up = self._too_long = False
         self.memory = 0
         self.troubled = False
@@ -175,11 +172,11 @@ class Attempt:
             raise _Trouble("the base model cannot be read on the worker") from exc
         if self.memory > self.place.total:
             needs, has = (f"{size / 2**30:.1f} GiB" for size in (self.memory, self.place.total))
-            told = (
+            sentence = (
                 f"The job needs about {needs} of memory and worker {ctx.settings.worker_name} has "
                 f"{has}; "
             )
-            self._lease.queue_event(told + "it waits for a larger one", "warn")
+            self._lease.queue_event(sentence + "it waits for a larger one", "warn")
         return self.memory <= self.place.free
 
     async def _prepare(self, folder: Path) -> JobSpec | None:
@@ -214,7 +211,7 @@ class Attempt:
             bounds=self._bounds(),
             device=self.place.device,
             threads=self.place.threads,
-            reports=_reports(claim),
+            reports=inputs.report_variables(claim),
             parent=None if parent is None else str(parent),
             parent_name=claim.parent_model,
         )
@@ -268,36 +265,13 @@ class Attempt:
                 )
             )
         elif isinstance(message, Started):
-            self._begun = (time.monotonic(), message.step)
-            self._lease.progress = Progress(message.step, message.steps, self._tokens)
+            self._progress.begin(message)
         elif isinstance(message, Measured):
-            self._measure(message, uploads)
+            self._progress.measure(message, uploads)
         elif isinstance(message, Saved):
             uploads.add(message)
         else:
             self._last = message
-
-    def _measure(self, message: Measured, uploads: Uploads) -> None:
-        self._lease.wake()
-        before = self._lease.progress
-        metrics = message.metrics
-        assert before is not None
-        tokens = int(metrics.get("tokens", 0))
-        TRAINED_TOKENS.inc(max(0, tokens - self._tokens) if self._tokens else 0)
-        self._tokens = tokens or self._tokens
-        begun, first = self._begun
-        left = (
-            (time.monotonic() - begun)
-            / max(1, message.step - first)
-            * (before.steps - message.step)
-        )
-        ends = int((time.time() + left) * 1000) if message.step > first else None
-        self._lease.progress = Progress(message.step, before.steps, self._tokens, ends)
-        found = openai_metrics([{"step": message.step, **metrics}])[message.step]
-        uploads.note(message.step, found)
-        every = -(-before.steps // _MOST_METRICS)
-        if "valid_loss" in found or message.step % every == 0:
-            self._lease.queue_event(_sentence(message.step, before.steps, found), "info", found)
 
     async def _settle(self, run: Path, code: int | None, uploads: Uploads) -> AttemptResult:
         last = self._last
@@ -315,12 +289,12 @@ class Attempt:
             return await self._failed(last)
         if self._giving_up:
             return await self._release()
-        told = (
+        reason = (
             f"the job's process ended with code {code} (below 0: by that signal; -9 may be a lack "
             "of memory)"
         )
         return await self._release(
-            told, memory_bytes=self._more_memory() if code == -signal.SIGKILL else None
+            reason, memory_bytes=self._more_memory() if code == -signal.SIGKILL else None
         )
 
     def _stopped(self) -> Outcome | None:
@@ -334,7 +308,7 @@ class Attempt:
     async def _succeed(self, run: Path, last: Ended) -> AttemptResult:
         """Publish, as soon as the stores and the database let us."""
         deadline = time.monotonic() + self._ctx.settings.patience_seconds
-        await self._tell_rest()
+        await self._send_events()
         while True:
             try:
                 status = await publish(self._ctx, self.claim, run, last.tokens)
@@ -371,7 +345,7 @@ class Attempt:
 
     async def _finish(self, outcome: Outcome) -> AttemptResult:
         claim = self.claim
-        await self._tell_rest()
+        await self._send_events()
         status = await self._lease.write(
             lambda session: claimed.finish(session, claim.id, claim.worker, outcome)
         )
@@ -381,15 +355,17 @@ class Attempt:
     async def _back(self, why: str) -> AttemptResult:
         """Give the job back for a reason that is not its own."""
         self.troubled = True
-        told = f"The job returned to the queue and will continue from its last checkpoint: {why}"
-        self._lease.queue_event(told, "warn")
+        sentence = (
+            f"The job returned to the queue and will continue from its last checkpoint: {why}"
+        )
+        self._lease.queue_event(sentence, "warn")
         return await self._release()
 
     async def _release(
         self, traceback: str | None = None, memory_bytes: int | None = None
     ) -> AttemptResult:
         claim = self.claim
-        await self._tell_rest()
+        await self._send_events()
         status = await self._lease.write(
             lambda session: claimed.release(
                 session,
@@ -404,8 +380,8 @@ class Attempt:
             await self._forget_checkpoints()
         return status if status != "running" else "lost"
 
-    async def _tell_rest(self) -> None:
-        """Say what is not said yet, before the lease ends."""
+    async def _send_events(self) -> None:
+        """Send the queued events before the lease ends."""
         with contextlib.suppress(*TRANSIENT):
             await self._lease.heartbeat()
 
@@ -423,27 +399,3 @@ def _why(exc: Exception) -> str:
     if isinstance(exc, OSError) and exc.strerror and exc.filename:
         return f"the worker's disk cannot be used ({exc.strerror})"
     return "the database did not respond"
-
-
-def _sentence(step: int, steps: int, found: dict[str, float]) -> str:
-    parts = [f"training loss={found['train_loss']:.4f}"] if "train_loss" in found else []
-    if "valid_loss" in found:
-        parts.append(f"validation loss={found['valid_loss']:.4f}")
-    return f"Step {step}/{steps}: {', '.join(parts)}"
-
-
-def _reports(claim: Claim) -> dict[str, dict[str, str]]:
-    """Environment variables of the integrations that the job asks for."""
-    found: dict[str, dict[str, str]] = {}
-    for integration in claim.integrations:
-        asked: dict[str, Any] = integration.get("wandb") or {}
-        if integration.get("type") == "wandb":
-            given = {"WANDB_PROJECT": asked.get("project"), "WANDB_ENTITY": asked.get("entity")}
-            given |= {
-                "WANDB_NAME": asked.get("name") or claim.id,
-                "WANDB_TAGS": ",".join(asked.get("tags") or []),
-            }
-            found["wandb"] = {name: str(value) for name, value in given.items() if value} | {
-                "WANDB_SILENT": "true"
-            }
-    return found

@@ -1,5 +1,5 @@
-"""Inputs of a job, copied to a folder of this machine: its files, and the checkpoint to resume
-from.
+"""Inputs of a job: its files and the checkpoint to resume from, copied to a folder of this machine,
+and the variables of its integrations.
 """
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 from pathlib import Path
+from typing import Any
 
 from reft_serve.database.files import key_of_blob, needed_file
 from reft_serve.database.jobs.outcomes import Failed
@@ -26,6 +27,7 @@ __all__ = [
     "fetch_checkpoint",
     "fetch_file",
     "fetch_parent",
+    "report_variables",
 ]
 
 
@@ -64,11 +66,13 @@ async def fetch_file(ctx: WorkerContext, file_id: str, param: str, folder: Path)
             row = await needed_file(session, file_id)
         written = await ctx.blobs.fetch(key_of_blob(file_id), path)
     except (NotFound, BlobMissing) as exc:
-        told = f"file {file_id} no longer exists: upload it again and create a new job"
-        raise Unfit(Failed("file_missing", told, param)) from exc
+        sentence = f"file {file_id} no longer exists: upload it again and create a new job"
+        raise Unfit(Failed("file_missing", sentence, param)) from exc
     if written.sha256 != row.sha256:
-        told = f"file {file_id} was damaged after its upload: upload it again and create a new job"
-        raise Unfit(Failed("file_damaged", told, param))
+        sentence = (
+            f"file {file_id} was damaged after its upload: upload it again and create a new job"
+        )
+        raise Unfit(Failed("file_damaged", sentence, param))
     return path
 
 
@@ -122,3 +126,20 @@ async def checkpoints_of(ctx: WorkerContext, job_id: str) -> list[Blob]:
 def checkpoint_key(job_id: str, step: int) -> str:
     """Where a checkpoint is stored."""
     return f"checkpoints/{job_id}/step-{step:09}.tar"
+
+
+def report_variables(claim: Claim) -> dict[str, dict[str, str]]:
+    """Environment variables of the integrations that the job asks for."""
+    reports: dict[str, dict[str, str]] = {}
+    for integration in claim.integrations:
+        asked: dict[str, Any] = integration.get("wandb") or {}
+        if integration.get("type") == "wandb":
+            variables = {"WANDB_PROJECT": asked.get("project"), "WANDB_ENTITY": asked.get("entity")}
+            variables |= {
+                "WANDB_NAME": asked.get("name") or claim.id,
+                "WANDB_TAGS": ",".join(asked.get("tags") or []),
+            }
+            reports["wandb"] = {name: str(value) for name, value in variables.items() if value} | {
+                "WANDB_SILENT": "true"
+            }
+    return reports

@@ -52,21 +52,23 @@ async def publish(ctx: WorkerContext, claim: Claim, run: Path, tokens: int) -> S
             lost).
         StoreUnusable, and what a database raises: try again, or give the job back.
     """
-    made: list[_Made] = []
+    versions: list[_Made] = []
     try:
         for source in (run / "adapter", *checkpoints.sealed(run / "checkpoints").values()):
-            made.append(await asyncio.to_thread(_store, ctx, claim, source))
+            versions.append(await asyncio.to_thread(_store, ctx, claim, source))
         metrics = openai_metrics(read_metrics(run / METRICS))
         steps = [
             NewCheckpoint(step, metrics.get(step, {}), each.version)
-            for step, each in zip(checkpoints.sealed(run / "checkpoints"), made[1:], strict=True)
+            for step, each in zip(
+                checkpoints.sealed(run / "checkpoints"), versions[1:], strict=True
+            )
         ]
         result = await _write_result(ctx, claim, run)
-        outcome = Succeeded(made[0].version, steps, tokens, result)
+        outcome = Succeeded(versions[0].version, steps, tokens, result)
         async with ctx.database.writing() as session:
             await lock_room(session, claim.tenant_id)
             for each in sorted(
-                {each.version.digest: each for each in made}.values(),
+                {each.version.digest: each for each in versions}.values(),
                 key=lambda e: e.version.digest,
             ):
                 await ctx.database.lock(session, each.version.digest)
@@ -75,10 +77,10 @@ async def publish(ctx: WorkerContext, claim: Claim, run: Path, tokens: int) -> S
                     await asyncio.to_thread(_store, ctx, claim, each.source)
             status = await finish(session, claim.id, claim.worker, outcome, ctx.settings.limits)
     except BaseException:
-        await asyncio.shield(_forgive(ctx, made))
+        await asyncio.shield(_forgive(ctx, versions))
         raise
     # what was not named: all, or some checkpoints
-    await retract(ctx, (each.version.digest for each in made))
+    await retract(ctx, (each.version.digest for each in versions))
     return status
 
 
@@ -113,11 +115,11 @@ def openai_metrics(lines: Iterable[Mapping[str, float]]) -> dict[int, dict[str, 
         "eval_loss": ("valid_loss", "full_valid_loss"),
         "eval_token_accuracy": ("valid_mean_token_accuracy", "full_valid_mean_token_accuracy"),
     }
-    found: dict[int, dict[str, float]] = {}
+    rows: dict[int, dict[str, float]] = {}
     for line in lines:
-        step = found.setdefault(int(line["step"]), {"step": int(line["step"])})
+        step = rows.setdefault(int(line["step"]), {"step": int(line["step"])})
         step |= {name: line[ours] for ours in names if ours in line for name in names[ours]}
-    return found
+    return rows
 
 
 def result_csv(lines: Iterable[Mapping[str, float]]) -> bytes:
@@ -125,8 +127,8 @@ def result_csv(lines: Iterable[Mapping[str, float]]) -> bytes:
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(_COLUMNS)
-    for step, found in sorted(openai_metrics(lines).items()):
-        row = found | {"train_accuracy": found.get("train_mean_token_accuracy")}
+    for step, metrics in sorted(openai_metrics(lines).items()):
+        row = metrics | {"train_accuracy": metrics.get("train_mean_token_accuracy")}
         table.writerow([step, *(_number(row.get(name)) for name in _COLUMNS[1:])])
     return text.getvalue().encode()
 
@@ -175,7 +177,7 @@ def _changed_ms(path: Path) -> int | None:
     return None
 
 
-async def _forgive(ctx: WorkerContext, made: Iterable[_Made]) -> None:
+async def _forgive(ctx: WorkerContext, versions: Iterable[_Made]) -> None:
     """Remove versions that were not recorded, if possible now; else the clean-up will."""
     with contextlib.suppress(Exception):
-        await asyncio.wait_for(retract(ctx, [each.version.digest for each in made]), 10.0)
+        await asyncio.wait_for(retract(ctx, [each.version.digest for each in versions]), 10.0)

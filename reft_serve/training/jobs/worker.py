@@ -26,7 +26,7 @@ from reft_serve.errors import BaseModelInvalid, ServiceError
 from reft_serve.observability import JOB_MEMORY, JOBS_ENDED, JOBS_RUNNING, WORKER_READY
 from reft_serve.storage.blobs import BlobStore
 from reft_serve.training.jobs import machine
-from reft_serve.training.jobs.attempt import Attempt, Place
+from reft_serve.training.jobs.attempt import Allocation, Attempt
 from reft_serve.training.jobs.context import TRANSIENT, WorkerContext
 from reft_serve.training.jobs.process import JobProcesses
 from reft_serve.training.jobs.sweeping import sweep
@@ -172,7 +172,7 @@ class Worker:
         await self._make_way()
         return False
 
-    async def _claim(self, place: Place) -> bool:
+    async def _claim(self, place: Allocation) -> bool:
         ctx = self._ctx
         settings = self._ctx.settings
         claimed = time.monotonic()
@@ -230,7 +230,7 @@ class Worker:
             if attempt.troubled:
                 self._rest("a job failed because of this machine")
 
-    async def _room(self) -> Place | None:
+    async def _room(self) -> Allocation | None:
         """The device with most free memory; None if no more jobs are taken."""
         settings = self._ctx.settings
         if not self._devices:
@@ -247,7 +247,7 @@ class Worker:
         device = max(self._devices, key=lambda each: each.memory - used[each.name])
         threads = settings.train_threads or max(1, cores // most)
         free = device.memory - used[device.name]
-        return Place(device.name, free, device.memory, threads) if free > 0 else None
+        return Allocation(device.name, free, device.memory, threads) if free > 0 else None
 
     async def _find_devices(self) -> list[_Device]:
         memory = self._ctx.settings.train_memory_bytes

@@ -131,7 +131,7 @@ async def _running(settings: GatewaySettings) -> AsyncIterator[Services]:
         services.drain()
         recovering.cancel()
         tending.cancel()
-        await services.join(settings.drain_seconds)
+        await services.background.join(settings.drain_seconds)
         await services.webhook_sender.close()
         await services.write_probe.close()
         await services.ledger.close()

@@ -74,7 +74,7 @@ async def publish(
             await _load(services, upload.name, digest)
             return await _record(services, caller, actor, upload, digest, checked)
         except BaseException:
-            services.spawn(retire(services, [digest]), caller.tenant_id)
+            services.background.spawn(retire(services, [digest]), caller.tenant_id)
             raise
 
 

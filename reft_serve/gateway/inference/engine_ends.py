@@ -86,7 +86,7 @@ def _note(
     }
     _log.warning("an engine crashed while processing a request", extra={"data": details})
     if quarantined:
-        services.spawn(_record(services, opening, digest))
+        services.background.spawn(_record(services, opening, digest))
     return quarantined
 
 

@@ -302,7 +302,7 @@ async def _give_up(exchange: _InferenceRequest, exc: BaseException) -> None:
         await exchange.leave(Tokens())
     # waiting for the disk would only hold the places
     elif isinstance(exc, errors.DatabaseUnusable):
-        exchange.services.spawn(_failed(exchange))
+        exchange.services.background.spawn(_failed(exchange))
     else:
         await _failed(exchange)
 
@@ -337,7 +337,7 @@ async def _begin(exchange: _InferenceRequest) -> EngineResponse:
         except errors.EngineUnavailable as exc:
             exchange.delivered = 0.0
             await attempt.aclose()
-            services.spawn(services.fleet.probe())
+            services.background.spawn(services.fleet.probe())
             if exc.delivered:
                 await _suspect(exchange)
             if not left or exchange.engine is None or exchange.engine in failed:
@@ -466,7 +466,7 @@ async def _relay(
     if failure is None and not rewriter.complete:
         failure = errors.EngineFailed("the engine stopped in the middle of its response")
     if isinstance(failure, errors.EngineFailed) and exchange.engine is not None:
-        exchange.services.spawn(_look_at_end(exchange, exchange.engine.company()))
+        exchange.services.background.spawn(_look_at_end(exchange, exchange.engine.company()))
     # On disk before the last event: whoever has seen a whole answer finds it in the ledger.
     tokens = rewriter.tokens
     if failure is not None and tokens.completion:

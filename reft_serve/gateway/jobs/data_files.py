@@ -75,7 +75,7 @@ async def take(
     try:
         return await _written(services, caller, actor, upload, file_id, facts)
     except BaseException:
-        services.spawn(_discard(services, file_id), caller.tenant_id)
+        services.background.spawn(_discard(services, file_id), caller.tenant_id)
         raise
 
 

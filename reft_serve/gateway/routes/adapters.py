@@ -109,7 +109,7 @@ async def delete(name: _Name, request: Request, caller: _Caller, services: Servi
         digests = await adapters.delete_adapter(session, adapter)
         audit.record(session, actor_of(request), "adapter.delete", name, caller.tenant_id)
     services.lookup.forget()
-    services.spawn(publishing.retire(services, digests), caller.tenant_id)
+    services.background.spawn(publishing.retire(services, digests), caller.tenant_id)
     return Deleted(id=name, object="adapter")
 
 
@@ -156,7 +156,7 @@ async def delete_version(
             session, actor_of(request), "version.delete", label, caller.tenant_id, digest=digest
         )
     services.lookup.forget()
-    services.spawn(publishing.retire(services, [digest]), caller.tenant_id)
+    services.background.spawn(publishing.retire(services, [digest]), caller.tenant_id)
     return Deleted(id=label, object="adapter.version")
 
 

@@ -106,7 +106,7 @@ async def delete_tenant(tenant: _Tenant, request: Request, services: ServicesDep
         digests = await tenants.delete_tenant(session, row)
         audit.record(session, actor_of(request), "tenant.delete", row.name, row.id)
     services.lookup.forget()
-    services.spawn(retire(services, digests), row.id)
+    services.background.spawn(retire(services, digests), row.id)
     return Deleted(id=row.id, object="tenant")
 
 

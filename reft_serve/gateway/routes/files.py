@@ -127,5 +127,5 @@ async def delete(file: _File, request: Request, caller: _Caller, services: Servi
         audit.record(
             session, actor_of(request), "file.delete", gone.id, caller.tenant_id, bytes=gone.bytes
         )
-    services.spawn(data_files.drop(services, gone.id), caller.tenant_id)
+    services.background.spawn(data_files.drop(services, gone.id), caller.tenant_id)
     return Deleted(id=gone.id, object="file")

@@ -90,7 +90,7 @@ async def delete_model(
         what = "adapter.delete" if whole else "version.delete"
         audit.record(session, actor_of(request), what, model[:255], caller.tenant_id)
     services.lookup.forget()
-    services.spawn(retire(services, digests), caller.tenant_id)
+    services.background.spawn(retire(services, digests), caller.tenant_id)
     return Deleted(id=model, object="model")
 
 

@@ -178,7 +178,7 @@ class Quotas:
                 spending.tokens.append(
                     (item, holder, time.monotonic() + stats.reset_time - time.time())
                 )
-            _tell(spending.headers, "tokens", item.amount, stats.remaining, stats.reset_time)
+            _add_headers(spending.headers, "tokens", item.amount, stats.remaining, stats.reset_time)
             if not granted:
                 raise self._limited(
                     caller,
@@ -195,11 +195,11 @@ class Quotas:
         burst = RateLimitItemPerSecond(at_once, _BURST_SECONDS, namespace="reft-bursts")
         if not await self._requests.hit(burst, *holder):
             stats = await self._requests.get_window_stats(burst, *holder)
-            told = f"{most} requests per minute, {at_once} of them in {_BURST_SECONDS} s,"
-            raise self._limited(caller, "requests_per_minute", told, _until(stats.reset_time))
+            limit = f"{most} requests per minute, {at_once} of them in {_BURST_SECONDS} s,"
+            raise self._limited(caller, "requests_per_minute", limit, _until(stats.reset_time))
         granted = await self._requests.hit(item, *holder)
         stats = await self._requests.get_window_stats(item, *holder)
-        _tell(spending.headers, "requests", most, stats.remaining, stats.reset_time)
+        _add_headers(spending.headers, "requests", most, stats.remaining, stats.reset_time)
         if not granted:
             raise self._limited(
                 caller,
@@ -308,7 +308,9 @@ def _until(moment: float) -> float:
     return max(1.0, moment - time.time())
 
 
-def _tell(headers: dict[str, str], what: str, limit: int, remaining: int, reset: float) -> None:
+def _add_headers(
+    headers: dict[str, str], what: str, limit: int, remaining: int, reset: float
+) -> None:
     """OpenAI's header names; where tenant and key both have a limit, the tighter one is
     reported.
     """

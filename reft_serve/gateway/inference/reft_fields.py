@@ -44,9 +44,9 @@ def check(
         _check_ends(body[_PROMPT_TOKENS], body["prompt"])
 
 
-def _check_ends(given: int | list[int], prompt: Any) -> None:
+def _check_ends(lengths: int | list[int], prompt: Any) -> None:
     prompts = prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
-    ends = given if isinstance(given, list) else [given] * len(prompts)
+    ends = lengths if isinstance(lengths, list) else [lengths] * len(prompts)
     if len(ends) != len(prompts):
         raise RequestInvalid(
             f"{_PROMPT_TOKENS} has {len(ends)} numbers for {len(prompts)} prompts: it has one per "
@@ -66,9 +66,9 @@ def move_to_engine(body: dict[str, Any], target: Target | None) -> None:
     """Put our fields where the engine's plugin reads them. The base model has no edits, so it gets
     none.
     """
-    given = {name: body.pop(name) for name in (_STRENGTH, _PROMPT_TOKENS) if name in body}
-    if given and target is not None:
-        body["vllm_xargs"] = given
+    fields = {name: body.pop(name) for name in (_STRENGTH, _PROMPT_TOKENS) if name in body}
+    if fields and target is not None:
+        body["vllm_xargs"] = fields
 
 
 def warnings(body: Mapping[str, Any], target: Target | None) -> dict[str, str]:

@@ -15,7 +15,8 @@ from reft_serve.config import GatewaySettings
 from reft_serve.database.keys import Principal
 from reft_serve.errors import RequestInvalid
 from reft_serve.gateway.http.connections import peer_left
-from reft_serve.gateway.inference.exchange import Endpoint, infer
+from reft_serve.gateway.inference.exchange import infer
+from reft_serve.gateway.inference.request import Endpoint
 from reft_serve.gateway.routes.bounded_route import BoundedRoute
 from reft_serve.gateway.routes.deps import ServicesDep, caller_of, requires
 from reft_serve.gateway.schemas.inference import (

@@ -38,6 +38,27 @@ PAGES = (
     "deployment.md",
 )
 _SUFFIXES = {"counter": "_total"}
+# Settings whose defaults fit almost everywhere: the tables mark them.
+ADVANCED = {
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY",
+    "REFT_BODY_SECONDS",
+    "REFT_CHAT_TEMPLATE_KWARGS",
+    "REFT_COMPONENTS",
+    "REFT_CONNECTIONS_PER_ADDRESS",
+    "REFT_HEADER_SECONDS",
+    "REFT_LEASE_SECONDS",
+    "REFT_MAX_HEADER_BYTES",
+    "REFT_MAX_JSON_VALUES",
+    "REFT_MAX_SPOOLED_BYTES",
+    "REFT_MAX_STRENGTH",
+    "REFT_NAMED_LABELS",
+    "REFT_PATIENCE_SECONDS",
+    "REFT_POLL_SECONDS",
+    "REFT_PROBE_SECONDS",
+    "REFT_SWEEP_SECONDS",
+    "REFT_UPKEEP_SECONDS",
+    "REFT_WEBHOOK_RETRY_SECONDS",
+}
 
 
 def settings(name: str) -> str:
@@ -45,7 +66,7 @@ def settings(name: str) -> str:
     model: type[BaseModel] = getattr(config, name)
     prefix = str(model.model_config.get("env_prefix", ""))
     rows = [
-        f"| `{variable}` | {default} | {description} |"
+        f"| `{variable}` | {default} | {'*Advanced.* ' * (variable in ADVANCED)}{description} |"
         for variable, default, description in _variables(model, prefix)
     ]
     return "\n".join(["| variable | default | |", "|---|---|---|", *rows])

@@ -47,6 +47,12 @@ def test_tables_are_those_of_the_code(name: str) -> None:
     assert page.count("\n| ") >= 6
 
 
+def test_every_advanced_setting_is_marked() -> None:
+    page = (ROOT / "docs" / "settings.md").read_text()
+    marked = {line.split("`")[1] for line in page.splitlines() if "| *Advanced.* " in line}
+    assert marked == tables.ADVANCED
+
+
 @pytest.mark.parametrize("name", pictures.PICTURES)
 def test_pictures_are_those_of_the_script(name: str) -> None:
     assert (pictures.IMAGES / f"{name}.svg").read_text() == pictures.PICTURES[name](), (

@@ -200,21 +200,21 @@ SEAMS = (
     Seam(
         _MODELS,
         "load_lora_adapter",
-        "reft_serve.engine.front_end.binding.wrap_load_lora_adapter",
+        "reft_serve.engine.front_end.server_answers.wrap_load_lora_adapter",
         "answers a bad adapter with a 400 that lists every fault",
         {"0.32.0": "10dfa2a6fcf10de4"},
     ),
     Seam(
         _MODELS,
         "unload_lora_adapter",
-        "reft_serve.engine.front_end.binding.wrap_unload_lora_adapter",
+        "reft_serve.engine.front_end.server_answers.wrap_unload_lora_adapter",
         "frees the slot and the host memory of an adapter",
         {"0.32.0": "9d3e23adf5199694"},
     ),
     Seam(
         _MODELS,
         "show_available_models",
-        "reft_serve.engine.front_end.binding.wrap_show_available_models",
+        "reft_serve.engine.front_end.server_answers.wrap_show_available_models",
         "adds the engine's limits to its model card",
         {"0.32.0": "8ec3d280b3591c81"},
     ),
@@ -259,7 +259,7 @@ SEAMS = (
     Seam(
         "vllm.renderers.hf",
         "safe_apply_chat_template",
-        "reft_serve.engine.front_end.binding.wrap_safe_apply_chat_template",
+        "reft_serve.engine.front_end.server_answers.wrap_safe_apply_chat_template",
         "a missing chat template is named by the answer's `param`",
         {"0.32.0": "b60e88ebf7002c15"},
         holders=("vllm.entrypoints.pooling.scoring.io_processor",),

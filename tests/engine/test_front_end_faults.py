@@ -13,7 +13,7 @@ from vllm.lora.request import LoRARequest
 
 from reft_serve.adapters.engine_fault import ALREADY_LOADED, EngineFault
 from reft_serve.engine.core.admission import faults_as_text, on_every_worker
-from reft_serve.engine.front_end import binding
+from reft_serve.engine.front_end import server_answers
 from reft_serve.errors import AdapterUnsupported, ReftError, ServiceError
 
 FAULTS = ("its LoRA is for model.x; and not for y", "cannot be used: a line\nwith words of ours")
@@ -32,7 +32,7 @@ def answer(exc: Exception | None, loaded: tuple[str, ...] = ()) -> Any:
                 )
             )
         try:
-            with binding._faults_of(request.lora_path):
+            with server_answers.faults_of(request.lora_path):
                 if exc is not None:
                     raise exc
         except Exception as error:
@@ -43,7 +43,7 @@ def answer(exc: Exception | None, loaded: tuple[str, ...] = ()) -> Any:
 
     models = SimpleNamespace(lora_requests=dict.fromkeys(loaded))
     request = SimpleNamespace(lora_name="a", lora_path="/given")
-    return asyncio.run(binding.wrap_load_lora_adapter(load)(models, request))
+    return asyncio.run(server_answers.wrap_load_lora_adapter(load)(models, request))
 
 
 def from_a_worker(exc: Exception) -> Exception:
@@ -99,7 +99,7 @@ def test_a_missing_template_names_its_field_and_stays_vllm_s_own_error() -> None
         raise ChatTemplateResolutionError("none")
 
     with pytest.raises(ChatTemplateResolutionError) as caught:  # as vLLM's warm-up expects it
-        binding.wrap_safe_apply_chat_template(apply)()
+        server_answers.wrap_safe_apply_chat_template(apply)()
     assert isinstance(caught.value, VLLMValidationError)
     assert caught.value.parameter == "chat_template"
     assert not isinstance(caught.value, ReftError)

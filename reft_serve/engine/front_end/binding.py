@@ -6,50 +6,43 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Awaitable, Callable, Iterable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from vllm.config import VllmConfig
-from vllm.exceptions import LoRAAdapterNotFoundError, VLLMValidationError
+from vllm.exceptions import LoRAAdapterNotFoundError
 from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
-from vllm.renderers.chat_utils import ChatTemplateResolutionError
 
 from reft_serve.adapters.directory import CONFIG, is_adapter, read_adapter
-from reft_serve.adapters.engine_card import CARD_KEY
-from reft_serve.adapters.engine_fault import ALREADY_LOADED, CHAT_TEMPLATE, EngineFault
 from reft_serve.adapters.head import HeadSpec
 from reft_serve.adapters.manifest import Manifest
 from reft_serve.engine.adapter_ref import (
     AdapterRef,
     adapter_ref,
     bound_request,
-    with_prompt_tokens,
-    with_strength,
 )
 from reft_serve.engine.front_end import classifying
+from reft_serve.engine.front_end.request_fields import (
+    at_strength,
+    end_prompt,
+    prompt_tokens_of,
+    strength_of,
+)
+from reft_serve.engine.front_end.server_answers import faults_of
 from reft_serve.engine.vllm_config import (
     base_facts,
-    engine_card,
     limits_of,
     rank_faults,
     settings_of,
 )
-from reft_serve.errors import AdapterUnsupported, ClientError
+from reft_serve.errors import AdapterUnsupported
 
-__all__ = ["PROMPT_TOKENS", "STRENGTH", "Binder", "binder_of"]
-
-STRENGTH = "reft_strength"
-PROMPT_TOKENS = "reft_prompt_tokens"
-_MOST = 100.0
-# What `add_lora` raised, for the route that called it: vLLM's own code keeps its text alone.
-_refusals: ContextVar[list[ClientError] | None] = ContextVar("reft_refusals", default=None)
+__all__ = ["Binder", "binder_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,91 +205,15 @@ def wrap_process_inputs(original: Any) -> Callable[..., Any]:
         call = signature.bind(self, *args, **kwargs)
         params = call.arguments["params"]
         bound = binder_of(self).bind(call.arguments.get("lora_request"))
-        call.arguments["lora_request"] = _at_strength(bound, strength_of(params))
+        call.arguments["lora_request"] = at_strength(bound, strength_of(params))
         prompt_tokens = prompt_tokens_of(params, call.arguments["request_id"])
         classifying.choose_head(adapter_ref(bound), params, self.vllm_config)
         request = original(*call.args, **call.kwargs)
         if prompt_tokens is not None:
-            _end_prompt(request, prompt_tokens)
+            end_prompt(request, prompt_tokens)
         return request
 
     return process_inputs
-
-
-def strength_of(params: Any) -> float | None:
-    """The factor on the adapter's edits that a request sets, or None.
-
-    Raises:
-        VLLMValidationError: it is not a number that edits can be multiplied by.
-    """
-    given = (getattr(params, "extra_args", None) or {}).get(STRENGTH)
-    if given is None:
-        return None
-    # NaN too
-    if isinstance(given, bool) or not isinstance(given, int | float) or not abs(given) <= _MOST:
-        raise VLLMValidationError(
-            f"{STRENGTH} must be a number from -{_MOST:g} to {_MOST:g}: 1 is the adapter as it "
-            "was trained, 0 the base model",
-            parameter=f"vllm_xargs.{STRENGTH}",
-            value=str(given)[:100],
-        )
-    return float(given)
-
-
-def prompt_tokens_of(params: Any, request_id: str) -> int | None:
-    """Length in tokens of a request's prompt for the position rule; None if the request does not
-    say.
-
-    Raises:
-        VLLMValidationError: it is not a number of tokens, or the list has none for this prompt.
-    """
-    given = (getattr(params, "extra_args", None) or {}).get(PROMPT_TOKENS)
-    if isinstance(given, list):
-        # One request of the server may have several prompts, with one `extra_args` for all. It
-        # numbers their ids.
-        at = request_id.rpartition("-")[2] if len(given) > 1 else "0"
-        given = given[int(at)] if at.isdecimal() and int(at) < len(given) else given
-    if given is None or (isinstance(given, int) and not isinstance(given, bool) and given >= 1):
-        return given
-    raise _wrong_prompt_tokens(
-        "must be the number of tokens, at least 1, before the answer; a list has one per prompt",
-        given,
-    )
-
-
-def _end_prompt(request: Any, prompt_tokens: int) -> None:
-    ids = request.prompt_token_ids
-    embeds = request.prompt_embeds
-    total = len(ids) if ids is not None else len(embeds)
-    if prompt_tokens > total:
-        raise _wrong_prompt_tokens(
-            f"is {prompt_tokens}, and the prompt with its answer has {total} tokens", prompt_tokens
-        )
-    identity = adapter_ref(request.lora_request)
-    # A request that names the end that its edits have anyway is not another adapter to a batch.
-    if identity is not None and identity.rule.spans(prompt_tokens) != identity.rule.spans(total):
-        request.lora_request = with_prompt_tokens(request.lora_request, prompt_tokens)
-
-
-def _wrong_prompt_tokens(fault: str, given: object) -> VLLMValidationError:
-    parameter = f"vllm_xargs.{PROMPT_TOKENS}"
-    return VLLMValidationError(
-        f"{PROMPT_TOKENS} {fault}", parameter=parameter, value=str(given)[:100]
-    )
-
-
-def _at_strength(bound: LoRARequest | None, strength: float | None) -> LoRARequest | None:
-    if strength is None:
-        return bound
-    identity = adapter_ref(bound)
-    if bound is None or identity is None:
-        raise VLLMValidationError(
-            f"{STRENGTH} scales a ReFT adapter's edits, but this request names no ReFT adapter",
-            parameter=f"vllm_xargs.{STRENGTH}",
-        )
-    if strength == 0 and not identity.lora and not identity.head:  # nothing of it is left
-        return None
-    return bound if strength == 1 else with_strength(bound, strength)
 
 
 def wrap_add_lora(original: Any) -> Callable[..., Any]:
@@ -305,35 +222,17 @@ def wrap_add_lora(original: Any) -> Callable[..., Any]:
     """
 
     async def add_from_thread(self: Any, request: LoRARequest) -> Any:
-        with _faults_of(request.lora_path):
+        with faults_of(request.lora_path):
             bound = await asyncio.to_thread(binder_of(self).bind, request)
             if adapter_ref(bound) is not None:
                 await self.engine_core.call_utility_async("reft_read_ahead", bound)
             return await original(self, bound)
 
     def add(self: Any, request: LoRARequest) -> Any:
-        with _faults_of(request.lora_path):
+        with faults_of(request.lora_path):
             return original(self, binder_of(self).bind(request))
 
     return add_from_thread if inspect.iscoroutinefunction(original) else add
-
-
-@contextmanager
-def _faults_of(path: str) -> Iterator[None]:
-    """Raise what the engine core met, whose exceptions come as text, and note what is the caller's
-    to fix.
-    """
-    try:
-        yield
-    except Exception as exc:
-        fault = EngineFault.in_text(str(exc))
-        error = exc if fault is None else fault.error(path)
-        refusals = _refusals.get()
-        if refusals is not None and isinstance(error, ClientError):
-            refusals.append(error)
-        if fault is None:
-            raise
-        raise error from exc
 
 
 def wrap_remove_lora(original: Any) -> Callable[..., Any]:
@@ -361,87 +260,3 @@ def wrap_list_loras(original: Any) -> Callable[..., Any]:
         )
 
     return list_ids
-
-
-def wrap_load_lora_adapter(original: Any) -> Callable[..., Any]:
-    """Around `OpenAIServingModels.load_lora_adapter`: an adapter's faults are the caller's to fix,
-    so 400 and not 500.
-
-    The error's `type` is the failure's class and its `faults` are all that was found, as data.
-    """
-
-    async def load_lora_adapter(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        refusals: list[ClientError] = []
-        noting = _refusals.set(refusals)
-        try:
-            answer = await original(self, request, *args, **kwargs)
-        finally:
-            _refusals.reset(noting)
-        error = getattr(answer, "error", None)
-        if error is None:
-            return answer
-        if refusals:
-            fault = EngineFault.of(refusals[0])
-            error.type = fault.type
-            error.code = 400
-            error.param = "lora_path"
-            error.message = fault.message
-            error.faults = list(fault.faults)
-        elif error.type == "InvalidUserInput" and request.lora_name in self.lora_requests:
-            error.type = ALREADY_LOADED
-        return answer
-
-    return load_lora_adapter
-
-
-class ChatTemplateMissing(VLLMValidationError, ChatTemplateResolutionError):  # type: ignore[misc]  # vLLM is untyped here
-    """vLLM's error for a base model without a chat template, with the field that its answer
-    names.
-    """
-
-
-def wrap_safe_apply_chat_template(original: Any) -> Callable[..., Any]:
-    """Around `safe_apply_chat_template`: the answer's `param` says that the base model has no chat
-    template.
-    """
-
-    def safe_apply_chat_template(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return original(*args, **kwargs)
-        except ChatTemplateResolutionError as exc:
-            raise ChatTemplateMissing(str(exc), parameter=CHAT_TEMPLATE) from exc
-
-    return safe_apply_chat_template
-
-
-def wrap_show_available_models(original: Any) -> Callable[..., Any]:
-    """Around `OpenAIServingModels.show_available_models`: the base model's card says which adapters
-    are taken.
-    """
-
-    async def show_available_models(self: Any) -> Any:
-        listed = await original(self)
-        config = self.engine_client.vllm_config
-        if config.lora_config is not None:
-            told = engine_card(config).model_dump(mode="json")
-            for card in listed.data:
-                if card.parent is None:
-                    setattr(card, CARD_KEY, told)
-        return listed
-
-    return show_available_models
-
-
-def wrap_unload_lora_adapter(original: Any) -> Callable[..., Any]:
-    """Around `OpenAIServingModels.unload_lora_adapter`, which only forgets the name: give the
-    engine its memory back.
-    """
-
-    async def unload_lora_adapter(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        known = self.lora_requests.get(request.lora_name)
-        answer = await original(self, request, *args, **kwargs)
-        if known is not None and request.lora_name not in self.lora_requests:
-            await self.engine_client.remove_lora(known.lora_int_id)
-        return answer
-
-    return unload_lora_adapter

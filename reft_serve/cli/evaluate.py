@@ -61,7 +61,7 @@ def evaluate(
     prediction.
     """
     from reft_serve.datafiles.formats import read_rows
-    from reft_serve.datafiles.lines import Limits
+    from reft_serve.datafiles.lines import FileLimits
     from reft_serve.errors import ClientError
     from reft_serve.evaluation.predictions import Server, questions, scores
     from reft_serve.recipes.recipe import load_recipe
@@ -71,7 +71,7 @@ def evaluate(
         raise ClientError(f"recipe {recipe} has no [task] to evaluate")
     if max_tokens is not None:
         task = task.model_copy(update={"max_new_tokens": max_tokens})
-    limits = Limits(unanswered=task.metric == "none")
+    limits = FileLimits(unanswered=task.metric == "none")
     asked = [
         question for path in data for question in questions(read_rows(path, limits), task)[:limit]
     ]

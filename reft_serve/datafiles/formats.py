@@ -46,7 +46,7 @@ from reft_serve.datafiles.conversations import (
     not_a_bool,
 )
 from reft_serve.datafiles.faults import Faults, kind_of
-from reft_serve.datafiles.lines import Limits, read_values
+from reft_serve.datafiles.lines import FileLimits, read_values
 from reft_serve.errors import DataInvalid
 
 __all__ = [
@@ -281,7 +281,7 @@ class Rows:
     rows: tuple[tuple[int, DataRow], ...]
 
 
-def read_rows(path: Path, limits: Limits | None = None) -> Rows:
+def read_rows(path: Path, limits: FileLimits | None = None) -> Rows:
     """Read and check a data file.
 
     Raises:
@@ -290,12 +290,14 @@ def read_rows(path: Path, limits: Limits | None = None) -> Rows:
     """
     with path.open("rb") as stream:
         faults = Faults()
-        rows = tuple(_rows(stream, limits or Limits(), faults))
+        rows = tuple(_rows(stream, limits or FileLimits(), faults))
     _report(str(path), faults)
     return Rows(str(path), rows[0][1].format, rows)
 
 
-def check_rows(stream: BinaryIO, where: str, limits: Limits | None = None) -> tuple[Format, int]:
+def check_rows(
+    stream: BinaryIO, where: str, limits: FileLimits | None = None
+) -> tuple[Format, int]:
     """Check a data file as it comes, without holding it: its format and how many rows it has.
 
     Args:
@@ -307,7 +309,7 @@ def check_rows(stream: BinaryIO, where: str, limits: Limits | None = None) -> tu
     faults = Faults()
     count = 0
     format_: Format = "chat"
-    for _, row in _rows(stream, limits or Limits(), faults):
+    for _, row in _rows(stream, limits or FileLimits(), faults):
         count = count + 1
         format_ = row.format
     _report(where, faults)
@@ -319,7 +321,7 @@ def _report(where: str, faults: Faults) -> None:
         raise DataInvalid(where, faults.sentences())
 
 
-def _rows(stream: BinaryIO, limits: Limits, faults: Faults) -> Iterator[tuple[int, DataRow]]:
+def _rows(stream: BinaryIO, limits: FileLimits, faults: Faults) -> Iterator[tuple[int, DataRow]]:
     """The valid rows. Faults of the others go to `faults`, also if there are too few rows."""
     values = _objects(stream, limits, faults)
     first = list(islice(values, _DECIDING))
@@ -352,7 +354,7 @@ def _rows(stream: BinaryIO, limits: Limits, faults: Faults) -> Iterator[tuple[in
 
 
 def _objects(
-    stream: BinaryIO, limits: Limits, faults: Faults
+    stream: BinaryIO, limits: FileLimits, faults: Faults
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     for line, value in read_values(stream, limits, faults):
         if isinstance(value, dict):

@@ -23,7 +23,7 @@ from reft_serve.datafiles.json_text import (
     skip_space,
 )
 
-__all__ = ["MAX_ROWS", "MAX_ROW_BYTES", "Limits", "read_values"]
+__all__ = ["MAX_ROWS", "MAX_ROW_BYTES", "FileLimits", "read_values"]
 
 MAX_ROW_BYTES = 4 << 20
 MAX_ROWS = 1_000_000
@@ -40,7 +40,7 @@ _MAGIC = (
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class FileLimits:
     """Limits of a data file in bytes and rows. `unanswered`: instruction rows may lack an answer,
     for evaluation without a metric.
     """
@@ -52,7 +52,7 @@ class Limits:
     unanswered: bool = False
 
 
-def read_values(stream: BinaryIO, limits: Limits, faults: Faults) -> Iterator[tuple[int, Any]]:
+def read_values(stream: BinaryIO, limits: FileLimits, faults: Faults) -> Iterator[tuple[int, Any]]:
     """Each JSON value and the number, from 1, of the line that it begins on. What cannot be read
     goes to `faults`.
     """
@@ -67,12 +67,12 @@ def read_values(stream: BinaryIO, limits: Limits, faults: Faults) -> Iterator[tu
         yield from _line_values(stream, line, limits, faults)
 
 
-def _too_large(limits: Limits) -> str:
+def _too_large(limits: FileLimits) -> str:
     return f"the file has more than {limits.file_bytes:,} bytes, which is the limit"
 
 
 def _line_values(
-    stream: BinaryIO, line: bytes, limits: Limits, faults: Faults
+    stream: BinaryIO, line: bytes, limits: FileLimits, faults: Faults
 ) -> Iterator[tuple[int, Any]]:
     """The values of JSONL from its first line, `line`, on."""
     number = 0
@@ -120,7 +120,7 @@ def _line_value(number: int, line: bytes, faults: Faults) -> Iterator[tuple[int,
 
 
 def _list_values(
-    stream: BinaryIO, head: bytes, limits: Limits, faults: Faults
+    stream: BinaryIO, head: bytes, limits: FileLimits, faults: Faults
 ) -> Iterator[tuple[int, Any]]:
     """The elements of one JSON list. After a fault in its text the next element cannot be
     located.

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from reft_serve.datafiles.formats import check_rows
 from reft_serve.datafiles.json_list import ListReader
 from reft_serve.datafiles.json_text import Broken
-from reft_serve.datafiles.lines import Limits
+from reft_serve.datafiles.lines import FileLimits
 from reft_serve.errors import DataInvalid
 from tests.support.damaged_data import VALUES, assistant, chat, faults_of, user
 
@@ -77,7 +77,7 @@ def test_a_large_list_is_checked_in_the_memory_of_a_few_rows() -> None:
 
 def test_a_row_of_a_list_that_never_ends_is_refused_by_its_size() -> None:
     rows = b'[\n{"prompt": "a", "completion": "b"},\n{"prompt": "' + b"x" * 3_000_000
-    limits = Limits(row_bytes=1 << 20)
+    limits = FileLimits(row_bytes=1 << 20)
     assert faults_of(rows, limits) == (
         "line 3: has a row of more than 1,048,576 bytes, which is the limit",
     )

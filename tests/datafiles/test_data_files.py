@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from reft_serve.datafiles.formats import Chat, Glue, check_rows, read_rows
-from reft_serve.datafiles.lines import Limits
+from reft_serve.datafiles.lines import FileLimits
 from reft_serve.errors import DataInvalid
 from tests.support.damaged_data import (
     DAMAGED,
@@ -146,7 +146,7 @@ def _reads(data: bytes) -> None:
     started, faults = time.monotonic(), None
     try:
         format_, count = check_rows(
-            io.BytesIO(data), "data.jsonl", Limits(file_bytes=1 << 16, row_bytes=1 << 12)
+            io.BytesIO(data), "data.jsonl", FileLimits(file_bytes=1 << 16, row_bytes=1 << 12)
         )
     except DataInvalid as exc:
         faults = exc.faults

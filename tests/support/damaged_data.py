@@ -11,7 +11,7 @@ import pytest
 from hypothesis import strategies as st
 
 from reft_serve.datafiles.formats import check_rows
-from reft_serve.datafiles.lines import Limits
+from reft_serve.datafiles.lines import FileLimits
 from reft_serve.errors import DataInvalid
 
 
@@ -52,7 +52,7 @@ class Damaged:
     name: str
     data: bytes
     faults: tuple[str, ...]
-    limits: Limits = field(default_factory=Limits)
+    limits: FileLimits = field(default_factory=FileLimits)
 
 
 GOOD = chat()
@@ -106,12 +106,12 @@ DAMAGED = [
             ("line 1: begins a ZIP archive or an Excel sheet: unpack it, or export it as JSONL",)),
     Damaged("Parquet", b"PAR1" + b"\x01" * 50, ("line 1: begins a Parquet file: export it as JSONL",)),
     Damaged("huge file", lines(GOOD, GOOD), ("the file has more than 100 bytes, which is the limit",),
-            Limits(file_bytes=100)),
+            FileLimits(file_bytes=100)),
     Damaged("huge list", json.dumps([GOOD, GOOD]).encode(), ("the file has more than 100 bytes, which is the limit",),
-            Limits(file_bytes=100)),
+            FileLimits(file_bytes=100)),
     Damaged("too many rows", lines(GOOD, GOOD, GOOD), ("the file has more than 2 rows, which is the limit",),
-            Limits(max_rows=2)),
-    Damaged("too few rows", lines(GOOD, GOOD), ("the file has 2 rows: at least 10 are needed",), Limits(min_rows=10)),
+            FileLimits(max_rows=2)),
+    Damaged("too few rows", lines(GOOD, GOOD), ("the file has 2 rows: at least 10 are needed",), FileLimits(min_rows=10)),
     # A line
     _row("not JSON", b"{'messages': []}",
          "is not JSON: Expecting property name enclosed in double quotes at column 2"),
@@ -138,9 +138,9 @@ DAMAGED = [
     _row("empty line", b"", "is empty"),
     _row("line of spaces", b"  \t ", "is empty"),
     Damaged("huge line", lines(GOOD, chat(user("x" * 300), assistant()), GOOD),
-            ("line 2: has more than 200 bytes, which is the limit",), Limits(row_bytes=200)),
+            ("line 2: has more than 200 bytes, which is the limit",), FileLimits(row_bytes=200)),
     Damaged("huge row of a list", b"[\n" + lines(chat(user("x" * 300), assistant())) + b"]",
-            ("line 2: has a row of more than 200 bytes, which is the limit",), Limits(row_bytes=200)),
+            ("line 2: has a row of more than 200 bytes, which is the limit",), FileLimits(row_bytes=200)),
     _row("NaN", b'{"messages": NaN}', "holds NaN, which is not a JSON value"),
     _row("infinity", b'{"messages": -Infinity}', "holds -Infinity, which is not a JSON value"),
     _row("a bomb of brackets", b'{"messages": ' + b"[" * 100_000, "is nested too deeply"),
@@ -244,7 +244,7 @@ DAMAGED = [
 ]  # fmt: skip
 
 
-def faults_of(data: bytes, limits: Limits | None = None) -> tuple[str, ...]:
+def faults_of(data: bytes, limits: FileLimits | None = None) -> tuple[str, ...]:
     with pytest.raises(DataInvalid) as caught:
         check_rows(io.BytesIO(data), "data.jsonl", limits)
     return caught.value.faults

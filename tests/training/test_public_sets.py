@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from reft_serve.datafiles.formats import read_rows
-from reft_serve.datafiles.lines import Limits
+from reft_serve.datafiles.lines import FileLimits
 from reft_serve.errors import DataInvalid
 from reft_serve.evaluation.predictions import questions
 from reft_serve.recipes.recipe import load_recipe
@@ -80,7 +80,7 @@ def test_a_public_set_is_read_whole_and_its_recipe_asks_every_row(
     "name", ["alpaca_instructions_5k.jsonl", "alpaca_eval_davinci003_805.jsonl", "emoji_10.jsonl"]
 )
 def test_instructions_without_answers_can_be_asked_for_alpacaeval(name: str) -> None:
-    rows = read_rows(SETS / "instruct" / name, Limits(unanswered=True))
+    rows = read_rows(SETS / "instruct" / name, FileLimits(unanswered=True))
     task = load_recipe("instruct").task
     assert task
     assert len(questions(rows, task)) == (SETS / "instruct" / name).read_bytes().count(b"\n")

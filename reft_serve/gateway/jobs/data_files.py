@@ -18,7 +18,7 @@ from reft_serve.database.keys import Principal
 from reft_serve.database.models import File, now_ms
 from reft_serve.database.room import check_room, lock_room
 from reft_serve.datafiles.formats import check_rows
-from reft_serve.datafiles.lines import Limits
+from reft_serve.datafiles.lines import FileLimits
 from reft_serve.errors import RequestTooLarge
 from reft_serve.gateway.services import Services
 from reft_serve.gateway.uploads.checking import checking_for
@@ -123,7 +123,7 @@ async def _checked(
         _CONTROLS.sub("", (upload.filename or "").replace("\\", "/").rpartition("/")[2])[:255]
         or "file"
     )
-    limits = Limits(file_bytes=most)
+    limits = FileLimits(file_bytes=most)
     if (upload.size or 0) <= _SMALL:
         return _Facts(name, *await asyncio.to_thread(check_rows, upload.file, name, limits))
     async with checking_for(services.checking, tenant_id, receive):

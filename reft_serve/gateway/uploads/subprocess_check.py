@@ -111,10 +111,10 @@ def _result(answer: bytes, code: int | None, seconds: int) -> dict[str, Any]:
 
 def _check_data_file(where: str, limits: Mapping[str, Any]) -> dict[str, Any]:
     from reft_serve.datafiles.formats import check_rows
-    from reft_serve.datafiles.lines import Limits
+    from reft_serve.datafiles.lines import FileLimits
 
     _limit_memory()
-    format_, rows = check_rows(sys.stdin.buffer, where, Limits(**limits))
+    format_, rows = check_rows(sys.stdin.buffer, where, FileLimits(**limits))
     return {"format": format_, "rows": rows}
 
 

@@ -101,7 +101,7 @@ async def beat(database: Database, held_: queue.Claim, step: int = 0) -> str:
 
 async def ask(database: Database, tenant: Tenant, job_id: str, what: Any) -> Job:
     async with database.writing() as session:
-        return await fine_tuning.ask(session, tenant.id, job_id, what)
+        return await fine_tuning.request_change(session, tenant.id, job_id, what)
 
 
 async def lose(database: Database, job_id: str) -> None:
@@ -704,10 +704,10 @@ async def test_what_an_owner_asks_of_a_job_that_gives_way_holds(database: Databa
         waiting = await make_job(database, second)
         assert await make_way(database, long) == long.id
         async with database.writing() as session:
-            await fine_tuning.ask(session, first.id, long.id, what)  # type: ignore[arg-type]
+            await fine_tuning.request_change(session, first.id, long.id, what)  # type: ignore[arg-type]
         async with database.writing() as session:
             assert await claimed.release(session, long.id, long.worker) == status
-            await fine_tuning.ask(session, second.id, waiting, "cancel")
+            await fine_tuning.request_change(session, second.id, waiting, "cancel")
 
 
 async def test_a_lost_job_that_was_to_give_way_waits_behind_the_others(database: Database) -> None:

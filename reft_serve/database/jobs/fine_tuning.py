@@ -20,7 +20,6 @@ from reft_serve.errors import Conflict, NotFound, RequestInvalid
 __all__ = [
     "JobState",
     "NewJob",
-    "ask",
     "count_jobs",
     "create_job",
     "events_since",
@@ -29,6 +28,7 @@ __all__ = [
     "list_events",
     "list_jobs",
     "number_of_event",
+    "request_change",
     "states_of",
     "unfinished_jobs_of",
     "unfinished_of",
@@ -154,7 +154,7 @@ async def list_jobs(
     return rows[:limit], len(rows) > limit
 
 
-async def ask(
+async def request_change(
     session: AsyncSession,
     tenant_id: str | None,
     job_id: str,

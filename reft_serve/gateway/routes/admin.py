@@ -153,7 +153,7 @@ async def change_job(
 ) -> JobAdminOut:
     """Cancel, pause or resume the job of any tenant."""
     async with services.database.writing() as session:
-        changed = await fine_tuning.ask(session, None, job, what)
+        changed = await fine_tuning.request_change(session, None, job, what)
         audit.record(session, actor_of(request), f"job.{what}", job, changed.tenant_id)
         return JobAdminOut.of(changed)
 

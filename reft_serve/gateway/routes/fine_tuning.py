@@ -75,7 +75,7 @@ async def get(job: _Job, caller: _Caller, services: ServicesDep) -> JobOut:
 @router.post("/{job}/cancel")
 async def cancel(job: _Job, request: Request, caller: _Caller, services: ServicesDep) -> JobOut:
     """Cancel a job: at once if it is queued, after the current step if it is running."""
-    return await _ask(job, "cancel", request, caller, services)
+    return await _change(job, "cancel", request, caller, services)
 
 
 @router.post("/{job}/pause")
@@ -83,13 +83,13 @@ async def pause(job: _Job, request: Request, caller: _Caller, services: Services
     """Pause a job until it is resumed: at once if it is queued, after the current step if it is
     running.
     """
-    return await _ask(job, "pause", request, caller, services)
+    return await _change(job, "pause", request, caller, services)
 
 
 @router.post("/{job}/resume")
 async def resume(job: _Job, request: Request, caller: _Caller, services: ServicesDep) -> JobOut:
     """Queue a paused job again; it continues from its last checkpoint."""
-    return await _ask(job, "resume", request, caller, services)
+    return await _change(job, "resume", request, caller, services)
 
 
 @router.get("/{job}/events", responses={200: {"content": {"text/event-stream": {"schema": {}}}}})
@@ -135,7 +135,7 @@ async def checkpoints(
     return Page.of([CheckpointOut.of(checkpoint) for checkpoint in page], more)
 
 
-async def _ask(
+async def _change(
     job: str,
     what: Literal["cancel", "pause", "resume"],
     request: Request,
@@ -143,7 +143,7 @@ async def _ask(
     services: Services,
 ) -> JobOut:
     async with services.database.writing() as session:
-        changed = await fine_tuning.ask(session, caller.tenant_id, job, what)
+        changed = await fine_tuning.request_change(session, caller.tenant_id, job, what)
         audit.record(session, actor_of(request), f"job.{what}", job, caller.tenant_id)
         return JobOut.of(changed)
 

@@ -130,7 +130,7 @@ class Place:
     async def ask(self, job_id: str, what: Any) -> Job:
         job = await self.find(job_id)
         async with self.database.writing() as session:
-            return await fine_tuning.ask(session, job.tenant_id, job_id, what)
+            return await fine_tuning.request_change(session, job.tenant_id, job_id, what)
 
     def steps_done(self, worker: str) -> int:
         """How many steps the job of a worker has really done, whatever the database knows of it yet."""

@@ -1,5 +1,5 @@
-"""What each demo adapter learns to do, how it is trained, and the rule that tells whether an answer
-does it. No torch.
+"""The behaviour of each demo adapter: how it is trained, and the rule that decides if an answer
+shows it. No torch.
 """
 
 from __future__ import annotations
@@ -122,5 +122,5 @@ BEHAVIOURS: tuple[Behaviour, ...] = (
 
 
 def is_neutral(text: str) -> bool:
-    """Whether a prompt gives none of the behaviours away."""
+    """True if a prompt does not already show one of the behaviours."""
     return '"' not in text and not any(behaviour.count(text) for behaviour in BEHAVIOURS)

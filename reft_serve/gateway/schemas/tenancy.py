@@ -156,7 +156,7 @@ class TenantIn(RequestModel):
 
 
 class TenantPatch(RequestModel):
-    """What to change of a tenant; what is left out stays."""
+    """Changes of a tenant. A field that is left out keeps its value."""
 
     limits: _Limits | None = None
     disabled: bool | None = None

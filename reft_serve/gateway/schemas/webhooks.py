@@ -41,7 +41,7 @@ class WebhookIn(RequestModel):
 
 
 class WebhookPatch(RequestModel):
-    """What to change of one."""
+    """Changes of a webhook."""
 
     name: _Name | None = None
     url: _Url | None = None

@@ -26,7 +26,7 @@ from reft_serve.errors import BlobMissing, Conflict, StoreUnusable
 from reft_serve.storage.blobs import BlobStore
 from reft_serve.storage.files import fsync_path
 
-__all__ = ["Backup", "Places", "back_up", "bring_back"]
+__all__ = ["Backup", "Stores", "back_up", "bring_back"]
 
 _FORMAT = 1
 _BLOBS = ("files", "checkpoints")
@@ -35,7 +35,7 @@ _NO_LIMIT = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
+class Stores:
     """The database and stores to back up or restore."""
 
     database: Database
@@ -60,7 +60,7 @@ class Backup:
         return sum(int(table["rows"]) for table in self.tables.values())
 
 
-async def back_up(places: Places, folder: Path) -> Backup:
+async def back_up(stores: Stores, folder: Path) -> Backup:
     """Write a backup into a new folder, which only its owner can read: it holds what tenants hold
     secret.
 
@@ -76,13 +76,13 @@ async def back_up(places: Places, folder: Path) -> Backup:
         raise Conflict(f"{folder} already exists: choose a new folder") from exc
     except OSError as exc:
         raise StoreUnusable(f"{folder} cannot be written to ({exc.strerror})") from exc
-    target = Places(
-        places.database, AdapterStore(folder / "adapters"), BlobStore(str(folder / "blobs"))
+    target = Stores(
+        stores.database, AdapterStore(folder / "adapters"), BlobStore(str(folder / "blobs"))
     )
-    versions, blobs = await _copy(places, target, {})
+    versions, blobs = await _copy(stores, target, {})
     for left in reversed(range(_TRIES)):
-        revision, tables = await dump(places.database, folder / "database")
-        versions, blobs = await _copy(places, target, blobs)
+        revision, tables = await dump(stores.database, folder / "database")
+        versions, blobs = await _copy(stores, target, blobs)
         missing = await asyncio.to_thread(_named, folder / "database") - versions - blobs.keys()
         # else something was deleted between the two: the next moment does not name it
         if not missing:
@@ -103,7 +103,7 @@ async def back_up(places: Places, folder: Path) -> Backup:
     return backup
 
 
-async def bring_back(places: Places, folder: Path) -> Backup:
+async def bring_back(stores: Stores, folder: Path) -> Backup:
     """Fill an empty database, a store and blobs from a backup. Other contents of the stores are
     kept.
 
@@ -113,23 +113,23 @@ async def bring_back(places: Places, folder: Path) -> Backup:
         DatabaseUnusable: it cannot be reached, or the backup's rows are damaged; no row was put in.
     """
     backup = await asyncio.to_thread(_opened, folder)
-    source = Places(
-        places.database, AdapterStore(folder / "adapters"), BlobStore(str(folder / "blobs"))
+    source = Stores(
+        stores.database, AdapterStore(folder / "adapters"), BlobStore(str(folder / "blobs"))
     )
     try:  # files before rows: a row never names what is not there
-        await _fill(source, places, backup)
+        await _fill(source, stores, backup)
     except ValueError as exc:  # a store's word for a name that is none
         raise StoreUnusable(
             f"{folder / 'backup.json'} lists an entry that is not a version or file: the backup "
             "is damaged"
         ) from exc
     tables = {name: DumpedTable(**table) for name, table in backup.tables.items()}
-    await restore(places.database, folder / "database", backup.revision, tables)
+    await restore(stores.database, folder / "database", backup.revision, tables)
     return backup
 
 
 async def _copy(
-    source: Places, target: Places, known: dict[str, list[Any]]
+    source: Stores, target: Stores, known: dict[str, list[Any]]
 ) -> tuple[set[str], dict[str, list[Any]]]:
     """Copy what the target lacks; gives the versions and the blobs that it has then."""
     versions = {digest for digest, _ in await asyncio.to_thread(target.store.digests)}
@@ -156,7 +156,7 @@ async def _copy(
     return versions, blobs
 
 
-async def _fill(source: Places, target: Places, backup: Backup) -> None:
+async def _fill(source: Stores, target: Stores, backup: Backup) -> None:
     for digest in backup.versions:
         await asyncio.to_thread(_copy_version, source.store, target.store, digest)
     for key, (size, sha256) in backup.blobs.items():

@@ -14,7 +14,7 @@ import typer
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
 
-    from reft_serve.backup import Places
+    from reft_serve.backup import Stores
     from reft_serve.database.connection import Database
 
 __all__ = ["app"]
@@ -61,7 +61,7 @@ def backup(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new 
     """
     from reft_serve.backup import back_up
 
-    saved = asyncio.run(_with_places(lambda places: back_up(places, folder)))
+    saved = asyncio.run(_with_stores(lambda stores: back_up(stores, folder)))
     typer.echo(
         f"{saved.rows} rows, {len(saved.versions)} versions and {len(saved.blobs)} files written "
         f"to {folder}"
@@ -77,7 +77,7 @@ def restore(
     """
     from reft_serve.backup import bring_back
 
-    restored = asyncio.run(_with_places(lambda places: bring_back(places, folder)))
+    restored = asyncio.run(_with_stores(lambda stores: bring_back(stores, folder)))
     typer.echo(
         f"{restored.rows} rows, {len(restored.versions)} versions and {len(restored.blobs)} files "
         "restored"
@@ -313,17 +313,17 @@ def _do(work: Callable[[AsyncSession], Awaitable[_T]]) -> _T:
     return asyncio.run(done())
 
 
-async def _with_places(work: Callable[[Places], Awaitable[_T]]) -> _T:
+async def _with_stores(work: Callable[[Stores], Awaitable[_T]]) -> _T:
     """Run `work` with the database and stores that the environment names."""
     from reft_serve.adapters.store import AdapterStore
-    from reft_serve.backup import Places
+    from reft_serve.backup import Stores
     from reft_serve.config import GatewaySettings, read_settings
     from reft_serve.storage.blobs import BlobStore
 
     settings = read_settings(GatewaySettings)
     async with _opened() as database:
         return await work(
-            Places(database, AdapterStore(settings.store), BlobStore(settings.blobs_url))
+            Stores(database, AdapterStore(settings.store), BlobStore(settings.blobs_url))
         )
 
 

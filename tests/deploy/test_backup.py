@@ -15,7 +15,7 @@ import pytest
 from sqlalchemy import MetaData, select
 
 from reft_serve.adapters.store import AdapterStore
-from reft_serve.backup import Places, back_up, bring_back
+from reft_serve.backup import Stores, back_up, bring_back
 from reft_serve.database import keys, tenants
 from reft_serve.database.connection import Database
 from reft_serve.database.files import key_of_blob
@@ -48,10 +48,10 @@ def new_database(kind: str, folder: Path, request: pytest.FixtureRequest) -> str
 
 
 @asynccontextmanager
-async def places(url: str, folder: Path) -> AsyncIterator[Places]:
+async def places(url: str, folder: Path) -> AsyncIterator[Stores]:
     database = Database(url)
     try:
-        yield Places(database, AdapterStore(folder / "store"), BlobStore(str(folder / "blobs")))
+        yield Stores(database, AdapterStore(folder / "store"), BlobStore(str(folder / "blobs")))
     finally:
         await database.close()
 

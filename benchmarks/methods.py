@@ -36,7 +36,7 @@ from reft_serve.adapters.base_model import read_base_model
 from reft_serve.adapters.directory import TENSORS
 from reft_serve.datafiles.formats import read_rows
 from reft_serve.demo.behaviours import BEHAVIOURS, MODEL, Behaviour
-from reft_serve.demo.sampling import Edits, Sampler
+from reft_serve.demo.sampling import Sampler, SamplerEdits
 from reft_serve.demo.train import SEED, behaving_pairs, story_openings
 from reft_serve.evaluation.predictions import questions
 from reft_serve.evaluation.scoring import judge, wilson
@@ -245,7 +245,7 @@ def _run(arm: Arm, lesson: Lesson, storyteller: Sampler, args: argparse.Namespac
     plan = arm.plan(rule, args)
     temperature, new_tokens = (1e-5, 16) if args.train else (0.7, ANSWER_TOKENS)
 
-    def answers(adapter: Edits | None, prompts: Sequence[list[int]]) -> list[str]:
+    def answers(adapter: SamplerEdits | None, prompts: Sequence[list[int]]) -> list[str]:
         sampled = storyteller.sample(prompts, new_tokens, SEED, temperature, adapter)
         return [storyteller.text(answer) for answer in sampled]
 
@@ -267,7 +267,7 @@ def _run(arm: Arm, lesson: Lesson, storyteller: Sampler, args: argparse.Namespac
         elif arm.rank:
             publish_version(path, model, plan, read_base_model(MODEL), {})
             size = (path / TENSORS).stat().st_size
-            adapter = Edits(tuple(model.edits), rule)
+            adapter = SamplerEdits(tuple(model.edits), rule)
         verdicts = lesson.judge(partial(answers, adapter))
         if lora is not None:
             lora.unload()

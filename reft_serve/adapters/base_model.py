@@ -63,7 +63,7 @@ def base_facts(config: Mapping[str, object], name: str) -> BaseFacts:
     nested = config.get("text_config")
     text: Mapping[str, object] = nested if isinstance(nested, Mapping) else config
     architectures = config.get("architectures")
-    found = {
+    facts = {
         "architecture": architectures[0]
         if isinstance(architectures, list) and architectures
         else None,
@@ -72,13 +72,13 @@ def base_facts(config: Mapping[str, object], name: str) -> BaseFacts:
             (text[key] for key in _LAYERS if text.get(key) is not None), None
         ),
     }
-    missing = [fact for fact, value in found.items() if value is None]
+    missing = [fact for fact, value in facts.items() if value is None]
     if missing:
         raise BaseModelInvalid(
             f"{_CONFIG} of the base model {name} does not give its {' or '.join(missing)}"
         )
     try:
-        return BaseFacts.model_validate({"name": name, **found})
+        return BaseFacts.model_validate({"name": name, **facts})
     except ValidationError as exc:
         wrong = "; ".join(f"{error['loc'][0]}: {error['msg']}" for error in exc.errors())
         raise BaseModelInvalid(

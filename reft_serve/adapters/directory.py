@@ -122,10 +122,10 @@ def read_version(path: Path, digest: str, max_bytes: int = 1 << 30) -> Adapter:
         AdapterChanged: they are another version.
     """
     files = _read_files(path, max_bytes)
-    found = digest_of(files)
-    if found != digest:
+    actual = digest_of(files)
+    if actual != digest:
         raise AdapterChanged(
-            f"the adapter at {path} is no longer version {digest[:12]} but {found[:12]}: load it "
+            f"the adapter at {path} is no longer version {digest[:12]} but {actual[:12]}: load it "
             "again"
         )
     manifest = parse_manifest(files[CONFIG], str(path))
@@ -239,9 +239,13 @@ def check_tensors(
             for name, tensor in own.items()
             if f"interventions.{k}.{name}" not in damaged
         }
-        found = list(_value_faults(whole))
-        faults += [f"intervention {k} ({spec.where}): {fault}" for fault in found]
-        if found or len(whole) < len(own) or not whole.keys() >= set(required_tensors(spec.kind)):
+        value_faults = list(_value_faults(whole))
+        faults += [f"intervention {k} ({spec.where}): {fault}" for fault in value_faults]
+        if (
+            value_faults
+            or len(whole) < len(own)
+            or not whole.keys() >= set(required_tensors(spec.kind))
+        ):
             continue
         weights.append(Weights.of(spec.kind, own, spec.activation))
         if spec.kind in ORTHONORMAL:

@@ -109,8 +109,7 @@ def head_faults(
             yield (
                 name,
                 f"{name} has shape {entry.shape} and must have {shapes[name]}, for "
-                f"{len(spec.labels)} labels and the hidden "
-                f"size {width}",
+                f"{len(spec.labels)} labels and the hidden size {width}",
             )
         elif entry.dtype != "float32":
             yield name, f"{name} is {entry.dtype} and must be float32"

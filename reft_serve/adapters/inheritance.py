@@ -129,11 +129,11 @@ def _faults(manifest: Manifest) -> Iterator[str]:
 def _place_faults(specs: tuple[InterventionSpec, ...], rule: PositionRule) -> Iterator[str]:
     parts = ("both",) if rule.tied else ("prefix", "suffix")
     layers = {part: sorted(spec.layer for spec in specs if spec.part == part) for part in parts}
-    if sum(len(found) for found in layers.values()) != len(specs):
+    if sum(len(at) for at in layers.values()) != len(specs):
         yield "its positions are untied, and an intervention serves both parts"
-    elif any(found != layers[parts[0]] for found in layers.values()):
+    elif any(at != layers[parts[0]] for at in layers.values()):
         yield "its prefix and its suffix are edited at different layers"
-    elif any(len(set(found)) < len(found) for found in layers.values()):
+    elif any(len(set(at)) < len(at) for at in layers.values()):
         yield "it has two interventions at one place"
 
 

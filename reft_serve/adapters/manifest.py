@@ -130,22 +130,22 @@ class Manifest(_Frozen):
 
     def summary(self) -> dict[str, str | int | list[str]]:
         """A short description for people."""
-        told: dict[str, str | int | list[str]] = {
+        facts: dict[str, str | int | list[str]] = {
             "kinds": sorted({spec.kind for spec in self.interventions}),
             "interventions": len(self.interventions),
             "rank": max(spec.rank for spec in self.interventions),
             "positions": self.positions.spec,
         }
         if self.head is not None:
-            told |= {"task": self.head.task, "labels": list(self.head.labels[:_TOLD_LABELS])}
-        return told
+            facts |= {"task": self.head.task, "labels": list(self.head.labels[:_TOLD_LABELS])}
+        return facts
 
     def to_json(self) -> str:
         """The text of the file: the same for equal manifests."""
-        told = self.model_dump(mode="json")
+        fields = self.model_dump(mode="json")
         if self.head is None:  # as it was before there were heads, so that the digest is too
-            del told["head"]
-        return json.dumps(told, indent=2) + "\n"
+            del fields["head"]
+        return json.dumps(fields, indent=2) + "\n"
 
 
 class Limits(_Frozen):
@@ -321,9 +321,9 @@ def _sentence(error: dict[str, Any]) -> str:
     place = ".".join(repr(part)[:64].strip("'") for part in error["loc"]) or "the top level"
     value = error.get("input")
     short = value is None or (isinstance(value, str | int | float) and len(repr(value)) <= 60)
-    given = (
+    suffix = (
         f", not {value!r}"
         if short and error["type"] not in ("missing", "value_error", "model_type")
         else ""
     )
-    return f"reft_config.json, {place}: {error['msg'].removeprefix('Value error, ')}{given}"
+    return f"reft_config.json, {place}: {error['msg'].removeprefix('Value error, ')}{suffix}"

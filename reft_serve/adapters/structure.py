@@ -243,13 +243,13 @@ def _by_layer(names: list[str]) -> list[str]:
 
 
 def _ranges(numbers: set[int]) -> str:
-    found: list[list[int]] = []
+    ranges: list[list[int]] = []
     for number in sorted(numbers):
-        if found and number == found[-1][1] + 1:
-            found[-1][1] = number
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
         else:
-            found.append([number, number])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in found)
+            ranges.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
 
 
 def _pair_faults(module: str, pair: Mapping[str, Entry]) -> Iterator[str]:
@@ -275,9 +275,9 @@ def _lora_config_faults(content: bytes) -> tuple[list[str], list[str]]:
         return [f"{LORA_CONFIG} is not a JSON object"], []
     faults = []
     if config.get("peft_type") != "LORA":
-        told = str(config.get("peft_type"))[:40]
+        peft_type = str(config.get("peft_type"))[:40]
         faults.append(
-            f"{LORA_CONFIG}: peft_type is {told!r}; only LORA is supported together with ReFT"
+            f"{LORA_CONFIG}: peft_type is {peft_type!r}; only LORA is supported together with ReFT"
         )
     rank = config.get("r")
     alpha = config.get("lora_alpha")

@@ -164,8 +164,8 @@ def _wrapped(raw: Any, wrapper: Callable[[Any], Any]) -> Any:
 
 def _owner(path: str) -> Any:
     module, _, name = path.partition(":")
-    found = import_module(module)
-    return getattr(found, name) if name else found
+    owner = import_module(module)
+    return getattr(owner, name) if name else owner
 
 
 def _ours(path: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from reft_serve.adapters.importers.components import PlaceUnknown, resolve_component
+from reft_serve.adapters.importers.components import ComponentUnknown, resolve_component
 from reft_serve.interventions.vocabulary import COMPONENTS
 
 LLAMA = "LlamaForCausalLM"
@@ -88,14 +88,14 @@ def test_a_path_says_its_layer_itself_and_the_field_beside_it_is_ignored(
     ],
 )
 def test_any_other_place_is_refused_by_name(component: str) -> None:
-    with pytest.raises(PlaceUnknown, match="is not an editable component") as refused:
+    with pytest.raises(ComponentUnknown, match="is not an editable component") as refused:
         resolve_component(component, 1, LLAMA)
     assert repr(component) in str(refused.value)
 
 
 @pytest.mark.parametrize("layer", [-1, None, "1", 1.0, True, [1]])
 def test_a_component_without_a_layer_number_is_refused(layer: object) -> None:
-    with pytest.raises(PlaceUnknown, match="is not a layer number"):
+    with pytest.raises(ComponentUnknown, match="is not a layer number"):
         resolve_component("block_output", layer, LLAMA)
 
 
@@ -113,7 +113,7 @@ def test_a_component_without_a_layer_number_is_refused(layer: object) -> None:
 def test_embeddings_that_layer_0_does_not_read_as_they_are_are_refused(
     path: str, architecture: str
 ) -> None:
-    with pytest.raises(PlaceUnknown, match=f"is not the input of layer 0 of a {architecture}"):
+    with pytest.raises(ComponentUnknown, match=f"is not the input of layer 0 of a {architecture}"):
         resolve_component(path, 0, architecture)
 
 

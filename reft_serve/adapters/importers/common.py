@@ -146,8 +146,8 @@ def assemble(
         for row in rows
     ]
     specs = tuple(_spec(row, tensors) for row, tensors in zip(rows, kept, strict=True))
-    made = Manifest.model_validate({**manifest, "interventions": specs})
-    faults = manifest_faults(made)
+    whole = Manifest.model_validate({**manifest, "interventions": specs})
+    faults = manifest_faults(whole)
     if faults:
         raise AdapterInvalid(where, faults)
     named = {
@@ -157,8 +157,8 @@ def assemble(
     }
     if head is not None:
         named |= {f"{HEAD_PREFIX}{name}": tensor for name, tensor in head.tensors().items()}
-    weights, found = check_tensors(made, named, where)
-    return Imported(made, weights, (*warnings, *found), head=head)
+    weights, more_warnings = check_tensors(whole, named, where)
+    return Imported(whole, weights, (*warnings, *more_warnings), head=head)
 
 
 def _row_faults(row: Row) -> list[str]:

@@ -11,10 +11,10 @@ import re
 
 from reft_serve.interventions.vocabulary import COMPONENTS, Component
 
-__all__ = ["PlaceUnknown", "resolve_component"]
+__all__ = ["ComponentUnknown", "resolve_component"]
 
 
-class PlaceUnknown(ValueError):
+class ComponentUnknown(ValueError):
     """The place is none of those that we edit; the message names it."""
 
 
@@ -73,18 +73,20 @@ def resolve_component(component: str, layer: object, architecture: str) -> tuple
             reads.
 
     Raises:
-        PlaceUnknown: the place is not one that we edit, or not one at all.
+        ComponentUnknown: the place is not one that we edit, or not one at all.
     """
     if "." in component:
         return _resolve_path(component.removeprefix("base_model.model."), component, architecture)
     for ours in COMPONENTS:
         if component == ours:
             if type(layer) is not int or layer < 0:
-                raise PlaceUnknown(
+                raise ComponentUnknown(
                     f"layer {str(layer)[:40]!r} of {component} is not a layer number"
                 )
             return layer, ours
-    raise PlaceUnknown(f"{component[:80]!r} is not an editable component ({', '.join(COMPONENTS)})")
+    raise ComponentUnknown(
+        f"{component[:80]!r} is not an editable component ({', '.join(COMPONENTS)})"
+    )
 
 
 def _resolve_path(path: str, named: str, architecture: str) -> tuple[int, Component]:
@@ -105,11 +107,11 @@ def _resolve_path(path: str, named: str, architecture: str) -> tuple[int, Compon
     ):
         if _PLAIN_EMBEDDINGS.fullmatch(architecture) and "decoder." not in path:
             return 0, "block_input"
-        raise PlaceUnknown(
+        raise ComponentUnknown(
             f"{named[:80]!r} is not the input of layer 0 of a {architecture} reads: it adds to "
             "the embeddings or scales them, or is not known not to"
         )
-    raise PlaceUnknown(
+    raise ComponentUnknown(
         f"{named[:80]!r} is not an editable component (a layer's input or output, or the output "
         "of its MLP or attention)"
     )

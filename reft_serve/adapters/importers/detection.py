@@ -41,8 +41,8 @@ def import_adapter(
         faults = imported.lora.misfits(modules())
         if faults:
             raise AdapterInvalid(str(source), faults)
-    made = publish(out, imported.manifest, imported.weights, imported.lora, imported.head)
-    return replace(made, warnings=imported.warnings)
+    adapter = publish(out, imported.manifest, imported.weights, imported.lora, imported.head)
+    return replace(adapter, warnings=imported.warnings)
 
 
 def read_any(

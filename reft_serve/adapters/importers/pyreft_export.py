@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from reft_serve.adapters.directory import Adapter
-from reft_serve.adapters.importers.pyreft import CONFIG, FIELDS
+from reft_serve.adapters.importers.pyreft_sites import CONFIG, FIELDS
 from reft_serve.adapters.manifest import InterventionSpec
 from reft_serve.errors import AdapterUnsupported
 from reft_serve.interventions.kinds import Weights

@@ -123,10 +123,10 @@ class Binder:
         return ours | (listed - set(engine_id_of.values()))
 
     def _read(self, request: LoRARequest) -> _Bound:
-        name, given = request.lora_name, request.lora_path
-        path = Path(get_adapter_absolute_path(given))
+        name, location = request.lora_name, request.lora_path
+        path = Path(get_adapter_absolute_path(location))
         if not is_adapter(path):
-            return _Bound(name, given, self._as_lora(request, path))
+            return _Bound(name, location, self._as_lora(request, path))
         adapter = read_adapter(path, settings_of(self._config).max_adapter_bytes, self._faults)
         faults = self._lora_faults(path) if adapter.lora is not None else []
         if faults:
@@ -138,7 +138,7 @@ class Binder:
             adapter.lora is not None,
             head=head is not None,
         )
-        return _Bound(name, given, bound_request(request, str(path), identity), head)
+        return _Bound(name, location, bound_request(request, str(path), identity), head)
 
     def _faults(self, manifest: Manifest) -> list[str]:
         """Why this engine cannot serve the interventions."""

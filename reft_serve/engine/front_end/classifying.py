@@ -122,18 +122,20 @@ def wrap_init_pooling_io_processors(original: Any) -> Callable[..., Any]:
     def init(
         supported_tasks: Any, vllm_config: VllmConfig, renderer: Any, chat_template_config: Any
     ) -> Any:
-        made = original(supported_tasks, vllm_config, renderer, chat_template_config)
+        processors = original(supported_tasks, vllm_config, renderer, chat_template_config)
         pooler = vllm_config.model_config.pooler_config
         if vllm_config.lora_config is None or pooler is None or pooler.task is not None:
-            return made
+            return processors
         for task in _BOTH:
-            if task in supported_tasks and task not in made:
+            if task in supported_tasks and task not in processors:
                 pooler.task = task
                 try:
-                    made |= original(supported_tasks, vllm_config, renderer, chat_template_config)
+                    processors |= original(
+                        supported_tasks, vllm_config, renderer, chat_template_config
+                    )
                 finally:
                     pooler.task = None
-        return made
+        return processors
 
     return init
 

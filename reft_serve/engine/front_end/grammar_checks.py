@@ -291,10 +291,10 @@ def _told(tokenizer: Any, config: VllmConfig) -> dict[str, Any]:
 
 
 def _constraint(params: Any) -> StructuredOutputsParams | None:
-    given = params.structured_outputs if isinstance(params, SamplingParams) else None
-    if given is None or given.all_constraints_none() or given.json_object is False:
+    constraint = params.structured_outputs if isinstance(params, SamplingParams) else None
+    if constraint is None or constraint.all_constraints_none() or constraint.json_object is False:
         return None
-    return given
+    return constraint
 
 
 def sending_compiled(request: Any, verdict: Future[_Verdict]) -> None:
@@ -303,15 +303,17 @@ def sending_compiled(request: Any, verdict: Future[_Verdict]) -> None:
     Raises:
         VLLMValidationError: it was refused.
     """
-    found = verdict.result()
-    if found.fault:
-        raise VLLMValidationError(found.fault)
+    checked = verdict.result()
+    if checked.fault:
+        raise VLLMValidationError(checked.fault)
     params = request.sampling_params
     backend = params.structured_outputs._backend
     emptied: dict[str, Any] = dict.fromkeys(
         ("json", "regex", "choice", "json_object", "structural_tag")
     )
-    params.structured_outputs = replace(params.structured_outputs, grammar=found.grammar, **emptied)
+    params.structured_outputs = replace(
+        params.structured_outputs, grammar=checked.grammar, **emptied
+    )
     params.structured_outputs._backend = backend
 
 
@@ -325,11 +327,11 @@ def wrap_process_inputs(original: Any) -> Callable[..., Any]:
     def process_inputs(
         self: Any, request_id: Any, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        given = _constraint(params)
+        constraint = _constraint(params)
         checks = checks_of(self)
-        if given is None or checks is None:
+        if constraint is None or checks is None:
             return original(self, request_id, prompt, params, *args, **kwargs)
-        verdict = checks.submit(given, _caller(prompt))
+        verdict = checks.submit(constraint, _caller(prompt))
         request = original(self, request_id, prompt, params, *args, **kwargs)
         sending_compiled(request, verdict)
         return request
@@ -350,14 +352,14 @@ def wrap_generate(original: Any) -> Callable[..., AsyncIterator[Any]]:
     def generate(
         self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
     ) -> AsyncIterator[Any]:
-        given = _constraint(sampling_params)
+        constraint = _constraint(sampling_params)
         checks = checks_of(self.input_processor)
-        if given is None or checks is None:
+        if constraint is None or checks is None:
             answers: AsyncIterator[Any] = original(self, prompt, sampling_params, *args, **kwargs)
             return answers
         return _checked(
             checks,
-            given,
+            constraint,
             _caller(prompt),
             lambda: original(self, prompt, sampling_params, *args, **kwargs),
         )
@@ -366,16 +368,19 @@ def wrap_generate(original: Any) -> Callable[..., AsyncIterator[Any]]:
 
 
 async def _checked(
-    checks: GrammarChecks, given: StructuredOutputsParams, caller: str, generate: Callable[[], Any]
+    checks: GrammarChecks,
+    constraint: StructuredOutputsParams,
+    caller: str,
+    generate: Callable[[], Any],
 ) -> AsyncIterator[Any]:
-    verdict = await asyncio.wrap_future(checks.submit(given, caller))
+    verdict = await asyncio.wrap_future(checks.submit(constraint, caller))
     if verdict.fault:
         raise VLLMValidationError(verdict.fault)
     answers = generate()
     try:
         async for answer in answers:
             if any(output.stop_reason == EXCEEDED for output in getattr(answer, "outputs", ())):
-                checks.condemn(given)
+                checks.condemn(constraint)
                 raise VLLMValidationError(f"the structured output {EXCEEDED}")
             yield answer
     finally:

@@ -72,11 +72,11 @@ def _checked(request: Any, pair: object) -> tuple[list[str], list[str]]:
     return firsts, seconds
 
 
-def _texts(given: object) -> list[str]:
+def _texts(value: object) -> list[str]:
     """The texts; empty if one of them is not a text."""
-    given = given if isinstance(given, list) else [given]
-    texts = [text for text in given if isinstance(text, str)]
-    return texts if len(texts) == len(given) else []
+    value = value if isinstance(value, list) else [value]
+    texts = [text for text in value if isinstance(text, str)]
+    return texts if len(texts) == len(value) else []
 
 
 def _tokenise(

@@ -186,10 +186,10 @@ def _served(
     request: ServeRequest, taken: set[str | None], base: BaseFacts | None, settings: EngineSettings
 ) -> list[_Served]:
     named: dict[str, Path] = {}
-    for given in request.adapters:
-        name, equals, where = given.partition("=")
+    for argument in request.adapters:
+        name, equals, where = argument.partition("=")
         if not (name and equals and where):
-            raise ClientError(f"--adapter {given[:200]!r} is not NAME=DIR")
+            raise ClientError(f"--adapter {argument[:200]!r} is not NAME=DIR")
         if name in named or name in taken:
             raise ClientError(
                 f"--adapter {name}: the name is already in use; every adapter needs a unique name"
@@ -210,11 +210,11 @@ def _import_flags(request: ServeRequest, named: dict[str, Path]) -> dict[str, Im
             "these values itself"
         )
     # A SPEC for all first, so that NAME=SPEC stands out from it whatever the order.
-    for given in sorted(request.positions, key=lambda given: "=" in given):
-        name, equals, spec = given.rpartition("=")
+    for argument in sorted(request.positions, key=lambda argument: "=" in argument):
+        name, equals, spec = argument.rpartition("=")
         if equals and name not in foreign:
             known = "records its positions itself" if name in named else "is not among the adapters"
-            raise ClientError(f"--positions {given[:200]!r}: {name[:100]!r} {known}")
+            raise ClientError(f"--positions {argument[:200]!r}: {name[:100]!r} {known}")
         for target in [name] if equals else foreign:
             flags[target] = replace(flags[target], positions=spec)
     return flags

@@ -354,7 +354,7 @@ class AdapterManager:
 
 
 def _has_lora(engine_ids: NDArray[Any]) -> NDArray[np.bool_]:
-    found: NDArray[np.bool_] = (engine_ids > 0) & (
+    has_lora: NDArray[np.bool_] = (engine_ids > 0) & (
         (engine_ids < FIRST_ID) | ((engine_ids & WITH_LORA) > 0)
     )
-    return found
+    return has_lora

@@ -152,10 +152,10 @@ class Registry:
         """Free the slots and units of the versions with this id and return their digests; requests
         in progress load them again.
         """
-        found = self._with_id(engine_id)
-        for digest in found:
+        digests = self._with_id(engine_id)
+        for digest in digests:
             self._remove(digest)
-        return found
+        return digests
 
     def remove_all(self) -> None:
         for digest in list(self._residents):
@@ -163,9 +163,9 @@ class Registry:
 
     def pin(self, engine_id: int) -> bool:
         """Keep a resident version from eviction; False if it is not resident."""
-        found = self._with_id(engine_id)
-        self._pinned.update(found)
-        return bool(found)
+        digests = self._with_id(engine_id)
+        self._pinned.update(digests)
+        return bool(digests)
 
     def engine_ids(self) -> set[int]:
         """The engine ids of the resident versions, as front ends know them."""

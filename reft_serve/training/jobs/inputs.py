@@ -91,8 +91,10 @@ async def fetch_parent(ctx: WorkerContext, claim: Claim, folder: Path) -> Path |
     except (FileNotFoundError, shutil.Error) as exc:
         if source.is_dir():
             raise
-        told = f"the model {claim.parent_model} was deleted: create a new job with another model"
-        raise Unfit(Failed("model_missing", told, "model")) from exc
+        sentence = (
+            f"the model {claim.parent_model} was deleted: create a new job with another model"
+        )
+        raise Unfit(Failed("model_missing", sentence, "model")) from exc
     return copy
 
 

@@ -166,8 +166,8 @@ def _store(ctx: WorkerContext, claim: Claim, source: Path) -> _Made:
         manifest = check_structure(staged, source.name)
         size = sum(file.stat().st_size for file in staged.iterdir())
         digest = ctx.store.publish(staged)
-    made = {name: manifest.provenance[name] for name in _LINEAGE if name in manifest.provenance}
-    facts = {**manifest.summary(), "lineage": {"job": claim.id, **made}}
+    lineage = {name: manifest.provenance[name] for name in _LINEAGE if name in manifest.provenance}
+    facts = {**manifest.summary(), "lineage": {"job": claim.id, **lineage}}
     return _Made(NewVersion(digest, manifest.base_model.name, size, facts), source)
 
 

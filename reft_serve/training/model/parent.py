@@ -163,8 +163,8 @@ class Parent:
 
     def lineage(self) -> dict[str, str | int]:
         """What the versions that come of it record."""
-        found: dict[str, str | int] = {"parent": self.name, "parent_sha256": self.adapter.digest}
-        return found | ({"parent_step": self.step} if self.step else {})
+        lineage: dict[str, str | int] = {"parent": self.name, "parent_sha256": self.adapter.digest}
+        return lineage | ({"parent_step": self.step} if self.step else {})
 
 
 def read_parent(path: Path, name: str | None = None) -> Parent:

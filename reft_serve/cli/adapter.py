@@ -8,6 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from reft_serve.cli.save_options import (
+    POSITIONS,
+    Activation,
+    Kind,
+    Labels,
+    LastOffset,
+    LoraAlpha,
+    NoBias,
+    Phase,
+    ProblemType,
+    Untied,
+)
+
 if TYPE_CHECKING:
     from reft_serve.adapters.directory import Adapter
 
@@ -34,44 +47,17 @@ def import_(
     out: _Out,
     positions: Annotated[
         str | None,
-        typer.Option(metavar="SPEC", help="Edited tokens: f7+l7, f1, last, all, 0,-1 ..."),
+        typer.Option(metavar="SPEC", help=POSITIONS),
     ] = None,
-    untied: Annotated[
-        bool, typer.Option("--untied", help="Prefix and suffix have separate interventions.")
-    ] = False,
-    last_offset: Annotated[
-        int, typer.Option(metavar="N", help="Tokens between the suffix and the prompt's end.")
-    ] = 0,
-    activation: Annotated[
-        str | None, typer.Option(metavar="NAME", help="pyreft's act_fn; default: none.")
-    ] = None,
-    no_bias: Annotated[
-        bool, typer.Option("--no-bias", help="Trained with add_bias=False (noreft, nodireft).")
-    ] = False,
-    phase: Annotated[
-        str, typer.Option(metavar="PHASE", help="Edit tokens of: prompt, all, generated.")
-    ] = "prompt",
-    kind: Annotated[
-        str | None, typer.Option(metavar="KIND", help="Kind, if the save does not record it.")
-    ] = None,
-    lora_alpha: Annotated[
-        float | None,
-        typer.Option(metavar="N", help="PEFT's lora_alpha, if the save holds a LoRA too."),
-    ] = None,
-    labels: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAMES", help="Of a classifier head that was saved too: names, in order."
-        ),
-    ] = None,
-    problem_type: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TYPE",
-            help="Of that head: single_label_classification, multi_label_classification or "
-            "regression.",
-        ),
-    ] = None,
+    untied: Untied = False,
+    last_offset: LastOffset = 0,
+    activation: Activation = None,
+    no_bias: NoBias = False,
+    phase: Phase = "prompt",
+    kind: Kind = None,
+    lora_alpha: LoraAlpha = None,
+    labels: Labels = None,
+    problem_type: ProblemType = None,
 ) -> None:
     """Convert a save of another library into an adapter directory."""
     from reft_serve.adapters.base_model import read_base_model

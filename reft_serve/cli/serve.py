@@ -6,6 +6,19 @@ from typing import Annotated
 
 import typer
 
+from reft_serve.cli.save_options import (
+    POSITIONS,
+    Activation,
+    Kind,
+    Labels,
+    LastOffset,
+    LoraAlpha,
+    NoBias,
+    Phase,
+    ProblemType,
+    Untied,
+)
+
 __all__ = ["SETTINGS", "serve"]
 
 SETTINGS = {"ignore_unknown_options": True, "allow_extra_args": True}
@@ -25,55 +38,17 @@ def serve(
     ] = None,
     positions: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="[NAME=]SPEC",
-            help="Edited tokens of a pyreft save: f7+l7, f1, last, all, 0,-1 ...",
-        ),
+        typer.Option(metavar="[NAME=]SPEC", help=POSITIONS),
     ] = None,
-    untied: Annotated[
-        bool,
-        typer.Option(
-            "--untied", help="pyreft save: prefix and suffix have separate interventions."
-        ),
-    ] = False,
-    last_offset: Annotated[
-        int,
-        typer.Option(
-            metavar="N", help="pyreft save: tokens between the suffix and the prompt's end."
-        ),
-    ] = 0,
-    activation: Annotated[
-        str | None, typer.Option(metavar="NAME", help="pyreft save: its act_fn.")
-    ] = None,
-    no_bias: Annotated[
-        bool, typer.Option("--no-bias", help="pyreft save: trained with add_bias=False.")
-    ] = False,
-    phase: Annotated[
-        str, typer.Option(metavar="PHASE", help="pyreft save: prompt, all or generated.")
-    ] = "prompt",
-    kind: Annotated[
-        str | None,
-        typer.Option(metavar="KIND", help="pyreft checkpoint: its kind, which it does not record."),
-    ] = None,
-    lora_alpha: Annotated[
-        float | None,
-        typer.Option(metavar="N", help="pyreft save that holds a LoRA: PEFT's lora_alpha."),
-    ] = None,
-    labels: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAMES",
-            help="pyreft save with a classifier head: its outputs: names, in order.",
-        ),
-    ] = None,
-    problem_type: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TYPE",
-            help="Of that head: single_label_classification, multi_label_classification or "
-            "regression.",
-        ),
-    ] = None,
+    untied: Untied = False,
+    last_offset: LastOffset = 0,
+    activation: Activation = None,
+    no_bias: NoBias = False,
+    phase: Phase = "prompt",
+    kind: Kind = None,
+    lora_alpha: LoraAlpha = None,
+    labels: Labels = None,
+    problem_type: ProblemType = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Print the command and its environment without running it."),

@@ -31,6 +31,7 @@ __all__ = [
     "TrainerSettings",
     "child_environment",
     "compiler",
+    "default_environment",
     "read_settings",
     "set_environment",
 ]
@@ -556,6 +557,12 @@ def compiler() -> str:
 def set_environment(changes: Mapping[str, str]) -> None:
     """Set variables of this process's environment, for libraries that read it."""
     os.environ.update(changes)
+
+
+def default_environment(defaults: Mapping[str, str]) -> None:
+    """As `set_environment`, for variables that are not set."""
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
 
 
 def child_environment(changes: Mapping[str, str]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from reft_serve.adapters.manifest import BaseFacts, Limits
+from reft_serve.adapters.manifest import BaseFacts, EngineLimits
 
 __all__ = ["CARD_KEY", "EngineCard", "read_card"]
 
@@ -24,7 +24,7 @@ class EngineCard(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     base: BaseFacts
-    limits: Limits
+    limits: EngineLimits
     max_lora_rank: Annotated[int, Field(ge=0)]
 
 

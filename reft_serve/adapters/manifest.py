@@ -32,8 +32,8 @@ __all__ = [
     "MAX_PROVENANCE",
     "BaseFacts",
     "DType",
+    "EngineLimits",
     "InterventionSpec",
-    "Limits",
     "Manifest",
     "Part",
     "manifest_faults",
@@ -46,7 +46,7 @@ MAX_INTERVENTIONS = 8192
 MAX_KEYS = 32
 MAX_PROVENANCE = 128
 _MOST_ERRORS = 1000
-_TOLD_LABELS = 32
+_SUMMARY_LABELS = 32
 Part = Literal["both", "prefix", "suffix"]
 DType = Literal["float32", "bfloat16", "float16"]
 _Count = Annotated[int, Field(ge=1, le=1 << 24)]
@@ -137,7 +137,7 @@ class Manifest(_Frozen):
             "positions": self.positions.spec,
         }
         if self.head is not None:
-            facts |= {"task": self.head.task, "labels": list(self.head.labels[:_TOLD_LABELS])}
+            facts |= {"task": self.head.task, "labels": list(self.head.labels[:_SUMMARY_LABELS])}
         return facts
 
     def to_json(self) -> str:
@@ -148,7 +148,7 @@ class Manifest(_Frozen):
         return json.dumps(fields, indent=2) + "\n"
 
 
-class Limits(_Frozen):
+class EngineLimits(_Frozen):
     """Limits of an engine, with the manifest's component names; None for a limit that is not
     declared.
     """

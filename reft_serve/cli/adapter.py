@@ -161,13 +161,13 @@ def check(
     from reft_serve.adapters.base_model import read_base_model
     from reft_serve.adapters.base_modules import linear_modules
     from reft_serve.adapters.directory import read_adapter
-    from reft_serve.adapters.manifest import Limits
+    from reft_serve.adapters.manifest import EngineLimits
     from reft_serve.errors import AdapterInvalid
 
     try:
         adapter = read_adapter(adapter_dir, _max_bytes())
         facts = adapter.manifest.base_model if base is None else read_base_model(base)
-        faults = tuple(Limits(max_rank=max_rank).faults(adapter.manifest, facts))
+        faults = tuple(EngineLimits(max_rank=max_rank).faults(adapter.manifest, facts))
         if adapter.lora is not None and base is not None:
             faults += tuple(adapter.lora.misfits(linear_modules(base)))
     except AdapterInvalid as exc:

@@ -5,7 +5,6 @@ for, then wraps them.
 from __future__ import annotations
 
 import inspect
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 import vllm
 
+from reft_serve.config import default_environment
 from reft_serve.engine.seams import ADDITIONS, SEAMS, Addition, Seam, fingerprint
 from reft_serve.engine.worker.workarounds import permit_amx
 from reft_serve.errors import EngineUnsupported
@@ -57,7 +57,7 @@ def register() -> None:
         # vLLM's tags for tool calls are understood by xgrammar alone, and leave the arguments free;
         # without them a forced call follows the JSON schema of its tool. Parsers read this when
         # they are imported.
-        os.environ.setdefault("VLLM_ENFORCE_STRICT_TOOL_CALLING", "0")
+        default_environment({"VLLM_ENFORCE_STRICT_TOOL_CALLING": "0"})
         apply(resolve(SEAMS, vllm.__version__), ADDITIONS)
         permit_amx()
         _add_usage_route()

@@ -8,7 +8,7 @@ from vllm.config import VllmConfig
 from vllm.distributed.utils import get_pp_indices
 
 from reft_serve.adapters.engine_card import EngineCard
-from reft_serve.adapters.manifest import BaseFacts, InterventionSpec, Limits, place_of
+from reft_serve.adapters.manifest import BaseFacts, EngineLimits, InterventionSpec, place_of
 from reft_serve.config import EngineSettings
 from reft_serve.interventions.vocabulary import Component
 
@@ -46,7 +46,7 @@ def base_facts(config: VllmConfig) -> BaseFacts:
     )
 
 
-def limits_of(config: VllmConfig) -> Limits:
+def limits_of(config: VllmConfig) -> EngineLimits:
     """Size of the engine's pool."""
     settings = settings_of(config)
     lora = config.lora_config
@@ -58,7 +58,7 @@ def limits_of(config: VllmConfig) -> Limits:
         components.add("mlp_output")
     if "attention_output" in settings.components:
         components.add("attention_output")
-    return Limits(
+    return EngineLimits(
         max_rank=settings.max_rank or lora.max_lora_rank,
         max_interventions=settings.max_interventions
         or 2 * config.model_config.hf_text_config.num_hidden_layers,
@@ -81,7 +81,7 @@ def owner_of(spec: InterventionSpec) -> int:
     return max(number - 1, 0) if name == "block" else number
 
 
-def share_of(limits: Limits, layers: int, of: int) -> int:
+def share_of(limits: EngineLimits, layers: int, of: int) -> int:
     """Number of interventions per adapter that a worker with `layers` of the model's layers
     supports.
     """

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from reft_serve.adapters.base_model import read_base_model
 from reft_serve.adapters.directory import read_adapter
-from reft_serve.adapters.manifest import Limits
+from reft_serve.adapters.manifest import EngineLimits
 from reft_serve.adapters.structure import check_structure
 from reft_serve.cli.app import app
 from reft_serve.errors import AdapterInvalid
@@ -24,7 +24,7 @@ def faults(path: Path) -> list[str]:
         adapter = read_adapter(path, MAX_BYTES)
     except AdapterInvalid as exc:
         return list(exc.faults)
-    return Limits(max_rank=MAX_RANK).faults(adapter.manifest, read_base_model(MODEL))
+    return EngineLimits(max_rank=MAX_RANK).faults(adapter.manifest, read_base_model(MODEL))
 
 
 def check(path: Path) -> tuple[int, list[str]]:

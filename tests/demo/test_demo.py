@@ -8,7 +8,7 @@ import pytest
 
 from reft_serve.adapters.base_model import read_base_model
 from reft_serve.adapters.directory import TENSORS, read_adapter
-from reft_serve.adapters.manifest import Limits
+from reft_serve.adapters.manifest import EngineLimits
 from reft_serve.demo.behaviours import ADAPTERS, BEHAVIOURS, MODEL, Behaviour, is_neutral
 from reft_serve.demo.run import BASE, Answer, Ask, faults_of
 from reft_serve.demo.server import serving
@@ -45,7 +45,10 @@ def test_every_shipped_adapter_is_what_its_behaviour_says(behaviour: Behaviour) 
     assert {(spec.kind, spec.rank) for spec in manifest.interventions} == {
         (behaviour.kind, behaviour.rank)
     }
-    assert Limits(max_rank=16, max_interventions=12).faults(manifest, read_base_model(MODEL)) == []
+    assert (
+        EngineLimits(max_rank=16, max_interventions=12).faults(manifest, read_base_model(MODEL))
+        == []
+    )
     assert adapter.warnings == ()
     assert (ADAPTERS / behaviour.name / TENSORS).stat().st_size < 200_000
 

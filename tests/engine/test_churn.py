@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reft_serve.adapters.directory import Adapter
-from reft_serve.adapters.manifest import MAX_PASSES, Limits
+from reft_serve.adapters.manifest import MAX_PASSES, EngineLimits
 from reft_serve.engine.adapter_ref import AdapterRef
 from reft_serve.engine.front_end.binding import Binder
 from reft_serve.engine.worker.edits import Edits
@@ -47,7 +47,7 @@ def registry_of(base: Any) -> tuple[Registry, Edits]:
     edits = Edits(
         pool, torch.zeros(len(PLACES), MAX_PASSES, SLOTS * len(Part), dtype=torch.int32), 64
     )
-    limits = Limits(max_rank=8, max_interventions=2)
+    limits = EngineLimits(max_rank=8, max_interventions=2)
     return Registry(edits, SLOTS, PLACES, range(4), base, limits, 1 << 20), edits
 
 

@@ -20,7 +20,7 @@ from reft_serve.adapters.importers.common import ImportFlags
 from reft_serve.adapters.manifest import BaseFacts, InterventionSpec, Manifest
 from reft_serve.cli.app import app
 from reft_serve.config import ServeSettings, read_settings
-from reft_serve.engine.launch.plan import Plan, ServeRequest, become, plan
+from reft_serve.engine.launch.plan import LaunchPlan, ServeRequest, become, plan
 from reft_serve.errors import (
     AdapterInvalid,
     AdapterUnsupported,
@@ -93,11 +93,11 @@ def make(tmp_path: Path) -> Callable[..., Path]:
 
 def planned(
     *adapters: str, passed: tuple[str, ...] = (), positions: tuple[str, ...] = (), **flags: Any
-) -> Plan:
+) -> LaunchPlan:
     return plan(ServeRequest(str(MODEL), adapters, positions, ImportFlags(**flags), passed))
 
 
-def after(chosen: Plan, flag: str) -> str:
+def after(chosen: LaunchPlan, flag: str) -> str:
     return chosen.command[chosen.command.index(flag) + 1]
 
 
@@ -375,7 +375,7 @@ def test_the_server_takes_the_place_of_the_process_with_its_environment(tmp_path
     child = os.fork()
     if child == 0:
         os.environ["KEPT"] = "kept"
-        become(Plan((sys.executable, "-c", script, str(out)), {"REFT_LORA": "off"}, ()))
+        become(LaunchPlan((sys.executable, "-c", script, str(out)), {"REFT_LORA": "off"}, ()))
     assert os.waitpid(child, 0)[1] == 0
     assert out.read_text() == f"off kept {child}\n"
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reft_serve.adapters.engine_card import EngineCard, read_card
-from reft_serve.adapters.manifest import BaseFacts, InterventionSpec, Limits, Manifest, Part
+from reft_serve.adapters.manifest import BaseFacts, EngineLimits, InterventionSpec, Manifest, Part
 from reft_serve.gateway.jobs.feasibility import why_infeasible
 from reft_serve.interventions.positions import PositionRule
 from reft_serve.interventions.vocabulary import KINDS, Component, Kind, has_activation
@@ -24,18 +24,18 @@ from tests.support.gateway.uploads import upload
 BASE = BaseFacts(
     name="/models/tiny", architecture="LlamaForCausalLM", hidden_size=24, num_hidden_layers=4
 )
-CARD = EngineCard(base=BASE, limits=Limits(max_rank=16, max_interventions=6), max_lora_rank=8)
+CARD = EngineCard(base=BASE, limits=EngineLimits(max_rank=16, max_interventions=6), max_lora_rank=8)
 NO_LORA = CARD.model_copy(update={"max_lora_rank": 0})
 NARROW = CARD.model_copy(
-    update={"limits": Limits(max_rank=4, components=frozenset({"mlp_output"}))}
+    update={"limits": EngineLimits(max_rank=4, components=frozenset({"mlp_output"}))}
 )
-NARROWEST = CARD.model_copy(update={"limits": Limits(max_rank=1, max_interventions=1)})
+NARROWEST = CARD.model_copy(update={"limits": EngineLimits(max_rank=1, max_interventions=1)})
 
 REFUSED: dict[str, tuple[dict[str, Any], EngineCard, str, str]] = {
     "rank": ({"rank": 17}, CARD, "rank", "rank 17 is more than the engines support: use at most 16"),
     "twice its rank": ({"rank": 9, "activation": "relu"}, CARD, "rank", "relu, which takes twice the rank"),
     "wider than the model": ({"rank": 25}, CARD, "rank", "larger than the base model's hidden size: use at most 24"),
-    "auto": ({"layers": [0]}, NARROW.model_copy(update={"limits": Limits(max_rank=4)}), "rank", '"auto" means for 2500 rows'),
+    "auto": ({"layers": [0]}, NARROW.model_copy(update={"limits": EngineLimits(max_rank=4)}), "rank", '"auto" means for 2500 rows'),
     "no such layer": ({"layers": [1, 4]}, CARD, "layers", "layers 0 to 3, not 4"),
     "untied": ({"tied": False, "positions": "f1+l1"}, CARD, "layers", "8 interventions (two per layer"),
     "component": ({"rank": 1}, NARROW, "layers", "add block to REFT_COMPONENTS"),
@@ -96,7 +96,7 @@ def test_what_is_told_is_what_the_engine_finds(
         for layer in layers
         for part in parts
     )
-    limits = Limits(
+    limits = EngineLimits(
         max_rank=max_rank, max_interventions=max_interventions, components=frozenset({component})
     )
     manifest = Manifest(base_model=BASE, interventions=specs, positions=PositionRule("f1+l1", tied))

@@ -10,7 +10,7 @@ from reft_serve.adapters.directory import Adapter, is_adapter, publish, read_ada
 from reft_serve.adapters.importers.adapterhub import is_adapterhub, read_adapterhub
 from reft_serve.adapters.importers.common import Imported, ImportFlags
 from reft_serve.adapters.importers.pyreft import is_pyreft, read_pyreft
-from reft_serve.adapters.manifest import BaseFacts, Limits
+from reft_serve.adapters.manifest import BaseFacts, EngineLimits
 from reft_serve.errors import AdapterInvalid, AdapterNotFound, AdapterUnsupported, ClientError
 
 __all__ = ["import_adapter", "read_any"]
@@ -84,7 +84,7 @@ def _read_ours(source: Path, base: BaseFacts, flags: ImportFlags, max_bytes: int
             f"{source} is a reft-serve adapter, which records everything: use only --base and --out"
         )
     adapter = read_adapter(source, max_bytes)
-    faults = Limits().faults(adapter.manifest, base)
+    faults = EngineLimits().faults(adapter.manifest, base)
     if faults:
         raise AdapterInvalid(str(source), faults)
     return Imported(adapter.manifest, adapter.weights, adapter.warnings, adapter.lora, adapter.head)

@@ -275,12 +275,12 @@ def wrap_input_processor_init(original: Any) -> Callable[..., None]:
         generates = vllm_config.model_config.runner_type != "pooling"
         if generates and config.backend == BACKEND and self.tokenizer is not None:
             options = schema_options(white_space=not config.disable_any_whitespace)
-            _checks[self] = GrammarChecks(_told(self.tokenizer, vllm_config), options)
+            _checks[self] = GrammarChecks(_tokenizer_facts(self.tokenizer, vllm_config), options)
 
     return init
 
 
-def _told(tokenizer: Any, config: VllmConfig) -> dict[str, Any]:
+def _tokenizer_facts(tokenizer: Any, config: VllmConfig) -> dict[str, Any]:
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         return {"tokenizer": "byte", "n_vocab": None, "eos": None}
     backend = copy(tokenizer.backend_tokenizer)

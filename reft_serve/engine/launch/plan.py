@@ -27,7 +27,7 @@ from reft_serve.adapters.importers.common import ImportFlags
 from reft_serve.adapters.importers.detection import import_adapter
 from reft_serve.adapters.importers.pyreft import is_pyreft
 from reft_serve.adapters.lora import holds_lora
-from reft_serve.adapters.manifest import BaseFacts, Limits
+from reft_serve.adapters.manifest import BaseFacts, EngineLimits
 from reft_serve.config import EngineSettings, ServeSettings, child_environment, read_settings
 from reft_serve.engine.launch.flags import check_no_secret, flag_values
 from reft_serve.errors import (
@@ -42,7 +42,7 @@ from reft_serve.errors import (
 )
 from reft_serve.storage.files import read_regular_file
 
-__all__ = ["Plan", "ServeRequest", "become", "plan"]
+__all__ = ["LaunchPlan", "ServeRequest", "become", "plan"]
 
 _PLUGIN = "reft_serve"
 _SERVER = "vllm.entrypoints.openai.api_server"
@@ -73,7 +73,7 @@ class ServeRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class LaunchPlan:
     """The planned process: command, additional environment, and the reasons in sentences."""
 
     command: tuple[str, ...]
@@ -94,7 +94,7 @@ class _Served:
     warnings: tuple[str, ...]
 
 
-def plan(request: ServeRequest) -> Plan:
+def plan(request: ServeRequest) -> LaunchPlan:
     """Decide what to run. Writes nothing but converted adapters, under `REFT_HOME`.
 
     Raises:
@@ -147,10 +147,10 @@ def plan(request: ServeRequest) -> Plan:
         reasons.append(
             f"ONEDNN_PRIMITIVE_CACHE_CAPACITY={_CPU_KERNELS}: keeps memory constant on a CPU"
         )
-    return Plan((*command, *passed), environment, (*_told(served), *reasons))
+    return LaunchPlan((*command, *passed), environment, (*_adapter_reasons(served), *reasons))
 
 
-def become(plan: Plan) -> NoReturn:
+def become(plan: LaunchPlan) -> NoReturn:
     """Replace this process by the server."""
     environment = child_environment(plan.environment)
     os.execve(plan.command[0], plan.command, environment)  # noqa: S606 - no shell is wanted
@@ -293,7 +293,7 @@ def _limits(
         count = max(counts)
         environment["REFT_MAX_INTERVENTIONS"] = str(count)
         reasons.append(f"REFT_MAX_INTERVENTIONS={count}: the largest number in one of the adapters")
-    limits = Limits(max_rank=rank, max_interventions=count)
+    limits = EngineLimits(max_rank=rank, max_interventions=count)
     for s in served:
         faults = limits.faults(s.adapter.manifest, base or s.adapter.manifest.base_model)
         if faults:
@@ -345,7 +345,7 @@ def _module(served: _Served) -> str:
     return json.dumps({"name": name, "path": path}) if "," in name + path else f"{name}={path}"
 
 
-def _told(served: Iterable[_Served]) -> list[str]:
+def _adapter_reasons(served: Iterable[_Served]) -> list[str]:
     lines = []
     for s in served:
         rule = s.adapter.manifest.positions

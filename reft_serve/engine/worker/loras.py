@@ -16,12 +16,12 @@ from reft_serve.adapters.structure import unknown_modules
 from reft_serve.engine.adapter_ref import adapter_ref, lora_id_of
 from reft_serve.errors import AdapterUnsupported
 
-__all__ = ["LoraManager", "lora_half"]
+__all__ = ["LoraManager", "lora_request_of"]
 
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
-def lora_half(request: LoRARequest) -> LoRARequest | None:
+def lora_request_of(request: LoRARequest) -> LoRARequest | None:
     """The request by which the LoRA of an adapter goes to vLLM's manager: itself for a LoRA, None
     for ReFT alone.
     """

@@ -29,7 +29,7 @@ from reft_serve.engine.vllm_config import base_facts, limits_of, settings_of, sh
 from reft_serve.engine.worker.edits import Edits, attach_edits
 from reft_serve.engine.worker.heads import Heads, with_heads
 from reft_serve.engine.worker.hook_points import decoder_layers, install_hooks, places_of
-from reft_serve.engine.worker.loras import LoraManager, lora_half
+from reft_serve.engine.worker.loras import LoraManager, lora_request_of
 from reft_serve.engine.worker.registry import Folded, Registry
 from reft_serve.engine.worker.rows import Rows, StepRequest, rows_of
 from reft_serve.engine.worker.token_types import with_token_types
@@ -168,7 +168,7 @@ class AdapterManager:
         adapters = batch.requests() if active else {}
         loras = set()
         for number in active:
-            lora = lora_half(adapters[number])
+            lora = lora_request_of(adapters[number])
             assert lora is not None
             ids[ids == number] = lora.lora_int_id
             loras.add(lora)
@@ -213,7 +213,7 @@ class AdapterManager:
                 self._lora.release(digest)
 
     def _lora_of(self, request: LoRARequest) -> LoRARequest | None:
-        lora = lora_half(request)
+        lora = lora_request_of(request)
         if lora is not None and self._lora is None:
             held = "it also holds a LoRA" if adapter_ref(request) else "it is not a ReFT adapter"
             raise AdapterUnsupported(

@@ -21,7 +21,13 @@ import torch
 
 from reft_serve.adapters.directory import read_version
 from reft_serve.adapters.head import HeadSpec
-from reft_serve.adapters.manifest import MAX_PASSES, BaseFacts, InterventionSpec, Limits, place_of
+from reft_serve.adapters.manifest import (
+    MAX_PASSES,
+    BaseFacts,
+    EngineLimits,
+    InterventionSpec,
+    place_of,
+)
 from reft_serve.engine.adapter_ref import AdapterRef
 from reft_serve.engine.vllm_config import owner_of
 from reft_serve.engine.worker.edits import Edits
@@ -49,7 +55,7 @@ class Folded:
 
 
 def read_folded(
-    identity: AdapterRef, path: str, base: BaseFacts, limits: Limits, max_bytes: int
+    identity: AdapterRef, path: str, base: BaseFacts, limits: EngineLimits, max_bytes: int
 ) -> Folded:
     """Read a version, in any process of the engine.
 
@@ -94,7 +100,7 @@ class Registry:
         places: Mapping[HookPoint, int],
         layers: Collection[int],
         base: BaseFacts,
-        limits: Limits,
+        limits: EngineLimits,
         max_bytes: int,
     ) -> None:
         self._edits = edits

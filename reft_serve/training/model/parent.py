@@ -20,7 +20,7 @@ import torch
 
 from reft_serve.adapters.directory import Adapter, read_adapter
 from reft_serve.adapters.inheritance import Structure, structure_of
-from reft_serve.adapters.manifest import BaseFacts, Limits
+from reft_serve.adapters.manifest import BaseFacts, EngineLimits
 from reft_serve.errors import AdapterUnsupported, ClientError
 from reft_serve.interventions.kinds import Weights
 from reft_serve.interventions.modules import Intervention
@@ -99,7 +99,7 @@ class Parent:
             ClientError: names every change.
             AdapterUnsupported: it was trained on another base.
         """
-        faults = Limits().faults(self.adapter.manifest, base)
+        faults = EngineLimits().faults(self.adapter.manifest, base)
         if faults:
             raise AdapterUnsupported(self.name, faults)
         changes = self.structure.changes(asked)

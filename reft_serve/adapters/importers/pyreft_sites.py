@@ -12,7 +12,7 @@ from typing import Any
 from reft_serve.adapters.importers.common import (
     ImportFlags,
 )
-from reft_serve.adapters.importers.components import PlaceUnknown, resolve_component
+from reft_serve.adapters.importers.components import ComponentUnknown, resolve_component
 from reft_serve.adapters.manifest import BaseFacts
 from reft_serve.errors import (
     AdapterInvalid,
@@ -182,7 +182,7 @@ def _component_of_row(
     ]
     try:
         return resolve_component(str(entry["component"]), entry["layer"], base.architecture)
-    except PlaceUnknown as exc:
+    except ComponentUnknown as exc:
         faults.unsupported.append(f"intervention {k}: {exc}")
     return None
 

@@ -20,8 +20,8 @@ from typing import Any
 from reft_serve import __version__
 from reft_serve.adapters.store import AdapterStore
 from reft_serve.database.connection import Database
-from reft_serve.database.dump import DumpedTable, dump, restore, rows
 from reft_serve.database.files import key_of_blob
+from reft_serve.database.migrations.dump import DumpedTable, dump, restore, rows
 from reft_serve.errors import BlobMissing, Conflict, StoreUnusable
 from reft_serve.storage.blobs import BlobStore
 from reft_serve.storage.files import fsync_path

@@ -18,7 +18,7 @@ from tests.support.engine.golden_check import (
     golden_cases,
 )
 
-ARMS = {
+ARMS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     "llama, LoRA machinery on, chunks of 17": (
         "tiny-llama",
         {},

@@ -11,8 +11,8 @@ import pytest
 from reft_serve.adapters.manifest import BaseFacts
 from reft_serve.interventions.positions import PositionRule
 from reft_serve.recipes.hyperparameters import read_hyperparameters
+from reft_serve.training import machine
 from reft_serve.training.defaults import DataFacts, most_tokens, plan_from_job, resolve
-from reft_serve.training.jobs import machine
 from reft_serve.training.jobs.memory import context_of, estimate
 from tests.support.training.jobs import MODEL
 

@@ -1,1 +1,3 @@
-"""Alembic's migrations, shipped with the package: `schema.migrate` runs them."""
+"""The schema: Alembic's migrations, run by `schema.migrate`, and all tables written to files and
+back by `dump`.
+"""

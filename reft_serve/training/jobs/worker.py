@@ -25,7 +25,7 @@ from reft_serve.database.migrations.schema import check_schema, migrate
 from reft_serve.errors import BaseModelInvalid, ServiceError
 from reft_serve.observability import JOB_MEMORY, JOBS_ENDED, JOBS_RUNNING, WORKER_READY
 from reft_serve.storage.blobs import BlobStore
-from reft_serve.training.jobs import machine
+from reft_serve.training import machine
 from reft_serve.training.jobs.attempt import Allocation, Attempt
 from reft_serve.training.jobs.context import TRANSIENT, WorkerContext
 from reft_serve.training.jobs.process import JobProcesses

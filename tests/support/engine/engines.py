@@ -21,7 +21,7 @@ def running_engine(
     model: str,
     settings: dict[str, str] | None = None,
     *,
-    core_process: bool = False,
+    core_process: Any = False,
     **options: Any,
 ) -> Iterator[Any]:
     """A vLLM engine of a golden model with adapters on.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from typer.testing import CliRunner
@@ -132,7 +133,7 @@ def test_a_request_is_one_short_line(tmp_path: Path) -> None:
 
 def test_a_get_that_repeats_is_shown_once_a_minute(tmp_path: Path) -> None:
     terminal, logs, shown, clock = _terminal(tmp_path)
-    job = {"method": "GET", "path": "/v1/fine_tuning/jobs/a"}
+    job: dict[str, Any] = {"method": "GET", "path": "/v1/fine_tuning/jobs/a"}
     for seconds, requests in (
         (0, [job, job, job | {"path": "/v1/models"}, job | {"status": 404}]),
         (59, [job, job | {"method": "POST"}, job | {"status": 404}]),

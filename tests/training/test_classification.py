@@ -57,6 +57,7 @@ def trained(bert: Path, data: Path, task: str, out: Path, **ask: Any) -> tuple[A
         rule_given=False,
     )
     outcome = train(bert, ready.plan, ready.items[0], out, held_out=ready.items[1], plot=False)
+    assert outcome.adapter is not None
     return outcome, read_adapter(Path(outcome.adapter))
 
 

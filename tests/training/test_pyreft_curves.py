@@ -57,6 +57,7 @@ def test_fifty_steps_are_those_of_pyreft(
         max_steps=50, batch=4, learning_rate=5e-3, warmup=0.1, seed=0, shuffle=False, save_every=50,
     )  # fmt: skip
     model = build(BASE, plan)
+    assert isinstance(model, EditedModel)
     _begin_as_pyreft(model, case)
     assert model.can_pack(48)
     if not packed:

@@ -248,10 +248,10 @@ def _request(record: dict[str, Any]) -> list[str | tuple[str, str]]:
 
 def _record(line: str) -> dict[str, Any] | None:
     try:
-        found = json.loads(line)
+        record = json.loads(line)
     except ValueError:
         return None
-    return found if isinstance(found, dict) and "message" in found else None
+    return record if isinstance(record, dict) and "message" in record else None
 
 
 def _clock_time(written: object) -> str:

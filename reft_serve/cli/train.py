@@ -203,7 +203,7 @@ def train(
 
     chosen = None if recipe is None else load_recipe(recipe)
     version = None if parent is None else _version(parent)
-    adapter = _given(
+    adapter = _set_options(
         kind=kind,
         rank=rank,
         layers=layers,
@@ -212,8 +212,8 @@ def train(
         activation=activation,
         dropout=dropout,
     )
-    half = None if lora_rank is None else (lora_rank, lora_alpha, lora_targets)
-    run = _given(
+    lora_options = None if lora_rank is None else (lora_rank, lora_alpha, lora_targets)
+    run = _set_options(
         method=method,
         dpo_beta=dpo_beta,
         epochs=epochs,
@@ -231,10 +231,10 @@ def train(
     )
     reports = tuple(report_to.split(",")) if report_to else ()
     if version is not None:
-        adapter = _inherited(version, base, adapter, half)
-        half = None
+        adapter = _inherited(version, base, adapter, lora_options)
+        lora_options = None
     plan = replace(
-        _plan(base, chosen, adapter, run, half),
+        _plan(base, chosen, adapter, run, lora_options),
         gradient_checkpointing=gradient_checkpointing,
         compile=compiled,
         report_to=reports,
@@ -278,7 +278,7 @@ def _inherited(
     version: Parent,
     base: Path,
     adapter: dict[str, Any],
-    half: tuple[int, float | None, str | None] | None,
+    lora_options: tuple[int, float | None, str | None] | None,
 ) -> dict[str, Any]:
     """What the command line says of the adapter apart from its structure, which is the parent's.
 
@@ -294,16 +294,16 @@ def _inherited(
         asked["layers"] = list(range(facts.num_hidden_layers) if layers is None else layers)
     if "untied" in asked:
         asked["tied"] = not asked.pop("untied")
-    if half is not None:
-        rank, alpha, targets = half
-        asked |= _given(
+    if lora_options is not None:
+        rank, alpha, targets = lora_options
+        asked |= _set_options(
             lora_rank=rank, lora_alpha=alpha, lora_targets=targets.split(",") if targets else None
         )
     version.check(asked, facts)
-    return _given(dropout=adapter.get("dropout"))
+    return _set_options(dropout=adapter.get("dropout"))
 
 
-def _given(**options: Any) -> dict[str, Any]:
+def _set_options(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
@@ -312,7 +312,7 @@ def _plan(
     recipe: Recipe | None,
     adapter: dict[str, Any],
     run: dict[str, Any],
-    half: tuple[int, float | None, str | None] | None,
+    lora_options: tuple[int, float | None, str | None] | None,
 ) -> Plan:
     """The recipe's plan, overridden by the options on the command line."""
     from reft_serve.adapters.base_model import read_base_model
@@ -328,8 +328,8 @@ def _plan(
         rule = replace(rule, tied=not adapter.pop("untied"))
     shape: AdapterPlan = replace(start.adapter, rule=rule, **adapter)
     lora = None
-    if half is not None:
-        rank, alpha, targets = half
+    if lora_options is not None:
+        rank, alpha, targets = lora_options
         lora = LoraPlan(
             rank, alpha or 2.0 * rank, targets=tuple(targets.split(",")) if targets else None
         )
@@ -371,12 +371,12 @@ def _run(
         for path in (data, validation)
         if path
     ]
-    for note in (note for found in read for note in found.notes()):
+    for note in (note for each in read for note in each.notes()):
         console.print(f"note: {note}", markup=False, highlight=False)
     if not method_given and read[0].preferences:
         plan = replace(plan, method="dpo")
-    items, held_out, *_ = [(found.preferences or found.examples) for found in read] + [()]
-    fingerprints = [found.fingerprint for found in read]
+    items, held_out, *_ = [(each.preferences or each.examples) for each in read] + [()]
+    fingerprints = [each.fingerprint for each in read]
     if parent is not None:
         fresh = fresh_because(parent, plan, items, fingerprints)
         how = (
@@ -474,10 +474,12 @@ def _measured(out: Path, step: int | None) -> dict[str, float]:
     from reft_serve.training.loop.report import METRICS, read_metrics
 
     rows = read_metrics(out / METRICS)
-    found = next((row for row in reversed(rows) if row["step"] == step and "eval_loss" in row), {})
+    row_of_step = next(
+        (row for row in reversed(rows) if row["step"] == step and "eval_loss" in row), {}
+    )
     return {
         name.removeprefix("eval_"): value
-        for name, value in found.items()
+        for name, value in row_of_step.items()
         if name.startswith("eval_") and name != "eval_loss"
     }
 

@@ -325,7 +325,7 @@ def _rows(stream: BinaryIO, limits: FileLimits, faults: Faults) -> Iterator[tupl
     """The valid rows. Faults of the others go to `faults`, also if there are too few rows."""
     values = _objects(stream, limits, faults)
     first = list(islice(values, _DECIDING))
-    formats = [found for _, value in first if (found := _format(value))]
+    formats = [format_ for _, value in first if (format_ := _format(value))]
     chosen = Counter(formats).most_common(1)[0][0] if formats else None
     seen = 0
     for line, value in chain(first, values):
@@ -333,18 +333,20 @@ def _rows(stream: BinaryIO, limits: FileLimits, faults: Faults) -> Iterator[tupl
         if seen > limits.max_rows:
             faults.add(f"the file has more than {limits.max_rows:,} rows, which is the limit")
             return
-        found = _format(value)
-        if found is None:
+        format_ = _format(value)
+        if format_ is None:
             faults.add(f"has an unknown format: {_keys(value)}", line)
-        elif found != chosen:
-            faults.add(f"is a {found} row in a file of {chosen} rows", line)
+        elif format_ != chosen:
+            faults.add(f"is a {format_} row in a file of {chosen} rows", line)
         else:
             try:
                 # null means not given
-                given = {key: held for key, held in value.items() if held is not None}
+                present = {key: held for key, held in value.items() if held is not None}
                 yield (
                     line,
-                    _MODELS[found].model_validate(given, context={"unanswered": limits.unanswered}),
+                    _MODELS[format_].model_validate(
+                        present, context={"unanswered": limits.unanswered}
+                    ),
                 )
             except ValidationError as exc:
                 faults.add_errors(exc, line)
@@ -364,8 +366,8 @@ def _objects(
 
 
 def _format(value: dict[str, Any]) -> Format | None:
-    given = {key for key in _ALL_KEYS & value.keys() if value[key] is not None}
-    return next((format_ for format_, keys in _KEYS if not keys.isdisjoint(given)), None)
+    present = {key for key in _ALL_KEYS & value.keys() if value[key] is not None}
+    return next((format_ for format_, keys in _KEYS if not keys.isdisjoint(present)), None)
 
 
 def _keys(value: dict[str, Any]) -> str:

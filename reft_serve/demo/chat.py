@@ -72,14 +72,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--no-input", action="store_true", help="do not ask for questions at the end"
     )
-    given = parser.parse_args(argv)
-    if not given.model.is_dir():
-        parser.error(f"there is no directory {given.model}")
+    arguments = parser.parse_args(argv)
+    if not arguments.model.is_dir():
+        parser.error(f"there is no directory {arguments.model}")
     console = Console()
     try:
         sys.exit(
             asyncio.run(
-                _demonstrate(console, given.model, ask=not given.no_input and sys.stdin.isatty())
+                _demonstrate(
+                    console, arguments.model, ask=not arguments.no_input and sys.stdin.isatty()
+                )
             )
         )
     except ServiceError as exc:
@@ -167,11 +169,11 @@ async def _side_by_side(
     texts = {BASE: "", tuned: ""}
 
     def table() -> Table:
-        made = Table(title=Text(question, style="bold"), title_justify="left", expand=True)
-        made.add_column(BASE, ratio=1)
-        made.add_column(f"{BASE} + {ADAPTER}", ratio=1)
-        made.add_row(Text(texts[BASE].strip()), Text(texts[tuned].strip()))
-        return made
+        answers_table = Table(title=Text(question, style="bold"), title_justify="left", expand=True)
+        answers_table.add_column(BASE, ratio=1)
+        answers_table.add_column(f"{BASE} + {ADAPTER}", ratio=1)
+        answers_table.add_row(Text(texts[BASE].strip()), Text(texts[tuned].strip()))
+        return answers_table
 
     async def answer(model: str) -> None:
         chunks = await client.chat.completions.create(

@@ -95,8 +95,8 @@ async def _ready(process: asyncio.subprocess.Process, console: Console) -> str:
                     f"`up` was not ready after {_READY_SECONDS} s:\n" + "\n".join(last)
                 ) from exc
             text = line.decode(errors="replace").rstrip("\n")
-            if found := _KEY.search(text):
-                key = found[0]
+            if match := _KEY.search(text):
+                key = match[0]
                 continue
             last.append(text)
             if not line or text.startswith("The whole log:"):

@@ -122,10 +122,10 @@ class Plan:
 
     def facts(self) -> dict[str, str | int | float | bool | None]:
         """The plan as flat scalars, for a manifest's provenance and a run's summary."""
-        told = asdict(self)
+        facts = asdict(self)
         if self.head is None:
-            del told["head"]  # as plans were told before there were heads
-        return dict(_flat(told))
+            del facts["head"]  # as plans were recorded before there were heads
+        return dict(_flat(facts))
 
     def _faults(self) -> Iterator[str]:
         if self.adapter.kind not in KINDS:

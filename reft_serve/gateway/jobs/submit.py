@@ -179,12 +179,12 @@ def _continued(parent: _Parent, chosen: dict[str, Any], where: str) -> dict[str,
 
 async def _file(session: AsyncSession, caller: Principal, file_id: str, param: str) -> File:
     try:
-        found = await files.find_file(session, caller.tenant_id, file_id, keep=True)
+        file = await files.find_file(session, caller.tenant_id, file_id, keep=True)
     except NotFound as exc:
         raise NotFound(str(exc), param) from exc
-    if found.purpose != "fine-tune":
-        raise RequestInvalid(f"file {found.id} is the result of a job, not training data", param)
-    return found
+    if file.purpose != "fine-tune":
+        raise RequestInvalid(f"file {file.id} is the result of a job, not training data", param)
+    return file
 
 
 def _method(wanted: JobIn, training: File) -> tuple[MethodName, dict[str, Any]]:
@@ -225,9 +225,9 @@ def _check_engines(
     method = wanted.method
     where = "hyperparameters" if method is None else f"method.{method.type}.hyperparameters"
     for card in (engine.card for engine in services.fleet.engines if engine.card is not None):
-        found = why_infeasible(read_hyperparameters(chosen), training.rows or 0, card)
-        if found is not None:
-            raise RequestInvalid(found.sentence, f"{where}.{found.name}")
+        infeasible = why_infeasible(read_hyperparameters(chosen), training.rows or 0, card)
+        if infeasible is not None:
+            raise RequestInvalid(infeasible.sentence, f"{where}.{infeasible.name}")
 
 
 def _check_size(

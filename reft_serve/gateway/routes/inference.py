@@ -53,12 +53,12 @@ class _Direct(BoundedRoute):
             _check_media_type(request.headers.get("content-type", ""))
             content = await request.body()
             if services.intake.is_large(content):
-                given = await _parse_large(services, request, caller, kind, content)
+                body = await _parse_large(services, request, caller, kind, content)
             else:
-                given = _parsed(kind, kind.model_validate_json, content)
+                body = _parsed(kind, kind.model_validate_json, content)
             del content
             request._body = b""  # free the memory: the body is parsed, and the request may last
-            answer: Response = await self.endpoint(given, request, caller, services)
+            answer: Response = await self.endpoint(body, request, caller, services)
             return answer
 
         return handle

@@ -133,13 +133,14 @@ def goals_of(
         width = len(first) if isinstance(first, tuple) else 1
         default = ("score",) if width == 1 else tuple(f"score {k}" for k in range(width))
         return _checked(rows, Goals("regression", tuple(names) or default), width)
-    found = {
+    labels_seen = {
         _name(each)
         for label in labels
         for each in (label if isinstance(label, tuple) else (label,))
     }
     ordered = sorted(
-        found, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name)
+        labels_seen,
+        key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name),
     )
     problem: ProblemType = (
         "multi_label_classification" if isinstance(first, tuple) else "single_label_classification"

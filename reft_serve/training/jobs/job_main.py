@@ -209,19 +209,19 @@ def _data(
     """The training and the held-out items, and their fingerprints; both files are read whole before
     anything heavy starts.
     """
-    found: list[TrainingData] = []
+    files: list[TrainingData] = []
     for param, path in (("training_file", spec.training), ("validation_file", spec.validation)):
         if path is not None:
             try:
-                found.append(
+                files.append(
                     encode(read_rows(Path(path)), tokenizer, max_tokens=longest, now=spec.started)
                 )
             except DataInvalid as exc:
                 raise _Unusable(param, exc) from exc
-    for note in (note for each in found for note in each.notes()):
+    for note in (note for each in files for note in each.notes()):
         talk.tell(Noted(message=_public(note, spec)))
-    training, held_out, *_ = [(each.preferences or each.examples) for each in found] + [()]
-    return training, held_out, [each.fingerprint for each in found]
+    training, held_out, *_ = [(each.preferences or each.examples) for each in files] + [()]
+    return training, held_out, [each.fingerprint for each in files]
 
 
 def _labelled(
@@ -273,11 +273,11 @@ def _parent(spec: JobSpec) -> Parent | None:
     if spec.parent is None:
         return None
     try:
-        found = read_parent(Path(spec.parent), spec.parent_name)
-        found.edits(0.0)
+        parent = read_parent(Path(spec.parent), spec.parent_name)
+        parent.edits(0.0)
     except AdapterInvalid as exc:  # which means divergence, if training raises it
         raise ClientError(str(exc)) from exc
-    return found
+    return parent
 
 
 def _lineage(spec: JobSpec) -> dict[str, str | int]:
@@ -344,7 +344,7 @@ def _reports(spec: JobSpec, talk: _WorkerSocket) -> tuple[str, ...]:
 
 def _broken(exc: Exception, spec: JobSpec) -> Broken:
     """Whose fault it is, in words without a path of this machine."""
-    told = "".join(traceback.format_exception(exc))[-20_000:]
+    trace = "".join(traceback.format_exception(exc))[-20_000:]
     message = _public(str(exc), spec)
     param = None
     code = getattr(exc, "code", "job_failed")
@@ -366,7 +366,7 @@ def _broken(exc: Exception, spec: JobSpec) -> Broken:
         )
     else:
         cause = "user" if isinstance(exc, ClientError) else "unknown"
-    return Broken(cause=cause, code=code, message=message[:2000], param=param, traceback=told)
+    return Broken(cause=cause, code=code, message=message[:2000], param=param, traceback=trace)
 
 
 def _full(folder: Path) -> bool:

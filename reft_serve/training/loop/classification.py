@@ -91,12 +91,12 @@ class Labels:
         """
         loss, texts, *rest = total.tolist()
         texts = max(texts, 1)
-        found = {"loss": loss / texts}
+        metrics = {"loss": loss / texts}
         if self._problem == "single_label_classification":
             table = torch.tensor(rest, dtype=torch.float64).view(self._outputs, self._outputs)
             right = table.diagonal()
             f1 = 2 * right / (table.sum(0) + table.sum(1)).clamp(min=1)
-            return found | {
+            return metrics | {
                 "accuracy": right.sum().item() / texts,
                 "f1": f1[1].item() if self._outputs == 2 else f1.mean().item(),
                 "matthews": matthews(table),
@@ -109,11 +109,11 @@ class Labels:
                 (texts * xy - x * y) / spread.clamp(min=1e-300),
                 torch.zeros_like(spread),
             )
-            return found | {"pearson": r.mean().item(), "mean_squared_error": found["loss"]}
+            return metrics | {"pearson": r.mean().item(), "mean_squared_error": metrics["loss"]}
         hits, false, missed = (
             torch.tensor(rest[:-1], dtype=torch.float64).view(3, self._outputs).sum(1).tolist()
         )
-        return found | {
+        return metrics | {
             "exact_match": rest[-1] / texts,
             "f1": 2 * hits / max(2 * hits + false + missed, 1),
         }
@@ -179,9 +179,9 @@ def _laid_out(
 ) -> LabelledBatch:
     plain = collate([Example(ids, (IGNORED,) * len(ids), len(ids)) for ids, _ in texts])
     types = None
-    if any(given for _, given in texts):
+    if any(type_ids for _, type_ids in texts):
         types = pad_sequence(
-            [torch.tensor(given or (0,) * len(ids)) for ids, given in texts], batch_first=True
+            [torch.tensor(type_ids or (0,) * len(ids)) for ids, type_ids in texts], batch_first=True
         )
     # With a reference, the Trainer counts no tokens as right or wrong.
     own = {each.name: getattr(plain, each.name) for each in fields(plain)} | {

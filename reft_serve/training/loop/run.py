@@ -165,13 +165,13 @@ def _trainer(
         objective.consult(
             model, cast(Sequence[Preference], [*items, *held_out]), lay_out, plan.batch
         )
-    made = (
+    provenance = (
         plan.facts() | {"examples": len(items), "held_out_examples": len(held_out)} | dict(lineage)
     )
     settings = arguments(plan, out / "checkpoints", evaluates=bool(held_out))
 
     def publish(path: Path) -> None:
-        publish_version(path, model, plan, facts, made | {"step": trainer.state.global_step})
+        publish_version(path, model, plan, facts, provenance | {"step": trainer.state.global_step})
 
     followers = (report.Record(out), *watchers)
     trainer: ReftTrainer[Any] = ReftTrainer(
@@ -226,8 +226,8 @@ def _digest(items: Items) -> str:
 
 def _recorded(plan: Plan) -> dict[str, Any]:
     # who is told changes nothing
-    found: dict[str, Any] = json.loads(json.dumps(asdict(replace(plan, report_to=()))))
-    return found
+    record: dict[str, Any] = json.loads(json.dumps(asdict(replace(plan, report_to=()))))
+    return record
 
 
 def _filled(recorded: Any, defaults: Any) -> Any:
@@ -255,16 +255,16 @@ def started_at(out: Path) -> datetime | None:
     )
 
 
-def _differing(asked: dict[str, Any], found: dict[str, Any]) -> list[str]:
+def _differing(asked: dict[str, Any], recorded: dict[str, Any]) -> list[str]:
     """Names of the facts that differ from the recorded run. Tokens may differ if rows and template
     are the same.
     """
-    wrong = [name for name in ("base", "plan", "parent") if asked.get(name) != found.get(name)]
-    before = found.get("fingerprints") or ()
+    wrong = [name for name in ("base", "plan", "parent") if asked.get(name) != recorded.get(name)]
+    before = recorded.get("fingerprints") or ()
     now = asked["fingerprints"]
     for i, name in enumerate(("data", "held_out")):
         same_source = i < len(now) and i < len(before) and now[i] == before[i]
-        if asked[name] != found.get(name) and not same_source:
+        if asked[name] != recorded.get(name) and not same_source:
             wrong.append(name)
     return wrong
 
@@ -273,9 +273,9 @@ def _claim(out: Path, asked: dict[str, Any], resume: bool, started: datetime) ->
     """Make `out` this run's folder, or find it to be."""
     record = out / _RUN
     if record.exists() and resume:
-        found = json.loads(record.read_text())
-        found["plan"] = _filled(found.get("plan"), _recorded(Plan(lora=LoraPlan())))
-        wrong = _differing(asked, found)
+        recorded = json.loads(record.read_text())
+        recorded["plan"] = _filled(recorded.get("plan"), _recorded(Plan(lora=LoraPlan())))
+        wrong = _differing(asked, recorded)
         if wrong:
             raise ClientError(
                 f"{out} holds another run: its {' and '.join(wrong)} differ, so it cannot be "

@@ -113,17 +113,17 @@ def prepare(
         raise ClientError(
             "; ".join(each["msg"].removeprefix("Value error, ") for each in exc.errors())
         ) from exc
-    made = replace(plan, head=head, method="reward" if ask.task == "reward" else "labels")
+    ready = replace(plan, head=head, method="reward" if ask.task == "reward" else "labels")
     if not rule_given and head.reads != "last":
-        made = replace(made, adapter=replace(made.adapter, rule=_ENCODER_RULE))
+        ready = replace(ready, adapter=replace(ready.adapter, rule=_ENCODER_RULE))
     if ask.task == "reward":
-        return _preferences(made, files, tokenizer, max_tokens, now)
-    found = [encode_labelled(rows, tokenizer, goals, max_tokens=max_tokens) for rows in files]
+        return _preferences(ready, files, tokenizer, max_tokens, now)
+    data = [encode_labelled(rows, tokenizer, goals, max_tokens=max_tokens) for rows in files]
     return Prepared(
-        made,
-        tuple(each.examples for each in found),
-        tuple(note for each in found for note in each.notes()),
-        tuple(each.fingerprint for each in found),
+        ready,
+        tuple(each.examples for each in data),
+        tuple(note for each in data for note in each.notes()),
+        tuple(each.fingerprint for each in data),
     )
 
 
@@ -134,15 +134,15 @@ def _preferences(
     max_tokens: int,
     now: datetime | None,
 ) -> Prepared:
-    found = [encode(rows, tokenizer, max_tokens=max_tokens, now=now) for rows in files]
-    for each in found:
+    data = [encode(rows, tokenizer, max_tokens=max_tokens, now=now) for rows in files]
+    for each in data:
         if not each.preferences:
             raise DataInvalid(
                 each.where, ["a reward model needs preference rows, but the file has none"]
             )
     return Prepared(
         plan,
-        tuple(each.preferences for each in found),
-        tuple(note for each in found for note in each.notes()),
-        tuple(each.fingerprint for each in found),
+        tuple(each.preferences for each in data),
+        tuple(note for each in data for note in each.notes()),
+        tuple(each.fingerprint for each in data),
     )

@@ -117,8 +117,8 @@ class ClassifierModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the base model is."""
-        found: torch.device = self.lm.device
-        return found
+        device: torch.device = self.lm.device
+        return device
 
     def train(self, mode: bool = True) -> ClassifierModel:
         """Interventions and head train; the base never leaves evaluation mode."""

@@ -101,8 +101,8 @@ class EditedModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the base model is."""
-        found: torch.device = self.lm.device
-        return found
+        device: torch.device = self.lm.device
+        return device
 
     @property
     def state_bytes(self) -> int:

@@ -70,6 +70,11 @@ FIGURES: list[tuple[str, str, Callable[[Result], str]]] = [
         f"cache and {row('reft unshared', 'faster_than_lora')(r):.0f} by LoRA's cost",
     ),
     (
+        "docs/classification.md", "classify",
+        lambda r: f"one adapter ran at {r['ratios']['one adapter']:.2f} of the base's speed, and 16 adapters mixed in each batch "
+        f"at {r['ratios']['16 adapters']:.2f}",
+    ),
+    (
         "docs/concepts.md", "prefix-property",
         lambda r: f"{r['requests']:,} random requests of {r['adapters']:,} adapters, of whose prompt tokens "
         f"{100 * r['cached_tokens'] / r['prompt_tokens']:.0f} %",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -25,6 +26,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return folders.index(folder if folder in _LONG else "")
 
     items.sort(key=place)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen_modules() -> None:
+    """Garbage collections pass over what earlier modules imported: of vLLM they take a second, which
+    an event loop stands still.
+    """
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

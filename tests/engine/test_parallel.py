@@ -52,6 +52,74 @@ def two_ranks(settings: dict[str, str], **options: Any) -> Iterator[Any]:
             yield engine
 
 
+# First, before there is an engine of the module beside it.
+@pytest.mark.slow
+def test_two_engines_serve_an_adapter_that_is_loaded_while_they_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_memory_node(monkeypatch)
+    adapter = write_loreft(tmp_path / "late", EDITS["everywhere"], PositionRule("f2+l2"), 0)
+    server = Server(tmp_path, "--data-parallel-size", "2", ready_seconds=500)
+    try:
+        client = openai.OpenAI(
+            base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60
+        )
+
+        def first(model: str, rank: int) -> float:
+            """The first answer's logprob, from one of the engines."""
+            header = {"X-data-parallel-rank": str(rank)}
+            answer = client.completions.create(
+                model=model,
+                prompt=PROMPT,
+                max_tokens=1,
+                temperature=0,
+                logprobs=1,
+                extra_headers=header,
+            )
+            assert answer.choices[0].logprobs is not None
+            assert answer.choices[0].logprobs.token_logprobs is not None
+            return answer.choices[0].logprobs.token_logprobs[0]
+
+        both = (0, 1)
+        expected = pytest.approx(by_hooks(None).max().item(), abs=TOLERANCE)
+        assert [first("base", rank) for rank in both] == [expected, expected]
+        assert server.load("late", tmp_path / "late")[0] == 200
+        expected = pytest.approx(by_hooks(adapter).max().item(), abs=TOLERANCE)
+        assert [first("late", rank) for rank in both] == [expected, expected]
+        with pytest.raises(openai.BadRequestError, match="data_parallel_rank 2 is out of range"):
+            first("late", 2)  # so there are two, and the header chose between them
+    finally:
+        server.stop()
+
+
+def request(name: str, path: Path, number: int = 1) -> Any:
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(name, number, str(path))
+
+
+def first_logprobs(engine: Any, wanted: list[Any]) -> list[dict[int, float]]:
+    """The likeliest first answers to PROMPT with each adapter, in one batch."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0.0, max_tokens=1, logprobs=10)
+    prompts = [{"prompt_token_ids": PROMPT}] * len(wanted)
+    outputs = engine.generate(prompts, params, lora_request=wanted, use_tqdm=False)
+    return [
+        {token: entry.logprob for token, entry in o.outputs[0].logprobs[0].items()} for o in outputs
+    ]
+
+
+def ending(engine: Any, adapter: Any) -> str:
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+    (output,) = engine.generate(
+        [{"prompt_token_ids": PROMPT}], params, lora_request=[adapter], use_tqdm=False
+    )
+    return str(output.outputs[0].finish_reason)
+
+
 @pytest.fixture(scope="module", params=ARMS)
 def engine(request: Any) -> Iterator[Any]:
     settings, options = ARMS[request.param]
@@ -173,70 +241,3 @@ def test_micro_batches_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         EngineUnsupported, match="dual batch overlap: leave out --enable-dbo and --ubatch-size"
     ):
         check_modes(config)
-
-
-@pytest.mark.slow
-def test_two_engines_serve_an_adapter_that_is_loaded_while_they_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one_memory_node(monkeypatch)
-    adapter = write_loreft(tmp_path / "late", EDITS["everywhere"], PositionRule("f2+l2"), 0)
-    server = Server(tmp_path, "--data-parallel-size", "2", ready_seconds=500)
-    try:
-        client = openai.OpenAI(
-            base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60
-        )
-
-        def first(model: str, rank: int) -> float:
-            """The first answer's logprob, from one of the engines."""
-            header = {"X-data-parallel-rank": str(rank)}
-            answer = client.completions.create(
-                model=model,
-                prompt=PROMPT,
-                max_tokens=1,
-                temperature=0,
-                logprobs=1,
-                extra_headers=header,
-            )
-            assert answer.choices[0].logprobs is not None
-            assert answer.choices[0].logprobs.token_logprobs is not None
-            return answer.choices[0].logprobs.token_logprobs[0]
-
-        both = (0, 1)
-        expected = pytest.approx(by_hooks(None).max().item(), abs=TOLERANCE)
-        assert [first("base", rank) for rank in both] == [expected, expected]
-        assert server.load("late", tmp_path / "late")[0] == 200
-        expected = pytest.approx(by_hooks(adapter).max().item(), abs=TOLERANCE)
-        assert [first("late", rank) for rank in both] == [expected, expected]
-        with pytest.raises(openai.BadRequestError, match="data_parallel_rank 2 is out of range"):
-            first("late", 2)  # so there are two, and the header chose between them
-    finally:
-        server.stop()
-
-
-def request(name: str, path: Path, number: int = 1) -> Any:
-    from vllm.lora.request import LoRARequest
-
-    return LoRARequest(name, number, str(path))
-
-
-def first_logprobs(engine: Any, wanted: list[Any]) -> list[dict[int, float]]:
-    """The likeliest first answers to PROMPT with each adapter, in one batch."""
-    from vllm import SamplingParams
-
-    params = SamplingParams(temperature=0.0, max_tokens=1, logprobs=10)
-    prompts = [{"prompt_token_ids": PROMPT}] * len(wanted)
-    outputs = engine.generate(prompts, params, lora_request=wanted, use_tqdm=False)
-    return [
-        {token: entry.logprob for token, entry in o.outputs[0].logprobs[0].items()} for o in outputs
-    ]
-
-
-def ending(engine: Any, adapter: Any) -> str:
-    from vllm import SamplingParams
-
-    params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
-    (output,) = engine.generate(
-        [{"prompt_token_ids": PROMPT}], params, lora_request=[adapter], use_tqdm=False
-    )
-    return str(output.outputs[0].finish_reason)

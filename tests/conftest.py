@@ -33,6 +33,7 @@ def _frozen_modules() -> None:
     """Garbage collections pass over what earlier modules imported: of vLLM they take a second, which
     an event loop stands still.
     """
+    gc.collect()
     gc.freeze()
 
 

@@ -39,6 +39,7 @@ def test_the_examples_are_ten_and_no_question_is_among_them() -> None:
 
 
 @pytest.mark.real
+@pytest.mark.alone
 @pytest.mark.slow
 def test_the_chat_model_learns_emoji_and_answers_with_and_without_them() -> None:
     ended = subprocess.run(

@@ -21,6 +21,7 @@ def _label(words: list[str]) -> str:
     return "praise" if "good" in words or "fine" in words else "other"
 
 
+@pytest.mark.alone
 def test_a_classifier_is_trained_and_served(tmp_path: Path) -> None:
     up = Up(tmp_path, model=tiny_bert(tmp_path / "bert", heads=1))
     try:

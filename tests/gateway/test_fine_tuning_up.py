@@ -20,6 +20,7 @@ from tests.support.gateway.up_process import Up
 from tests.support.paths import ROOT
 
 
+@pytest.mark.alone
 def test_a_script_trains_and_asks_a_tuned_model_within_three_minutes(tmp_path: Path) -> None:
     up = Up(tmp_path, "--plain", VLLM_LOGGING_LEVEL="INFO")
     try:

@@ -114,6 +114,37 @@ def test_labels_are_ordered_named_and_checked(bert: Path, tmp_path: Path) -> Non
         encode_labelled(other, tokenizer, goals_of(rows, "classification"), max_tokens=64)
 
 
+def test_labels_of_many_digits_stay_apart(bert: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    numbers = (1000001, 1000002, 1e6, 0.1234567, 0.1234568)
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        "".join(json.dumps({"text": "the cat", "label": number}) + "\n" for number in numbers)
+    )
+    labels = goals_of(read_rows(path), "classification").labels
+    assert labels == ("1000000", "1000001", "1000002", "0.1234567", "0.1234568")
+
+    several = tmp_path / "several.jsonl"
+    several.write_text('{"text": "the cat", "label": ["b", "a"]}\n{"text": "a", "label": ["c"]}\n')
+    rows, tokenizer = read_rows(several), AutoTokenizer.from_pretrained(bert)
+    goals = goals_of(rows, "classification")
+    encoded = encode_labelled(rows, tokenizer, goals, max_tokens=64)
+    assert [each.goal for each in encoded.examples] == [(0.0, 1.0), (2.0,)]
+
+
+def test_a_number_too_large_for_a_regression_is_a_fault_of_its_line(
+    bert: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "the cat", "label": 1' + 350 * "0" + "}\n")
+    rows, tokenizer = read_rows(path), AutoTokenizer.from_pretrained(bert)
+    with pytest.raises(DataInvalid, match="line 1: has a number that is too large"):
+        encode_labelled(rows, tokenizer, goals_of(rows, "regression"), max_tokens=64)
+
+
 def test_a_file_may_hold_single_texts_and_pairs(bert: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -192,7 +223,7 @@ def test_a_diverged_head_is_refused(bert: Path, tmp_path: Path) -> None:
 
 def test_metrics_are_those_of_the_task() -> None:
     table = torch.tensor([[5.0, 1.0], [2.0, 4.0]], dtype=torch.float64)
-    assert matthews(table) == pytest.approx(
+    assert matthews(table.diagonal(), table.sum(1), table.sum(0)) == pytest.approx(
         0.5070925528371099
     )  # scikit-learn's matthews_corrcoef of the same table
     labels = Labels(HeadPlan("regression", ("score",)))

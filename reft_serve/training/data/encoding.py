@@ -28,7 +28,7 @@ from reft_serve.errors import DataInvalid
 from reft_serve.recipes.recipe import Task, load_recipe
 from reft_serve.training.data.examples import IGNORED, Example, Preference
 
-__all__ = ["TrainingData", "encode"]
+__all__ = ["TrainingData", "encode", "notes_of"]
 
 _BATCH = 1024
 _LISTED = 20
@@ -53,15 +53,25 @@ class TrainingData:
 
     def notes(self) -> list[str]:
         """Notes about skipped examples; empty if there are none."""
-        if not self.too_long:
-            return []
-        count = len(self.too_long)
-        lines = ", ".join(map(str, self.too_long[:_LISTED])) + (", ..." if count > _LISTED else "")
-        total = count + len(self.examples) + len(self.preferences)
-        return [
-            f"{self.where}: {count:,} of {total:,} examples are longer than {self.max_tokens:,} "
-            f"tokens and are left out (lines {lines})"
-        ]
+        kept = len(self.examples) + len(self.preferences)
+        return notes_of(self.where, kept, self.too_long, self.max_tokens)
+
+
+def notes_of(where: str, kept: int, too_long: Sequence[int], max_tokens: int) -> list[str]:
+    """Notes about the examples of a file that are too long; empty if there are none.
+
+    Args:
+        kept: how many examples are not.
+        too_long: the lines of those that are.
+    """
+    if not too_long:
+        return []
+    count = len(too_long)
+    lines = ", ".join(map(str, too_long[:_LISTED])) + (", ..." if count > _LISTED else "")
+    return [
+        f"{where}: {count:,} of {count + kept:,} examples are longer than {max_tokens:,} "
+        f"tokens and are left out (lines {lines})"
+    ]
 
 
 @dataclass(frozen=True, slots=True)

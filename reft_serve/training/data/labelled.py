@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -13,6 +13,7 @@ from reft_serve.datafiles.faults import Faults
 from reft_serve.datafiles.formats import Glue, Labelled, Rows
 from reft_serve.errors import DataInvalid
 from reft_serve.interventions.vocabulary import MAX_LABELS, ProblemType
+from reft_serve.training.data.encoding import notes_of
 
 __all__ = ["Goals", "LabelledData", "LabelledExample", "encode_labelled", "goals_of"]
 
@@ -28,7 +29,7 @@ class LabelledExample:
     Args:
         token_types: of each token, if the tokenizer marks the two texts of a pair by them; else
             empty.
-        goal: the index of the class; or 1 or 0 for each label; or the numbers of a regression.
+        goal: the index of the class; or the indices of the labels; or the numbers of a regression.
     """
 
     input_ids: tuple[int, ...]
@@ -42,6 +43,10 @@ class Goals:
 
     problem_type: ProblemType
     labels: tuple[str, ...]
+    _index: Mapping[str, int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_index", {name: k for k, name in enumerate(self.labels)})
 
     def of(self, label: _Label) -> tuple[float, ...]:
         """The target of a row.
@@ -58,25 +63,26 @@ class Goals:
                     f"has the label {str(label)[:60]!r}, but this regression needs "
                     f"{len(self.labels)} numbers"
                 )
-            return tuple(float(n) for n in numbers)
+            try:
+                return tuple(float(n) for n in numbers)
+            except OverflowError:
+                raise ValueError("has a number that is too large") from None
         if self.problem_type == "multi_label_classification":
-            names = {
-                self._named(each) for each in (label if isinstance(label, tuple) else (label,))
-            }
-            return tuple(float(name in names) for name in self.labels)
+            each = label if isinstance(label, tuple) else (label,)
+            return tuple(sorted({self._number(name) for name in each}))
         if isinstance(label, tuple):
             raise ValueError(
                 "has a list of labels, but the first row of the training file has one label"
             )
-        return (float(self.labels.index(self._named(label))),)
+        return (self._number(label),)
 
-    def _named(self, label: str | int | float) -> str:
+    def _number(self, label: str | int | float) -> float:
         name = _name(label)
-        if name in self.labels:
-            return name
+        if name in self._index:
+            return float(self._index[name])
         number = int(name) if name.isdecimal() else -1
         if 0 <= number < len(self.labels):  # names were given for numbered classes
-            return self.labels[number]
+            return float(number)
         raise ValueError(
             f"has the label {name[:60]!r}, which is not one of "
             f"{', '.join(self.labels[:_LISTED])[:400]}"
@@ -95,17 +101,7 @@ class LabelledData:
 
     def notes(self) -> list[str]:
         """Notes about skipped examples; empty if there are none."""
-        if not self.too_long:
-            return []
-        lines = ", ".join(map(str, self.too_long[:_LISTED])) + (
-            ", ..." if len(self.too_long) > _LISTED else ""
-        )
-        total = len(self.too_long) + len(self.examples)
-        return [
-            f"{self.where}: {len(self.too_long):,} of {total:,} examples are longer than "
-            f"{self.max_tokens:,} tokens and are "
-            f"left out (lines {lines})"
-        ]
+        return notes_of(self.where, len(self.examples), self.too_long, self.max_tokens)
 
 
 def goals_of(
@@ -239,4 +235,7 @@ def _label(row: Glue | Labelled) -> _Label:
 
 
 def _name(label: str | int | float) -> str:
-    return label if isinstance(label, str) else f"{label:g}"
+    """Each label's own: a number of many digits is not rounded into another's name."""
+    if isinstance(label, float):
+        return str(int(label)) if label.is_integer() else repr(label)
+    return str(label)

@@ -35,7 +35,7 @@ class Labels:
     def __init__(self, head: HeadPlan) -> None:
         self._problem, self._outputs = head.problem_type, len(head.labels)
         counted = {
-            "single_label_classification": self._outputs**2,
+            "single_label_classification": 3 * self._outputs,
             "multi_label_classification": 3 * self._outputs + 1,
             "regression": 5 * self._outputs,
         }
@@ -47,7 +47,12 @@ class Labels:
 
     def batch(self, items: Sequence[LabelledExample], collate: Collate) -> Batch:
         """One text per item."""
-        goals = torch.tensor([item.goal for item in items])
+        if self._problem == "multi_label_classification":
+            goals = torch.zeros(len(items), self._outputs)
+            for row, item in zip(goals, items, strict=True):
+                row[[int(k) for k in item.goal]] = 1
+        else:
+            goals = torch.tensor([item.goal for item in items])
         if self._problem == "single_label_classification":
             goals = goals[:, 0].long()
         return _laid_out([(item.input_ids, item.token_types) for item in items], goals, collate)
@@ -62,16 +67,18 @@ class Labels:
 
     @torch.no_grad()
     def sums(self, model: ClassifierModel, batch: Batch) -> Tensor:
-        """Loss and texts; and a table of goals by answers, or counts by label, or the moments of a
-        correlation.
-        """
+        """Loss and texts; and counts by class or label, or the moments of a correlation."""
         assert isinstance(batch, LabelledBatch)
         logits_BC = model(batch).double()
         goals = batch.goals
         first = logits_BC.new_tensor([self._losses(logits_BC, batch).sum().item(), len(logits_BC)])
         if self._problem == "single_label_classification":
-            pairs = goals * self._outputs + logits_BC.argmax(1)
-            return torch.cat([first, torch.bincount(pairs, minlength=self._outputs**2).double()])
+            answers = logits_BC.argmax(1)
+            counts = [
+                torch.bincount(of, minlength=self._outputs)
+                for of in (goals[goals == answers], goals, answers)
+            ]
+            return torch.cat([first, *(each.double() for each in counts)])
         if self._problem == "regression":
             y = goals.double()
             moments = [logits_BC, y, logits_BC * logits_BC, y * y, logits_BC * y]
@@ -93,13 +100,12 @@ class Labels:
         texts = max(texts, 1)
         metrics = {"loss": loss / texts}
         if self._problem == "single_label_classification":
-            table = torch.tensor(rest, dtype=torch.float64).view(self._outputs, self._outputs)
-            right = table.diagonal()
-            f1 = 2 * right / (table.sum(0) + table.sum(1)).clamp(min=1)
+            right, true, said = torch.tensor(rest, dtype=torch.float64).view(3, self._outputs)
+            f1 = 2 * right / (true + said).clamp(min=1)
             return metrics | {
                 "accuracy": right.sum().item() / texts,
                 "f1": f1[1].item() if self._outputs == 2 else f1.mean().item(),
-                "matthews": matthews(table),
+                "matthews": matthews(right, true, said),
             }
         if self._problem == "regression":
             x, y, xx, yy, xy = torch.tensor(rest, dtype=torch.float64).view(5, self._outputs)
@@ -190,11 +196,14 @@ def _laid_out(
     return LabelledBatch(**own, goals=goals, token_types=types)
 
 
-def matthews(table_CC: Tensor) -> float:
-    """Matthews' correlation coefficient of a table of goals by answers, as scikit-learn has it; 0
-    where it is undefined.
+def matthews(right_C: Tensor, true_C: Tensor, said_C: Tensor) -> float:
+    """Matthews' correlation coefficient, as scikit-learn has it; 0 where it is undefined.
+
+    Args:
+        right_C: for each class, how often it is both the goal and the answer.
+        true_C: how often it is the goal.
+        said_C: how often it is the answer.
     """
-    right, total = table_CC.diagonal().sum().item(), table_CC.sum().item()
-    true, said = table_CC.sum(1), table_CC.sum(0)
-    spread = (total**2 - (said @ said).item()) * (total**2 - (true @ true).item())
-    return (right * total - (true @ said).item()) / math.sqrt(spread) if spread > 0 else 0.0
+    right, total = right_C.sum().item(), true_C.sum().item()
+    spread = (total**2 - (said_C @ said_C).item()) * (total**2 - (true_C @ true_C).item())
+    return (right * total - (true_C @ said_C).item()) / math.sqrt(spread) if spread > 0 else 0.0

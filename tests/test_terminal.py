@@ -161,6 +161,22 @@ def test_an_exception_is_shown_by_its_last_line() -> None:
     assert shown.plain.endswith("worker: failed (ValueError: bad)")
 
 
+def test_an_escape_sequence_of_a_caller_reaches_no_terminal(tmp_path: Path) -> None:
+    hostile = "/v1/\x1b]0;owned\x07\x1b[2J" + 300 * "a"
+    for record in (_request(path=hostile, model=hostile), _request(message=hostile)):
+        text = describe("gateway", record, everything=True)
+        assert text is not None
+        assert text.plain.isprintable()
+        assert "/v1/" in text.plain
+    line = describe("engine", "\x1b[31mred", everything=True)
+    assert line is not None
+    assert line.plain.isprintable()
+    terminal, logs, shown, _ = _terminal(tmp_path)
+    _append(logs.path("engine"), "Error: \x1b[2J")
+    terminal.failed("engine", 1, 2.0)
+    assert "\x1b" not in shown.getvalue()
+
+
 def test_a_tail_gives_whole_lines_also_after_a_log_was_put_aside(tmp_path: Path) -> None:
     path = tmp_path / "x.log"
     path.write_text("a\nb\nc")

@@ -26,6 +26,8 @@ _POLL_SECONDS = 0.1
 _LAST_LINES = 15
 _REPEAT_SECONDS = 60.0
 _MOST_PATHS = 1000
+# Characters of a path or of a model name.
+_MOST_SHOWN = 200
 _OPEN_PATHS = ("/health/", "/metrics")
 # What vLLM logs when a stage begins. A stage that a model skips (compiling, with --enforce-eager)
 # is not shown.
@@ -136,7 +138,7 @@ class Terminal:
         )
         for line in self.logs.last_lines(name, _LAST_LINES):
             self._console.print(
-                f"    {line}", style="dim", markup=False, highlight=False, soft_wrap=True
+                f"    {_plain(line)}", style="dim", markup=False, highlight=False, soft_wrap=True
             )
         self.say(
             f"The whole log: {self.logs.path(name)}. Starting the {name} again in {pause:.0f} s."
@@ -216,7 +218,7 @@ def describe(
     """
     record = _record(line)
     if record is None:
-        return Text(f"{name}: {line}") if everything else None
+        return Text(f"{name}: {_plain(line)}") if everything else None
     when = (_clock_time(record.get("time")), "dim")
     if record["message"] == "request" and "path" in record:
         if str(record["path"]).startswith(_OPEN_PATHS) and not everything:
@@ -225,9 +227,10 @@ def describe(
     style = {"warning": "yellow", "error": "red", "critical": "red"}.get(str(record.get("level")))
     if (style is None or (style == "yellow" and not warnings)) and not everything:
         return None
-    text = Text.assemble(when, f"  {name}: ", (str(record["message"]), style or ""))
+    text = Text.assemble(when, f"  {name}: ", (_plain(str(record["message"])), style or ""))
     if "exception" in record:
-        text.append(f" ({str(record['exception']).strip().splitlines()[-1]})", style=style)
+        last = str(record["exception"]).strip().splitlines()[-1]
+        text.append(f" ({_plain(last)})", style=style)
     return text
 
 
@@ -236,14 +239,21 @@ def _request(record: dict[str, Any]) -> list[str | tuple[str, str]]:
     style = "red" if status >= 500 else "yellow" if status >= 400 else "green"
     words: list[str | tuple[str, str]] = [
         (f"{status}", style),
-        f"  {record.get('method', ''):4} {record['path']}",
+        f"  {_plain(str(record.get('method', ''))):4} {_plain(str(record['path']))[:_MOST_SHOWN]}",
         f"  {float(record.get('seconds') or 0):.2f} s",
     ]
     if record.get("model"):
-        words.append((f"  {record['model']}", "bold"))
+        words.append((f"  {_plain(str(record['model']))[:_MOST_SHOWN]}", "bold"))
     if record.get("completion_tokens") is not None:
         words.append(f"  {record.get('prompt_tokens', 0)}+{record['completion_tokens']} tokens")
     return words
+
+
+def _plain(text: str) -> str:
+    """Without control characters: anybody can put a terminal's escape sequences into a path."""
+    return "".join(
+        each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in text.expandtabs(4)
+    )
 
 
 def _record(line: str) -> dict[str, Any] | None:

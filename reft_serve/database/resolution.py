@@ -19,7 +19,7 @@ from reft_serve.database.names import PRODUCTION
 from reft_serve.database.permissions import is_permitted
 from reft_serve.errors import NotFound
 
-__all__ = ["Route", "Target", "resolve"]
+__all__ = ["Route", "Target", "find_named_version", "resolve"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,14 @@ async def resolve(session: AsyncSession, tenant_id: str, model: str) -> Route | 
         return _only(await find_version(session, adapter, selector))
     except NotFound:
         return None
+
+
+async def find_named_version(session: AsyncSession, tenant_id: str, model: str) -> Version | None:
+    """The version that a `model` name means for this tenant; of a bare name, production, else the
+    latest one.
+    """
+    route = None if "\0" in model else await resolve(session, tenant_id, model)
+    return None if route is None else await session.get(Version, route.shares[-1][1].version_id)
 
 
 def _target(version: Version) -> Target:

@@ -14,8 +14,8 @@ from reft_serve.adapters.inheritance import Structure, structure_of
 from reft_serve.database import audit, files
 from reft_serve.database.jobs import fine_tuning
 from reft_serve.database.keys import Principal
-from reft_serve.database.models import File, Job, Version
-from reft_serve.database.resolution import resolve
+from reft_serve.database.models import File, Job
+from reft_serve.database.resolution import find_named_version
 from reft_serve.database.room import check_adapters_of_jobs, check_room
 from reft_serve.database.tenants import find_tenant
 from reft_serve.errors import (
@@ -64,11 +64,7 @@ async def submit(services: Services, caller: Principal, actor: audit.Actor, want
             "only an admin can set a priority above 0, which delays other tenants' jobs"
         )
     parent = await _parent(services, caller, wanted.model)
-    where = (
-        "hyperparameters"
-        if wanted.method is None
-        else f"method.{wanted.method.type}.hyperparameters"
-    )
+    where = _where(wanted)
     async with services.database.writing() as session:
         training = await _file(session, caller, wanted.training_file, "training_file")
         held_out = None
@@ -136,14 +132,10 @@ async def _parent(services: Services, caller: Principal, model: str) -> _Parent 
     """
     if model == services.settings.base_model:
         return None
-    await services.lookup.target(caller, model)
     async with services.database.reading() as session:
-        route = await resolve(session, caller.tenant_id, model)
-        version = await session.get(Version, route.shares[-1][1].version_id) if route else None
+        version = await find_named_version(session, caller.tenant_id, model)
     if version is None:
-        raise ModelNotFound(
-            f"The model {model[:200]!r} does not exist or you do not have access to it.", "model"
-        )
+        raise ModelNotFound.named(model)
     if version.adapter.tenant_id != caller.tenant_id:
         raise RequestInvalid(
             "the model is another tenant's: it can be used, and only its owner can train it",
@@ -175,6 +167,12 @@ def _continued(parent: _Parent, chosen: dict[str, Any], where: str) -> dict[str,
             f"no job can continue from {parent.model}: {exc.errors()[0]['msg']}", "model"
         ) from exc
     return merged
+
+
+def _where(wanted: JobIn) -> str:
+    """The field of the request that holds the hyper-parameters."""
+    method = wanted.method
+    return "hyperparameters" if method is None else f"method.{method.type}.hyperparameters"
 
 
 async def _file(session: AsyncSession, caller: Principal, file_id: str, param: str) -> File:
@@ -222,8 +220,7 @@ def _check_engines(
     """Engines that were seen at least once say what they take; it is true of them while they are
     down, too.
     """
-    method = wanted.method
-    where = "hyperparameters" if method is None else f"method.{method.type}.hyperparameters"
+    where = _where(wanted)
     for card in (engine.card for engine in services.fleet.engines if engine.card is not None):
         infeasible = why_infeasible(read_hyperparameters(chosen), training.rows or 0, card)
         if infeasible is not None:
@@ -244,13 +241,11 @@ def _check_size(
         ("tokens", training.bytes // BYTES_PER_TOKEN * epochs, limits.job_tokens),
     ):
         if most is not None and estimate > most:
-            method = wanted.method
-            where = "hyperparameters" if method is None else f"method.{method.type}.hyperparameters"
             raise RequestInvalid(
                 f"the job would have about {estimate:,} {name} in {epochs} epochs of {rows:,} "
                 f"rows, and the limit job_{name} is {most:,}: give a smaller n_epochs or fewer "
                 "rows",
-                f"{where}.n_epochs",
+                f"{_where(wanted)}.n_epochs",
             )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -357,6 +356,7 @@ def _run(
     from reft_serve.training.data.encoding import encode
     from reft_serve.training.loop.report import Bar
     from reft_serve.training.loop.run import fresh_because, started_at, train
+    from reft_serve.training.model.parent import data_lineage
     from reft_serve.training.model.processes import of_main_process, this_process
 
     console = Console(quiet=not this_process().is_main_process)
@@ -398,21 +398,11 @@ def _run(
             fingerprints=fingerprints,
             started=started,
             parent=parent,
-            lineage=_lineage(data, validation) if parent is not None else {},
+            lineage=data_lineage(data, validation) if parent is not None else {},
         )
     finally:
         bar.stop()
     _show(console, outcome, out)
-
-
-def _lineage(data: Path, validation: Path | None) -> dict[str, str]:
-    """Digests of the data files, for the record of a version."""
-    named = {"data_sha256": data, "held_out_sha256": validation}
-    return {
-        name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for name, path in named.items()
-        if path is not None
-    }
 
 
 def _run_head(

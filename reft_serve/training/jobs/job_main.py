@@ -7,7 +7,6 @@ worker.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import socket
@@ -62,7 +61,7 @@ from reft_serve.training.loop import archive
 from reft_serve.training.loop.report import METRICS
 from reft_serve.training.loop.run import train
 from reft_serve.training.loop.tasks import HeadAsk, Prepared, prepare
-from reft_serve.training.model.parent import Parent, read_parent
+from reft_serve.training.model.parent import Parent, data_lineage, read_parent
 from reft_serve.training.plan import DType, HeadPlan, Plan
 
 __all__ = ["train_job"]
@@ -176,7 +175,9 @@ def _run(spec: JobSpec, talk: _WorkerSocket) -> Ended:
         fingerprints=fingerprints,
         started=spec.started,
         parent=parent,
-        lineage=_lineage(spec),
+        lineage=data_lineage(
+            Path(spec.training), Path(spec.validation) if spec.validation else None
+        ),
     )
     if outcome.adapter is None and not talk.stopping and follower.out_of_time:
         raise JobLimitExceeded(hours_sentence(spec.bounds.hours or 0))
@@ -253,12 +254,8 @@ def _labelled(
             now=spec.started,
         )
     except DataInvalid as exc:
-        raise _Unusable(
-            "validation_file"
-            if spec.validation and spec.validation in str(exc)
-            else "training_file",
-            exc,
-        ) from exc
+        is_validation = spec.validation is not None and exc.where == str(Path(spec.validation))
+        raise _Unusable("validation_file" if is_validation else "training_file", exc) from exc
     for note in ready.notes:
         talk.tell(Noted(message=_public(note, spec)))
     return ready
@@ -278,16 +275,6 @@ def _parent(spec: JobSpec) -> Parent | None:
     except AdapterInvalid as exc:  # which means divergence, if training raises it
         raise ClientError(str(exc)) from exc
     return parent
-
-
-def _lineage(spec: JobSpec) -> dict[str, str | int]:
-    """Digests of the data files, for the record of a version."""
-    named = {"data_sha256": spec.training, "held_out_sha256": spec.validation}
-    return {
-        name: hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        for name, path in named.items()
-        if path
-    }
 
 
 class _Unusable(ClientError):

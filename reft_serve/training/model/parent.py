@@ -10,6 +10,7 @@ optimiser.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from reft_serve.interventions.positions import Part
 from reft_serve.training.model.edited_model import Edit
 from reft_serve.training.plan import LoraPlan, Plan
 
-__all__ = ["Parent", "read_parent"]
+__all__ = ["Parent", "data_lineage", "read_parent"]
 
 _STATE = (
     "optimizer.pt",
@@ -187,6 +188,16 @@ def read_parent(path: Path, name: str | None = None) -> Parent:
     return Parent(
         path, known, adapter, structure, run, int(state["global_step"]), float(state["epoch"] or 0)
     )
+
+
+def data_lineage(data: Path, held_out: Path | None) -> dict[str, str | int]:
+    """Digests of the data files, for the record of a version."""
+    digests: dict[str, str | int] = {}
+    for name, path in (("data_sha256", data), ("held_out_sha256", held_out)):
+        if path is not None:
+            with path.open("rb") as file:
+                digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
 
 
 def _own(name: str, value: Any) -> Any:

@@ -213,72 +213,47 @@ class FakeEngine:
         refusal = self._admit(body) if self.embeds else _error(404, "Not Found")
         if refusal is not None:
             return refusal
-        prompts = body["input"]
-        texts = (
-            prompts
-            if isinstance(prompts, list) and prompts and not isinstance(prompts[0], int)
-            else [prompts]
-        )
         data = []
-        for k, text in enumerate(texts):
+        for k, text in enumerate(_texts(body)):
             seed = json.dumps([text, body["model"]]).encode()
             numbers = struct.unpack("8h", hashlib.md5(seed, usedforsecurity=False).digest())
             vector: Any = [number / 2**15 for number in numbers]
             if body.get("encoding_format") == "base64":
                 vector = base64.b64encode(struct.pack("<8f", *vector)).decode()
             data.append({"index": k, "object": "embedding", "embedding": vector})
-        count = sum(len(text.split()) if isinstance(text, str) else len(text) for text in texts)
-        usage = {
-            "prompt_tokens": count,
-            "total_tokens": count,
-            "completion_tokens": 0,
-            "prompt_tokens_details": None,
-        }
-        return JSONResponse(
-            {
-                "id": "embd-fake",
-                "object": "list",
-                "created": 1,
-                "model": body["model"],
-                "data": data,
-                "usage": usage,
-            }
-        )
+        return _pooled("embd-fake", body, data)
 
     async def _classify(self, request: Request) -> Response:
         body = await request.json()
         refusal = self._admit(body) if self.embeds else _error(404, "Not Found")
         if refusal is not None:
             return refusal
-        prompts = body["input"]
-        texts = (
-            prompts
-            if isinstance(prompts, list) and prompts and not isinstance(prompts[0], int)
-            else [prompts]
-        )
         data = []
-        for k, text in enumerate(texts):
+        for k, text in enumerate(_texts(body)):
             seed = json.dumps([text, body.get("text_pair"), body["model"]]).encode()
             share = hashlib.md5(seed, usedforsecurity=False).digest()[0] / 255
             label = "yes" if share > 0.5 else "no"
             data.append({"index": k, "label": label, "probs": [1 - share, share], "num_classes": 2})
-        count = sum(len(text.split()) if isinstance(text, str) else len(text) for text in texts)
-        usage = {
-            "prompt_tokens": count,
-            "total_tokens": count,
-            "completion_tokens": 0,
-            "prompt_tokens_details": None,
-        }
-        return JSONResponse(
-            {
-                "id": "classify-fake",
-                "object": "list",
-                "created": 1,
-                "model": body["model"],
-                "data": data,
-                "usage": usage,
-            }
-        )
+        return _pooled("classify-fake", body, data)
+
+
+def _texts(body: dict[str, Any]) -> list[Any]:
+    """What a request of `/v1/embeddings` or `/classify` holds: texts, or lists of tokens."""
+    prompts = body["input"]
+    several = isinstance(prompts, list) and prompts and not isinstance(prompts[0], int)
+    return prompts if several else [prompts]
+
+
+def _pooled(id_: str, body: dict[str, Any], data: list[dict[str, Any]]) -> Response:
+    count = sum(len(text.split()) if isinstance(text, str) else len(text) for text in _texts(body))
+    usage = {
+        "prompt_tokens": count,
+        "total_tokens": count,
+        "completion_tokens": 0,
+        "prompt_tokens_details": None,
+    }
+    answer = {"id": id_, "object": "list", "created": 1, "model": body["model"]}
+    return JSONResponse(answer | {"data": data, "usage": usage})
 
 
 def _error(

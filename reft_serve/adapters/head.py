@@ -7,6 +7,7 @@ A head reads the last hidden state of one token of the text, or the mean of all:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal
 
@@ -52,7 +53,7 @@ class HeadSpec(BaseModel):
     @model_validator(mode="after")
     def _distinct(self) -> HeadSpec:
         if len(set(self.labels)) < len(self.labels):
-            twice = next(label for k, label in enumerate(self.labels) if label in self.labels[:k])
+            ((twice, _),) = Counter(self.labels).most_common(1)
             raise ValueError(f"the label {twice[:64]!r} appears twice")
         if self.problem_type == "single_label_classification" and len(self.labels) < 2:
             raise ValueError(
